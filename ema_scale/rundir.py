@@ -166,7 +166,7 @@ class RunDir:
         return self
 
     def write_provenance(self, recipe: dict[str, Any], data_hashes: dict[str, str], seed: int) -> None:
-        """Record what made this run: recipe, versions, machine, data hashes, seed. No environment variables: they hold secrets."""
+        """Record what made this run. Environment variables are left out: they hold secrets."""
         atomic_write_json(
             self.provenance_path,
             {
@@ -204,7 +204,7 @@ class RunDir:
             lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"{self.path}: another process is writing to this run folder; wait for it or choose another name"
+                f"{self.path}: another process is writing to this run folder; wait or choose another name"
             ) from None
         try:
             yield

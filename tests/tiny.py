@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
@@ -32,7 +34,7 @@ def tiny_tokenizer(chat_template: str | None = CHATML) -> Any:
 
 
 def tiny_config(arch: str, *, vocab: int = 260, hidden: int = 64, layers: int = 2, **extra: Any) -> Any:
-    """A config of `arch`: llama, qwen2, qwen3, gemma, gemma2, mistral or gpt2; head size 32 so that vLLM takes it too."""
+    """A config of `arch`: llama, qwen2, qwen3, gemma, gemma2, mistral or gpt2; head size 32 suits vLLM."""
     import transformers as tf
 
     if arch == "gpt2":
