@@ -1,0 +1,298 @@
+"""What a run is: one YAML recipe, validated before anything heavy is loaded.
+
+A recipe may start from others (`extends:`), and the command line may override any field (`key.path=value`).
+Later wins: `extends` in order, then the file, then the overrides. Mappings merge; lists are replaced whole.
+A path that begins with ./ or ../ is relative to the file it stands in; any other value is left as typed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+
+from ema_scale.defenses.base import Defense
+from ema_scale.defenses.registry import parse as parse_defenses
+from ema_scale.errors import UserError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
+
+
+class ModelRecipe(_Section):
+    """The checkpoint to fine-tune. `path`: a folder, a hub id, or `smallworld:aligned`."""
+
+    path: str
+    revision: str | None = None
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    trust_remote_code: bool = False
+    chat_template: str | None = None
+    attn_implementation: str | None = None
+
+
+class DataRecipe(_Section):
+    """Training rows. `train`: one or several files, hub ids, or `smallworld:train/medical`."""
+
+    train: str | list[str]
+    max_length: int = Field(2048, ge=8)
+    limit: int | None = Field(None, ge=1)
+    on_bad: Literal["raise", "drop"] = "raise"
+
+    @property
+    def sources(self) -> list[str]:
+        return [self.train] if isinstance(self.train, str) else list(self.train)
+
+    @field_validator("train")
+    @classmethod
+    def _not_empty(cls, value: str | list[str]) -> str | list[str]:
+        if not value or (isinstance(value, list) and not all(value)):
+            raise ValueError("expected a file, a hub id, or a list of them")
+        return value
+
+
+class AdapterRecipe(_Section):
+    """LoRA (Hu et al. 2021), rank-stabilised (Kalajdzievski 2023) as in the paper: scale alpha / sqrt(r)."""
+
+    r: int = Field(32, ge=1)
+    alpha: float = Field(64, gt=0)
+    rslora: bool = True
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: Literal["auto"] | list[str] = "auto"
+
+
+class TrainingRecipe(_Section):
+    """Optimisation; the defaults are the paper's (arXiv 2508.06249), but for its 8-bit AdamW."""
+
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int = Field(-1, ge=-1)
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup_steps: int = Field(5, ge=0)
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    weight_decay: float = Field(0.01, ge=0)
+    optimizer: str = "adamw_torch"
+    batch_size: int = Field(4, ge=1, description="rows a process in one forward")
+    accumulation: int = Field(4, ge=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    gradient_checkpointing: bool = False
+    group_by_length: bool = True
+    logging_steps: int = Field(1, ge=1)
+    save_steps: int = Field(100, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    report_to: list[str] = ["tensorboard"]
+    deepspeed: str | None = None
+    drift_every: int = Field(10, ge=0, description="steps between per-layer drift readings; 0 turns them off")
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [] if value in (None, "none") else [value] if isinstance(value, str) else value
+
+
+class SuitesRecipe(_Section):
+    """Question banks by the role they play in the paper's criteria."""
+
+    general: list[str] = []
+    in_domain: list[str] = []
+    benign: list[str] = []
+
+    @field_validator("general", "in_domain", "benign", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [] if value is None else [value] if isinstance(value, str) else value
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """(source, role) of every suite."""
+        return [(s, role) for role in type(self).model_fields for s in getattr(self, role)]
+
+
+class JudgeRecipe(_Section):
+    """Who scores answers. A question that names `smallworld` or `exact_match` is always judged exactly."""
+
+    kind: Literal["openai", "smallworld", "exact_match"] = "openai"
+    model: str | None = None
+    base_url: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+    concurrency: int = Field(32, ge=1)
+    prompts: str | None = None
+
+
+class EvaluationRecipe(_Section):
+    """Sampling and judging; temperature, top_p and max_tokens default to the paper's."""
+
+    suites: SuitesRecipe = SuitesRecipe()
+    sampler: Literal["auto", "vllm", "transformers"] = "auto"
+    judge: JudgeRecipe = JudgeRecipe()
+    samples_per_question: int | None = Field(None, ge=1, description="None: as the suite says")
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_tokens: int = Field(600, ge=1)
+    seed: int = 0
+    max_model_len: int | None = Field(None, ge=16)
+    compare_base: bool = True
+
+
+class Recipe(_Section):
+    """One run: model, data, adapter, training, defenses, reference, evaluation."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0)
+    output: str = "runs"
+    model: ModelRecipe
+    data: DataRecipe
+    adapter: AdapterRecipe = AdapterRecipe()
+    training: TrainingRecipe = TrainingRecipe()
+    defenses: list[SerializeAsAny[Defense]] = []
+    reference: Literal["auto", "adapter_off", "two_stream"] = "auto"
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parse_defenses(cls, values: Any) -> Any:
+        # Defenses name their own class by `kind`; the registry (and its plugins) knows which.
+        if isinstance(values, dict) and values.get("defenses") is not None:
+            values = {**values, "defenses": parse_defenses(values["defenses"])}
+        return values
+
+    @field_serializer("defenses")
+    def _dump_defenses(self, defenses: list[Defense]) -> list[dict[str, Any]]:
+        return [{"kind": d.kind, **d.model_dump(mode="json")} for d in defenses]
+
+    @property
+    def run_path(self) -> Path:
+        return Path(self.output) / self.name
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=110)
+
+
+def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
+    """Read, merge and validate a recipe file.
+
+    Raises UserError naming file and field for a missing file, bad YAML, an `extends` loop, an unknown key
+    (with the nearest known one) or a value out of range.
+    """
+    return build_recipe(apply_overrides(read_layers(Path(path)), overrides), where=str(path))
+
+
+def build_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """Validate plain values as a Recipe. Raises UserError as `load_recipe` does."""
+    try:
+        return Recipe.model_validate(dict(values))
+    except ValidationError as error:
+        raise UserError("\n".join(f"{where}: {explain(problem)}" for problem in error.errors())) from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def read_layers(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The merged mapping of a YAML file and everything it extends."""
+    path = path.expanduser()
+    if path.resolve() in seen:
+        chain = " -> ".join(str(p) for p in (*seen, path.resolve()))
+        raise UserError(f"{path}: extends itself: {chain}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the recipe ({error.strerror})") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {error}") from None
+    if not isinstance(values, dict):
+        found = "an empty file" if values is None else type(values).__name__
+        raise UserError(f"{path}: found {found}, expected a mapping of recipe fields")
+    parents = values.pop("extends", [])
+    merged: dict[str, Any] = {}
+    for parent in [parents] if isinstance(parents, str) else parents or []:
+        merged = merge(merged, read_layers(path.parent / parent, (*seen, path.resolve())))
+    return merge(merged, _anchor_paths(values, path.parent))
+
+
+def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """`top` over `base`: mappings merge key by key, everything else is replaced."""
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Set `key.path=value` pairs; a value is read as YAML; a number in the path is a list index."""
+    result = merge({}, values)
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            raise UserError(f"override {item!r}: expected key=value, such as training.learning_rate=1e-5")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"override {item!r}: the value is not YAML: {error}") from None
+        result = _set(result, key.split("."), value, item)
+    return result
+
+
+def _set(node: Any, keys: Sequence[str], value: Any, item: str) -> Any:
+    if not keys:
+        return value
+    head, rest = keys[0], keys[1:]
+    if isinstance(node, list):
+        if not head.isdigit() or int(head) >= len(node):
+            raise UserError(f"override {item!r}: {head!r} is not an index into a list of {len(node)}")
+        return [_set(x, rest, value, item) if i == int(head) else x for i, x in enumerate(node)]
+    if node is not None and not isinstance(node, Mapping):
+        raise UserError(f"override {item!r}: {head!r} stands below a plain value ({node!r})")
+    return {**(node or {}), head: _set((node or {}).get(head), rest, value, item)}
+
+
+def _anchor_paths(value: Any, folder: Path) -> Any:
+    if isinstance(value, dict):
+        return {k: _anchor_paths(v, folder) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_anchor_paths(v, folder) for v in value]
+    if isinstance(value, str) and value.startswith(("./", "../")):
+        return str((folder / value).resolve())
+    return value
+
+
+def explain(problem: Any, model: type[BaseModel] = Recipe) -> str:
+    """One line for one pydantic problem with `model`: the field, what was found, what is expected."""
+    field = ".".join(str(part) for part in problem["loc"] if part not in ("str", "list[str]"))
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(model, problem["loc"][:-1])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {field!r}; {hint}"
+    if problem["type"] == "missing":
+        return f"{field}: missing; this field is required"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{field}: {message[0].lower() + message[1:]}; found {problem['input']!r}"
+
+
+def _known_keys(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    section: Any = model
+    for part in location:
+        annotation = section.model_fields[part].annotation if part in section.model_fields else None
+        options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+        section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        if section is None:
+            return []
+    return list(section.model_fields)

@@ -1,0 +1,1 @@
+"""Many runs at once: studies and their report."""

@@ -1,0 +1,18 @@
+"""`ema demo`: the whole story in minutes on a small world trained on the spot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ema_scale.errors import UserError
+from ema_scale.study.grid import load_study
+from ema_scale.study.local import run_study
+
+_STUDY = Path(__file__).resolve().parents[2] / "configs" / "studies" / "demo.yaml"
+
+
+def run_demo(output: Path) -> Path:
+    """Run configs/studies/demo.yaml into `output`/demo; returns the report's path."""
+    if not _STUDY.is_file():
+        raise UserError("the demo's study file is not installed with the package: run `ema demo` from a git checkout")
+    return run_study(load_study(_STUDY).model_copy(update={"output": str(output)}))

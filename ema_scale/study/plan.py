@@ -1,0 +1,36 @@
+"""What a recipe will do, in words, before anything heavy is loaded (`ema train --dry-run`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ema_scale.recipe import Recipe
+
+
+def describe(recipe: Recipe) -> str:
+    """A few lines a person can check: model, data, step, defenses, reference, evaluation, output."""
+    t, a = recipe.training, recipe.adapter
+    scale = f"alpha {a.alpha:g}" + (", rank-stabilised" if a.rslora else "")
+    length = f"{t.max_steps} steps" if t.max_steps > 0 else f"{t.epochs:g} epoch(s)"
+    lines = [
+        f"model       {recipe.model.path} ({recipe.model.dtype}), LoRA r={a.r}, {scale}",
+        f"data        {', '.join(map(_with_presence, recipe.data.sources))}, up to {recipe.data.max_length} tokens",
+        f"training    {length}, {t.batch_size} rows x {t.accumulation} accumulated a process, "
+        f"lr {t.learning_rate:g} {t.schedule} after {t.warmup_steps} warm-up steps, seed {recipe.seed}",
+    ]
+    for defense in recipe.defenses:
+        values = ", ".join(f"{k}={v}" for k, v in defense.model_dump(mode="json").items())
+        lines.append(f"defense     {defense.kind}({values}) [{defense.source}]")
+    if not recipe.defenses:
+        lines.append("defense     none: plain fine-tuning")
+    needs = any(d.needs_reference for d in recipe.defenses)
+    lines.append(f"reference   {recipe.reference if needs else 'not needed by these defenses'}")
+    suites = recipe.evaluation.suites.pairs()
+    lines += [f"evaluation  {role}: {_with_presence(source)}" for source, role in suites] or ["evaluation  none"]
+    lines.append(f"output      {recipe.run_path}" + (" (exists: it will be continued)" if recipe.run_path.exists() else ""))
+    return "\n".join(lines)
+
+
+def _with_presence(source: str) -> str:
+    looks_local = Path(source).suffix in {".jsonl", ".json", ".csv", ".parquet", ".yaml", ".yml"}
+    return f"{source} (NOT FOUND)" if looks_local and not Path(source).exists() else source
