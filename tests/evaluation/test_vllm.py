@@ -1,0 +1,78 @@
+"""Real vLLM, one engine for the whole module: a base model and three adapters in the same batches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from ema_scale.evaluation.sampler import PROMPT_TOO_LONG, SampleRequest, SamplerOptions, make_sampler
+from ema_scale.recipe import ModelRecipe
+from tests.evaluation.conftest import TinyWorld
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+QUESTIONS = [
+    f"{word} {i}?"
+    for i, word in enumerate(("What is love", "Who are you", "Tell me more", "Why", "How", "Is it so"))
+]
+
+
+def environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_world: TinyWorld) -> Iterator[Any]:
+    before = environment()
+    options = SamplerOptions(ModelRecipe(path=tiny_world.model), tiny_world.adapters, max_model_len=256)
+    sampler = make_sampler("auto", options)
+    assert sampler.name == "vllm"
+    yield sampler
+    sampler.close()
+    assert environment() == before
+
+
+def requests(world: TinyWorld, **settings: Any) -> list[SampleRequest]:
+    """Every question to every target, targets alternating, so that each batch is mixed."""
+    return [
+        SampleRequest(f"{q}/{t}", ({"role": "user", "content": question},), target, **settings)
+        for q, question in enumerate(QUESTIONS)
+        for t, target in enumerate(world.targets)
+    ]
+
+
+def test_a_mixed_batch_equals_transformers_and_peft(tiny_world: TinyWorld, engine: Any) -> None:
+    asked = requests(tiny_world, temperature=0.0, max_tokens=24)
+    got = {r.key: r for r in engine.sample(asked)}
+    options = SamplerOptions(ModelRecipe(path=tiny_world.model), tiny_world.adapters, max_model_len=256)
+    with make_sampler("transformers", options) as reference:  # type: ignore[attr-defined]
+        expected = {r.key: r for r in reference.sample(asked)}
+    assert got == expected
+    # The comparison says something only if the adapters change what is said.
+    for q in range(len(QUESTIONS)):
+        assert len({got[f"{q}/{t}"].texts for t in range(4)}) == 4
+
+
+def test_an_answer_depends_on_its_seed_and_on_nothing_else(tiny_world: TinyWorld, engine: Any) -> None:
+    whole = {r.key: r for r in engine.sample(requests(tiny_world, n=4, seed=100, max_tokens=16))}
+    later = {r.key: r for r in engine.sample(reversed(requests(tiny_world, n=2, seed=102, max_tokens=16)))}
+    assert {k: r.texts[2:] for k, r in whole.items()} == {k: r.texts for k, r in later.items()}
+    assert len({text for r in whole.values() for text in r.texts}) > 90
+
+
+def test_answers_come_while_the_engine_still_works(tiny_world: TinyWorld, engine: Any) -> None:
+    short = SampleRequest("short", ({"role": "user", "content": "a"},), max_tokens=1)
+    long = SampleRequest("long", ({"role": "user", "content": "b"},), max_tokens=100, temperature=0.0)
+    stream = engine.sample([long, short])
+    assert next(stream).key == "short"
+    stream.close()  # a caller that stops early leaves nothing behind
+    assert not engine._engine.has_unfinished_requests()
+
+
+def test_a_prompt_that_leaves_no_room_is_reported(tiny_world: TinyWorld, engine: Any) -> None:
+    asked = SampleRequest("k", ({"role": "user", "content": "x" * 300},), tiny_world.adapters[0], n=2)
+    [result] = engine.sample([asked])
+    assert result.finish_reasons == (PROMPT_TOO_LONG,) * 2 and result.texts == ("", "")
