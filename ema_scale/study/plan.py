@@ -20,7 +20,7 @@ def describe(recipe: Recipe) -> str:
     ]
     for defense in recipe.defenses:
         values = ", ".join(f"{k}={v}" for k, v in defense.model_dump(mode="json").items())
-        lines.append(f"defense     {defense.kind}({values}) [{defense.source}]")
+        lines.append(f"defense     {defense.kind}({values}) [{defense.citation}]")
     if not recipe.defenses:
         lines.append("defense     none: plain fine-tuning")
     needs = any(d.needs_reference for d in recipe.defenses)

@@ -1,0 +1,209 @@
+"""What a defense is: a frozen, validated config that may act at five points of a training run.
+
+`rows` (mix or rewrite the data), `attach` (change the forward pass while training), loss terms (`divergences`
+on the output distribution, `penalty` on hidden states), `step` (look at the gradient before the optimizer
+uses it) and `finish` (after training). All do nothing by default. The trainer knows this interface and no
+defense by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ema_scale.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ema_scale.chat.rows import Row
+
+Direction = Literal["policy_reference", "reference_policy", "jensen_shannon"]
+Scope = Literal["all", "assistant", "prompt"]
+SCOPES: tuple[Scope, ...] = ("all", "assistant", "prompt")
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A term strength * mean_t D(policy_t, reference_t) over the tokens t of `scope`, in nats.
+
+    direction: policy_reference is KL(policy || reference), reference_policy the reverse, jensen_shannon the
+    mean of both KLs to the half-half mixture (at most ln 2). temperature T divides both logits (no T^2 factor
+    is applied). scope: all = every non-padding position; assistant = positions that predict an assistant
+    token; prompt = positions that predict any other token of the row. strength 0 measures without training on
+    it.
+    """
+
+    name: str
+    strength: float
+    direction: Direction = "policy_reference"
+    temperature: float = 1.0
+    scope: Scope = "all"
+
+
+@dataclass(frozen=True)
+class Streams:
+    """What a `penalty` sees of one micro-batch of B rows x T tokens.
+
+    policy, reference: layer -> hidden states [B, T, H] after that decoder layer (0: the embeddings), before
+    the final norm; the reference's carry no gradient. attention_mask: [B, T], 1 on real tokens. labels: [B,
+    T], -100 off assistant tokens. masks: scope -> bool [B, T]. tokens: scope -> scalar, tokens of that scope
+    in the whole accumulated batch of all processes.
+    """
+
+    policy: dict[int, torch.Tensor]
+    reference: dict[int, torch.Tensor]
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    masks: dict[Scope, torch.Tensor]
+    tokens: dict[Scope, torch.Tensor]
+
+    def mean(self, per_token: torch.Tensor, scope: Scope = "all") -> torch.Tensor:
+        """Sum of per_token [B, T] over the scope's tokens here, over their number in the whole batch.
+
+        Summed over micro-batches and processes this is the mean: a strength keeps its meaning however the
+        batch is split. Positions outside the scope are selected away, so NaN or infinity there does no harm.
+        """
+        import torch
+
+        kept = torch.where(self.masks[scope], per_token, torch.zeros_like(per_token))
+        return kept.sum() / self.tokens[scope].clamp_min(1)
+
+
+@dataclass
+class RowsContext:
+    """What `rows` may use: the seed, a loader of further rows, and places to leave a record.
+
+    hashes: source -> sha256 of every extra file read. notes: lines for the log and data.json. dropped: rows
+    of the extra sources that were left out.
+    """
+
+    seed: int = 0
+    on_bad: Literal["raise", "drop"] = "raise"
+    notes: list[str] = field(default_factory=list)
+    hashes: dict[str, str] = field(default_factory=dict)
+    dropped: list[Any] = field(default_factory=list)
+
+    def load(self, source: str) -> Sequence[Row]:
+        """Rows of a file, hub id or `smallworld:` reference. Raises UserError as `load_rows` does."""
+        from ema_scale.chat.rows import load_rows
+        from ema_scale.locate import locate
+
+        rows = load_rows(locate(source), on_bad=self.on_bad)
+        self.hashes[source] = rows.sha256
+        self.dropped.extend(rows.dropped)
+        return rows
+
+
+@dataclass(frozen=True)
+class FinishContext:
+    """What `finish` may use: where the base model is and how the run was made."""
+
+    model_path: str
+    revision: str | None = None
+    seed: int = 0
+    trust_remote_code: bool = False
+    notify: Callable[[str], None] = print
+
+
+class Defense(BaseModel):
+    """Base class of all defenses. Positional arguments fill fields in order: `KL(0.1)`.
+
+    kind: the name in recipes; citation: where it comes from; summary: one line. Raises UserError for unknown
+    fields and values out of range.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: ClassVar[str] = ""
+    citation: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+
+    def __init__(self, *args: Any, **values: Any) -> None:
+        names = list(type(self).model_fields)
+        if len(args) > len(names):
+            raise UserError(f"{type(self).__name__}: found {len(args)} values, expected at most {len(names)}")
+        for name, value in zip(names, args, strict=False):
+            if name in values:
+                raise UserError(f"{type(self).__name__}: {name} is given twice")
+            values[name] = value
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UserError("; ".join(_explain(type(self), problem) for problem in error.errors())) from None
+
+    def rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
+        """The training rows after this defense; called once, before tokenising, on every process alike."""
+        return rows
+
+    def attach(self, model: Any) -> contextlib.AbstractContextManager[Any]:
+        """A context that holds while training; `model` is the PeftModel. Hooks should do nothing inside
+        `reference_pass()`, or the frozen reference changes too."""
+        return contextlib.nullcontext()
+
+    def divergences(self) -> tuple[Divergence, ...]:
+        """Terms on the output distribution; evaluated inside the fused loss."""
+        return ()
+
+    def layers(self, num_layers: int) -> tuple[int, ...]:
+        """Layers (0: embeddings, num_layers: last) whose states `penalty` needs from both streams."""
+        return ()
+
+    def penalty(self, streams: Streams) -> torch.Tensor | None:
+        """Any other loss term, a scalar with a gradient, strength included; build it with `streams.mean`."""
+        return None
+
+    def step(self, model: Any, state: Any) -> None:
+        """Called after the gradient of a whole batch is formed and clipped, before the optimizer uses it."""
+
+    def finish(self, adapter_dir: Path, ctx: FinishContext) -> None:
+        """Called once, on the main process, when the adapter has been saved; may rewrite it."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether training runs the frozen reference for this defense."""
+        return bool(self.divergences()) or bool(self.layers(2))
+
+    @classmethod
+    def overrides(cls, point: str) -> bool:
+        """Whether this class acts at `point` (a method name)."""
+        return getattr(cls, point) is not getattr(Defense, point)
+
+
+_in_reference: ContextVar[bool] = ContextVar("ema_scale_reference_pass", default=False)
+
+
+@contextlib.contextmanager
+def reference_pass() -> Iterator[None]:
+    """Marks the forward pass of the frozen reference, for hooks that must leave it alone."""
+    token = _in_reference.set(True)
+    try:
+        yield
+    finally:
+        _in_reference.reset(token)
+
+
+def in_reference_pass() -> bool:
+    """True while the frozen reference runs."""
+    return _in_reference.get()
+
+
+def _explain(model: type[BaseModel], problem: Any) -> str:
+    import difflib
+
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = list(model.model_fields)
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(known) or 'none'}"
+        return f"unknown field {name!r}; {hint}"
+    if problem["type"] == "missing":
+        return f"{name}: missing; this field is required"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{name}: {message[0].lower() + message[1:]}; found {problem['input']!r}"

@@ -1,0 +1,92 @@
+"""Defenses as configuration: positional arguments, errors for people, the catalogue, plugins."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ema_scale.defenses import KL, Defense, Interleaving, catalogue, parse
+from ema_scale.defenses.registry import DEFENSES, load
+from ema_scale.errors import UserError
+
+
+def test_positional_arguments_fill_fields_in_order():
+    assert KL(0.3) == KL(strength=0.3)
+    assert Interleaving("safe.jsonl", 0.25) == Interleaving(source="safe.jsonl", fraction=0.25)
+
+
+def test_parse_takes_mappings_names_and_objects():
+    assert parse([{"kind": "kl", "strength": 0.2}, "kl", KL(1)]) == [KL(0.2), KL(), KL(1)]
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ([{"kind": "kll"}], r"defenses\.0: unknown defense 'kll'; did you mean 'kl'"),
+        (
+            [KL(), {"kind": "kl", "strenght": 1}],
+            r"defenses\.1: unknown field 'strenght'; did you mean 'strength'",
+        ),
+        ([{"kind": "kl", "strength": -0.1}], r"strength: .*greater than or equal to 0; found -0\.1"),
+        ([{"kind": "kl", "strength": float("nan")}], r"strength: .*found nan"),
+        ([{"kind": "kl", "direction": "forward"}], r"direction: .*'policy_reference'.*found 'forward'"),
+        ([{"kind": "interleaving"}], r"source: missing"),
+        ([{"kind": "interleaving", "source": "x", "fraction": 1.5}], r"fraction: .*less than or equal to 1"),
+        ([{"strength": 1}], r"defenses\.0: .*expected a mapping with `kind`"),
+        ({"kind": "kl"}, r"expected a list"),
+    ],
+)
+def test_errors_name_field_and_suggest(entries, expected):
+    with pytest.raises(UserError, match=expected):
+        parse(entries)
+
+
+def test_python_errors_are_user_errors_too():
+    with pytest.raises(UserError, match="strength"):
+        KL(-1)
+    with pytest.raises(UserError, match="given twice"):
+        KL(0.1, strength=0.2)
+    with pytest.raises(UserError, match="at most 4"):
+        KL(1, "policy_reference", 1.0, "all", "extra")
+
+
+def test_catalogue_is_complete_and_json():
+    entries = catalogue()
+    assert [e["kind"] for e in entries] == sorted(DEFENSES)
+    assert all(e["summary"] and "arXiv" in e["source"] for e in entries)
+    assert all(p["description"] for e in entries for p in e["parameters"])
+    json.dumps(entries)
+
+
+def test_registry_lines_point_at_classes_that_know_their_kind():
+    for kind in DEFENSES:
+        assert load(kind).kind == kind
+
+
+class Custom(Defense):
+    kind = "custom"
+    size: int = 1
+
+
+def test_a_plugin_is_found_by_its_entry_point(monkeypatch):
+    from importlib import metadata
+
+    point = metadata.EntryPoint("custom", f"{__name__}:Custom", "ema_scale.defenses")
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [point])
+    assert type(parse([{"kind": "custom", "size": 2}])[0]).__name__ == "Custom"
+
+
+def test_needs_reference_is_derived():
+    assert KL().needs_reference and KL(0).needs_reference
+    assert not Interleaving("x").needs_reference and not Custom().needs_reference
+
+
+def test_imports_without_torch():
+    code = "import sys, ema_scale.defenses as d; d.catalogue(); print('torch' in sys.modules)"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "False"
+    )
