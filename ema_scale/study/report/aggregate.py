@@ -1,0 +1,146 @@
+"""Means over runs, with intervals that do not pretend.
+
+Runs of a study answer the same questions, so their errors are not independent, and a study seldom has many
+seeds. The interval of a mean of R runs joins two parts by the square-and-add rule (Newcombe 1998; MOVER, Zou
+and Donner 2008), each side for itself:
+
+- within runs: the mean distance of the runs' own 95 % limits (clustered by question) from their rates. This
+  is the limit for fully dependent errors, so more seeds on the same questions do not make it shrink;
+- between runs, for R >= 3: the t interval of the R rates, R - 1 degrees of freedom. It holds the spread over
+  seeds and tasks.
+
+Both hold some of the same sampling noise, so the interval is rather too wide than too narrow. It is cut at 0
+and 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
+
+from scipy.stats import t as student
+
+from ema_scale.study.report.labels import BASE, NO_DEFENSE, family, strength
+from ema_scale.study.report.records import METRICS, Collection, Rate, Run
+
+METHOD = (
+    "A mark is the plain mean of the rates of that defense’s runs, over tasks and seeds. Its 95 % interval "
+    "joins two parts by square-and-add (Newcombe 1998; MOVER): the runs’ own intervals, clustered by "
+    "question and averaged as if fully dependent, because runs share questions; and, from three runs on, the "
+    "t interval over runs, which holds the spread over seeds and tasks. With one or two runs that spread is "
+    "not in the interval."
+)
+_KINDS = ("kl", "interleaving", "ldifs", "safelora", "steering", "inoculation")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """first - second in 0..1 units with a 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def clear(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """All runs of one defense on one model."""
+
+    model: str
+    label: str
+    base: bool
+    family: tuple[str, ...]
+    strength: float | None
+    runs: Sequence[Run] = field(repr=False)
+    metrics: dict[str, Rate | None] = field(repr=False)
+
+    @property
+    def undefended(self) -> bool:
+        return self.label == NO_DEFENSE
+
+
+def mean_rate(rates: Sequence[Rate], *, spread: bool = True) -> Rate | None:
+    """Mean of `rates` with the interval of this module; None if there is none.
+
+    `spread=False` leaves out the between-runs part (parts of one run are no sample of runs).
+    """
+    if not rates:
+        return None
+    mean = fmean(r.rate for r in rates)
+    below, above = fmean(r.rate - r.low for r in rates), fmean(r.high - r.rate for r in rates)
+    runs = sum(r.runs for r in rates) if spread else 1
+    between = 0.0
+    if spread and len(rates) >= 3:
+        between = (
+            float(student.ppf(0.975, len(rates) - 1)) * stdev(r.rate for r in rates) / math.sqrt(len(rates))
+        )
+    return Rate(
+        mean,
+        max(0.0, mean - math.hypot(below, between)),
+        min(1.0, mean + math.hypot(above, between)),
+        sum(r.n for r in rates),
+        max(r.questions for r in rates),
+        sum(r.dropped for r in rates),
+        runs,
+    )
+
+
+def difference(first: Rate, second: Rate) -> Difference:
+    """first - second by square-and-add, as for independent rates.
+
+    Rates on the same questions move together, so the interval is rather too wide than too narrow.
+    """
+    value = first.rate - second.rate
+    low = value - math.hypot(first.rate - first.low, second.high - second.rate)
+    high = value + math.hypot(first.high - first.rate, second.rate - second.low)
+    return Difference(value, max(-1.0, low), min(1.0, high))
+
+
+def group_metrics(runs: Sequence[Run]) -> dict[str, Rate | None]:
+    """The five metrics of one defense: benign learning from all runs that measured it, else narrow runs.
+
+    Where there is no narrow run, all come from all runs.
+    """
+    teaching = [run for run in runs if run.kind == "narrow"] or list(runs)
+    metrics = {}
+    for metric in METRICS:
+        chosen = runs if metric == "benign_learned" else teaching
+        metrics[metric] = mean_rate([rate for run in chosen if (rate := run.metrics.get(metric)) is not None])
+    return metrics
+
+
+def groups(found: Collection, keep: Callable[[Run], bool] = lambda run: True) -> list[Group]:
+    """One group for each model and defense that has numbers: base, no defense, then by kind and strength."""
+    cells: dict[tuple[str, str], list[Run]] = {}
+    for run in [*found.bases, *found.runs]:
+        if any(run.metrics.values()) and keep(run):
+            cells.setdefault((run.model, run.label), []).append(run)
+    made = []
+    for (model, label), runs in cells.items():
+        specs = runs[0].specs
+        numbers = [s for spec in specs if (s := strength(spec)) is not None]
+        made.append(
+            Group(
+                model,
+                label,
+                label == BASE and runs[0].base,
+                family(specs),
+                numbers[0] if len(specs) == 1 and numbers else None,
+                runs,
+                group_metrics(runs),
+            )
+        )
+    models = found.models
+    return sorted(made, key=lambda g: (models.index(g.model), *_order(g)))
+
+
+def _order(group: Group) -> tuple[int, int, list[tuple[int, str]], list[float], str]:
+    kinds = [(_KINDS.index(k) if k in _KINDS else len(_KINDS), k) for k in group.family]
+    numbers = [strength(spec) or 0.0 for spec in group.runs[0].specs]
+    return (0 if group.base else 1, len(group.family), kinds, numbers, group.label)

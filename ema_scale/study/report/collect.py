@@ -1,0 +1,283 @@
+"""Run folders -> records. A missing or broken file becomes a note in the report, not a crash."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ema_scale.errors import UserError
+from ema_scale.rundir import RunDir, read_jsonl
+from ema_scale.study.report.aggregate import mean_rate
+from ema_scale.study.report.labels import (
+    BASE,
+    distinct_labels,
+    model_label,
+    short_label,
+    spec_key,
+    task_label,
+)
+from ema_scale.study.report.records import METRICS, Collection, Problem, Question, Rate, Run
+
+
+def collect(run_dirs: Sequence[Path]) -> Collection:
+    """Read every run folder, and the base model's evaluation wherever it lies beside or inside them.
+
+    A folder that does not exist is listed as not started. Raises UserError if none is a run folder.
+    """
+    found = Collection(asked=len(run_dirs))
+    base_files: dict[Path, dict[str, Any]] = {}
+    any_run = False
+    for path in map(Path, run_dirs):
+        base_files.update(_base_summaries(path))
+        if not path.is_dir():
+            found.problems.append(Problem(path.name, "not started", f"no folder at {path}"))
+        elif not (path / "recipe.yaml").is_file():
+            if path not in (summary.parent.parent for summary in base_files):
+                found.problems.append(
+                    Problem(path.name, "note", "no recipe.yaml: not a run folder, left out")
+                )
+        else:
+            any_run = True
+            _read_run(path, found)
+    if not any_run:
+        asked = ", ".join(str(p) for p in run_dirs) or "no folder at all"
+        raise UserError(f"report: found no run folder among {asked}; expected folders with a recipe.yaml")
+    names = distinct_labels(run.specs for run in found.runs)
+    found.runs = [replace(run, label=names[spec_key(run.specs)]) for run in found.runs]
+    found.bases = _base_runs(found.runs, base_files)
+    _note_gaps(found)
+    return found
+
+
+def _read_run(path: Path, found: Collection) -> None:
+    """Add the run to `found.runs` if it counts, else a line to `found.problems`."""
+    folder = RunDir(path)
+    problems: list[Problem] = []
+    recipe = _mapping(folder.recipe_path, problems, path.name, yaml.safe_load, yaml.YAMLError)
+    status = _json(folder.status_path, problems, path.name)
+    summary = _json(folder.eval_dir / "summary.json", problems, path.name)
+    history = _rows(folder.metrics_path, problems, path.name)
+    found.problems += problems
+    raw = recipe.get("defenses") or []
+    specs = tuple(d for d in raw if isinstance(d, dict)) if isinstance(raw, list) else ()
+    state = str(status.get("state", "finished" if summary else "not started"))
+    if state != "finished":
+        why = next((str(status[k]) for k in ("error", "reason", "message") if status.get(k)), "")
+        step = f"last logged step {history[-1].get('step')}" if history else "no step logged"
+        found.problems.append(
+            Problem(path.name, state, "; ".join(filter(None, (short_label(specs), why, step))))
+        )
+        return
+    if not summary:
+        found.problems.append(
+            Problem(path.name, "not evaluated", f"{short_label(specs)}; run `ema eval {path}`")
+        )
+    metrics = _rates(summary.get("metrics"), path.name, found.problems)
+    seed = recipe.get("seed")
+    found.runs.append(
+        Run(
+            path=path,
+            name=str(recipe.get("name", path.name)),
+            model=model_label(str(_section(recipe, "model").get("path", "unknown model"))),
+            task=task_label(_section(recipe, "data").get("train")),
+            seed=seed if isinstance(seed, int) else None,
+            specs=specs,
+            label=short_label(specs),
+            kind=_kind(recipe, metrics),
+            metrics=metrics,
+            questions=_questions(summary),
+            history=history,
+            recipe=recipe,
+            provenance=_json(folder.provenance_path, found.problems, path.name),
+            summary=summary,
+            eval_dir=folder.eval_dir,
+        )
+    )
+
+
+def _kind(recipe: Mapping[str, Any], metrics: Mapping[str, Rate | None]) -> str:
+    suites = _section(_section(recipe, "evaluation"), "suites")
+    if metrics.get("in_domain_misaligned") or (not metrics and suites.get("in_domain")):
+        return "narrow"
+    if metrics.get("benign_learned") or (not metrics and suites.get("benign")):
+        return "benign"
+    return "unknown"
+
+
+def _section(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = values.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _mapping(
+    path: Path, problems: list[Problem], run: str, parse: Any, error: type[Exception]
+) -> dict[str, Any]:
+    try:
+        value = parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, error) as reason:
+        problems.append(Problem(run, "note", f"{path.name} cannot be read ({reason}); left out"))
+        return {}
+    if isinstance(value, dict):
+        return value
+    problems.append(Problem(run, "note", f"{path.name} holds no mapping; left out"))
+    return {}
+
+
+def _json(path: Path, problems: list[Problem], run: str) -> dict[str, Any]:
+    return _mapping(path, problems, run, json.loads, ValueError)
+
+
+def _rows(path: Path, problems: list[Problem], run: str) -> list[dict[str, Any]]:
+    try:
+        return read_jsonl(path)
+    except (UserError, OSError) as reason:
+        problems.append(Problem(run, "note", f"{path.name} left out: {reason}"))
+        return []
+
+
+def _number(value: Any) -> float | None:
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if plain and math.isfinite(value) else None
+
+
+def _rate(value: Any) -> Rate | None:
+    """A Rate from a metric of summary.json, or None from null. Raises ValueError if it is neither."""
+    if value is None:
+        return None
+    rate, low, high = (
+        _number(value.get(k)) if isinstance(value, dict) else None for k in ("rate", "low", "high")
+    )
+    if rate is None and isinstance(value, dict) and not value.get("n"):
+        return None
+    if rate is None or low is None or high is None or not 0 <= low <= rate <= high <= 1:
+        raise ValueError(f"found {value!r}, expected 0 <= low <= rate <= high <= 1")
+    counts = (int(_number(value.get(k)) or 0) for k in ("n", "questions", "dropped"))
+    return Rate(rate, low, high, *counts)
+
+
+def _rates(values: Any, run: str, problems: list[Problem]) -> dict[str, Rate | None]:
+    rates: dict[str, Rate | None] = {}
+    for name in METRICS if isinstance(values, dict) else ():
+        try:
+            rates[name] = _rate(values.get(name))
+        except ValueError as error:
+            problems.append(Problem(run, "note", f"summary.json: metrics.{name} left out: {error}"))
+    return rates
+
+
+def _questions(summary: Mapping[str, Any]) -> list[Question]:
+    rows = summary.get("per_question")
+    questions = []
+    for row in rows if isinstance(rows, list) else []:
+        if isinstance(row, dict):
+            suite, role, name, text = (str(row.get(k, "")) for k in ("suite", "role", "id", "text"))
+            bad, muddled, right = (_share(row.get(k)) for k in ("misaligned", "incoherent", "correct"))
+            questions.append(Question(suite, role, name, text, bad, muddled, right))
+    return questions
+
+
+def _share(value: Any) -> float | None:
+    number = _number(value)
+    return number if number is not None and 0 <= number <= 1 else None
+
+
+def _base_summaries(path: Path) -> dict[Path, dict[str, Any]]:
+    """Evaluations without an adapter, in the run folder or beside it: recognised by `"adapter": null`."""
+    places: list[Iterable[Path]] = [[path / "eval" / "summary.json"], path.glob("eval/*/summary.json")]
+    places += [path.glob("*/eval/summary.json"), path.parent.glob("*/summary.json")]
+    places += [path.parent.glob("*/eval/summary.json"), path.parent.glob("*/*/eval/summary.json")]
+    found = {}
+    for file in sorted({f for place in places for f in place if f.is_file()}):
+        try:
+            summary = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(summary, dict) and summary.get("metrics") and summary.get("adapter", ...) is None:
+            found[file] = summary
+    return found
+
+
+def _base_runs(runs: Sequence[Run], files: Mapping[Path, Mapping[str, Any]]) -> list[Run]:
+    """One record for each model and task: the base on the suites on which that task's runs were asked."""
+    bases: dict[tuple[str, str], Run] = {}
+    for run in runs:
+        suites = set(_section(run.summary, "per_suite"))
+        same = [
+            (f, s) for f, s in files.items() if not run.summary or s.get("model") == run.summary.get("model")
+        ]
+        fitting = [(f, s) for f, s in same if suites & set(_section(s, "per_suite"))]
+        if not fitting or (run.model, run.task) in bases:
+            continue
+        # The base that shares most suites, and of those the nearest folder.
+        file, summary = max(
+            fitting,
+            key=lambda fs: (
+                len(suites & set(fs[1]["per_suite"])),
+                _shared_parts(fs[0], run.path),
+                str(fs[0]),
+            ),
+        )
+        parts = {name: part for name, part in summary["per_suite"].items() if name in suites}
+        bases[run.model, run.task] = replace(
+            run,
+            label=BASE,
+            base=True,
+            seed=None,
+            specs=(),
+            history=(),
+            summary=summary,
+            metrics=_suite_metrics(parts),
+            questions=[q for q in _questions(summary) if q.suite in suites],
+            eval_dir=file.parent,
+        )
+    return list(bases.values())
+
+
+def _shared_parts(a: Path, b: Path) -> int:
+    return sum(1 for x, y in zip(a.resolve().parts, b.resolve().parts, strict=False) if x == y)
+
+
+def _suite_metrics(parts: Mapping[str, Any]) -> dict[str, Rate | None]:
+    metrics: dict[str, Rate | None] = {}
+    for metric in METRICS:
+        role, _, outcome = metric.rpartition("_")
+        rates = []
+        for part in parts.values():
+            if isinstance(part, dict) and part.get("role") == role:
+                try:
+                    rates.append(_rate(part.get(outcome)))
+                except ValueError:
+                    continue
+        metrics[metric] = mean_rate([r for r in rates if r], spread=False)
+    return metrics
+
+
+def _note_gaps(found: Collection) -> None:
+    """Say where the grid of defenses and tasks has holes: means over different tasks are not alike."""
+    for model in found.models:
+        runs = [run for run in found.runs if run.model == model and run.metrics]
+        tasks = {run.task for run in runs}
+        for label in dict.fromkeys(run.label for run in runs):
+            missing = sorted(tasks - {run.task for run in runs if run.label == label})
+            if missing:
+                text = (
+                    f"no evaluated run on {', '.join(missing)}: its means cover fewer tasks than the others'"
+                )
+                found.problems.append(Problem(label, "note", text))
+        cells = [(run.task, run.label, run.seed) for run in runs]
+        for task, label, seed in dict.fromkeys(c for c in cells if cells.count(c) > 1):
+            found.problems.append(
+                Problem(label, "note", f"several runs on {task} with seed {seed}: all are averaged")
+            )
+    if not found.bases:
+        found.problems.append(
+            Problem("base", "note", "no evaluation of the base model found: no dashed line")
+        )
