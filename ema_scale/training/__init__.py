@@ -1,0 +1,1 @@
+"""Training under defenses: the fused loss, the trainer, checkpoints, and the recipe path."""

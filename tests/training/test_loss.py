@@ -1,0 +1,184 @@
+"""The fused loss against plain autograd and finite differences, in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ema_scale.training.loss import Head, Term, fused_loss
+
+DIRECTIONS = ["policy_reference", "reference_policy", "jensen_shannon"]
+
+
+def problem(seed=0, n=37, h=12, v=53, bias=False, scale=1.0, softcap=None, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    policy, reference = (torch.randn(n, h, generator=g, dtype=dtype) for _ in range(2))
+    head = Head(
+        torch.randn(v, h, generator=g, dtype=dtype) * 0.5,
+        torch.randn(v, generator=g, dtype=dtype) if bias else None,
+        scale,
+        softcap,
+    )
+    labels = torch.randint(0, v, (n,), generator=g)
+    labels[::5] = -100
+    ce_weights = (labels != -100).to(dtype) * torch.rand(n, generator=g, dtype=dtype)
+    return policy, reference, head, labels, ce_weights, g
+
+
+def term(g, n, direction, temperature=1.0, dtype=torch.float64):
+    active = torch.rand(n, generator=g) < 0.7
+    return Term(torch.rand(n, generator=g, dtype=dtype) + 0.1, active, direction, temperature)
+
+
+def plain(policy, reference, head, labels, ce_weights, terms):
+    """The definition, with full logits."""
+
+    def logits(x):
+        z = x @ head.weight.T + (0 if head.bias is None else head.bias)
+        z = z * head.scale
+        return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+
+    ce = F.cross_entropy(logits(policy), labels.clamp_min(0), reduction="none")
+    loss = (ce * ce_weights).sum()
+    values = []
+    for t in terms:
+        log_p, log_q = (F.log_softmax(logits(x) / t.temperature, -1) for x in (policy, reference))
+        p, q = log_p.exp(), log_q.exp()
+        m = ((p + q) / 2).log()
+        value = {
+            "policy_reference": (p * (log_p - log_q)).sum(-1),
+            "reference_policy": (q * (log_q - log_p)).sum(-1),
+            "jensen_shannon": ((p * (log_p - m)).sum(-1) + (q * (log_q - m)).sum(-1)) / 2,
+        }[t.direction]
+        values.append(value * t.active)
+        loss = loss + (value * t.weights * t.active).sum()
+    return loss, ce * (ce_weights != 0), values
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"bias": True}, {"scale": 0.3}, {"softcap": 2.0, "scale": 1.5, "bias": True}]
+)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_equals_the_definition(shape, direction, temperature):
+    policy, reference, head, labels, ce_weights, g = problem(**shape)
+    terms = [term(g, 37, direction, temperature), term(g, 37, "policy_reference")]
+    ours, theirs = policy.clone().requires_grad_(), policy.clone().requires_grad_()
+    got = fused_loss(ours, reference, head, labels, ce_weights, terms, chunk=8)
+    loss, ce, values = plain(theirs, reference, head, labels, ce_weights, terms)
+    got.loss.backward()
+    loss.backward()
+    torch.testing.assert_close(got.loss, loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got.ce, ce, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got.divergences, torch.stack(values), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_finite_differences(direction):
+    policy, reference, head, labels, ce_weights, g = problem(n=5, h=4, v=11, softcap=3.0, bias=True)
+    terms = [term(g, 5, direction, 1.7)]
+    assert torch.autograd.gradcheck(
+        lambda x: fused_loss(x, reference, head, labels, ce_weights, terms, chunk=2).loss,
+        policy.requires_grad_(),
+        eps=1e-6,
+        atol=1e-8,
+    )
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_divergence_and_gradient_are_exactly_zero_when_policy_is_reference(direction, dtype):
+    policy, _, head, labels, _, g = problem(dtype=dtype)
+    x = policy.clone().requires_grad_()
+    got = fused_loss(x, policy, head, labels, torch.zeros(37), [term(g, 37, direction, dtype=torch.float32)])
+    got.loss.backward()
+    assert got.loss.item() == 0.0
+    assert torch.count_nonzero(got.divergences) == 0
+    assert torch.count_nonzero(x.grad) == 0
+
+
+def test_chunk_size_does_not_matter():
+    policy, reference, head, labels, ce_weights, g = problem()
+    terms = [term(g, 37, "policy_reference")]
+    results = []
+    for chunk in (1, 7, 37, 1000, None):
+        x = policy.clone().requires_grad_()
+        fused_loss(x, reference, head, labels, ce_weights, terms, chunk=chunk).loss.backward()
+        results.append(x.grad)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-14)
+
+
+def test_tokens_without_weight_are_skipped():
+    policy, reference, head, labels, ce_weights, g = problem()
+    quiet = term(g, 37, "policy_reference")
+    unused = (ce_weights == 0) & ~quiet.active
+    assert unused.any()
+    policy[unused], reference[unused] = float("nan"), float("nan")
+    x = policy.requires_grad_()
+    got = fused_loss(x, reference, head, labels, ce_weights, [quiet])
+    got.loss.backward()
+    assert torch.isfinite(got.loss) and torch.isfinite(x.grad).all()
+    assert torch.count_nonzero(x.grad[unused]) == 0
+
+
+def test_zero_weight_measures_without_a_gradient():
+    policy, reference, head, labels, ce_weights, g = problem()
+    measured = Term(torch.zeros(37), torch.ones(37, dtype=torch.bool))
+    with_term, without = policy.clone().requires_grad_(), policy.clone().requires_grad_()
+    got = fused_loss(with_term, reference, head, labels, ce_weights, [measured])
+    got.loss.backward()
+    fused_loss(without, None, head, labels, ce_weights).loss.backward()
+    assert got.divergences.min() > 0
+    torch.testing.assert_close(with_term.grad, without.grad, rtol=0, atol=1e-15)
+
+
+def test_jensen_shannon_of_disjoint_distributions_is_ln2():
+    head = Head(torch.eye(4) * 200)
+    one, other = torch.eye(4)[:1].requires_grad_(), torch.eye(4)[1:2]
+    js = Term(torch.ones(1), torch.ones(1, dtype=torch.bool), "jensen_shannon")
+    got = fused_loss(one, other, head, torch.tensor([0]), torch.zeros(1), [js])
+    got.loss.backward()
+    assert math.isclose(got.loss.item(), math.log(2), rel_tol=1e-6)
+    assert torch.isfinite(one.grad).all()
+
+
+def test_accuracy_and_entropy():
+    head = Head(torch.zeros(8, 3))
+    policy = torch.zeros(2, 3, requires_grad=True)
+    got = fused_loss(policy, None, head, torch.tensor([0, 5]), torch.ones(2))
+    assert got.correct.tolist() == [1.0, 0.0]
+    torch.testing.assert_close(got.entropy, torch.full((2,), math.log(8)))
+
+
+def test_no_large_tensor_is_allocated():
+    """One chunk of logits is 16 x 20,000; all 512 tokens would be 32 times that."""
+    policy, reference, head, labels, ce_weights, g = problem(n=512, h=8, v=20_000, dtype=torch.float32)
+    largest = 0
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple) else (out,):
+                if isinstance(t, torch.Tensor):
+                    largest = max(largest, t.numel())
+            return out
+
+    x = policy.requires_grad_()
+    with Spy():
+        loss = fused_loss(
+            x, reference, head, labels, ce_weights, [term(g, 512, "policy_reference")], chunk=16
+        )
+        loss.loss.backward()
+    assert 16 * 20_000 <= largest <= 20_000 * 16
+
+
+def test_misuse_is_refused():
+    policy, reference, head, labels, ce_weights, g = problem()
+    with pytest.raises(ValueError, match="needs the reference"):
+        fused_loss(policy, None, head, labels, ce_weights, [term(g, 37, "policy_reference")])
+    with pytest.raises(ValueError, match="freeze"):
+        fused_loss(policy, reference, Head(head.weight.requires_grad_()), labels, ce_weights)
