@@ -22,7 +22,7 @@ from statistics import fmean, stdev
 
 from scipy.stats import t as student
 
-from ema_scale.study.report.labels import BASE, NO_DEFENSE, family, strength
+from ema_scale.study.report.labels import BASE, NO_DEFENSE, family, strength, without_strength
 from ema_scale.study.report.records import METRICS, Collection, Rate, Run
 
 METHOD = (
@@ -57,6 +57,8 @@ class Group:
     base: bool
     family: tuple[str, ...]
     strength: float | None
+    sweep: str | None
+    """equal for defenses that differ only in their strength; None where that means nothing"""
     runs: Sequence[Run] = field(repr=False)
     metrics: dict[str, Rate | None] = field(repr=False)
 
@@ -132,6 +134,7 @@ def groups(found: Collection, keep: Callable[[Run], bool] = lambda run: True) ->
                 label == BASE and runs[0].base,
                 family(specs),
                 numbers[0] if len(specs) == 1 and numbers else None,
+                without_strength(specs[0]) if len(specs) == 1 and numbers else None,
                 runs,
                 group_metrics(runs),
             )

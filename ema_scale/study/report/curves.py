@@ -154,7 +154,7 @@ def _label_ends(figure: Figure, axis: Axes, ends: Sequence[tuple[str, float, flo
             va="center",
             color=theme.ink,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": theme.muted, "lw": 0.5, "shrinkA": 0, "shrinkB": 1},
+            arrowprops={"arrowstyle": "-", "color": theme.muted, "lw": 0.5, "relpos": (0, 0.5), "shrinkA": 0},
         )
     axis.set_xlim(left, right)
 

@@ -26,7 +26,8 @@ def headline(groups: Sequence[Group], theme: Theme) -> Figure:
 
     `groups`: those of one model. The lower right corner is where one wants to be.
     """
-    figure = Figure(figsize=(10.4, 4.9), layout="constrained")
+    # More marks need more room for their names.
+    figure = Figure(figsize=(10.8, min(8.0, 4.6 + 0.14 * len(groups))), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     base = next((g for g in groups if g.base), None)
     drawn = [g for g in groups if not g.base]
@@ -75,15 +76,14 @@ def _panel(
     if not shown:
         axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=theme.muted)
     lines = []
-    for one in dict.fromkeys(families):
+    for one in dict.fromkeys(g.sweep for g, _, _ in shown if g.sweep):
         # Strengths of one defense are joined: its trade-off curve.
         line = sorted(
-            (g.strength, x.rate, y.rate) for g, x, y in shown if g.family == one and g.strength is not None
+            (g.strength, x.rate, y.rate) for g, x, y in shown if g.sweep == one and g.strength is not None
         )
+        colour = next(colours[g.family] for g, _, _ in shown if g.sweep == one)
         if len(line) > 1:
-            axis.plot(
-                [p[1] for p in line], [p[2] for p in line], color=colours[one], lw=1.2, alpha=0.45, zorder=2
-            )
+            axis.plot([p[1] for p in line], [p[2] for p in line], color=colour, lw=1.2, alpha=0.45, zorder=2)
             lines += [(a[1:], b[1:]) for a, b in zip(line, line[1:], strict=False)]
     for g, x, y in shown:
         axis.errorbar(
@@ -172,6 +172,9 @@ def bars(groups: Sequence[Group], by_task: Mapping[str, Sequence[Group]], theme:
     highest = 0.0
     for axis, (task, present) in zip(panels, by_task.items(), strict=False):
         axis.set_title(task, color=theme.ink)
+        for y in sorted(set(range(len(rows))) - {rows.index(group.label) for group in present}):
+            axis.annotate("no run", (0, y), xytext=(5, 0), textcoords="offset points", fontsize=8,
+                          va="center", color=theme.muted, style="italic")  # fmt: skip
         for group in present:
             y = rows.index(group.label)
             pairs = (

@@ -102,6 +102,8 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    # A number and its percent sign stay on one line.
+    environment.filters["tight"] = lambda text: text.replace(" %", "\u00a0%")
     environment.filters["pct"] = lambda value: f"{100 * value:.1f}"
     return environment.get_template("report.html.j2").render(
         title=title,

@@ -28,6 +28,12 @@ def strength(spec: Spec) -> float | None:
     return None
 
 
+def without_strength(spec: Spec) -> str:
+    """A string equal for defenses that differ only in their strength."""
+    key = next((k for k in _STRENGTHS if isinstance(spec.get(k), (int, float))), None)
+    return spec_key([{k: v for k, v in spec.items() if k != key}])
+
+
 def family(specs: Sequence[Spec]) -> tuple[str, ...]:
     """The kinds of the defenses, in the recipe's order: () is plain fine-tuning."""
     return tuple(str(spec.get("kind", "?")) for spec in specs)

@@ -136,7 +136,7 @@ def _winner(
 
 
 def _gain(s: Standing) -> str:
-    parts = [f"{whole(share)} of the {task}" for share, task in _shares(s)]
+    parts = [f"{whole(share) if share < 0.995 else 'all'} of the {task}" for share, task in _shares(s)]
     return f"it keeps {_join(parts)} task" if parts else "no task’s learning was measured beside it"
 
 
