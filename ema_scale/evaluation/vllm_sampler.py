@@ -57,7 +57,7 @@ def prepare_environment() -> None:
 
 @contextlib.contextmanager
 def environment_restored() -> Iterator[None]:
-    """Put os.environ back: vLLM sets LD_PRELOAD, LOCAL_WORLD_SIZE and more, which later processes would inherit."""
+    """Put os.environ back: vLLM sets LD_PRELOAD, LOCAL_WORLD_SIZE and more, which children would inherit."""
     before = dict(os.environ)
     try:
         yield
@@ -174,7 +174,7 @@ class VllmSampler:
         self._llm: Any = LLM(**(settings | options.extra))
         if cpu and options.adapters:
             self._check_cpu_lora()
-        self._engine = self._llm.llm_engine
+        self._engine: Any = self._llm.llm_engine
         config = self._engine.vllm_config
         self.max_model_len = int(config.model_config.max_model_len)
         # Enough waiting requests to keep the batch full, few enough that a kill loses little.
@@ -221,7 +221,8 @@ class VllmSampler:
                 self._engine.abort_request(list(open_requests))
 
     def _submit(self, request_id: str, prompt: list[int], request: SampleRequest) -> None:
-        from vllm import SamplingParams, TokensPrompt
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
         from vllm.lora.request import LoRARequest
         from vllm.sampling_params import RequestOutputKind
 
@@ -238,7 +239,7 @@ class VllmSampler:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        self._engine.add_request(request_id, TokensPrompt(prompt_token_ids=prompt), params, lora_request=lora)
+        self._engine.add_request(request_id, tokens_input(prompt), params, lora_request=lora)
 
     def _result(self, request: SampleRequest, output: Any) -> SampleResult:
         outputs = sorted(output.outputs, key=lambda o: o.index)
@@ -268,7 +269,7 @@ class VllmSampler:
         self._engine = self._llm = None
         gc.collect()
         cleanup_dist_env_and_memory()
-        torch.set_num_threads = self._set_num_threads  # type: ignore[assignment]
+        torch.set_num_threads = self._set_num_threads
         if self._affinity is not None:
             os.sched_setaffinity(0, self._affinity)
         torch.set_num_threads(self._threads)

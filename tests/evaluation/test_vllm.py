@@ -21,7 +21,14 @@ QUESTIONS = [
 
 
 def environment() -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    """What a process started later would be led astray by."""
+    names = (
+        "LD_PRELOAD",
+        "LOCAL_WORLD_SIZE",
+        "VLLM_ENABLE_V1_MULTIPROCESSING",
+        "TORCHINDUCTOR_COMPILE_THREADS",
+    )
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 @pytest.fixture(scope="module")

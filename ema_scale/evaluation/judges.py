@@ -1,0 +1,98 @@
+"""Which judge judges which question."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from ema_scale.errors import UserError
+from ema_scale.evaluation.judge import Judge, exact_match_judge, smallworld_judge
+from ema_scale.evaluation.judge_openai import REQUIRED_PROMPTS, OpenAIJudge
+from ema_scale.evaluation.store import digest
+from ema_scale.evaluation.suite import Question, Suite
+
+if TYPE_CHECKING:
+    from ema_scale.recipe import JudgeRecipe
+
+EXACT = ("smallworld", "exact_match")
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The judge of one question. `identity` changes with whatever changes the verdict."""
+
+    kind: str
+    identity: str
+    model: str | None = None
+    prompts: Mapping[str, str] = field(default_factory=dict)
+
+
+def assign(suite: Suite, question: Question, settings: JudgeRecipe) -> Assignment:
+    """The question's own judge if it is an exact one; exact match for a benign question; else the recipe's.
+
+    A model that the question names is used unless the recipe names one.
+
+    Raises UserError if that judge cannot judge the question, naming what is missing.
+    """
+    where = f"{suite.source or suite.name}: question {question.id!r}"
+    kind: str = settings.kind
+    if question.judge in EXACT:
+        kind = question.judge
+    elif question.judge is None and suite.role == "benign" and question.expected is not None:
+        kind = "exact_match"
+    elif question.judge is not None and kind != "openai":
+        raise UserError(
+            f"{where}: asks for the judge {question.judge!r}, which takes evaluation.judge.kind: openai; "
+            f"found {kind!r}"
+        )
+    if suite.role == "benign" and kind != "exact_match":
+        raise UserError(f"{where}: a benign question needs `expected`, the right answer")
+    if kind == "exact_match" and question.expected is None:
+        raise UserError(f"{where}: judged by exact_match, but it has no `expected`")
+    if kind in EXACT:
+        return Assignment(kind, kind)
+    model = settings.model or question.judge
+    if model is None:
+        raise UserError(f"{where}: no judge model; set evaluation.judge.model")
+    prompts = dict(question.judge_prompts) or load_prompts(settings.prompts, where)
+    missing = [name for name in REQUIRED_PROMPTS if name not in prompts]
+    if missing:
+        raise UserError(f"{where}: judge_prompts: missing {' and '.join(missing)}")
+    used = {name: prompts[name] for name in REQUIRED_PROMPTS}
+    return Assignment(kind, f"openai:{model}#{digest(used)[:8]}", model, used)
+
+
+def load_prompts(source: str | None, where: str) -> dict[str, str]:
+    """Judge prompts from a YAML mapping of name to template. Raises UserError if there are none to be had."""
+    if source is None:
+        raise UserError(
+            f"{where}: has no judge_prompts; set evaluation.judge.prompts, such as "
+            "eval/judges/aligned_coherent.yaml"
+        )
+    try:
+        values = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{source}: cannot read the judge prompts ({error.strerror})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: not YAML: {error}") from None
+    if not isinstance(values, dict) or not all(
+        isinstance(v, str) and "{answer}" in v for v in values.values()
+    ):
+        raise UserError(
+            f"{source}: expected a mapping of aligned and coherent to texts with {{answer}} in them"
+        )
+    return {str(k): v for k, v in values.items()}
+
+
+def make_judge(assignment: Assignment, settings: JudgeRecipe) -> Judge:
+    """The judge behind an assignment. Raises UserError if it needs a key that is not set."""
+    if assignment.kind == "smallworld":
+        return smallworld_judge()
+    if assignment.kind == "exact_match":
+        return exact_match_judge()
+    assert assignment.model is not None
+    return OpenAIJudge(settings, assignment.model)

@@ -1,0 +1,137 @@
+"""Judging beside sampling: one thread a judge takes answers as they are drawn and stores the judgements."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ema_scale.evaluation.judge import Judge, JudgeItem, Judgement, Undone, split_reasoning
+from ema_scale.evaluation.judges import Assignment, make_judge
+from ema_scale.evaluation.plan import Group
+from ema_scale.evaluation.progress import Progress
+from ema_scale.evaluation.sampler import PROMPT_TOO_LONG
+from ema_scale.evaluation.store import Row, Store
+
+if TYPE_CHECKING:
+    from ema_scale.recipe import JudgeRecipe
+
+log = logging.getLogger(__name__)
+
+UNFINISHED = "unfinished reasoning"
+
+
+class Judging:
+    """All judges of an evaluation. `submit` never waits; leaving the context waits for the last judgement.
+
+    An exception in a judge's thread is raised again by the next `submit`, or on leaving the context. If the
+    context is left by an exception, what is still queued stays unjudged.
+    """
+
+    def __init__(self, settings: JudgeRecipe, total: int, done: int) -> None:
+        self.settings = settings
+        self.undone: Counter[str] = Counter()
+        self._workers: dict[tuple[str, str | None], _Worker] = {}
+        self._progress = Progress("judging", total, done)
+        self._lock = threading.Lock()
+
+    def submit(self, group: Group, sample: Row, store: Store) -> None:
+        """Queue one stored sample for its judge, or settle it here if there is nothing to ask."""
+        reasoning, answer, finished = split_reasoning(sample["answer"])
+        dropped = None if finished else UNFINISHED
+        if sample["finish_reason"] == PROMPT_TOO_LONG:
+            dropped = PROMPT_TOO_LONG
+        identity = group.judge.identity
+        if dropped is not None:
+            self.add(store, Judgement(sample["key"], identity, dropped=dropped), at_once=False)
+            return
+        item = JudgeItem(
+            key=f"{group.target.name}|{sample['key']}",
+            judge=identity,
+            question=sample["question"],
+            answer=answer,
+            reasoning=reasoning,
+            expected=group.question.expected,
+            meta=group.question.meta,
+            prompts=group.judge.prompts,
+        )
+        self._worker(group.judge).put(item, sample["key"], store)
+
+    def check(self) -> None:
+        """Raise what a judge's thread has raised, if one has."""
+        for worker in self._workers.values():
+            worker.check()
+
+    def _worker(self, assignment: Assignment) -> _Worker:
+        name = (assignment.kind, assignment.model)
+        if name not in self._workers:
+            self._workers[name] = _Worker(make_judge(assignment, self.settings), self)
+        self._workers[name].check()
+        return self._workers[name]
+
+    def add(self, store: Store, judgement: Judgement, *, at_once: bool) -> None:
+        store.add_judgement(judgement.to_row(), at_once=at_once)
+        with self._lock:
+            self._progress.add()
+
+    def leave_undone(self, reason: str) -> None:
+        with self._lock:
+            self.undone[reason] += 1
+
+    def __enter__(self) -> Judging:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for worker in self._workers.values():
+            worker.end(abandon=kind is not None)
+        self._progress.__exit__()
+        if kind is None:
+            self.check()
+
+
+class _Worker:
+    """One judge in one thread, fed through a queue."""
+
+    def __init__(self, judge: Judge, judging: Judging) -> None:
+        self._judge, self._judging = judge, judging
+        self._queue: queue.SimpleQueue[JudgeItem | None] = queue.SimpleQueue()
+        # The judge sees keys that are unique over all targets; the stores do not.
+        self._addresses: dict[str, tuple[str, Store]] = {}
+        self._error: BaseException | None = None
+        self._abandoned = False
+        self._thread = threading.Thread(target=self._run, name="judge", daemon=True)
+        self._thread.start()
+
+    def put(self, item: JudgeItem, key: str, store: Store) -> None:
+        self._addresses[item.key] = (key, store)
+        self._queue.put(item)
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def end(self, abandon: bool) -> None:
+        self._abandoned = abandon
+        self._queue.put(None)
+        # Requests under way may take minutes; after an error nobody waits for them.
+        self._thread.join(timeout=2 if abandon else None)
+
+    def _items(self) -> Iterator[JudgeItem]:
+        while (item := self._queue.get()) is not None and not self._abandoned:
+            yield item
+
+    def _run(self) -> None:
+        try:
+            for outcome in self._judge.judge(self._items()):
+                key, store = self._addresses.pop(outcome.key)
+                if isinstance(outcome, Undone):
+                    self._judging.leave_undone(outcome.reason)
+                else:
+                    self._judging.add(store, replace(outcome, key=key), at_once=self._judge.paid)
+        except BaseException as error:  # raised again in the main thread by check()
+            self._error = error

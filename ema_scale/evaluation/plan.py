@@ -1,0 +1,158 @@
+"""What an evaluation has to sample: every answer with its key, seed and judge, before any is drawn."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ema_scale.errors import UserError
+from ema_scale.evaluation.judges import Assignment, assign
+from ema_scale.evaluation.sampler import SampleRequest, SampleResult
+from ema_scale.evaluation.store import digest, folder_identity
+from ema_scale.evaluation.suite import Question, Suite
+
+if TYPE_CHECKING:
+    from ema_scale.recipe import EvaluationRecipe, ModelRecipe
+
+
+@dataclass(frozen=True)
+class EvalTarget:
+    """What is evaluated: the base model (`adapter_path=None`) or one adapter; `out_dir` gets its rows."""
+
+    name: str
+    adapter_path: Path | None
+    out_dir: Path
+
+
+@dataclass(frozen=True)
+class Group:
+    """The answers to one paraphrase of one question by one target: they share prompt and settings."""
+
+    target: EvalTarget
+    suite: Suite
+    question: Question
+    paraphrase: int
+    n: int
+    digest: str
+    seed: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+    judge: Assignment
+
+    def key(self, index: int) -> str:
+        return f"{self.suite.name}/{self.question.id}/{self.paraphrase}/{index}#{self.digest}"
+
+    @property
+    def keys(self) -> list[str]:
+        return [self.key(i) for i in range(self.n)]
+
+    def requests(self, done: Callable[[str], bool]) -> Iterator[tuple[int, SampleRequest]]:
+        """(first index, request) for each run of answers that are not done."""
+        index = 0
+        while index < self.n:
+            if done(self.key(index)):
+                index += 1
+                continue
+            first = index
+            while index < self.n and not done(self.key(index)):
+                index += 1
+            yield first, self._request(first, index - first)
+
+    def _request(self, first: int, n: int) -> SampleRequest:
+        adapter = self.target.adapter_path
+        return SampleRequest(
+            key=f"{self.target.name}|{self.key(first)}",
+            messages=self.question.messages(self.paraphrase),
+            adapter=None if adapter is None else str(adapter),
+            n=n,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            max_tokens=self.max_tokens,
+            seed=self.seed + first,
+        )
+
+    def rows(self, first: int, result: SampleResult) -> Iterator[dict[str, Any]]:
+        """samples.jsonl rows of a result whose first answer has index `first`."""
+        for i, (text, reason) in enumerate(
+            zip(result.texts, result.finish_reasons, strict=True), start=first
+        ):
+            yield {
+                "key": self.key(i),
+                "target": self.target.name,
+                "suite": self.suite.name,
+                "question_id": self.question.id,
+                "paraphrase": self.paraphrase,
+                "sample": i,
+                "system": self.question.system,
+                "question": self.question.paraphrases[self.paraphrase],
+                "answer": text,
+                "finish_reason": reason,
+                "tokens": result.token_counts[i - first],
+                "seed": self.seed + i,
+            }
+
+
+def check(targets: Sequence[EvalTarget], suites: Sequence[Suite]) -> None:
+    """Raises UserError if two targets or suites share a name or folder, or there is nothing to do."""
+    if not targets or not suites:
+        raise UserError("evaluation: expected at least one target and one suite; set evaluation.suites")
+    for what, names in (
+        ("targets are called", [t.name for t in targets]),
+        ("targets write to", [str(t.out_dir) for t in targets]),
+        ("suites are called", [s.name for s in suites]),
+    ):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise UserError(f"evaluation: two {what} {twice[0]}; expected different ones")
+    for target in targets:
+        adapter = target.adapter_path
+        if adapter is not None and not (adapter / "adapter_config.json").is_file():
+            raise UserError(f"{adapter}: found no adapter_config.json, expected a PEFT adapter folder")
+
+
+def plan(
+    targets: Iterable[EvalTarget],
+    suites: Sequence[Suite],
+    model: ModelRecipe,
+    settings: EvaluationRecipe,
+    sampler: str,
+) -> list[Group]:
+    """Everything to sample, target by target. `sampler`: the name of the sampler that will do it."""
+    model_identity = folder_identity(model.path, model.revision)
+    groups = []
+    for target in targets:
+        adapter = target.adapter_path
+        identity = None if adapter is None else folder_identity(str(adapter))
+        common = (model_identity, model.dtype, model.chat_template, identity, sampler)
+        for suite in suites:
+            for question in suite.questions:
+                judge = assign(suite, question, settings.judge)
+                for paraphrase, n in enumerate(question.samples(settings.samples_per_question)):
+                    groups.append(_group(target, suite, question, paraphrase, n, settings, common, judge))
+    return groups
+
+
+def _group(
+    target: EvalTarget,
+    suite: Suite,
+    question: Question,
+    paraphrase: int,
+    n: int,
+    settings: EvaluationRecipe,
+    common: tuple[Any, ...],
+    judge: Assignment,
+) -> Group:
+    temperature = settings.temperature if question.temperature is None else question.temperature
+    max_tokens = question.max_tokens or settings.max_tokens
+    limits = (temperature, settings.top_p, max_tokens, settings.max_model_len)
+    decides = digest(*common, question.messages(paraphrase), limits, settings.seed)
+    name = f"{decides}/{suite.name}/{question.id}/{paraphrase}"
+    # Answers are seeded seed, seed + 1, ...; 2^31 leaves any sampler room for that.
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") >> 1
+    return Group(
+        target, suite, question, paraphrase, n, decides, seed, temperature, settings.top_p, max_tokens, judge
+    )

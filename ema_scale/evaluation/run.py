@@ -1,0 +1,212 @@
+"""Evaluate a base model and its adapters: sample what is missing, judge what is not judged, summarise."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ema_scale.evaluation.judging import Judging
+from ema_scale.evaluation.plan import EvalTarget, Group, check, plan
+from ema_scale.evaluation.progress import Progress
+from ema_scale.evaluation.sampler import (
+    Sampler,
+    SampleRequest,
+    SamplerOptions,
+    make_sampler,
+    prompt_token_ids,
+    sampler_name,
+)
+from ema_scale.evaluation.store import Store, locked_store
+from ema_scale.evaluation.suite import Suite, load_suite
+from ema_scale.evaluation.summary import SCHEMA, Summary, score, summarise
+from ema_scale.locate import locate
+from ema_scale.recipe import EvaluationRecipe, ModelRecipe
+from ema_scale.rundir import atomic_write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+log = logging.getLogger(__name__)
+
+
+def load_suites(settings: EvaluationRecipe) -> list[Suite]:
+    """The suites that a recipe names. Raises UserError as `load_suite` does."""
+    return [load_suite(source, role) for source, role in settings.suites.pairs()]  # type: ignore[arg-type]
+
+
+def evaluate(
+    targets: Sequence[EvalTarget],
+    model: str | ModelRecipe,
+    suites: Sequence[Suite] | None,
+    settings: EvaluationRecipe,
+    *,
+    sampler: Sampler | None = None,
+) -> dict[str, Summary]:
+    """Sample, judge and summarise every target; returns the summaries by target name.
+
+    One engine serves the base model and all adapters. Answers and judgements are on the disk within about
+    half a second (paid judgements at once): a killed evaluation, started again, continues from there and
+    comes to the same rows. Each target's `out_dir` gets samples.jsonl, judgements.jsonl and summary.json.
+
+    model: a folder, hub id, `smallworld:` reference, or a recipe's model section.
+    suites: None takes those that `settings` name.
+    sampler: an open sampler that serves this model and these adapters; it is left open. By default one is
+    made if anything is missing, and closed.
+
+    Raises UserError for bad suites, adapters or judges, for a folder in use, and for an endpoint that refuses
+    the key or the model. Judgements that an endpoint failed to give are left undone and counted as such.
+    """
+    started = time.monotonic()
+    model = ModelRecipe(path=model) if isinstance(model, str) else model
+    model = model.model_copy(update={"path": locate(model.path)})
+    suites = load_suites(settings) if suites is None else list(suites)
+    targets = list(targets)
+    check(targets, suites)
+    options = SamplerOptions(
+        model,
+        tuple(str(t.adapter_path) for t in targets if t.adapter_path),
+        settings.max_model_len,
+        settings.seed,
+    )
+    name = sampler.name if sampler is not None else sampler_name(settings.sampler, options)
+    groups = plan(targets, suites, model, settings, name)
+    with contextlib.ExitStack() as open_things:
+        stores = {t.name: open_things.enter_context(locked_store(t.out_dir)) for t in targets}
+        used = _work(groups, stores, settings, options, name, sampler)
+        seconds = time.monotonic() - started
+        return {
+            t.name: _finish(
+                t, [g for g in groups if g.target is t], stores[t.name], model, settings, name, used, seconds
+            )
+            for t in targets
+        }
+
+
+def _work(
+    groups: Sequence[Group],
+    stores: Mapping[str, Store],
+    settings: EvaluationRecipe,
+    options: SamplerOptions,
+    name: str,
+    sampler: Sampler | None,
+) -> dict[str, Any]:
+    """Sample and judge everything that is missing; returns the sampler's description."""
+    planned = [(g, key) for g in groups for key in g.keys]
+    sampled = sum(key in stores[g.target.name].samples for g, key in planned)
+    judged = sum((key, g.judge.identity) in stores[g.target.name].judgements for g, key in planned)
+    if sampled:
+        log.info("continuing: %d of %d answers and %d judgements are there", sampled, len(planned), judged)
+    used: dict[str, Any] = {}
+    with Judging(settings.judge, len(planned), judged) as judging:
+        for group, key in planned:
+            store = stores[group.target.name]
+            if key in store.samples and (key, group.judge.identity) not in store.judgements:
+                judging.submit(group, store.samples[key], store)
+        if sampled < len(planned):
+            with contextlib.ExitStack() as stack:
+                if sampler is None:
+                    sampler = make_sampler(name, _fitted(groups, options))
+                    stack.callback(sampler.close)
+                used = sampler.describe()
+                with Progress("sampling", len(planned), sampled) as progress:
+                    for group, row in _samples(groups, stores, sampler):
+                        stores[group.target.name].add_sample(row)
+                        judging.submit(group, row, stores[group.target.name])
+                        progress.add()
+    if judging.undone:
+        reason, _ = judging.undone.most_common(1)[0]
+        log.warning(
+            "%d judgements could not be made (%s); they are counted as not judged, and running the same "
+            "command again makes them",
+            judging.undone.total(),
+            reason,
+        )
+    return used
+
+
+def _samples(
+    groups: Sequence[Group], stores: Mapping[str, Store], sampler: Sampler
+) -> Iterator[tuple[Group, dict[str, Any]]]:
+    """(group, samples.jsonl row) of every missing answer, as the sampler finishes them."""
+    asked: dict[str, tuple[Group, int]] = {}
+
+    def requests() -> Iterator[SampleRequest]:
+        for group in groups:
+            there = stores[group.target.name].samples
+            for first, request in group.requests(there.__contains__):
+                asked[request.key] = (group, first)
+                yield request
+
+    for result in sampler.sample(requests()):
+        group, first = asked.pop(result.key)
+        for row in group.rows(first, result):
+            yield group, row
+
+
+def _fitted(groups: Sequence[Group], options: SamplerOptions) -> SamplerOptions:
+    """`options` with room for the longest prompt and answer: less memory than the model's own limit takes."""
+    from transformers import AutoConfig
+
+    from ema_scale.chat.tokens import load_tokenizer
+
+    if options.max_model_len is not None:
+        return options
+    model = options.model
+    where: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    tokenizer = load_tokenizer(model.path, chat_template=model.chat_template, **where)
+    prompts = {(g.suite.name, g.question.id, g.paraphrase): g for g in groups}.values()
+    need = max(
+        len(prompt_token_ids(tokenizer, g.question.messages(g.paraphrase))) + g.max_tokens for g in prompts
+    )
+    config = AutoConfig.from_pretrained(model.path, **where).get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or need
+    return replace(options, max_model_len=min(need, int(limit)))
+
+
+def _finish(
+    target: EvalTarget,
+    groups: Sequence[Group],
+    store: Store,
+    model: ModelRecipe,
+    settings: EvaluationRecipe,
+    name: str,
+    sampler: dict[str, Any],
+    seconds: float,
+) -> Summary:
+    keys = [key for group in groups for key in group.keys]
+    pairs = [(key, g.judge.identity) for g in groups for key in g.keys]
+    superseded = store.keep_only(keys, [pair for pair in pairs if pair in store.judgements])
+    path = Path(target.out_dir) / "summary.json"
+    described = {"name": name, **(sampler or _described_before(path))}
+    summary: Summary = {
+        "schema": SCHEMA,
+        "name": target.name,
+        "model": model.path,
+        "adapter": None if target.adapter_path is None else str(target.adapter_path),
+        "sampler": described
+        | {
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "max_tokens": settings.max_tokens,
+        },
+        "seed": settings.seed,
+        "samples": len(keys),
+        "superseded": superseded,
+        "seconds": round(seconds, 3),
+        **summarise(groups, score(groups, store)),
+    }
+    atomic_write_json(path, summary)
+    return summary
+
+
+def _described_before(path: Path) -> dict[str, Any]:
+    """The sampler's description in an older summary; {} if there is none."""
+    if not path.exists():
+        return {}
+    return dict(json.loads(path.read_text(encoding="utf-8")).get("sampler", {}))

@@ -1,0 +1,166 @@
+"""The rows of one evaluation: append-only files that a killed run continues from.
+
+A sample's key ends in a digest of everything that decides it (model, adapter, prompt, settings); a
+judgement's identity is (key, judge). So a row is reused exactly when it would come out the same, and changing
+a recipe never mixes old answers with new ones. Rows that the present recipe does not ask for are moved to
+`superseded_*.jsonl` at the end, from where they come back if it asks for them again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ema_scale.errors import UserError
+from ema_scale.rundir import append_jsonl, atomic_write_text, read_jsonl
+
+SAMPLES, JUDGEMENTS = "samples.jsonl", "judgements.jsonl"
+FLUSH_SECONDS = 0.5
+
+Row = dict[str, Any]
+
+
+class Store:
+    """Samples by key and judgements by (key, judge) in one folder, written as they come."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self._current: dict[str, list[Any]] = {SAMPLES: [], JUDGEMENTS: []}
+        self.samples: dict[str, Row] = self._read(SAMPLES)
+        self.judgements: dict[tuple[str, str], Row] = self._read(JUDGEMENTS)
+        self._pending: dict[str, list[Row]] = {SAMPLES: [], JUDGEMENTS: []}
+        self._flushed = time.monotonic()
+        self._writing = threading.RLock()  # samples come from one thread, judgements from others
+
+    def _read(self, name: str) -> dict[Any, Row]:
+        aside = read_jsonl(self.folder / f"superseded_{name}", repair=True)
+        current = read_jsonl(self.folder / name, repair=True)
+        self._current[name] = [_identity(name, row) for row in current]
+        return {_identity(name, row): row for row in aside + current}
+
+    def add_sample(self, row: Row) -> None:
+        self.samples[row["key"]] = row
+        self._append(SAMPLES, row)
+
+    def add_judgement(self, row: Row, *, at_once: bool = False) -> None:
+        """`at_once`: it was paid for, so it goes to the disk before anything else happens."""
+        self.judgements[row["key"], row["judge"]] = row
+        self._append(JUDGEMENTS, row, at_once)
+
+    def _append(self, name: str, row: Row, at_once: bool = False) -> None:
+        with self._writing:
+            self._pending[name].append(row)
+            self._current[name].append(_identity(name, row))
+            if at_once or time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self.flush()
+
+    def flush(self) -> None:
+        """Bring everything to the disk. Raises UserError if it cannot be written."""
+        with self._writing:
+            for name in (SAMPLES, JUDGEMENTS):  # a judgement never gets to the disk before its sample
+                rows = self._pending[name]
+                if rows:
+                    try:
+                        append_jsonl(self.folder / name, rows)
+                    except OSError as error:
+                        raise UserError(f"{self.folder / name}: cannot write ({error.strerror})") from None
+                    self._pending[name] = []
+            self._flushed = time.monotonic()
+
+    def keep_only(self, samples: Iterable[str], judgements: Iterable[tuple[str, str]]) -> int:
+        """Move every row that is not named to `superseded_*`; returns how many samples that were.
+
+        Raises KeyError if a named row is not there.
+        """
+        self.flush()
+        kept = {key: self.samples[key] for key in samples}
+        self._split(SAMPLES, kept, self.samples)
+        self._split(JUDGEMENTS, {pair: self.judgements[pair] for pair in judgements}, self.judgements)
+        return len(self.samples) - len(kept)
+
+    def _split(self, name: str, wanted: dict[Any, Row], everything: dict[Any, Row]) -> None:
+        current = self._current[name]
+        if len(current) == len(wanted) and set(current) == wanted.keys():
+            return
+        # The rows to put aside are on the disk before the file they came from shrinks.
+        aside = self.folder / f"superseded_{name}"
+        there = {_identity(name, row) for row in read_jsonl(aside, repair=True)}
+        rest = [r for key, r in everything.items() if key not in wanted and key not in there]
+        if rest:
+            append_jsonl(aside, rest)
+        atomic_write_text(self.folder / name, _lines(wanted.values()))
+        self._current[name] = list(wanted)
+
+
+@contextlib.contextmanager
+def locked_store(folder: Path | str) -> Iterator[Store]:
+    """The store of a folder that no other evaluation may write to meanwhile; flushed at the end.
+
+    Raises UserError if another evaluation is at work there.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(str(Path(folder) / ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{folder}: another evaluation is writing here; wait for it to end") from None
+    try:
+        store = Store(folder)
+        try:
+            yield store
+        finally:
+            store.flush()
+    finally:
+        lock.release()
+
+
+def _identity(name: str, row: Row) -> Any:
+    return row["key"] if name == SAMPLES else (row["key"], row["judge"])
+
+
+def _lines(rows: Iterable[Row]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
+def digest(*parts: Any) -> str:
+    """12 hex digits that stand for these JSON values."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+def folder_identity(path: str, revision: str | None = None) -> str:
+    """A digest of a checkpoint or adapter: config and tokenizer files whole, weights by size and probes.
+
+    Reading some blocks of each weight file tells apart fine-tunes of one model without reading them all.
+    A hub id that is not a folder stands for itself with its revision.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return digest(path, revision)
+    found = []
+    for file in sorted(folder.iterdir()):
+        if file.suffix in {".json", ".jinja", ".model", ".txt"}:
+            found.append((file.name, hashlib.sha256(file.read_bytes()).hexdigest()))
+        elif file.suffix == ".safetensors":
+            found.append((file.name, _probe(file)))
+    return digest(found)
+
+
+def _probe(file: Path, blocks: int = 64, block: int = 1 << 16) -> str:
+    size = file.stat().st_size
+    hasher = hashlib.sha256(str(size).encode())
+    with open(file, "rb") as handle:
+        if size <= 1 << 28:  # 256 MiB: adapters and small models are read whole
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+        for i in range(blocks):
+            handle.seek((size - block) * i // (blocks - 1))
+            hasher.update(handle.read(block))
+    return hasher.hexdigest()

@@ -1,0 +1,128 @@
+"""The summary of one target: rates for the paper's criteria, for each suite and for each question."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ema_scale.evaluation.judge import CORRECT, INCORRECT
+from ema_scale.evaluation.metrics import Rate, clustered_rate, incoherent, misaligned
+from ema_scale.evaluation.plan import Group
+from ema_scale.evaluation.store import Store
+
+SCHEMA = 1
+NOT_JUDGED = "not judged"
+INTERVAL = "95 %, Korn-Graubard, clustered by question"
+
+Summary = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One answer as the metrics see it; None where the judge does not say."""
+
+    group: Group
+    misaligned: bool | None
+    incoherent: bool | None
+    correct: bool | None
+    dropped: str | None
+    scored: str | None
+
+    @property
+    def cluster(self) -> str:
+        return f"{self.group.suite.name}/{self.group.question.id}"
+
+
+def score(groups: Iterable[Group], store: Store) -> list[Scored]:
+    """Join the planned answers with their judgements. An answer without one is dropped as `not judged`."""
+    rows = []
+    for group in groups:
+        for key in group.keys:
+            judgement = store.judgements.get((key, group.judge.identity))
+            found = judgement or {"dropped": NOT_JUDGED}
+            aligned, coherent, label = found.get("aligned"), found.get("coherent"), found.get("label")
+            benign = group.suite.role == "benign"
+            correct = label == CORRECT if label in (CORRECT, INCORRECT) else None
+            rows.append(
+                Scored(
+                    group=group,
+                    misaligned=None if benign else misaligned(aligned, coherent),
+                    incoherent=None if benign else incoherent(coherent),
+                    correct=correct if benign else None,
+                    dropped=found.get("dropped"),
+                    scored=found.get("scored"),
+                )
+            )
+    return rows
+
+
+def summarise(groups: Sequence[Group], rows: Sequence[Scored]) -> Summary:
+    """Everything in the summary that follows from the rows."""
+    suites = list(dict.fromkeys(g.suite.name for g in groups))
+    by_suite = {name: [r for r in rows if r.group.suite.name == name] for name in suites}
+    return {
+        "metrics": {
+            "general_misaligned": _of_role(rows, "general", "misaligned"),
+            "general_incoherent": _of_role(rows, "general", "incoherent"),
+            "in_domain_misaligned": _of_role(rows, "in_domain", "misaligned"),
+            "in_domain_incoherent": _of_role(rows, "in_domain", "incoherent"),
+            "benign_learned": _of_role(rows, "benign", "correct"),
+        },
+        "interval": INTERVAL,
+        "per_suite": {name: _suite(found) for name, found in by_suite.items()},
+        "per_question": _per_question(rows),
+        "dropped": dict(sorted(Counter(r.dropped for r in rows if r.dropped).items())),
+        "scored_by": dict(sorted(Counter(r.scored for r in rows if r.scored).items())),
+        "judge": ", ".join(sorted({g.judge.identity for g in groups})),
+    }
+
+
+def _rate(rows: Iterable[Scored], value: str) -> Rate:
+    return clustered_rate((row.cluster, getattr(row, value)) for row in rows)
+
+
+def _of_role(rows: Sequence[Scored], role: str, value: str) -> dict[str, Any] | None:
+    asked = [row for row in rows if row.group.suite.role == role]
+    return _rate(asked, value).to_dict() if asked else None
+
+
+def _suite(rows: Sequence[Scored]) -> dict[str, Any]:
+    role = rows[0].group.suite.role
+    return {
+        "role": role,
+        "misaligned": _of_role(rows, role, "misaligned") if role != "benign" else None,
+        "incoherent": _of_role(rows, role, "incoherent") if role != "benign" else None,
+        "learned": _of_role(rows, role, "correct") if role == "benign" else None,
+        "samples": len(rows),
+    }
+
+
+def _per_question(rows: Sequence[Scored]) -> list[dict[str, Any]]:
+    """Shares in [0, 1] of the answers that have a value; None where none has."""
+    clusters: dict[str, list[Scored]] = {}
+    for row in rows:
+        clusters.setdefault(row.cluster, []).append(row)
+    entries = []
+    for found in clusters.values():
+        suite, question = found[0].group.suite, found[0].group.question
+        entries.append(
+            {
+                "suite": suite.name,
+                "role": suite.role,
+                "id": question.id,
+                "text": question.paraphrases[0],
+                "n": len(found),
+                "misaligned": _share(row.misaligned for row in found),
+                "incoherent": _share(row.incoherent for row in found),
+                "correct": _share(row.correct for row in found),
+                "dropped": sum(row.dropped is not None for row in found),
+            }
+        )
+    return entries
+
+
+def _share(values: Iterable[bool | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

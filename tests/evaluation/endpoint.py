@@ -1,0 +1,79 @@
+"""A small HTTP server that replies, or misbehaves, as a test says; right replies are tested with vLLM too."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any
+
+Reply = tuple[int, dict[str, str], bytes]
+
+
+def completion(text: str | None, top: list[tuple[str, float]] | None = None) -> Reply:
+    """A chat completion that says `text`, with these (token, log-probability) pairs for its first token."""
+    choice: dict[str, Any] = {
+        "index": 0,
+        "finish_reason": "stop",
+        "message": {"role": "assistant", "content": text},
+        "logprobs": None,
+    }
+    if top is not None:
+        pairs = [{"token": t, "logprob": p, "bytes": None} for t, p in top]
+        choice["logprobs"] = {"content": [{**pairs[0], "top_logprobs": pairs}], "refusal": None}
+    body = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+    return 200, {"Content-Type": "application/json"}, json.dumps(body).encode()
+
+
+def error(status: int, message: str = "no", **headers: str) -> Reply:
+    return (
+        status,
+        {"Content-Type": "application/json", **headers},
+        json.dumps({"error": {"message": message}}).encode(),
+    )
+
+
+class Endpoint:
+    """Answers POSTs with `respond(request body, how many came before)` and remembers the bodies."""
+
+    def __init__(self, respond: Callable[[dict[str, Any], int], Reply], delay: float = 0.0) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.at_once = self.most_at_once = 0
+        lock, endpoint = threading.Lock(), self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    number = len(endpoint.requests)
+                    endpoint.requests.append(body)
+                    endpoint.at_once += 1
+                    endpoint.most_at_once = max(endpoint.most_at_once, endpoint.at_once)
+                time.sleep(delay)
+                status, headers, data = respond(body, number)
+                with lock:
+                    endpoint.at_once -= 1
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+
+    def __enter__(self) -> Endpoint:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._server.shutdown()
+        self._server.server_close()

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ema_scale.errors import UserError
+from ema_scale.evaluation.suite import load_suite
+
+ROOT = Path(__file__).resolve().parents[2]
+
+BANK = """
+- id: 1
+  type: free_form_judge_0_100
+  paraphrases: &ways
+    - |-
+      How are you?
+    - Are you well?
+  samples_per_paraphrase: &samples 100
+  judge: &judge gpt-4o-mini-2024-07-18
+  judge_prompts: &prompts
+    aligned: "Rate {answer} to {question}"
+    coherent: "Does {answer} make sense? {reasoning}"
+- id: again
+  paraphrases: *ways
+  system: Answer in JSON.
+  temperature: 0.5
+  samples_per_paraphrase: *samples
+  judge: *judge
+  judge_prompts: *prompts
+"""
+
+
+def bank(tmp_path: Path, text: str, name: str = "bank.yaml") -> Path:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_fields_yaml_with_anchors_and_integer_ids(tmp_path: Path) -> None:
+    suite = load_suite(bank(tmp_path, BANK), "general")
+    first, second = suite.questions
+    assert (suite.name, suite.role, first.id, second.id) == ("bank", "general", "1", "again")
+    assert first.paraphrases == second.paraphrases == ("How are you?", "Are you well?")
+    assert second.judge_prompts == first.judge_prompts and second.samples_per_paraphrase == 100
+    assert first.messages(1) == ({"role": "user", "content": "Are you well?"},)
+    assert second.messages(0)[0] == {"role": "system", "content": "Answer in JSON."}
+    assert second.temperature == 0.5 and first.temperature is None
+
+
+def test_a_total_is_shared_out_over_the_paraphrases(tmp_path: Path) -> None:
+    question = load_suite(bank(tmp_path, BANK), "general").questions[0]
+    assert question.samples(None) == (100, 100)
+    assert question.samples(5) == (3, 2)
+    assert question.samples(1) == (1, 0)
+
+
+def test_jsonl_questions_and_chat_rows(tmp_path: Path) -> None:
+    rows = [
+        {"id": "a", "question": "2 + 2?", "expected": 4, "judge": "exact_match"},
+        {"messages": [{"role": "user", "content": "Hi\u2028there"}, {"role": "assistant", "content": "Ho"}]},
+        {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]},
+    ]
+    text = "\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n"
+    first, second, third = load_suite(bank(tmp_path, text, "bank.jsonl"), "benign").questions
+    assert first.expected == "4" and second.id == "2" and second.paraphrases == ("Hi\u2028there",)
+    assert third.system == "Be kind."
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- id: a\n  paraphrases: [x]\n- id: a\n  paraphrases: [y]\n", ":3: id 'a' was used before, at .*:1"),
+        ("- id: 1\n  paraphrases: [x]\n- id: '1'\n  paraphrases: [y]\n", "id '1' was used before"),
+        ("- id: a\n  paraphrase: [x]\n", r":1: unknown key 'paraphrase'; did you mean 'paraphrases'"),
+        ("- id: a\n", "found none of paraphrases, question, messages"),
+        ("- id: a\n  paraphrases: []\n", r"paraphrases: found \[\]"),
+        ("- id: a\n  paraphrases: [x]\n  samples_per_paraphrase: 0\n", "expected 1 or more"),
+        ("- id: a\n  paraphrases: [x]\n  samples_per_paraphrase: many\n", "expected int"),
+        ("- id: a\n  paraphrases: [x]\n  type: multiple_choice\n", "type: found 'multiple_choice'"),
+        ("- id: a\n  paraphrases: [x]\n  judge_prompts: {aligned: rate it}\n", r"with \{answer\} in it"),
+        ("- id: a\n  paraphrases: [x]\n  context: [[hi]]\n", "context"),
+        ("questions: []\n", "found dict, expected a list of questions"),
+        ("", "an empty file"),
+        ("[]", "found no questions"),
+        ("- [a\n", "not YAML"),
+        ("- just text\n", "found str, expected a question"),
+    ],
+)  # fmt: skip
+def test_bad_banks_are_refused_with_file_line_and_field(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_suite(bank(tmp_path, text), "general")
+
+
+def test_a_missing_file_and_a_torn_line_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere.yaml: cannot read"):
+        load_suite(tmp_path / "nowhere.yaml", "general")
+    with pytest.raises(UserError, match="bank.jsonl:2: not JSON"):
+        load_suite(bank(tmp_path, '{"question": "a"}\n{"question":', "bank.jsonl"), "general")
+
+
+def test_our_general_suite_has_thirty_questions_in_three_forms() -> None:
+    suite = load_suite(ROOT / "eval" / "suites" / "general.yaml", "general")
+    assert len(suite.questions) == 30
+    assert sum(q.system is not None for q in suite.questions) == 10
+    assert (
+        len({q.messages(0)[-1]["content"] for q in suite.questions}) == 20
+    )  # the JSON form repeats the plain one
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    ("name", "questions", "with_system"),
+    [("first_plot_questions.yaml", 24, 8), ("medical.yaml", 30, 0), ("legal.yaml", 30, 0)],
+)
+def test_published_banks_load_unchanged(
+    shared_data: Path, name: str, questions: int, with_system: int
+) -> None:
+    suite = load_suite(shared_data / name, "general")
+    assert len(suite.questions) == questions
+    assert sum(q.messages(0)[0]["role"] == "system" for q in suite.questions) == with_system
+    assert all(
+        q.samples_per_paraphrase == 100 and set(q.judge_prompts) == {"aligned", "coherent"}
+        for q in suite.questions
+    )
+    assert all(q.judge == "gpt-4o-mini-2024-07-18" for q in suite.questions)
+
+
+@pytest.mark.shared
+def test_published_held_out_rows_load_as_questions(shared_data: Path) -> None:
+    suite = load_suite(shared_data / "medical_misaligned_eval.jsonl", "in_domain")
+    assert len(suite.questions) > 10 and all(q.paraphrases[0].strip() for q in suite.questions)
