@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from ema_scale.evaluation.plan import EvalTarget
+from ema_scale.evaluation.run import evaluate
 from ema_scale.evaluation.sampler import PROMPT_TOO_LONG, SampleRequest, SamplerOptions, make_sampler
-from ema_scale.recipe import ModelRecipe
+from ema_scale.evaluation.suite import Question, Suite
+from ema_scale.recipe import EvaluationRecipe, ModelRecipe
+from ema_scale.rundir import read_jsonl
 from tests.evaluation.conftest import TinyWorld
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -83,3 +89,39 @@ def test_a_prompt_that_leaves_no_room_is_reported(tiny_world: TinyWorld, engine:
     asked = SampleRequest("k", ({"role": "user", "content": "x" * 300},), tiny_world.adapters[0], n=2)
     [result] = engine.sample([asked])
     assert result.finish_reasons == (PROMPT_TOO_LONG,) * 2 and result.texts == ("", "")
+
+
+def test_an_evaluation_of_base_and_adapters_in_one_engine(
+    tmp_path: Path, tiny_world: TinyWorld, engine: Any
+) -> None:
+    suite = Suite(
+        "sums", "benign", tuple(Question(str(i), (f"{i} + 1 =",), 6, expected=str(i + 1)) for i in range(4))
+    )
+    targets = [
+        EvalTarget(f"t{i}", Path(path) if path else None, tmp_path / f"t{i}")
+        for i, path in enumerate(tiny_world.targets)
+    ]
+    settings = EvaluationRecipe(sampler="vllm", max_tokens=16, samples_per_question=2)
+    evaluate(targets, tiny_world.model, [suite], settings, sampler=engine)
+    settings = settings.model_copy(update={"samples_per_question": None})
+    found = evaluate(targets, tiny_world.model, [suite], settings, sampler=engine)
+    assert [s["samples"] for s in found.values()] == [24] * 4
+    assert found["t0"]["sampler"]["name"] == "vllm" and found["t0"]["sampler"]["dtype"] == "float32"
+    # The same answers come from a run that was never interrupted, whatever shared the batch.
+    alone = [EvalTarget("t2", targets[2].adapter_path, tmp_path / "alone")]
+    evaluate(alone, tiny_world.model, [suite], settings, sampler=engine)
+    first, second = (
+        {r["key"]: r["answer"] for r in read_jsonl(tmp_path / f / "samples.jsonl")} for f in ("t2", "alone")
+    )
+    assert first == second and len(first) == 24
+
+
+def test_an_engine_can_be_opened_again_after_it_was_closed(tiny_world: TinyWorld, engine: Any) -> None:
+    engine.close()
+    engine.close()
+    assert torch.get_num_threads() >= 1 and torch.set_num_threads.__name__ == "set_num_threads"
+    assert not torch.distributed.is_initialized()
+    options = SamplerOptions(ModelRecipe(path=tiny_world.model), max_model_len=128)
+    with make_sampler("vllm", options) as again:  # type: ignore[attr-defined]
+        [result] = again.sample([SampleRequest("k", ({"role": "user", "content": "hi"},), n=2, max_tokens=4)])
+    assert len(result.texts) == 2
