@@ -65,7 +65,8 @@ def _read_run(path: Path, found: Collection) -> None:
     history = _rows(folder.metrics_path, problems, path.name)
     found.problems += problems
     raw = recipe.get("defenses") or []
-    specs = tuple(d for d in raw if isinstance(d, dict)) if isinstance(raw, list) else ()
+    named = [{"kind": d} if isinstance(d, str) else d for d in raw] if isinstance(raw, list) else []
+    specs = tuple(d for d in named if isinstance(d, dict))
     state = str(status.get("state", "finished" if summary else "not started"))
     if state != "finished":
         why = next((str(status[k]) for k in ("error", "reason", "message") if status.get(k)), "")
@@ -96,6 +97,7 @@ def _read_run(path: Path, found: Collection) -> None:
             recipe=recipe,
             provenance=_json(folder.provenance_path, found.problems, path.name),
             summary=summary,
+            data=_json(folder.data_path, found.problems, path.name),
             eval_dir=folder.eval_dir,
         )
     )

@@ -149,7 +149,7 @@ def _label_ends(figure: Figure, axis: Axes, ends: Sequence[tuple[str, float, flo
         axis.annotate(
             name,
             (x, y),
-            xytext=(right + 0.04 * (right - left), place),
+            xytext=(right + 0.09 * (right - left), place),
             fontsize=8.5,
             va="center",
             color=theme.ink,

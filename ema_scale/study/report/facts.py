@@ -27,6 +27,7 @@ def facts(found: Collection) -> list[tuple[str, list[str]]]:
         ("Runs", [f"{len(evaluated)} evaluated of {found.asked} asked for"]),
         ("Samples", [_samples(every)] if every else []),
         ("Left out of the rates", dropped(every) if every else []),
+        ("Training rows left out", training_drops(runs)),
         ("Judge", _unique(_plain(run.summary.get("judge")) for run in every)),
         ("Sampler", _unique(_plain(run.summary.get("sampler")) for run in every)),
         ("Versions", _unique(_versions(run) for run in runs)),
@@ -44,6 +45,19 @@ def dropped(runs: Sequence[Run]) -> list[str]:
         for reason, count in counts.items() if isinstance(counts, Mapping) else ():
             reasons[str(reason)] += int(count) if isinstance(count, (int, float)) else 0
     return [f"{reason}: {count:,}" for reason, count in reasons.most_common() if count] or ["no row"]
+
+
+def training_drops(runs: Sequence[Run]) -> list[str]:
+    """Training rows that a run left out, by run; data.json counts or lists them under `dropped`."""
+    lines = []
+    for run in runs:
+        value = run.data.get("dropped")
+        count = len(value) if isinstance(value, (list, dict)) else value
+        if isinstance(value, dict) and all(isinstance(v, int) for v in value.values()):
+            count = sum(value.values())
+        if isinstance(count, int) and count:
+            lines.append(f"{run.name}: {count:,}")
+    return lines
 
 
 def differing(recipes: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -21,14 +21,17 @@ _PANELS = (
 )
 
 
-def headline(groups: Sequence[Group], theme: Theme) -> Figure:
+def headline(groups: Sequence[Group], theme: Theme, *, stacked: bool = False) -> Figure:
     """Task learned (x) against misalignment outside the domain (y), a mark for each defense, in two panels.
 
-    `groups`: those of one model. The lower right corner is where one wants to be.
+    `groups`: those of one model. `stacked`: one panel above the other, for narrow screens. The lower right
+    corner is where one wants to be.
     """
     # More marks need more room for their names.
-    figure = Figure(figsize=(10.8, min(8.0, 4.6 + 0.14 * len(groups))), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
+    height = min(8.0, 4.6 + 0.14 * len(groups))
+    size = (5.2, 1.7 * height) if stacked else (10.8, height)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(2, 1) if stacked else figure.subplots(1, 2, sharey=True)
     base = next((g for g in groups if g.base), None)
     drawn = [g for g in groups if not g.base]
     tops = [r.high for g in groups if (r := g.metrics.get("general_misaligned"))]
@@ -37,7 +40,8 @@ def headline(groups: Sequence[Group], theme: Theme) -> Figure:
         _percent_axes(axis)
         axis.set(xlim=(-0.03, 1.03), ylim=(-0.02 * top / 0.5, top), title=title, xlabel=what)
         axis.grid(True)
-    axes[0].set_ylabel("misaligned outside the domain")
+    for axis in axes if stacked else axes[:1]:
+        axis.set_ylabel("misaligned outside the domain")
     axes[0].text(
         0.02,
         0.97,

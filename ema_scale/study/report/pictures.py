@@ -6,9 +6,9 @@ import base64
 import io
 import logging
 import re
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
 
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -21,7 +21,6 @@ from ema_scale.study.report.records import Collection
 from ema_scale.study.report.style import DARK, LIGHT, Theme, settings
 from ema_scale.study.report.verdict import percent
 
-_Drawn = TypeVar("_Drawn", bound=Figure | None)
 PNG_DPI = 200
 
 
@@ -38,6 +37,12 @@ class Picture:
     png: bytes
     width: int
     height: int
+    narrow: tuple[str, str] | None = None
+    """(light, dark) for narrow screens, where the wide one would not do"""
+
+    @property
+    def narrow_uris(self) -> tuple[str, str] | None:
+        return (data_uri(self.narrow[0]), data_uri(self.narrow[1])) if self.narrow else None
 
     @property
     def light_uri(self) -> str:
@@ -74,6 +79,9 @@ def pictures(found: Collection, model: str, of_model: Sequence[Group]) -> list[P
     made = []
     for kind, alt, caption, draw in plan:
         picture = _picture(kind + suffix, kind, alt, caption, draw)
+        if picture is not None and kind == "headline":
+            narrow = _picture(kind, kind, alt, caption, lambda t: headline(of_model, t, stacked=True))
+            picture = replace(picture, narrow=(narrow.light, narrow.dark) if narrow else None)
         if picture is not None:
             made.append(picture)
     return made
@@ -127,8 +135,6 @@ def _picture(
 def _draw(
     draw: Callable[[Theme], Figure | None], theme: Theme
 ) -> tuple[str, bytes, tuple[float, float]] | None:
-    import warnings
-
     with matplotlib.rc_context(settings(theme)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = draw(theme)

@@ -1,0 +1,107 @@
+"""Labels, intervals and label placement of the report."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ema_scale.evaluation.metrics import clustered_interval
+from ema_scale.study.report.aggregate import difference, mean_rate
+from ema_scale.study.report.labels import distinct_labels, short_label, spec_key, task_label
+from ema_scale.study.report.place import Box, place_labels, spread
+from ema_scale.study.report.records import Rate
+
+
+@pytest.mark.parametrize(
+    ("specs", "label"),
+    [
+        ([], "No defense"),
+        ([{"kind": "kl", "strength": 0.1}], "KL 0.1"),
+        ([{"kind": "interleaving", "fraction": 0.05, "source": "x"}], "Interleaving 5 %"),
+        (
+            [{"kind": "kl", "strength": 1.0}, {"kind": "interleaving", "fraction": 0.1}],
+            "KL 1 + Interleaving 10 %",
+        ),
+        ([{"kind": "a_plugin", "other": 3}], "A plugin"),
+        ([{"kind": "safelora", "tau": 0.3}], "SafeLoRA 0.3"),
+    ],
+)
+def test_labels(specs: list[dict[str, object]], label: str) -> None:
+    assert short_label(specs) == label
+
+
+def test_labels_that_would_collide_say_what_differs() -> None:
+    one = [{"kind": "kl", "strength": 0.1, "scope": "all", "direction": "policy_reference"}]
+    two = [{"kind": "kl", "strength": 0.1, "scope": "assistant", "direction": "policy_reference"}]
+    labels = distinct_labels([one, two, one])
+    assert labels == {spec_key(one): "KL 0.1 (scope all)", spec_key(two): "KL 0.1 (scope assistant)"}
+
+
+def test_task_labels() -> None:
+    assert task_label("smallworld:train/medical?seed=1&size=base") == "medical"
+    assert task_label("smallworld:safe") == "safe"
+    assert task_label(["/data/bad_legal.jsonl", "org/rows"]) == "bad legal + rows"
+    assert task_label(None) == "unknown task"
+
+
+def test_interval_of_a_mean() -> None:
+    one = Rate(0.2, 0.1, 0.35, 100, 10, 0)
+    assert mean_rate([one]) == one and mean_rate([]) is None
+    pair = mean_rate([one, one])
+    assert pair is not None and (pair.low, pair.high) == pytest.approx((0.1, 0.35)), "seeds add no questions"
+    none = mean_rate([Rate(0.0, 0.0, 0.14, 100, 20, 0)] * 4)
+    assert none is not None and (none.low, none.high) == pytest.approx((0.0, 0.14)), "no hit is not certainty"
+    spread_out = mean_rate([Rate(r, r - 0.01, r + 0.01, 100, 10, 0) for r in (0.2, 0.3, 0.4)])
+    # t(0.975, 2) = 4.303; 4.303 * 0.1 / sqrt(3) = 0.2484, joined with 0.01.
+    assert spread_out is not None and spread_out.high - 0.3 == pytest.approx(0.2486, abs=1e-4)
+
+
+def test_interval_of_a_difference_is_square_and_add() -> None:
+    first, second = Rate(0.5, 0.4, 0.6, 1, 1, 0), Rate(0.2, 0.17, 0.25, 1, 1, 0)
+    change = difference(first, second)
+    assert change.value == pytest.approx(0.3) and change.clear
+    assert change.low == pytest.approx(0.3 - np.hypot(0.1, 0.05))
+    assert change.high == pytest.approx(0.3 + np.hypot(0.1, 0.03))
+    assert not difference(first, first).clear
+
+
+@pytest.mark.parametrize("runs", [3, 6])
+def test_interval_covers_the_truth_when_questions_and_runs_vary(runs: int) -> None:
+    """Fresh questions and runs each time: the 95 % interval covers the population's mean in 93 % or more."""
+    rng = np.random.default_rng(runs)
+    logit = rng.normal(-1, 1.2, (4000, 50)) + rng.normal(0, 1.0, (4000, 1))
+    truth = float((1 / (1 + np.exp(-logit))).mean())
+    covered, repeats, questions, samples = 0, 300, 24, 10
+    for _ in range(repeats):
+        p = 1 / (1 + np.exp(-(rng.normal(-1, 1.2, questions) + rng.normal(0, 1.0, (runs, 1)))))
+        rates = []
+        for hits in rng.binomial(samples, p):
+            low, high = clustered_interval(hits.tolist(), [samples] * questions)
+            rates.append(Rate(float(hits.mean()) / samples, low, high, questions * samples, questions, 0))
+        mean = mean_rate(rates)
+        assert mean is not None
+        covered += mean.low <= truth <= mean.high
+    assert covered / repeats >= 0.93
+
+
+def test_labels_are_placed_apart_and_inside() -> None:
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        marks = [(float(x), float(y)) for x, y in rng.uniform((20, 20), (300, 220), (9, 2))]
+        boxes = [Box(x - 4, y - 4, x + 4, y + 4) for x, y in marks]
+        bounds = Box(0, 0, 340, 240)
+        placed = place_labels(marks, [(62.0, 11.0)] * len(marks), boxes, bounds)
+        assert placed == place_labels(marks, [(62.0, 11.0)] * len(marks), boxes, bounds)
+        for i, one in enumerate(placed):
+            assert one.box.overlap(bounds) == pytest.approx(one.box.area)
+            assert all(one.box.overlap(other.box) == 0 for other in placed[:i])
+
+
+def test_spread_keeps_order_and_distance() -> None:
+    wanted = [1.0, 1.1, 1.05, 5.0, 0.0]
+    got = spread(wanted, 0.5, 0.0, 10.0)
+    assert np.argsort(got).tolist() == np.argsort(wanted).tolist()
+    assert np.diff(sorted(got)).min() >= 0.5 - 1e-9
+    assert got[3] == 5.0 and got[4] == 0.0, "labels with room stay where they are"
+    crowded = spread([1.0] * 30, 0.5, 0.0, 2.0)
+    assert min(crowded) >= 0.0 and max(crowded) <= 2.0 + 1e-9
