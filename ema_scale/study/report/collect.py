@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,10 @@ def collect(run_dirs: Sequence[Path]) -> Collection:
     A folder that does not exist is listed as not started. Raises UserError if none is a run folder.
     """
     found = Collection(asked=len(run_dirs))
-    base_files: dict[Path, dict[str, Any]] = {}
+    run_dirs = [Path(p) for p in run_dirs]
+    base_files = _base_summaries(run_dirs)
     any_run = False
-    for path in map(Path, run_dirs):
-        base_files.update(_base_summaries(path))
+    for path in run_dirs:
         if not path.is_dir():
             found.problems.append(Problem(path.name, "not started", f"no folder at {path}"))
         elif not (path / "recipe.yaml").is_file():
@@ -191,13 +191,16 @@ def _share(value: Any) -> float | None:
     return number if number is not None and 0 <= number <= 1 else None
 
 
-def _base_summaries(path: Path) -> dict[Path, dict[str, Any]]:
-    """Evaluations without an adapter, in the run folder or beside it: recognised by `"adapter": null`."""
-    places: list[Iterable[Path]] = [[path / "eval" / "summary.json"], path.glob("eval/*/summary.json")]
-    places += [path.glob("*/eval/summary.json"), path.parent.glob("*/summary.json")]
-    places += [path.parent.glob("*/eval/summary.json"), path.parent.glob("*/*/eval/summary.json")]
+def _base_summaries(run_dirs: Sequence[Path]) -> dict[Path, dict[str, Any]]:
+    """Evaluations without an adapter, in the run folders or beside them: recognised by `"adapter": null`."""
+    inside = ("eval/summary.json", "eval/*/summary.json", "*/eval/summary.json")
+    beside = ("*/summary.json", "*/eval/summary.json", "*/*/eval/summary.json")
+    files = {file for path in run_dirs for pattern in inside for file in path.glob(pattern)}
+    files |= {
+        file for parent in {p.parent for p in run_dirs} for pattern in beside for file in parent.glob(pattern)
+    }
     found = {}
-    for file in sorted({f for place in places for f in place if f.is_file()}):
+    for file in sorted(files):
         try:
             summary = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
