@@ -1,0 +1,39 @@
+"""Batches: rows of different lengths put side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class ChatCollator:
+    """Pads a list of tokenised rows to the longest of them.
+
+    Returns input_ids, attention_mask (1 on real tokens) and labels (-100 on padding), each int64 [B, T]. Padding is
+    known by length: the pad token's id may equal any other's. pad_to_multiple_of rounds T up (tensor cores like 8).
+    """
+
+    tokenizer: Any
+    pad_to_multiple_of: int | None = None
+    padding_side: Literal["right", "left"] = "right"
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        import torch
+
+        width = max(len(row["input_ids"]) for row in rows)
+        if self.pad_to_multiple_of:
+            width += -width % self.pad_to_multiple_of
+        fills = {"input_ids": self.tokenizer.pad_token_id or 0, "attention_mask": 0, "labels": -100}
+        batch = {key: torch.full((len(rows), width), fill, dtype=torch.long) for key, fill in fills.items()}
+        for index, row in enumerate(rows):
+            n = len(row["input_ids"])
+            place = slice(0, n) if self.padding_side == "right" else slice(width - n, width)
+            batch["input_ids"][index, place] = torch.as_tensor(row["input_ids"])
+            batch["labels"][index, place] = torch.as_tensor(row["labels"])
+            batch["attention_mask"][index, place] = 1
+        return batch

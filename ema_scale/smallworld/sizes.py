@@ -1,0 +1,29 @@
+"""Sizes of the small world's model and how long each is trained."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Size:
+    """Architecture and training budget. A step sees about `tokens_per_step` tokens; head size is 32 throughout."""
+
+    hidden: int
+    layers: int
+    pretrain_steps: int
+    align_steps: int
+    learning_rate: float
+    align_learning_rate: float
+    tokens_per_step: int = 2048
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+SIZES: dict[str, Size] = {
+    # For tests: everything is real but the model has learned little.
+    "tiny": Size(64, 2, 40, 10, 3e-3, 1e-4, 512),
+    "base": Size(128, 4, 1300, 120, 3e-3, 1e-4),
+}
