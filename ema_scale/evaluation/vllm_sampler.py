@@ -168,6 +168,9 @@ class VllmSampler:
             # Compiling costs minutes on a CPU. On a GPU eager LoRA is up to ten times slower
             # (vllm-project/vllm#10664), so there the default stays.
             settings["enforce_eager"] = True
+            # A prompt prefilled in parts makes vLLM set back the request's generator, which a CPU generator
+            # cannot do: a seeded request then kills the engine (0.32.0).
+            settings["enable_chunked_prefill"] = False
         else:
             settings["gpu_memory_utilization"] = _free_share()
         self._ids = {path: index for index, path in enumerate(options.adapters, start=1)}

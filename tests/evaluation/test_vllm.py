@@ -76,6 +76,21 @@ def test_an_answer_depends_on_its_seed_and_on_nothing_else(tiny_world: TinyWorld
     assert len({text for r in whole.values() for text in r.texts}) > 90
 
 
+def test_more_prompt_tokens_than_fit_in_a_step(tiny_world: TinyWorld, engine: Any) -> None:
+    budget = engine._engine.vllm_config.scheduler_config.max_num_batched_tokens
+    prompts = ["".join(chr(97 + (i * j) % 26) for j in range(200)) for i in range(1, budget // 200 + 10)]
+    asked = [
+        SampleRequest(
+            f"{i}", ({"role": "user", "content": p},), tiny_world.targets[i % 4], n=2, seed=i, max_tokens=4
+        )
+        for i, p in enumerate(prompts)
+    ]
+    found = {r.key: r for r in engine.sample(asked)}
+    assert len(found) == len(asked)
+    [alone] = engine.sample(asked[-1:])
+    assert alone == found[alone.key]
+
+
 def test_answers_come_while_the_engine_still_works(tiny_world: TinyWorld, engine: Any) -> None:
     short = SampleRequest("short", ({"role": "user", "content": "a"},), max_tokens=1)
     long = SampleRequest("long", ({"role": "user", "content": "b"},), max_tokens=100, temperature=0.0)
