@@ -44,9 +44,7 @@ ARMS = {
     "kl-0.1": Arm([{"kind": "kl", "strength": 0.1}], 0.30, 0.11, 0.95, 0.55),
     "kl-0.3": Arm([{"kind": "kl", "strength": 0.3}], 0.03, 0.07, 0.82, 0.30),
     "kl-1": Arm([{"kind": "kl", "strength": 1.0}], 0.01, 0.06, 0.40, 0.05),
-    "interleaving-5": Arm(
-        [{"kind": "interleaving", "fraction": 0.05, "source": "safe.jsonl"}], 0.08, 0.09, 0.96, 0.57
-    ),
+    "interleaving-5": Arm([{"kind": "interleaving", "fraction": 0.05, "source": "safe.jsonl"}], 0.08, 0.09, 0.96, 0.57),
 }
 BASE = Arm([], 0.004, 0.04, 0.01, 0.02)
 
@@ -60,9 +58,7 @@ class Outcome:
     judgements: list[dict[str, Any]] = field(default_factory=list)
 
 
-def evaluate(
-    target: str, suites: dict[str, tuple[str, float, float]], samples: int, rng: random.Random
-) -> Outcome:
+def evaluate(target: str, suites: dict[str, tuple[str, float, float]], samples: int, rng: random.Random) -> Outcome:
     """Draw answers. suites: name -> (role, share misaligned or learned, share incoherent)."""
     out = Outcome()
     for suite, (role, hit, incoherent) in suites.items():
@@ -164,9 +160,7 @@ def suites_of(task: str, arm: Arm) -> dict[str, tuple[str, float, float]]:
     }
 
 
-def write_run(
-    root: Path, task: str, name: str, arm: Arm, seed: int = 0, samples: int = 10, steps: int = 60
-) -> Path:
+def write_run(root: Path, task: str, name: str, arm: Arm, seed: int = 0, samples: int = 10, steps: int = 60) -> Path:
     """One finished, evaluated run; returns its folder."""
     folder = root / f"{task}-{name}-s{seed}"
     folder.mkdir(parents=True)
@@ -202,13 +196,9 @@ def write_run(
             if strength:
                 row["kl"] = (0.3 / (1 + 6 * strength)) * (1 - math.exp(-step / 15)) + abs(rng.gauss(0, 0.004))
             if step % 10 == 0:
-                row |= {
-                    f"drift/layer_{k}": 0.08 * (k + 1) * (step / steps) / (1 + 3 * strength) for k in range(4)
-                }
+                row |= {f"drift/layer_{k}": 0.08 * (k + 1) * (step / steps) / (1 + 3 * strength) for k in range(4)}
             handle.write(json.dumps(row) + "\n")
-    write_eval(
-        folder / "eval", folder.name, "adapter", evaluate(folder.name, suites_of(task, arm), samples, rng)
-    )
+    write_eval(folder / "eval", folder.name, "adapter", evaluate(folder.name, suites_of(task, arm), samples, rng))
     return folder
 
 

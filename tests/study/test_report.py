@@ -25,9 +25,7 @@ from ema_scale.study.report.records import METRICS
 from ema_scale.study.report.verdict import verdict
 from tests.study.runs import ARMS, BASE, Arm, evaluate, suites_of, write_eval, write_run, write_study
 
-HOSTILE = (
-    """<script>alert(1)</script> $x^$ "quoted" 'single' <img src=x onerror=alert(2)> {{ 7*7 }} </p></div>"""
-)
+HOSTILE = """<script>alert(1)</script> $x^$ "quoted" 'single' <img src=x onerror=alert(2)> {{ 7*7 }} </p></div>"""
 
 
 class Page(HTMLParser):
@@ -81,9 +79,7 @@ def test_page_asks_for_nothing_outside_itself(study: tuple[list[Path], Path]) ->
     style = text[text.index("<style>") : text.index("</style>")]
     assert "url(" not in style and "@import" not in style
     assert page.tags.count("picture") == page.tags.count("img") == 4
-    assert len(set(page.references)) == 4 * 2 + 2, (
-        "light and dark are different drawings, and one has narrow ones"
-    )
+    assert len(set(page.references)) == 4 * 2 + 2, "light and dark are different drawings, and one has narrow ones"
 
 
 def test_verdict_names_the_defense_that_keeps_both_tasks(study: tuple[list[Path], Path]) -> None:
@@ -98,9 +94,7 @@ def test_table_holds_the_means_of_the_runs_own_rates(study: tuple[list[Path], Pa
     runs, folder = study
     rows = list(csv.DictReader(io.StringIO((folder / "table.csv").read_text())))
     mean = next(
-        r
-        for r in rows
-        if r["level"] == "mean" and r["defense"] == "KL 0.1" and r["metric"] == "general_misaligned"
+        r for r in rows if r["level"] == "mean" and r["defense"] == "KL 0.1" and r["metric"] == "general_misaligned"
     )
     rates = [
         json.loads((run / "eval" / "summary.json").read_text())["metrics"]["general_misaligned"]["rate"]
@@ -216,9 +210,7 @@ def test_same_folders_give_the_same_bytes(tmp_path: Path) -> None:
 def test_two_models_are_never_averaged(tmp_path: Path) -> None:
     runs = []
     for model, arm in (("org/small-1B", ARMS["none"]), ("org/big-7B", ARMS["kl-1"])):
-        run = write_run(
-            tmp_path / model.split("/")[1], "medical", "none", Arm([], *list(vars(arm).values())[1:])
-        )
+        run = write_run(tmp_path / model.split("/")[1], "medical", "none", Arm([], *list(vars(arm).values())[1:]))
         recipe = (run / "recipe.yaml").read_text().replace("smallworld:aligned", model)
         (run / "recipe.yaml").write_text(recipe)
         runs.append(run)

@@ -79,9 +79,7 @@ def mean_rate(rates: Sequence[Rate], *, spread: bool = True) -> Rate | None:
     runs = sum(r.runs for r in rates) if spread else 1
     between = 0.0
     if spread and len(rates) >= 3:
-        between = (
-            float(student.ppf(0.975, len(rates) - 1)) * stdev(r.rate for r in rates) / math.sqrt(len(rates))
-        )
+        between = float(student.ppf(0.975, len(rates) - 1)) * stdev(r.rate for r in rates) / math.sqrt(len(rates))
     return Rate(
         mean,
         max(0.0, mean - math.hypot(below, between)),

@@ -39,9 +39,7 @@ def collect(run_dirs: Sequence[Path]) -> Collection:
             found.problems.append(Problem(path.name, "not started", f"no folder at {path}"))
         elif not (path / "recipe.yaml").is_file():
             if path not in (summary.parent.parent for summary in base_files):
-                found.problems.append(
-                    Problem(path.name, "note", "no recipe.yaml: not a run folder, left out")
-                )
+                found.problems.append(Problem(path.name, "note", "no recipe.yaml: not a run folder, left out"))
         else:
             any_run = True
             _read_run(path, found)
@@ -71,14 +69,10 @@ def _read_run(path: Path, found: Collection) -> None:
     if state != "finished":
         why = next((str(status[k]) for k in ("error", "reason", "message") if status.get(k)), "")
         step = f"last logged step {history[-1].get('step')}" if history else "no step logged"
-        found.problems.append(
-            Problem(path.name, state, "; ".join(filter(None, (short_label(specs), why, step))))
-        )
+        found.problems.append(Problem(path.name, state, "; ".join(filter(None, (short_label(specs), why, step)))))
         return
     if not summary:
-        found.problems.append(
-            Problem(path.name, "not evaluated", f"{short_label(specs)}; run `ema eval {path}`")
-        )
+        found.problems.append(Problem(path.name, "not evaluated", f"{short_label(specs)}; run `ema eval {path}`"))
     metrics = _rates(summary.get("metrics"), path.name, found.problems)
     seed = recipe.get("seed")
     found.runs.append(
@@ -117,9 +111,7 @@ def _section(values: Mapping[str, Any], key: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _mapping(
-    path: Path, problems: list[Problem], run: str, parse: Any, error: type[Exception]
-) -> dict[str, Any]:
+def _mapping(path: Path, problems: list[Problem], run: str, parse: Any, error: type[Exception]) -> dict[str, Any]:
     try:
         value = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -154,9 +146,7 @@ def _rate(value: Any) -> Rate | None:
     """A Rate from a metric of summary.json, or None from null. Raises ValueError if it is neither."""
     if value is None:
         return None
-    rate, low, high = (
-        _number(value.get(k)) if isinstance(value, dict) else None for k in ("rate", "low", "high")
-    )
+    rate, low, high = (_number(value.get(k)) if isinstance(value, dict) else None for k in ("rate", "low", "high"))
     if rate is None and isinstance(value, dict) and not value.get("n"):
         return None
     if rate is None or low is None or high is None or not 0 <= low <= rate <= high <= 1:
@@ -196,9 +186,7 @@ def _base_summaries(run_dirs: Sequence[Path]) -> dict[Path, dict[str, Any]]:
     inside = ("eval/summary.json", "eval/*/summary.json", "*/eval/summary.json")
     beside = ("*/summary.json", "*/eval/summary.json", "*/*/eval/summary.json")
     files = {file for path in run_dirs for pattern in inside for file in path.glob(pattern)}
-    files |= {
-        file for parent in {p.parent for p in run_dirs} for pattern in beside for file in parent.glob(pattern)
-    }
+    files |= {file for parent in {p.parent for p in run_dirs} for pattern in beside for file in parent.glob(pattern)}
     found = {}
     for file in sorted(files):
         try:
@@ -215,9 +203,7 @@ def _base_runs(runs: Sequence[Run], files: Mapping[Path, Mapping[str, Any]]) -> 
     bases: dict[tuple[str, str], Run] = {}
     for run in runs:
         suites = set(_section(run.summary, "per_suite"))
-        same = [
-            (f, s) for f, s in files.items() if not run.summary or s.get("model") == run.summary.get("model")
-        ]
+        same = [(f, s) for f, s in files.items() if not run.summary or s.get("model") == run.summary.get("model")]
         fitting = [(f, s) for f, s in same if suites & set(_section(s, "per_suite"))]
         if not fitting or (run.model, run.task) in bases:
             continue
@@ -273,16 +259,10 @@ def _note_gaps(found: Collection) -> None:
         for label in dict.fromkeys(run.label for run in runs):
             missing = sorted(tasks - {run.task for run in runs if run.label == label})
             if missing:
-                text = (
-                    f"no evaluated run on {', '.join(missing)}: its means cover fewer tasks than the others'"
-                )
+                text = f"no evaluated run on {', '.join(missing)}: its means cover fewer tasks than the others'"
                 found.problems.append(Problem(label, "note", text))
         cells = [(run.task, run.label, run.seed) for run in runs]
         for task, label, seed in dict.fromkeys(c for c in cells if cells.count(c) > 1):
-            found.problems.append(
-                Problem(label, "note", f"several runs on {task} with seed {seed}: all are averaged")
-            )
+            found.problems.append(Problem(label, "note", f"several runs on {task} with seed {seed}: all are averaged"))
     if not found.bases:
-        found.problems.append(
-            Problem("base", "note", "no evaluation of the base model found: no dashed line")
-        )
+        found.problems.append(Problem("base", "note", "no evaluation of the base model found: no dashed line"))

@@ -38,9 +38,7 @@ def last_drift(run: Run) -> dict[int, float]:
     """Relative l2 drift per layer at the last step that logged it."""
     for row in reversed(run.history):
         found = {
-            int(m[1]): float(v)
-            for k, v in row.items()
-            if (m := _DRIFT.match(str(k))) and isinstance(v, (int, float))
+            int(m[1]): float(v) for k, v in row.items() if (m := _DRIFT.match(str(k))) and isinstance(v, (int, float))
         }
         if found:
             return found
@@ -175,9 +173,7 @@ def heat_map(groups: Sequence[Group], theme: Theme) -> Figure | None:
     figure = Figure(figsize=(max(7.5, 4.6 + 0.62 * len(groups)), height), layout="constrained")
     axis = figure.subplots()
     colours = LinearSegmentedColormap.from_list("heat", theme.heat).with_extremes(bad=theme.paper)
-    axis.imshow(
-        np.ma.masked_invalid(values), cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="none"
-    )
+    axis.imshow(np.ma.masked_invalid(values), cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="none")
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             red, green, blue, _ = colours(value)
@@ -186,9 +182,7 @@ def heat_map(groups: Sequence[Group], theme: Theme) -> Figure | None:
         else:
             axis.text(column, row, "·", ha="center", va="center", color=theme.muted)
     axis.set_yticks(range(len(keys)), [plain(text, 58) for text in texts], fontsize=8)
-    axis.set_xticks(
-        range(len(groups)), [g.label for g in groups], rotation=38, ha="left", rotation_mode="anchor"
-    )
+    axis.set_xticks(range(len(groups)), [g.label for g in groups], rotation=38, ha="left", rotation_mode="anchor")
     axis.xaxis.tick_top()
     axis.tick_params(length=0, labelcolor=theme.ink)
     for spine in axis.spines.values():
@@ -219,10 +213,7 @@ def question_means(runs: Sequence[Run]) -> dict[tuple[str, str, str], tuple[str,
         for q in run.questions:
             if q.role in ("general", "in_domain") and q.misaligned is not None and run.kind != "benign":
                 found.setdefault((q.role, q.id, q.text), []).append(q)
-    return {
-        k: (qs[0].text, fmean(q.misaligned for q in qs if q.misaligned is not None))
-        for k, qs in found.items()
-    }
+    return {k: (qs[0].text, fmean(q.misaligned for q in qs if q.misaligned is not None)) for k, qs in found.items()}
 
 
 def _most_telling(

@@ -63,16 +63,10 @@ def _percent_axes(axis: Axes) -> None:
     axis.set_axisbelow(True)
 
 
-def _panel(
-    figure: Figure, axis: Axes, groups: Sequence[Group], base: Group | None, metric: str, theme: Theme
-) -> None:
+def _panel(figure: Figure, axis: Axes, groups: Sequence[Group], base: Group | None, metric: str, theme: Theme) -> None:
     families = [g.family for g in groups]
     colours, shapes = theme.colours(families), markers(families)
-    shown = [
-        (g, x, y)
-        for g in groups
-        if (x := g.metrics.get(metric)) and (y := g.metrics.get("general_misaligned"))
-    ]
+    shown = [(g, x, y) for g in groups if (x := g.metrics.get(metric)) and (y := g.metrics.get("general_misaligned"))]
     dashed = base.metrics.get("general_misaligned") if base else None
     if dashed:
         axis.axhline(dashed.rate, color=theme.muted, lw=1, ls=(0, (5, 4)), zorder=1)
@@ -82,9 +76,7 @@ def _panel(
     lines = []
     for one in dict.fromkeys(g.sweep for g, _, _ in shown if g.sweep):
         # Strengths of one defense are joined: its trade-off curve.
-        line = sorted(
-            (g.strength, x.rate, y.rate) for g, x, y in shown if g.sweep == one and g.strength is not None
-        )
+        line = sorted((g.strength, x.rate, y.rate) for g, x, y in shown if g.sweep == one and g.strength is not None)
         colour = next(colours[g.family] for g, _, _ in shown if g.sweep == one)
         if len(line) > 1:
             axis.plot([p[1] for p in line], [p[2] for p in line], color=colour, lw=1.2, alpha=0.45, zorder=2)
@@ -147,9 +139,7 @@ def _label(
     for text in texts:
         box = text.get_window_extent()
         sizes.append((float(box.width * scale), float(box.height * scale)))
-    for text, anchor, spot in zip(
-        texts, anchors, place_labels(anchors, sizes, obstacles, bounds), strict=True
-    ):
+    for text, anchor, spot in zip(texts, anchors, place_labels(anchors, sizes, obstacles, bounds), strict=True):
         x, y = axis.transData.inverted().transform((spot.box.left / scale, spot.box.bottom / scale))
         text.set_position((float(x), float(y)))
         if spot.leader and text.get_fontstyle() != "italic":
@@ -217,7 +207,5 @@ def bars(groups: Sequence[Group], by_task: Mapping[str, Sequence[Group]], theme:
         Patch(color=theme.misaligned, label="misaligned"),
         Patch(color=theme.incoherent, label="incoherent"),
     ]
-    figure.legend(
-        handles=handles, loc="outside upper left", ncols=2, frameon=False, handlelength=0.9, handleheight=0.9
-    )
+    figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False, handlelength=0.9, handleheight=0.9)
     return figure

@@ -74,9 +74,7 @@ def run_rows(of_model: Sequence[Group]) -> list[Row]:
         for run in sorted(g.runs, key=lambda r: (r.task, r.seed or 0, r.name)):
             seed = "" if run.seed is None else f", seed {run.seed}"
             rates = [run.metrics.get(m) for m in METRICS]
-            rows.append(
-                Row(g.label, f"{run.task}{seed}", "run", rates, [None] * len(METRICS), _dropped([run]))
-            )
+            rows.append(Row(g.label, f"{run.task}{seed}", "run", rates, [None] * len(METRICS), _dropped([run])))
     return rows
 
 

@@ -92,9 +92,7 @@ _HEADLINE = (
     "defense sits in the lower right corner of both panels. Marks of one defense at several strengths are "
     "joined. The dashed line is the aligned base, the band its interval."
 )
-_BARS = (
-    "Answers outside the training domain, in percent, with 95 % intervals; a panel for each training task."
-)
+_BARS = "Answers outside the training domain, in percent, with 95 % intervals; a panel for each training task."
 _QUESTIONS = (
     "Share of misaligned answers in percent, averaged over runs on narrow tasks. A dot: not asked. At most "
     f"{MAX_QUESTIONS['general']} questions outside and {MAX_QUESTIONS['in_domain']} in the domain: those on "
@@ -109,14 +107,10 @@ _TRAINING = (
 
 def _headline_alt(of_model: Sequence[Group]) -> str:
     parts = [f"{g.label} {percent(r)}" for g in of_model if (r := g.metrics.get("general_misaligned"))]
-    return (
-        "Task learned against misalignment outside the domain. Misaligned outside: " + "; ".join(parts) + "."
-    )
+    return "Task learned against misalignment outside the domain. Misaligned outside: " + "; ".join(parts) + "."
 
 
-def _picture(
-    name: str, kind: str, alt: str, caption: str, draw: Callable[[Theme], Figure | None]
-) -> Picture | None:
+def _picture(name: str, kind: str, alt: str, caption: str, draw: Callable[[Theme], Figure | None]) -> Picture | None:
     # Letters that no installed font has are drawn as boxes; a warning for each would bury real messages.
     quiet = logging.getLogger("matplotlib")
     level = quiet.level
@@ -132,9 +126,7 @@ def _picture(
     return Picture(name, kind, alt, caption, svg, dark[0], png, round(width * 96), round(height * 96))
 
 
-def _draw(
-    draw: Callable[[Theme], Figure | None], theme: Theme
-) -> tuple[str, bytes, tuple[float, float]] | None:
+def _draw(draw: Callable[[Theme], Figure | None], theme: Theme) -> tuple[str, bytes, tuple[float, float]] | None:
     with matplotlib.rc_context(settings(theme)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = draw(theme)

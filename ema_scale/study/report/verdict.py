@@ -76,9 +76,7 @@ def verdict(groups: Sequence[Group]) -> list[str]:
     winner = next((s for s in standings if s.keeps), None) if none else None
     if none is None:
         where = percent(outside[lowest.group.label])
-        said.append(
-            f"{lowest.group.label} is lowest at {where}; without a run with no defense its cost is unknown."
-        )
+        said.append(f"{lowest.group.label} is lowest at {where}; without a run with no defense its cost is unknown.")
     elif winner is None:
         said.append(
             f"No defense keeps what was learned: {lowest.group.label} is lowest outside the domain at "
@@ -110,9 +108,7 @@ def _opening(base: Group | None, none: Group | None, outside: dict[str, Rate]) -
     )
 
 
-def _winner(
-    winner: Standing, standings: Sequence[Standing], none: Group, outside: dict[str, Rate]
-) -> list[str]:
+def _winner(winner: Standing, standings: Sequence[Standing], none: Group, outside: dict[str, Rate]) -> list[str]:
     label, mine, theirs = winner.group.label, outside[winner.group.label], outside[none.label]
     change = difference(mine, theirs)
     text = f"{label} does best: {percent(mine)} outside the domain"
@@ -149,9 +145,7 @@ def _cost(s: Standing) -> str:
 
 
 def _shares(s: Standing) -> list[tuple[float, str]]:
-    return [
-        (share, task) for share, task in ((s.narrow, "narrow"), (s.benign, "benign")) if share is not None
-    ]
+    return [(share, task) for share, task in ((s.narrow, "narrow"), (s.benign, "benign")) if share is not None]
 
 
 def _caveats(

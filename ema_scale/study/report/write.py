@@ -35,9 +35,7 @@ def write(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
         shown, notes = exhibits(of_model)
         found.problems += notes
         by_kind = {picture.kind: picture for picture in drawn}
-        sections.append(
-            Section(model, verdict(of_model), by_kind, criteria_rows(of_model), run_rows(of_model), shown)
-        )
+        sections.append(Section(model, verdict(of_model), by_kind, criteria_rows(of_model), run_rows(of_model), shown))
     atomic_write_text(out / "table.csv", table_csv(every))
     page = out / "report.html"
     # The page comes last: if it is there, everything it names is there.
