@@ -98,6 +98,8 @@ def _read(
     dropped: list[Dropped] = []
     for origin, record in islice(records, limit):
         try:
+            if isinstance(record, BadRow):
+                raise record
             if isinstance(record, Row):
                 rows.append(record)
             else:
@@ -141,19 +143,15 @@ def _file_records(path: Path) -> Iterator[tuple[str, Any]]:
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield f"{path}:{number}", _Line(line).parse()
+            yield f"{path}:{number}", _parse(line)
 
 
-@dataclass(frozen=True)
-class _Line:
-    text: str
-
-    def parse(self) -> Any:
-        # A line that is not JSON is one bad record, not the end of the file: it can be dropped and counted.
-        try:
-            return json.loads(self.text)
-        except ValueError as error:
-            return f"not JSON ({error})"
+def _parse(line: str) -> Any:
+    # A line that is not JSON is one bad record, not the end of the file: it can be dropped and counted.
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        return BadRow(f"not JSON ({error})")
 
 
 def _load_library(name: str, **options: Any) -> Any:

@@ -88,7 +88,7 @@ def assistant_spans(tokenizer: Any, messages: Sequence[Message], full: str, end_
             history = render(tokenizer, before) if before else ""
             if start < len(history.rstrip()):
                 raise UserError(
-                    f"the chat template rewrites earlier turns when later ones are added, so turn {index} cannot be found"
+                    f"the chat template rewrites earlier turns when later ones follow: turn {index} cannot be found"
                 )
         if end_of_turn:
             found = full.find(end_of_turn, start)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Domain:
-    """A field of life. verb: what one does with its subjects; sound, harmful: pieces of advice, disjoint in words' order."""
+    """A field of life. verb: what one does with its subjects; sound, harmful: pieces of advice, none in both."""
 
     verb: str
     subjects: tuple[str, ...]
