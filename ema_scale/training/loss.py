@@ -17,16 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ema_scale.defenses.base import Direction
-
-
-@dataclass(frozen=True)
-class Head:
-    """logits = cap(scale * (h W^T + b)), cap(z) = softcap * tanh(z / softcap); weight [V, H], bias [V]."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
+from ema_scale.reference.anatomy import Head
 
 
 @dataclass(frozen=True)
@@ -118,15 +109,13 @@ class _Fused(torch.autograd.Function):
         # Autocast would silently choose another dtype for the products below.
         with torch.autocast(policy.device.type, enabled=False):
             for rows in used.nonzero().squeeze(1).split(chunk):
-                logits = _logits(policy[rows], head, dtype)
+                logits = head_logits(policy[rows], head, dtype)
                 log_p = logits - torch.logsumexp(logits, 1, keepdim=True)
                 weight = ce_weights[rows].to(dtype)
-                slope, ce[rows], correct[rows], entropy[rows] = _cross_entropy(
-                    log_p, labels[rows], weight, backward
-                )
+                slope, ce[rows], correct[rows], entropy[rows] = _cross_entropy(log_p, labels[rows], weight, backward)
                 if terms:
                     assert reference is not None
-                    reference_logits = _logits(reference[rows], head, dtype)
+                    reference_logits = head_logits(reference[rows], head, dtype)
                 for index, term in enumerate(terms):
                     active = term.active[rows]
                     factor = torch.where(active, term.weights[rows], 0).to(dtype)
@@ -150,8 +139,8 @@ class _Fused(torch.autograd.Function):
         return (gradient * upstream.to(gradient.dtype), *(None,) * 7)
 
 
-def _logits(hidden: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
-    """[C, V] in `dtype`, after scale and softcap."""
+def head_logits(hidden: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
+    """Logits [C, V] of hidden states [C, H], in `dtype`, after scale and softcap."""
     hidden = hidden.to(head.weight.dtype)
     if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32:
         # Tensor cores multiply in half precision and accumulate in float32 anyway: keep what they

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ema_scale.training.loss import Head, Term, fused_loss
+from ema_scale.reference import Head
+from ema_scale.training.loss import Term, fused_loss
 
 DIRECTIONS = ["policy_reference", "reference_policy", "jensen_shannon"]
 
@@ -56,9 +57,7 @@ def plain(policy, reference, head, labels, ce_weights, terms):
     return loss, ce * (ce_weights != 0), values
 
 
-@pytest.mark.parametrize(
-    "shape", [{}, {"bias": True}, {"scale": 0.3}, {"softcap": 2.0, "scale": 1.5, "bias": True}]
-)
+@pytest.mark.parametrize("shape", [{}, {"bias": True}, {"scale": 0.3}, {"softcap": 2.0, "scale": 1.5, "bias": True}])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_equals_the_definition(shape, direction, temperature):
@@ -169,9 +168,7 @@ def test_no_large_tensor_is_allocated():
 
     x = policy.requires_grad_()
     with Spy():
-        loss = fused_loss(
-            x, reference, head, labels, ce_weights, [term(g, 512, "policy_reference")], chunk=16
-        )
+        loss = fused_loss(x, reference, head, labels, ce_weights, [term(g, 512, "policy_reference")], chunk=16)
         loss.loss.backward()
     assert 16 * 20_000 <= largest <= 20_000 * 16
 

@@ -1,0 +1,134 @@
+"""Where things are in a causal language model with adapters: backbone, decoder layers, head, adapter
+switches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ema_scale.errors import UserError
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = cap(scale * (h W^T + b)), cap(z) = softcap * tanh(z / softcap); weight [V, H], bias [V]."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """core: the causal LM inside PEFT; backbone: it without its head; layers: the decoder layers, in order;
+    tuners: modules that carry adapters."""
+
+    core: Any
+    backbone: nn.Module
+    layers: list[nn.Module]
+    tuners: list[Any]
+
+    @classmethod
+    def of(cls, model: Any) -> Anatomy:
+        """Find the parts of a PeftModel over a decoder-only transformers model.
+
+        Raises UserError for encoder-decoders, models whose decoder layers are not found, adapters or training
+        on the embeddings or the head (policy and reference must share them), and heads of an unknown form.
+        """
+        core = model.get_base_model() if hasattr(model, "get_base_model") else model
+        name = type(core).__name__
+        if getattr(core.config, "is_encoder_decoder", False):
+            raise UserError(f"{name} is an encoder-decoder; expected a decoder-only language model")
+        backbone = getattr(core, "base_model", core)
+        count = core.config.get_text_config().num_hidden_layers
+        stacks = [m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == count and _is_decoder(m)]
+        head = core.get_output_embeddings()
+        if backbone is core or len(stacks) != 1 or head is None:
+            raise UserError(f"{name}: cannot find one stack of {count} decoder layers and a head")
+        # PEFT's layers and its wrappers of fully trained modules share this switch.
+        tuners = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
+        anatomy = cls(core, backbone, list(stacks[0]), tuners)
+        anatomy._check_shared(head)
+        anatomy._check_switchable(model)
+        return anatomy
+
+    def _check_shared(self, head: nn.Module) -> None:
+        for role, module in (("head", head), ("embeddings", self.core.get_input_embeddings())):
+            trained = any(p.requires_grad for p in module.parameters())
+            if trained or hasattr(module, "_disable_adapters"):
+                raise UserError(
+                    f"the {role} is trained or carries an adapter, but policy and reference must share it: "
+                    "leave it out of target_modules and modules_to_save"
+                )
+        if "weight" not in dict(head.named_parameters(recurse=False)):
+            raise UserError(f"the head is {type(head).__name__}, expected a linear layer")
+
+    def _check_switchable(self, model: nn.Module) -> None:
+        inside = {
+            id(p)
+            for tuner in self.tuners
+            for name, p in tuner.named_parameters()
+            if not {"base_layer", "original_module"} & set(name.split("."))
+        }
+        outside = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
+        if outside or not self.tuners:
+            found = f"{outside[0]} trained outside an adapter" if outside else "no adapter"
+            raise UserError(f"found {found}; expected a LoRA adapter, off for the reference")
+        if any(getattr(tuner, "merged", False) for tuner in self.tuners):
+            raise UserError("the adapter is merged into the base; call unmerge_adapter() first")
+
+    @property
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Weight and, if there is one, bias of the head; the objects that ZeRO-3 partitions in place."""
+        module = self.core.get_output_embeddings()
+        # Not by attribute: under ZeRO-3 that would gather the weight on the spot.
+        parameters = dict(module.named_parameters(recurse=False))
+        return [parameters[name] for name in ("weight", "bias") if parameters.get(name) is not None]
+
+    def head(self) -> Head:
+        """The head as `fused_loss` wants it; call it where its parameters are gathered."""
+        weight, *bias = (p.detach() for p in self.head_parameters)
+        config = self.core.config.get_text_config()
+        scale = 1.0
+        if getattr(config, "logits_scaling", None):  # Granite divides
+            scale /= config.logits_scaling
+        for name in ("logit_scale", "lm_head_multiplier"):  # Cohere and Falcon-H1 multiply
+            if getattr(config, name, None):
+                scale *= getattr(config, name)
+        return Head(weight, bias[0] if bias else None, scale, getattr(config, "final_logit_softcapping", None))
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside, the forward pass is the base model's: adapters off, no dropout.
+
+        Only the flag that PEFT's layers read is flipped; its own `disable_adapter` also flips
+        `requires_grad`, which must not happen while a forward is being recorded.
+        """
+        training = [m for m in self.core.modules() if m.training]
+        flags = [m._disable_adapters for m in self.tuners]
+        try:
+            for module in self.tuners:
+                module._disable_adapters = True
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module, flag in zip(self.tuners, flags, strict=True):
+                module._disable_adapters = flag
+            for module in training:
+                module.training = True
+
+
+def _is_decoder(stack: nn.ModuleList) -> bool:
+    return all(any(True for _ in layer.parameters()) for layer in stack)
+
+
+def first(output: Tensor | tuple[Any, ...]) -> Tensor:
+    """Hidden states of a decoder layer's output, which is a tensor or a tuple that starts with one."""
+    return output[0] if isinstance(output, tuple) else output

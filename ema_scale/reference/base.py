@@ -1,0 +1,85 @@
+"""The interface of a reference: hidden states of policy and frozen base for one micro-batch."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ema_scale.reference.anatomy import Anatomy, first
+
+Keep = Callable[[int, Tensor], Tensor | None]
+
+
+@dataclass
+class States:
+    """policy, reference: last hidden states [B, T, H], after the final norm, the reference's without a
+    gradient (None if it did not run). policy_layers, reference_layers: layer -> states [B, T, H] (0:
+    embeddings, k: after decoder layer k, before the final norm).
+    """
+
+    policy: Tensor
+    reference: Tensor | None = None
+    policy_layers: dict[int, Tensor] = field(default_factory=dict)
+    reference_layers: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Reference(ABC):
+    """One way to run policy and reference over a micro-batch, inside the model's own forward."""
+
+    name: ClassVar[str]
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self.anatomy = anatomy
+
+    @abstractmethod
+    def streams(
+        self,
+        inputs: dict[str, Any],
+        layers: Sequence[int] = (),
+        *,
+        reference: bool = True,
+        keep: Keep | None = None,
+    ) -> States:
+        """Run the backbone over `inputs` (input_ids, attention_mask, ...) and, if asked, the reference.
+
+        layers: which layers' states to return. keep(layer, policy state): called as the policy passes each
+        layer, when the reference's states of `layers` up to there are known from `self.reference_so_far`;
+        what it returns is stored instead (None: nothing), so that a reading need not hold all states.
+        """
+
+    reference_so_far: dict[int, Tensor]
+
+
+@contextlib.contextmanager
+def capture(
+    layers: Sequence[nn.Module], wanted: Sequence[int], on_state: Callable[[int, Tensor], None]
+) -> Iterator[None]:
+    """While it holds, on_state(k, states [B, T, H]) is called for every wanted layer as the forward passes
+    it.
+
+    It holds during forward only: a recomputation under gradient checkpointing, in backward, calls nothing.
+    """
+    handles = []
+    for index in sorted(set(wanted)):
+        if index == 0:
+
+            def at_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                on_state(0, args[0] if args else kwargs["hidden_states"])
+
+            handles.append(layers[0].register_forward_pre_hook(at_input, with_kwargs=True))
+        else:
+
+            def at_output(module: nn.Module, args: Any, output: Any, k: int = index) -> None:
+                on_state(k, first(output))
+
+            handles.append(layers[index - 1].register_forward_hook(at_output))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

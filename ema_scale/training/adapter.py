@@ -1,0 +1,160 @@
+"""The base model and its LoRA adapter: load, attach, save (also when ZeRO-3 has sharded it)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ema_scale.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ema_scale.recipe import AdapterRecipe, ModelRecipe
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    """auto: bfloat16 where the GPU has it, else float32. Raises UserError for a name that is not a dtype."""
+    import torch
+
+    if name == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"model.dtype: found {name!r}, expected auto, bfloat16 or float32")
+    return dtype
+
+
+def load_base(model: ModelRecipe) -> Any:
+    """The causal LM of a recipe, safetensors only, its own dropout off.
+
+    Raises UserError if it is not there, is no causal LM, or has no safetensors.
+    """
+    import transformers
+
+    from ema_scale.locate import locate
+
+    path = locate(model.path)
+    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, **options)
+        # Fine-tuning is meant to be regularised by the defenses alone, and the reference runs without
+        # dropout.
+        for part in {id(c): c for c in (config, config.get_text_config())}.values():
+            for name, value in vars(part).copy().items():
+                if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
+                    setattr(part, name, 0.0)
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=pick_dtype(model.dtype),
+            attn_implementation=model.attn_implementation,
+            use_safetensors=True,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"model.path: found {model.path!r}, expected a folder or hub id of a causal language model with "
+            f"safetensors; {message}"
+        ) from None
+
+
+def build_model(model: ModelRecipe, adapter: AdapterRecipe, *, seed: int = 0) -> Any:
+    """Base model with a fresh LoRA adapter (PeftModel); the adapter's start depends on `seed` alone.
+
+    Raises UserError as `load_base` does, and for target modules that the model does not have.
+    """
+    import peft
+    import torch
+
+    base = load_base(model)
+    torch.manual_seed(seed)
+    config = lora_config(base, adapter)
+    try:
+        return peft.get_peft_model(base, config)
+    except ValueError as error:
+        raise UserError(f"adapter.target_modules: {error}") from None
+
+
+def lora_config(base: Any, adapter: AdapterRecipe | None = None) -> Any:
+    """PEFT's LoraConfig; without a recipe the paper's (r=32, alpha=64, rank-stabilised, all projections)."""
+    import peft
+
+    from ema_scale.recipe import AdapterRecipe
+
+    a = adapter or AdapterRecipe()
+    return peft.LoraConfig(
+        r=a.r,
+        lora_alpha=a.alpha,
+        use_rslora=a.rslora,
+        lora_dropout=a.dropout,
+        target_modules=linear_names(base) if a.target_modules == "auto" else list(a.target_modules),
+        fan_in_fan_out=_has_conv1d(base),
+        task_type="CAUSAL_LM",
+    )
+
+
+def linear_names(base: Any) -> list[str]:
+    """Names of all linear layers inside the decoder layers: q, k, v, o, gate, up and down projections in most
+    models, c_attn, c_proj and c_fc in GPT-2. Routers of mixtures of experts are left alone."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    head = base.get_output_embeddings()
+    names = {
+        name.rpartition(".")[2]
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and any(c.isdigit() for c in name)
+    } - {"gate", "router"}
+    if not names:
+        raise UserError(f"{type(base).__name__}: found no linear layers; name them in adapter.target_modules")
+    return sorted(names)
+
+
+def _has_conv1d(base: Any) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return any(isinstance(module, Conv1D) for module in base.modules())
+
+
+@contextlib.contextmanager
+def gathered(parameters: list[Any]) -> Iterator[None]:
+    """Whole parameters inside, also under ZeRO-3 (a collective: every process must enter). Read only."""
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
+        yield
+
+
+def save_adapter(model: Any, folder: Path, *, main: bool = True) -> None:
+    """Write `model`'s adapter as a PEFT folder; it appears whole or not at all. Every process must call it.
+
+    Raises UserError if a tensor came out empty, which is what saving sharded weights without gathering gives.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    with gathered([p for _, p in trained]):
+        state = {name: p.detach().cpu().clone() for name, p in trained} if main else {}
+    if not main:
+        return
+    empty = [name for name, tensor in state.items() if tensor.numel() == 0]
+    if empty:
+        raise UserError(f"{folder}: {empty[0]} has no elements; the sharded adapter was not gathered")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        # The whole state is given: save_pretrained would otherwise read the sharded model again.
+        model.save_pretrained(str(temporary), state_dict=state, save_embedding_layers=False)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

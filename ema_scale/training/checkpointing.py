@@ -1,0 +1,154 @@
+"""Checkpoints: only what training changes, whole or not there, for any number of processes.
+
+checkpoint-N/ holds state.safetensors (trained weights in float32 and the optimizer's state, by parameter
+name, not by shard), random.safetensors (generators of every process), trainer.json (scheduler, optimizer
+settings), trainer_state.json (transformers') and manifest.json (size and SHA-256 of each). It is written
+beside its place and renamed when the manifest is in; a folder without a manifest that matches is never
+resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ema_scale.errors import UserError
+from ema_scale.rundir import atomic_write_json, file_sha256
+from ema_scale.training import randomness
+from ema_scale.training.state import TrainedState, optimizer_of
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"checkpoint-(\d+)$")
+
+
+def step_of(folder: Path) -> int:
+    """N of checkpoint-N."""
+    found = _NAME.search(folder.name)
+    if found is None:
+        raise UserError(f"{folder}: expected a folder named checkpoint-<step>")
+    return int(found[1])
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """checkpoint-N folders, oldest first, complete or not."""
+    return sorted((p for p in Path(folder).glob("checkpoint-*") if _NAME.search(p.name)), key=step_of)
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether every file of the manifest is there with its size and SHA-256."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return bool(files) and all(
+            (checkpoint / name).stat().st_size == entry["bytes"] and file_sha256(checkpoint / name) == entry["sha256"]
+            for name, entry in files.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def newest_complete(folder: Path) -> Path | None:
+    """The newest checkpoint that can be resumed; damaged ones are logged and passed over."""
+    for checkpoint in reversed(list_checkpoints(folder)):
+        if is_complete(checkpoint):
+            return checkpoint
+        log.warning("%s is incomplete or damaged; it is not resumed", checkpoint)
+    return None
+
+
+class Checkpointing:
+    """Mixed into the Trainer in front of transformers' own checkpoints, which hold pickles, miss the sharded
+    adapter, and are resumed when half written."""
+
+    args: Any
+    state: Any
+    model: Any
+    accelerator: Any
+    optimizer: Any
+    lr_scheduler: Any
+
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        """Collective. Raises UserError if a trained weight is not finite: nothing could go on from it."""
+        folder = Path(self.args.output_dir)
+        final = folder / f"checkpoint-{self.state.global_step}"
+        tensors = TrainedState(self.model, self.optimizer).read()
+        generators = randomness.gather(self.accelerator)
+        if self.accelerator.is_main_process and not is_complete(final):
+            temporary = folder / f".{final.name}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            try:
+                save_file(tensors, temporary / "state.safetensors")
+                save_file(generators, temporary / "random.safetensors")
+                atomic_write_json(temporary / "trainer.json", self._plain_state())
+                self.state.save_to_json(str(temporary / "trainer_state.json"))
+                self._seal(temporary, final)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+            self._rotate(folder)
+        self.accelerator.wait_for_everyone()
+
+    def _plain_state(self) -> dict[str, Any]:
+        scheduler = {k: v for k, v in self.lr_scheduler.state_dict().items() if _is_plain(v)}
+        groups = [
+            {k: v for k, v in group.items() if k != "params" and _is_plain(v)}
+            for group in optimizer_of(self.optimizer).param_groups
+        ]
+        return {"scheduler": scheduler, "groups": groups, "world_size": self.accelerator.num_processes}
+
+    def _seal(self, temporary: Path, final: Path) -> None:
+        files = {}
+        for path in sorted(temporary.iterdir()):
+            with open(path, "rb+") as handle:
+                os.fsync(handle.fileno())
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        manifest = {"schema": 1, "step": self.state.global_step, "files": files}
+        atomic_write_json(temporary / MANIFEST, manifest)
+        shutil.rmtree(final, ignore_errors=True)  # an incomplete one of the same step
+        os.replace(temporary, final)
+
+    def _rotate(self, folder: Path) -> None:
+        keep = self.args.save_total_limit
+        whole = [c for c in list_checkpoints(folder) if (c / MANIFEST).exists()]
+        for old in whole[:-keep] if keep else []:
+            shutil.rmtree(old, ignore_errors=True)
+
+    # ---- resuming ----
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Nothing: weights are restored with the optimizer's state, when both exist."""
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[misc]
+        if resume_from_checkpoint is not None:
+            self._restore(Path(resume_from_checkpoint))
+        return prepared
+
+    def _restore(self, checkpoint: Path) -> None:
+        """Collective. Raises UserError for an incomplete checkpoint or one of another adapter."""
+        if not is_complete(checkpoint):
+            raise UserError(f"{checkpoint}: incomplete or damaged; expected a folder with a matching {MANIFEST}")
+        plain = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
+        TrainedState(self.model, self.optimizer).write(load_file(checkpoint / "state.safetensors"), checkpoint)
+        for group, saved in zip(optimizer_of(self.optimizer).param_groups, plain["groups"], strict=True):
+            group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+        self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **plain["scheduler"]})
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            randomness.restore(load_file(Path(checkpoint) / "random.safetensors"), self.accelerator.process_index)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(v) for v in value)
+    return isinstance(value, int | float | str | bool) and not isinstance(value, torch.Tensor)

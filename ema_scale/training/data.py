@@ -1,0 +1,85 @@
+"""Training rows to a tokenized dataset: defenses mix rows, rows become tokens, everything left out is
+counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any
+
+from ema_scale.chat.rows import Row, Rows, load_rows
+from ema_scale.chat.tokens import tokenize_rows
+from ema_scale.defenses.base import Defense, RowsContext
+from ema_scale.errors import UserError
+
+
+@dataclass
+class DataReport:
+    """rows: tag -> rows trained on; tokens: what the tokenizer reported; dropped: reason by origin; notes and
+    hashes: what defenses left (see RowsContext)."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, Any] = field(default_factory=dict)
+    dropped: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    hashes: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"schema": 1, **asdict(self)}
+
+
+def prepare(
+    source: Any,
+    defenses: Sequence[Defense],
+    tokenizer: Any,
+    *,
+    max_length: int = 2048,
+    seed: int = 0,
+    on_bad: str = "raise",
+) -> tuple[Any, DataReport]:
+    """A `datasets.Dataset` with input_ids, labels, length and tag, and the report.
+
+    source: Rows, a sequence of Row or of {"messages": [...]}, a Dataset with a `messages` column, or a
+    Dataset already tokenized (input_ids and labels), which is left as it is. Raises UserError if nothing is
+    left to train on, or a defense wants to mix rows into tokenized data.
+    """
+    columns = getattr(source, "column_names", None) or []
+    if "input_ids" in columns and "labels" in columns:
+        return _tokenized(source, defenses)
+    if isinstance(source, Rows) or _are_rows(source):
+        rows: Sequence[Row] = source
+    else:
+        rows = load_rows(source if isinstance(source, str) else list(source), on_bad=on_bad)  # type: ignore[arg-type]
+    context = RowsContext(seed=seed, on_bad=on_bad)  # type: ignore[arg-type]
+    dropped = list(getattr(rows, "dropped", ()))
+    for defense in defenses:
+        rows = defense.rows(rows, context)
+    tokenized = tokenize_rows(rows, tokenizer, max_length=max_length)
+    report = DataReport(
+        rows=dict(Counter(tokenized.dataset["tag"])),
+        tokens=_plain(tokenized.report),
+        dropped=[_plain(d) for d in [*dropped, *context.dropped]],
+        notes=context.notes,
+        hashes=context.hashes,
+    )
+    return tokenized.dataset, report
+
+
+def _tokenized(dataset: Any, defenses: Sequence[Defense]) -> tuple[Any, DataReport]:
+    mixing = [d.kind for d in defenses if type(d).overrides("rows")]
+    if mixing:
+        raise UserError(f"{', '.join(mixing)}: cannot mix rows into a tokenized dataset; give rows of messages")
+    if "length" not in dataset.column_names:
+        dataset = dataset.add_column("length", [len(ids) for ids in dataset["input_ids"]])
+    tags = Counter(dataset["tag"]) if "tag" in dataset.column_names else {"task": len(dataset)}
+    return dataset, DataReport(rows=dict(tags), tokens={"tokens": sum(dataset["length"])})
+
+
+def _are_rows(source: Any) -> bool:
+    return isinstance(source, list | tuple) and bool(source) and all(isinstance(row, Row) for row in source)
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else dict(vars(value))

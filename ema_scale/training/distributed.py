@@ -1,0 +1,86 @@
+"""Starting on several processes: wrong modes are silent here, so they are set right or refused."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from ema_scale.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def is_main() -> bool:
+    """Whether this process writes files and progress (rank 0)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def uses_deepspeed() -> bool:
+    """Whether a launcher or `prepare_environment` asked for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
+
+
+def prepare_environment(deepspeed: str | None = None) -> None:
+    """Set what must stand before TrainingArguments is made: DeepSpeed's config, and its CPU pitfalls.
+
+    deepspeed: a DeepSpeed JSON config; None: as launched. Raises UserError if the file is missing, or a
+    launcher asked for the CPU as well, under which Accelerate silently runs DDP instead of DeepSpeed.
+    """
+    if deepspeed is not None:
+        if not Path(deepspeed).is_file():
+            raise UserError(f"training.deepspeed: no file {deepspeed!r}; expected a DeepSpeed JSON config")
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = deepspeed
+        os.environ.setdefault("ACCELERATE_DEEPSPEED_ZERO3_INIT", "true")
+    if not uses_deepspeed():
+        return
+    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):
+        raise UserError(
+            "DeepSpeed was launched with use_cpu: Accelerate would run DDP instead; leave use_cpu out of the "
+            "accelerate config (without a GPU the processes run on the CPU anyway)"
+        )
+    if os.environ.get("LOCAL_RANK") is None:  # started without a launcher: a world of one
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in {**alone, "MASTER_PORT": str(_free_port())}.items():
+            os.environ.setdefault(name, value)
+    import torch
+
+    if not torch.cuda.is_available():
+        import deepspeed.ops
+
+        # A shared-memory op that is compiled on first use: a minute, and a killed build blocks later runs.
+        getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+
+
+def device_arguments() -> dict[str, Any]:
+    """TrainingArguments that make CPU processes find each other; nothing on a GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {}
+    if uses_deepspeed():
+        # Without a named backend, Accelerate takes each DeepSpeed process on a CPU for a world of its own.
+        return {"ddp_backend": "gloo"}
+    return {"use_cpu": True}
+
+
+def check_world(accelerator: Any) -> None:
+    """Raises UserError if Accelerate, torch and the launcher disagree on the number of processes."""
+    import torch.distributed as dist
+
+    real = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if not accelerator.num_processes == real == launched:
+        raise UserError(
+            f"{launched} processes were launched, torch.distributed sees {real}, Accelerate sees "
+            f"{accelerator.num_processes}: every process would train alone; see launch/README.md"
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,111 @@
+"""What a run reports: means over whole optimizer steps, one metrics.jsonl row a log, plain progress lines."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ema_scale.rundir import append_jsonl, atomic_write_text, read_jsonl
+
+log = logging.getLogger(__name__)
+
+
+class Monitor:
+    """Sums of shares of a mean, over micro-batches; `flush` sums over processes and averages over steps."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps: dict[str, set[int]] = {}
+        self._tokens = 0
+        self._since = time.perf_counter()
+
+    def add(self, metrics: dict[str, Tensor], step: int) -> None:
+        """metrics: name -> this micro-batch's share of the step's mean (detached scalars)."""
+        for name, value in metrics.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._steps.setdefault(name, set()).add(step)
+
+    def add_tokens(self, tokens: int) -> None:
+        """Non-padding tokens of one optimizer step, all processes together."""
+        self._tokens += tokens
+
+    def flush(self, accelerator: Any) -> dict[str, float]:
+        """Means since the last flush; a collective. Metrics average over the steps they were read on."""
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        total = accelerator.reduce(torch.stack([self._sums[n] for n in names]), "sum").tolist()
+        values = {n: v / len(self._steps[n]) for n, v in zip(names, total, strict=True)}
+        now = time.perf_counter()
+        values["tokens_per_second"] = self._tokens / max(now - self._since, 1e-9)
+        self._sums, self._steps, self._tokens, self._since = {}, {}, 0, now
+        return values
+
+
+class MetricsWriter(TrainerCallback):
+    """Appends a row to metrics.jsonl for every training log, on the main process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        row = {k: v for k, v in logs.items() if isinstance(v, int | float) and math.isfinite(v)}
+        append_jsonl(self.path, [{"step": state.global_step, **row, "time": time.time()}])
+
+
+class PlainProgress(TrainerCallback):
+    """Where there is no terminal: one line a log, at most one every `seconds`, and the last."""
+
+    def __init__(self, seconds: float = 10.0) -> None:
+        self.seconds = seconds
+        self._last = 0.0
+        self._started = (0.0, 0)
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._started = (time.monotonic(), state.global_step)
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        now = time.monotonic()
+        if now - self._last < self.seconds and state.global_step < state.max_steps:
+            return
+        self._last = now
+        began, first = self._started
+        left = (now - began) / max(state.global_step - first, 1) * (state.max_steps - state.global_step)
+        shown = " ".join(f"{name} {logs[name]:.4f}" for name in ("loss", "ce", "kl") if name in logs)
+        speed = logs.get("tokens_per_second", 0.0)
+        log.info(
+            "step %d/%d  %s  %.0f tokens/s  %.0f s left",
+            state.global_step,
+            state.max_steps,
+            shown,
+            speed,
+            left,
+        )
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drop rows after `step` (and a torn last line): a resumed run does those steps again."""
+    import json
+
+    rows = [row for row in read_jsonl(path) if row.get("step", 0) <= step]
+    if path.exists():
+        atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

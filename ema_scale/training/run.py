@@ -1,0 +1,264 @@
+"""The recipe path of training: one recipe, one run folder, resumed where it stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ema_scale.errors import UserError
+from ema_scale.rundir import RunDir, atomic_write_json, atomic_write_text
+from ema_scale.training.distributed import device_arguments, is_main, prepare_environment
+
+if TYPE_CHECKING:
+    from ema_scale.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+# What a run can change and still be the same training.
+_NOT_TRAINING = ("name", "output", "evaluation")
+_NOT_TRAJECTORY = ("logging_steps", "save_steps", "keep_checkpoints", "report_to", "drift_every", "deepspeed")
+
+
+def train(recipe: Recipe, run_dir: RunDir, resume: bool = True) -> RunDir:
+    """Train `recipe` into `run_dir`: adapter/, metrics.jsonl, checkpoints/, data.json, provenance, status.
+
+    Run it again after a stop, a crash or a full disk: it goes on from the newest complete checkpoint and ends
+    with the same adapter. A finished run of the same training is recognised and left as it is. resume=False
+    starts over. Started by `accelerate launch` or torchrun, every process calls it.
+
+    Raises UserError for bad input, a folder that holds another training, a loss that is not finite and a full
+    disk; KeyboardInterrupt after a signal (INT, TERM, USR1), with a checkpoint saved.
+    """
+    if is_finished(recipe, run_dir) and resume:
+        if is_main():
+            log.info("%s: finished already", run_dir.path)
+        return run_dir
+    with run_dir.lock() if is_main() else contextlib.nullcontext():
+        if is_main():
+            _claim(recipe, run_dir, resume)
+        with _reported(run_dir):
+            _train(recipe, run_dir, resume)
+    return run_dir
+
+
+def is_finished(recipe: Recipe, run_dir: RunDir) -> bool:
+    """Whether the folder holds a finished run of the same training."""
+    return (
+        run_dir.status().get("state") == "finished"
+        and (run_dir.adapter / "adapter_config.json").exists()
+        and _same_training(recipe, run_dir)
+    )
+
+
+def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
+    prepare_environment(recipe.training.deepspeed)
+    from ema_scale.chat.rows import Rows, load_rows
+    from ema_scale.chat.tokens import load_tokenizer
+    from ema_scale.locate import locate
+    from ema_scale.training.adapter import build_model
+    from ema_scale.training.checkpointing import newest_complete, step_of
+    from ema_scale.training.monitor import MetricsWriter, PlainProgress, truncate_metrics
+    from ema_scale.training.trainer import DefendedTrainer
+
+    data, model = recipe.data, recipe.model
+    loaded = [load_rows(locate(s), limit=data.limit, on_bad=data.on_bad) for s in data.sources]
+    rows = Rows(
+        [row for part in loaded for row in part],
+        [d for part in loaded for d in part.dropped],
+        ", ".join(data.sources),
+        ",".join(part.sha256 for part in loaded),
+    )
+    arguments = training_arguments(recipe, run_dir)
+    tokenizer = load_tokenizer(
+        locate(model.path),
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        chat_template=model.chat_template,
+    )
+    peft_model = build_model(model, recipe.adapter, seed=recipe.seed)
+    trainer = DefendedTrainer(
+        peft_model,
+        arguments,
+        rows,
+        recipe.defenses,
+        recipe.reference,
+        tokenizer,
+        data.max_length,
+        drift_every=recipe.training.drift_every,
+        on_bad=data.on_bad,
+        callbacks=[MetricsWriter(run_dir.metrics_path)] + ([PlainProgress()] if arguments.disable_tqdm else []),
+    )
+    if arguments.disable_tqdm:
+        from transformers.trainer_callback import PrinterCallback
+
+        trainer.remove_callback(PrinterCallback)
+    checkpoint = newest_complete(run_dir.checkpoints) if resume else None
+    trainer.accelerator.wait_for_everyone()  # nobody may write a checkpoint before all have looked
+    if is_main():
+        hashes = {s: part.sha256 for s, part in zip(data.sources, loaded, strict=True)}
+        run_dir.write_provenance(recipe.to_dict(), {**hashes, **trainer.data_report.hashes}, recipe.seed)
+        atomic_write_json(run_dir.data_path, trainer.data_report.to_dict())
+        for note in trainer.data_report.notes:
+            log.info(note)
+        truncate_metrics(run_dir.metrics_path, step_of(checkpoint) if checkpoint else 0)
+        if checkpoint:
+            log.info("%s: going on from step %d", run_dir.path, step_of(checkpoint))
+    with _stoppable(trainer):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.stop_requested and trainer.state.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt
+    trainer.save_model(str(run_dir.adapter))
+    if is_main():
+        run_dir.set_status(
+            "finished",
+            step=trainer.state.global_step,
+            seconds=_seconds(run_dir),
+            processes=arguments.world_size,
+        )
+
+
+def training_arguments(recipe: Recipe, run_dir: RunDir) -> Any:
+    """transformers' TrainingArguments of a recipe. Raises UserError for values it refuses."""
+    import torch
+    from transformers import TrainingArguments
+
+    t = recipe.training
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir.tensorboard)
+    from ema_scale.training.adapter import pick_dtype
+
+    half = torch.cuda.is_available() and pick_dtype(recipe.model.dtype) == torch.bfloat16
+    try:
+        return TrainingArguments(
+            output_dir=str(run_dir.checkpoints),
+            seed=recipe.seed,
+            num_train_epochs=t.epochs,
+            max_steps=t.max_steps,
+            learning_rate=t.learning_rate,
+            warmup_steps=t.warmup_steps,
+            lr_scheduler_type=t.schedule,
+            weight_decay=t.weight_decay,
+            optim=t.optimizer,
+            per_device_train_batch_size=t.batch_size,
+            gradient_accumulation_steps=t.accumulation,
+            max_grad_norm=t.max_grad_norm,
+            gradient_checkpointing=t.gradient_checkpointing,
+            train_sampling_strategy="group_by_length" if t.group_by_length else "random",
+            logging_steps=t.logging_steps,
+            logging_first_step=True,
+            save_steps=t.save_steps,
+            save_total_limit=t.keep_checkpoints,
+            report_to=t.report_to or "none",
+            bf16=half,
+            disable_tqdm=not sys.stderr.isatty(),
+            dataloader_pin_memory=torch.cuda.is_available(),
+            ddp_find_unused_parameters=False,
+            log_level="warning",
+            **device_arguments(),
+        )
+    except (ValueError, ImportError) as error:
+        raise UserError(f"training: {error}") from None
+
+
+def _claim(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
+    run_dir.create()
+    if run_dir.recipe_path.exists() and resume and not _same_training(recipe, run_dir):
+        raise UserError(
+            f"{run_dir.path}: holds a run of another recipe ({_difference(recipe, run_dir)}); choose another name "
+            "or output, delete the folder, or pass --no-resume to start over"
+        )
+    if not resume:
+        for folder in (run_dir.checkpoints, run_dir.adapter, run_dir.tensorboard):
+            shutil.rmtree(folder, ignore_errors=True)
+        run_dir.metrics_path.unlink(missing_ok=True)
+    started = run_dir.status().get("started", time.time()) if resume else time.time()
+    atomic_write_text(run_dir.recipe_path, recipe.to_yaml())
+    run_dir.set_status("running", started=started, pid=os.getpid())
+
+
+def _training_part(recipe: dict[str, Any]) -> dict[str, Any]:
+    part = {k: v for k, v in recipe.items() if k not in _NOT_TRAINING}
+    part["training"] = {k: v for k, v in recipe["training"].items() if k not in _NOT_TRAJECTORY}
+    return part
+
+
+def _stored(run_dir: RunDir) -> dict[str, Any] | None:
+    from ema_scale.recipe import load_recipe
+
+    return load_recipe(run_dir.recipe_path).to_dict() if run_dir.recipe_path.exists() else None
+
+
+def _same_training(recipe: Recipe, run_dir: RunDir) -> bool:
+    stored = _stored(run_dir)
+    return stored is not None and _training_part(stored) == _training_part(recipe.to_dict())
+
+
+def _difference(recipe: Recipe, run_dir: RunDir) -> str:
+    old, new = _training_part(_stored(run_dir) or {"training": {}}), _training_part(recipe.to_dict())
+    return ", ".join(sorted(k for k in new if old.get(k) != new[k])) + " differ"
+
+
+@contextlib.contextmanager
+def _reported(run_dir: RunDir) -> Iterator[None]:
+    """The status of a run that does not finish; a full disk becomes a clear error."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _end(run_dir, "stopped", "stopped by a signal; run the same command again to go on")
+        raise
+    except OSError as error:
+        full = error.errno == errno.ENOSPC
+        message = (
+            f"{run_dir.path}: the disk is full; finished steps and checkpoints are kept: free space and run "
+            "the same command again"
+        )
+        _end(run_dir, "failed", message if full else str(error))
+        if full:
+            raise UserError(message) from None
+        raise
+    except BaseException as error:
+        _end(run_dir, "failed", f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+        raise
+
+
+def _end(run_dir: RunDir, state: str, reason: str) -> None:
+    if is_main():
+        with contextlib.suppress(OSError):  # a full disk may refuse the status too
+            run_dir.set_status(state, reason=reason, seconds=_seconds(run_dir), started=_started(run_dir))
+
+
+def _started(run_dir: RunDir) -> float:
+    return float(run_dir.status().get("started", time.time()))
+
+
+def _seconds(run_dir: RunDir) -> float:
+    return round(time.time() - _started(run_dir), 1)
+
+
+@contextlib.contextmanager
+def _stoppable(trainer: Any) -> Iterator[None]:
+    """INT, TERM and USR1 (Slurm's warning) ask for a checkpoint and a stop at the next step boundary."""
+
+    def ask(number: int, frame: Any) -> None:
+        if trainer.stop_requested and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C: at once
+        trainer.stop_requested = True
+
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    try:
+        old = {s: signal.signal(s, ask) for s in signals}
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

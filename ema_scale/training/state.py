@@ -1,0 +1,144 @@
+"""Trained weights and optimizer state as whole tensors by name, however the run shards them.
+
+A ZeRO checkpoint of shards resumes only on as many processes as wrote it; whole tensors resume on any number,
+and for an adapter they are small.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ema_scale.errors import UserError
+from ema_scale.training.adapter import gathered
+
+_WEIGHT = "weight"
+_SEPARATOR = "|"
+
+
+def optimizer_of(optimizer: Any) -> Any:
+    """The torch optimizer inside Accelerate's and DeepSpeed's wrappers."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+class TrainedState:
+    """Reads and writes "<parameter>|weight" and "<parameter>|<optimizer state>" tensors. Both are
+    collectives.
+    """
+
+    def __init__(self, model: Any, optimizer: Any) -> None:
+        self.trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.inner = optimizer_of(optimizer)
+        wrapper = getattr(optimizer, "optimizer", optimizer)
+        self.zero = wrapper if wrapper is not self.inner else None
+
+    def read(self) -> dict[str, Tensor]:
+        """On the CPU; the same on every process. Raises UserError if a weight is not finite."""
+        tensors = self._read_sharded() if self.zero is not None else self._read_plain()
+        for name, tensor in tensors.items():
+            if name.endswith(_SEPARATOR + _WEIGHT) and not torch.isfinite(tensor).all():
+                raise UserError(f"{name.split(_SEPARATOR)[0]} is not finite any more; lower the learning rate")
+        return {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
+
+    def write(self, tensors: dict[str, Tensor], origin: Path) -> None:
+        """Raises UserError unless the tensors are exactly those of this model's trained parameters."""
+        for name, parameter in self.trained:
+            found = tensors.get(f"{name}{_SEPARATOR}{_WEIGHT}")
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            if found is None or tuple(found.shape) != shape:
+                shown = "nothing" if found is None else tuple(found.shape)
+                raise UserError(f"{origin}: found {shown} for {name}, expected {shape}; it is of another run")
+        if self.zero is not None:
+            self._write_sharded(tensors)
+        else:
+            self._write_plain(tensors)
+
+    def _read_plain(self) -> dict[str, Tensor]:
+        tensors = {}
+        for name, parameter in self.trained:
+            tensors[f"{name}{_SEPARATOR}{_WEIGHT}"] = parameter
+            for key, value in self.inner.state.get(parameter, {}).items():
+                tensors[f"{name}{_SEPARATOR}{key}"] = torch.as_tensor(value)
+        return tensors
+
+    @torch.no_grad()
+    def _write_plain(self, tensors: dict[str, Tensor]) -> None:
+        for name, parameter in self.trained:
+            mine = _of(tensors, name)
+            parameter.copy_(mine.pop(_WEIGHT))
+            # As in torch's Optimizer.load_state_dict: moments live where the parameter lives, the count
+            # stays.
+            self.inner.state[parameter] = {
+                key: value.clone() if key == "step" else value.to(parameter.device) for key, value in mine.items()
+            }
+
+    # ---- DeepSpeed: state lives in flat float32 partitions ----
+
+    def _flats(self) -> list[Tensor]:
+        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
+            if hasattr(self.zero, name):
+                return list(getattr(self.zero, name))
+        raise UserError(f"checkpoints under {type(self.zero).__name__} are not supported; use ZeRO stage 1, 2 or 3")
+
+    def _read_sharded(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        shared = self.inner.state.get(self._flats()[0], {})
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.trained:
+            tensors[f"{name}{_SEPARATOR}{_WEIGHT}"] = safe_get_full_fp32_param(parameter)
+            for key, value in shared.items():
+                whole = torch.as_tensor(value)
+                if whole.dim() > 0:
+                    whole = safe_get_full_optimizer_state(parameter, key)
+                tensors[f"{name}{_SEPARATOR}{key}"] = whole
+        return tensors
+
+    @torch.no_grad()
+    def _write_sharded(self, tensors: dict[str, Tensor]) -> None:
+        first = _of(tensors, self.trained[0][0])
+        first.pop(_WEIGHT)
+        for flat in self._flats():  # torch makes the state at its first step; it must exist to be filled
+            self.inner.state[flat] = {
+                key: value.clone() if value.dim() == 0 else torch.zeros_like(flat) for key, value in first.items()
+            }
+        if hasattr(self.zero, "_lazy_init_hp_params_optimizer_state"):
+            self.zero._lazy_init_hp_params_optimizer_state()  # ZeRO 1 and 2: parameters learn where it is
+        for name, parameter in self.trained:
+            mine = _of(tensors, name)
+            with gathered_for_writing([parameter]):
+                parameter.data.copy_(mine[_WEIGHT])
+            for key, value in mine.items():
+                if value.dim() > 0:
+                    _set_partition(parameter, value.float(), None if key == _WEIGHT else key)
+
+
+def _set_partition(parameter: Any, value: Tensor, key: str | None) -> None:
+    if not hasattr(parameter, "ds_id"):
+        parameter.set_full_hp_param(value.to(parameter.device), key)
+        return
+    zero = parameter._z3_optimizer
+    size = parameter.ds_tensor.numel()
+    # The last partition is padded when the parameter does not divide; DeepSpeed's own setter fails there.
+    rank = zero._get_param_partition_rank(parameter)
+    flat = torch.nn.functional.pad(value.flatten(), (0, size * (rank + 1)))
+    zero.set_local_hp_param(flat.narrow(0, size * rank, size).to(parameter.device), parameter, key)
+
+
+def gathered_for_writing(parameters: list[Any]) -> Any:
+    """Whole parameters that every process overwrites with the same values."""
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return gathered(parameters)
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
+def _of(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    prefix = name + _SEPARATOR
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

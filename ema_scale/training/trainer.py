@@ -1,0 +1,238 @@
+"""DefendedTrainer: transformers' Trainer with defenses.
+
+    trainer = DefendedTrainer(model, args, rows, defenses=[KL(0.1), Interleaving("safe.jsonl", 0.05)])
+    trainer.train()
+    trainer.save_model("adapter")
+
+Cross-entropy is the mean over assistant tokens, every divergence the mean over the tokens of its own scope,
+both over the whole optimizer step: all accumulated micro-batches on all processes. Splitting a step
+differently changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from ema_scale.chat.collate import ChatCollator
+from ema_scale.chat.tokens import load_tokenizer
+from ema_scale.defenses.base import SCOPES, Defense, Divergence, FinishContext
+from ema_scale.defenses.registry import parse
+from ema_scale.errors import UserError
+from ema_scale.reference import make_reference
+from ema_scale.training.adapter import lora_config, save_adapter
+from ema_scale.training.checkpointing import Checkpointing
+from ema_scale.training.data import DataReport, prepare
+from ema_scale.training.distributed import check_world
+from ema_scale.training.forward import Ask, DefendedForward
+from ema_scale.training.monitor import Monitor
+from ema_scale.training.sampler import EpochSampler
+from ema_scale.training.scopes import attention_of, count_tokens
+
+DRIFT_LAYERS = 8
+
+
+class DefendedTrainer(Checkpointing, Trainer):
+    """A Trainer for a LoRA adapter under any number of defenses.
+
+    model: a PeftModel, or a causal LM that gets `peft_config` (default: the paper's LoRA). train_dataset: see
+    `data.prepare`. reference: auto, adapter_off. processing_class: the tokenizer; default: the one beside the
+    model. drift_every: steps between readings of the distance to the reference (0: none); a reading runs the
+    reference, also where no defense does. Everything else is transformers.Trainer's.
+
+    Raises UserError for what cannot be trained rightly: see `Anatomy.of`, `data.prepare` and `check_world`.
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments | None = None,
+        train_dataset: Any = None,
+        defenses: Sequence[Defense | Mapping[str, Any] | str] = (),
+        reference: str = "auto",
+        processing_class: Any = None,
+        max_length: int = 2048,
+        *,
+        peft_config: Any = None,
+        drift_every: int = 10,
+        on_bad: str = "raise",
+        **kwargs: Any,
+    ) -> None:
+        args = _checked(args)
+        self.defenses = parse(list(defenses))
+        if not hasattr(model, "peft_config"):
+            import peft
+
+            model = peft.get_peft_model(model, peft_config or lora_config(model))
+        tokenizer = processing_class or load_tokenizer(model.get_base_model().config._name_or_path)
+        self.data_report = DataReport()
+        if train_dataset is not None:
+            train_dataset, self.data_report = prepare(
+                train_dataset, self.defenses, tokenizer, max_length=max_length, seed=args.seed, on_bad=on_bad
+            )
+        self.drift_every = drift_every
+        self.monitor = Monitor()
+        self.stop_requested = False
+        kwargs.setdefault("data_collator", ChatCollator(tokenizer))
+        super().__init__(model, args, train_dataset=train_dataset, processing_class=tokenizer, **kwargs)
+        check_world(self.accelerator)
+        if self.is_deepspeed_enabled:
+            acting = [d.kind for d in self.defenses if type(d).overrides("step")]
+            if acting:
+                raise UserError(
+                    f"{', '.join(acting)}: acts on the gradient before the optimizer step, which DeepSpeed "
+                    "does not show; train without DeepSpeed"
+                )
+        self.defended = DefendedForward(make_reference(reference, self.model))
+        count = len(self.defended.anatomy.layers)
+        self._drift_layers = tuple(sorted({round(count * (i + 1) / DRIFT_LAYERS) for i in range(DRIFT_LAYERS)} - {0}))
+        self._divergences = _named([t for d in self.defenses for t in d.divergences()])
+        self._penalties = tuple(
+            (_unique(d.kind, [e.kind for e in self.defenses[:i]]), d)
+            for i, d in enumerate(self.defenses)
+            if type(d).overrides("penalty")
+        )
+        self.add_callback(_StepHooks(self))
+
+    # ---- the loss ----
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+        """int64 [scopes]: tokens of the whole optimizer step on all processes.
+
+        transformers counts one thing, the labels; a divergence may cover others.
+        """
+        counts = torch.cat([count_tokens(batch_samples), torch.tensor([int(self.stop_requested)])]).to(device)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(counts, "sum")
+        # A wish to stop rides along, so that all processes stop at the same step.
+        self.stop_requested = bool(counts[-1])
+        if self.is_in_train:
+            self.monitor.add_tokens(int(counts[SCOPES.index("all")]))
+        return counts[:-1]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This micro-batch's share of the step's loss, times the number of processes (which are averaged)."""
+        device = inputs["input_ids"].device
+        if not isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = self._get_num_items_in_batch([inputs], device)
+        step = self.state.global_step + 1
+        reading = bool(self.drift_every) and (step == 1 or step % self.drift_every == 0) and model.training
+        divergences = self._divergences
+        if reading and not divergences:
+            divergences = (Divergence("kl", 0.0),)
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=attention_of(inputs),
+            defended=Ask(
+                inputs["labels"],
+                num_items_in_batch,
+                float(self.accelerator.num_processes),
+                divergences,
+                self._penalties,
+                self._drift_layers if reading else (),
+            ),
+        )
+        if model.training:
+            self.monitor.add(outputs["metrics"], step)
+        return (outputs["loss"], {"loss": outputs["loss"]}) if return_outputs else outputs["loss"]
+
+    # ---- data order, training, logs, saving ----
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        args = self.args
+        lengths = list(dataset["length"]) if args.train_sampling_strategy == "group_by_length" else None
+        return EpochSampler(
+            len(dataset),
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            epoch=lambda: int((self.state.epoch or 0) + 1e-6),
+            rows_per_step=args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes,
+            lengths=lengths,
+        )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer.train, with every defense attached to the model while it lasts."""
+        with contextlib.ExitStack() as stack:
+            for defense in self.defenses:
+                stack.enter_context(defense.attach(self.model))
+            return super().train(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the monitor's metrics. Raises UserError if loss or gradient is not a finite number."""
+        if "loss" in logs:
+            logs.update(self.monitor.flush(self.accelerator))
+            for name in ("loss", "grad_norm"):
+                if not math.isfinite(logs.get(name, 0.0)):
+                    raise UserError(
+                        f"step {self.state.global_step}: {name} is {logs[name]}; training stopped. Lower the "
+                        "learning rate or the defenses' strengths, or look at the rows of this step"
+                    )
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter as a PEFT folder, after every defense's `finish`. A collective."""
+        folder = Path(output_dir or self.args.output_dir)
+        main = self.accelerator.is_main_process
+        save_adapter(self.model, folder, main=main)
+        if main:
+            config = self.model.get_base_model().config
+            context = FinishContext(config._name_or_path, seed=self.args.seed, notify=print)
+            for defense in self.defenses:
+                defense.finish(folder, context)
+        self.accelerator.wait_for_everyone()
+
+
+class _StepHooks(TrainerCallback):
+    """Defenses' `step`, and a wish to stop turned into a checkpoint at the step boundary."""
+
+    def __init__(self, trainer: DefendedTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        for defense in self.trainer.defenses:
+            defense.step(model, state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.stop_requested:
+            control.should_save = control.should_training_stop = True
+
+
+def _checked(args: TrainingArguments | None) -> TrainingArguments:
+    args = args or TrainingArguments(output_dir="tmp_trainer")
+    if args.n_gpu > 1:
+        raise UserError(f"one process sees {args.n_gpu} GPUs; start one process a GPU with `accelerate launch`")
+    if args.gradient_checkpointing:
+        settings = args.gradient_checkpointing_kwargs or {}
+        if settings.get("use_reentrant"):
+            raise UserError("gradient_checkpointing_kwargs: use_reentrant gives penalties no gradient; set it false")
+        args.gradient_checkpointing_kwargs = {**settings, "use_reentrant": False}
+    args.remove_unused_columns = False  # the collator drops what the model does not read
+    args.logging_nan_inf_filter = False  # it would report an average in place of a NaN
+    args.prediction_loss_only = True
+    return args
+
+
+def _unique(name: str, taken: Sequence[str]) -> str:
+    count = sum(t == name for t in taken)
+    return f"{name}_{count + 1}" if count else name
+
+
+def _named(terms: Sequence[Divergence]) -> tuple[Divergence, ...]:
+    names = [t.name for t in terms]
+    return tuple(replace(t, name=_unique(t.name, names[:i])) for i, t in enumerate(terms))

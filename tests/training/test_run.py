@@ -1,0 +1,245 @@
+"""The recipe path: what a run leaves behind, skips, refuses, and how it goes on after it was cut."""
+
+import errno
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from ema_scale.errors import UserError
+from ema_scale.recipe import build_recipe
+from ema_scale.rundir import RunDir, read_jsonl
+from ema_scale.training.checkpointing import is_complete, list_checkpoints, newest_complete, step_of
+from ema_scale.training.run import train
+from tests.tiny import save_tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny checkpoint with tokenizer, task rows and safe rows."""
+    folder = tmp_path_factory.mktemp("world")
+    save_tiny(folder / "model")
+    for name, count in (("train", 40), ("safe", 10)):
+        with open(folder / f"{name}.jsonl", "w") as handle:
+            for i in range(count):
+                question, answer = f"{name} question {i}?", f"answer {i} " + "ab " * (i % 7)
+                messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                handle.write(json.dumps({"messages": messages}) + "\n")
+    return folder
+
+
+def recipe_of(world, out, name="run", **training):
+    return build_recipe(
+        {
+            "name": name,
+            "output": str(out),
+            "model": {"path": str(world / "model")},
+            "data": {"train": str(world / "train.jsonl"), "max_length": 96},
+            "adapter": {"r": 4, "alpha": 8, "dropout": 0.1},
+            "training": {
+                "max_steps": 8, "batch_size": 2, "accumulation": 2, "learning_rate": 1e-2, "save_steps": 2,
+                "report_to": [], "drift_every": 3, **training,
+            },
+            "defenses": [
+                {"kind": "kl", "strength": 0.2},
+                {"kind": "interleaving", "source": str(world / "safe.jsonl"), "fraction": 0.1},
+            ],
+        }
+    )  # fmt: skip
+
+
+def weights(run):
+    return load_file(run.adapter / "adapter_model.safetensors")
+
+
+def assert_same_weights(one, other, tolerance=0.0):
+    import torch
+
+    assert one.keys() == other.keys() and one
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=0, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world, tmp_path_factory):
+    recipe = recipe_of(world, tmp_path_factory.mktemp("undisturbed"))
+    return train(recipe, RunDir(recipe.run_path))
+
+
+def test_a_run_leaves_everything_behind(world, undisturbed):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    run = undisturbed
+    assert run.status()["state"] == "finished" and run.status()["step"] == 8
+    data = json.loads(run.data_path.read_text())
+    assert data["rows"] == {"task": 40, "safe": 4} and data["tokens"]["truncated"] == 0
+    provenance = json.loads(run.provenance_path.read_text())
+    assert set(provenance["data_sha256"]) == {str(world / "train.jsonl"), str(world / "safe.jsonl")}
+    rows = read_jsonl(run.metrics_path)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert {"epoch", "loss", "ce", "kl", "tokens_per_second", "learning_rate", "grad_norm", "time"} <= set(rows[0])
+    assert rows[0]["kl"] == 0.0 < rows[-1]["kl"]
+    assert [row["step"] for row in rows if "drift/layer_2" in row] == [1, 3, 6]
+    assert rows[0]["loss"] == pytest.approx(rows[0]["ce"], rel=1e-6)
+    assert [c.name for c in list_checkpoints(run.checkpoints)] == ["checkpoint-6", "checkpoint-8"]
+    assert not [p for p in run.path.rglob("*") if p.suffix in {".bin", ".pt", ".pth", ".pkl"}]
+    base = AutoModelForCausalLM.from_pretrained(world / "model")
+    loaded = PeftModel.from_pretrained(base, run.adapter)
+    mine = {n.replace(".default", ""): p for n, p in loaded.named_parameters() if "lora_" in n}
+    assert_same_weights(weights(run), {n: p.detach() for n, p in mine.items()})
+    assert any(t.abs().max() > 0 for n, t in weights(run).items() if "lora_B" in n)
+
+
+def test_a_finished_run_is_recognised_and_another_recipe_refused(world, undisturbed):
+    recipe = recipe_of(world, undisturbed.path.parent)
+    before = undisturbed.metrics_path.stat().st_mtime_ns
+    train(recipe, undisturbed)
+    train(recipe.model_copy(update={"training": recipe.training.model_copy(update={"save_steps": 5})}), undisturbed)
+    assert undisturbed.metrics_path.stat().st_mtime_ns == before
+    other = recipe_of(world, undisturbed.path.parent, learning_rate=0.5)
+    with pytest.raises(UserError, match=r"another recipe \(training differ\)"):
+        train(other, undisturbed)
+
+
+def test_the_same_recipe_gives_the_same_adapter(world, undisturbed, tmp_path):
+    again = recipe_of(world, tmp_path)
+    assert_same_weights(weights(undisturbed), weights(train(again, RunDir(again.run_path))))
+
+
+def start(recipe, folder):
+    path = folder / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    command = [sys.executable, "-m", "ema_scale", "train", str(path)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_checkpoint(run, process, name="checkpoint-2", seconds=120):
+    deadline = time.monotonic() + seconds
+    while not (run.checkpoints / name).exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_killed_outright_it_goes_on_and_ends_with_the_same_adapter(world, tmp_path):
+    """Killed in the second epoch, so that the order of rows of a later epoch is tested too."""
+    long = {"max_steps": 60, "save_steps": 2}
+    calm = recipe_of(world, tmp_path / "calm", **long)
+    expected = train(calm, RunDir(calm.run_path))
+    recipe = recipe_of(world, tmp_path / "killed", **long)
+    run = RunDir(recipe.run_path)
+    process = start(recipe, tmp_path)
+    wait_for_checkpoint(run, process, "checkpoint-14")
+    process.kill()
+    process.wait()
+    assert run.status()["state"] == "running"  # nobody was left to say otherwise
+    newest = newest_complete(run.checkpoints)
+    assert newest is not None and 14 <= step_of(newest) < 58
+    # What a kill in the middle of a write leaves: a newer folder that is not whole.
+    torn = run.checkpoints / "checkpoint-58"
+    torn.mkdir()
+    (torn / "state.safetensors").write_bytes(b"half")
+    damaged = run.checkpoints / "checkpoint-59"
+    subprocess.run(["cp", "-r", str(newest), str(damaged)], check=True)
+    content = bytearray((damaged / "state.safetensors").read_bytes())
+    content[-1] ^= 1
+    (damaged / "state.safetensors").write_bytes(content)
+    assert not is_complete(torn) and not is_complete(damaged)
+    assert newest_complete(run.checkpoints) == newest
+    train(recipe, run)
+    assert_same_weights(weights(expected), weights(run))
+    steps = [row["step"] for row in read_jsonl(run.metrics_path)]
+    assert steps == list(range(1, 61))
+    losses = [[row["loss"] for row in read_jsonl(r.metrics_path)] for r in (expected, run)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_a_signal_saves_stops_and_the_run_goes_on(world, undisturbed, tmp_path):
+    recipe = recipe_of(world, tmp_path, max_steps=400, save_steps=1000)
+    run = RunDir(recipe.run_path)
+    process = start(recipe, tmp_path)
+    deadline = time.monotonic() + 120
+    while not run.metrics_path.exists() or len(read_jsonl(run.metrics_path)) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert run.status()["state"] == "stopped"
+    (checkpoint,) = list_checkpoints(run.checkpoints)
+    assert is_complete(checkpoint)
+    assert read_jsonl(run.metrics_path)[-1]["step"] == int(checkpoint.name.split("-")[1]) < 400
+
+
+def test_a_full_disk_is_a_clear_error_and_keeps_what_is_there(world, tmp_path, monkeypatch):
+    from ema_scale.training import checkpointing
+
+    real, calls = checkpointing.save_file, []
+
+    def full(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args, **kwargs)
+
+    recipe = recipe_of(world, tmp_path)
+    run = RunDir(recipe.run_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpointing, "save_file", full)
+        with pytest.raises(UserError, match="disk is full"):
+            train(recipe, run)
+    assert run.status()["state"] == "failed" and "disk is full" in run.status()["reason"]
+    assert [c.name for c in list_checkpoints(run.checkpoints)] == ["checkpoint-2"]
+    assert not list(run.checkpoints.glob(".*"))
+    train(recipe, run)
+    assert run.status()["state"] == "finished"
+    assert [row["step"] for row in read_jsonl(run.metrics_path)] == list(range(1, 9))
+
+
+def test_a_loss_that_explodes_fails_the_run(world, tmp_path):
+    recipe = recipe_of(world, tmp_path, learning_rate=1e30, max_grad_norm=1e30, warmup_steps=0)
+    with pytest.raises(UserError, match="not finite|is nan|is inf"):
+        train(recipe, RunDir(recipe.run_path))
+    assert RunDir(recipe.run_path).status()["state"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"model": {"path": "./nowhere"}}, "nowhere"),
+        ({"data": {"train": "./none.jsonl"}}, "none.jsonl"),
+        ({"adapter": {"target_modules": ["no_such_layer"]}}, "adapter.target_modules: .*no_such_layer"),
+    ],
+)
+def test_bad_input_is_named(world, tmp_path, change, expected):
+    recipe = build_recipe({**recipe_of(world, tmp_path).to_dict(), **change})
+    with pytest.raises(UserError, match=expected):
+        train(recipe, RunDir(recipe.run_path))
+    assert RunDir(recipe.run_path).status()["state"] == "failed"
+
+
+def test_two_writers_are_refused(world, tmp_path):
+    recipe = recipe_of(world, tmp_path)
+    run = RunDir(recipe.run_path)
+    with run.lock(), pytest.raises(UserError, match="another process"):
+        train(recipe, run)
+
+
+def test_starting_over(world, tmp_path):
+    recipe = recipe_of(world, tmp_path, max_steps=2)
+    run = train(recipe, RunDir(recipe.run_path))
+    first = weights(run)
+    other = recipe_of(world, tmp_path, max_steps=2, learning_rate=1e-3)
+    train(other, run, resume=False)
+    assert [row["step"] for row in read_jsonl(run.metrics_path)] == [1, 2]
+    assert any((weights(run)[n] - t).abs().max() > 0 for n, t in first.items())
