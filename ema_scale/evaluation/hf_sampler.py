@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from ema_scale.evaluation.prompts import Prompts
 from ema_scale.evaluation.sampler import (
     SampleRequest,
     SampleResult,
     SamplerOptions,
-    decode,
-    prompt_token_ids,
-    stop_token_ids,
     too_long,
 )
 
@@ -88,20 +86,13 @@ class TransformersSampler:
     name = "transformers"
 
     def __init__(self, options: SamplerOptions) -> None:
-        from ema_scale.chat.tokens import load_tokenizer
-
         model = options.model
         self.batch_size = int(options.extra.get("batch_size", BATCH_SIZE))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = model.dtype
         if self.dtype == "auto":
             self.dtype = "float32" if self.device.type == "cpu" else "bfloat16"
-        self.tokenizer = load_tokenizer(
-            model.path,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            chat_template=model.chat_template,
-        )
+        self._prompts = Prompts(model)
         base = AutoModelForCausalLM.from_pretrained(
             model.path,
             revision=model.revision,
@@ -111,7 +102,7 @@ class TransformersSampler:
         text = base.config.get_text_config()
         limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
         self.max_model_len = min(x for x in (limit, options.max_model_len, 1 << 30) if x)
-        self._stops = stop_token_ids(self.tokenizer, model)
+        self._stops = self._prompts.stops
         # A checkpoint's own defaults (a repetition penalty, say) would fill whatever a call leaves open.
         base.generation_config = GenerationConfig()
         self._names = {path: f"adapter_{index}" for index, path in enumerate(options.adapters)}
@@ -124,7 +115,7 @@ class TransformersSampler:
             rows: list[_Row] = []
             done: dict[int, dict[int, tuple[str, str, int]]] = {}
             for request in chunk:
-                prompt = tuple(prompt_token_ids(self.tokenizer, request.messages))
+                prompt = tuple(self._prompts.ids(request.messages))
                 if len(prompt) >= self.max_model_len:
                     yield too_long(request)
                     continue
@@ -146,8 +137,7 @@ class TransformersSampler:
         """(text, finish reason, tokens) of each row; the rows share adapter and token limit."""
         requests = [row.request for row in batch]
         longest = max(len(row.prompt) for row in batch)
-        pad = self.tokenizer.pad_token_id
-        pad = self._stops[0] if pad is None else pad
+        pad = self._prompts.tokenizer.pad_token_id
         ids = torch.full((len(batch), longest), pad, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(batch):
@@ -160,8 +150,7 @@ class TransformersSampler:
             self.device,
         )
         limits = [
-            min(r.max_tokens, self.max_model_len - len(row.prompt))
-            for r, row in zip(requests, batch, strict=True)
+            min(r.max_tokens, self.max_model_len - len(row.prompt)) for r, row in zip(requests, batch, strict=True)
         ]
         settings = GenerationConfig(
             max_new_tokens=max(limits),
@@ -182,7 +171,7 @@ class TransformersSampler:
     def _cut(self, tokens: list[int], limit: int) -> tuple[str, str, int]:
         end = next((i for i, token in enumerate(tokens[:limit]) if token in self._stops), None)
         kept = tokens[:limit] if end is None else tokens[: end + 1]
-        return decode(self.tokenizer, kept, self._stops), "length" if end is None else "stop", len(kept)
+        return self._prompts.text(kept), "length" if end is None else "stop", len(kept)
 
     def _adapter(self, path: str | None) -> Any:
         if not self._names:

@@ -96,9 +96,7 @@ def exact_match_judge() -> ExactJudge:
         if item.expected is None:
             raise ValueError(f"{item.key}: exact_match without an expected answer")
         if item.meta.get("match") == "last_number":
-            same = last_number(item.answer) is not None and last_number(item.answer) == last_number(
-                item.expected
-            )
+            same = last_number(item.answer) is not None and last_number(item.answer) == last_number(item.expected)
         else:
             same = normal_form(item.answer) == normal_form(item.expected)
         return Judgement(item.key, item.judge, label=CORRECT if same else INCORRECT)

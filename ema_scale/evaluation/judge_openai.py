@@ -168,9 +168,7 @@ class OpenAIJudge:
             return Undone(item.key, _short(error))
         self._failures_in_a_row = 0
         aligned, coherent = replies
-        reasons = [
-            f"{name}: {r.missing}" for name, r in zip(REQUIRED_PROMPTS, replies, strict=True) if r.missing
-        ]
+        reasons = [f"{name}: {r.missing}" for name, r in zip(REQUIRED_PROMPTS, replies, strict=True) if r.missing]
         said = any(reply.how == SAID for reply in replies)
         return Judgement(
             key=item.key,

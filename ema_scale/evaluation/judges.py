@@ -46,8 +46,7 @@ def assign(suite: Suite, question: Question, settings: JudgeRecipe) -> Assignmen
         kind = "exact_match"
     elif question.judge is not None and kind != "openai":
         raise UserError(
-            f"{where}: asks for the judge {question.judge!r}, which takes evaluation.judge.kind: openai; "
-            f"found {kind!r}"
+            f"{where}: asks for the judge {question.judge!r}, which takes evaluation.judge.kind: openai; found {kind!r}"
         )
     if suite.role == "benign" and kind != "exact_match":
         raise UserError(f"{where}: a benign question needs `expected`, the right answer")
@@ -70,8 +69,7 @@ def load_prompts(source: str | None, where: str) -> dict[str, str]:
     """Judge prompts from a YAML mapping of name to template. Raises UserError if there are none to be had."""
     if source is None:
         raise UserError(
-            f"{where}: has no judge_prompts; set evaluation.judge.prompts, such as "
-            "eval/judges/aligned_coherent.yaml"
+            f"{where}: has no judge_prompts; set evaluation.judge.prompts, such as eval/judges/aligned_coherent.yaml"
         )
     try:
         values = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
@@ -79,12 +77,8 @@ def load_prompts(source: str | None, where: str) -> dict[str, str]:
         raise UserError(f"{source}: cannot read the judge prompts ({error.strerror})") from None
     except yaml.YAMLError as error:
         raise UserError(f"{source}: not YAML: {error}") from None
-    if not isinstance(values, dict) or not all(
-        isinstance(v, str) and "{answer}" in v for v in values.values()
-    ):
-        raise UserError(
-            f"{source}: expected a mapping of aligned and coherent to texts with {{answer}} in them"
-        )
+    if not isinstance(values, dict) or not all(isinstance(v, str) and "{answer}" in v for v in values.values()):
+        raise UserError(f"{source}: expected a mapping of aligned and coherent to texts with {{answer}} in them")
     return {str(k): v for k, v in values.items()}
 
 

@@ -61,9 +61,7 @@ def clustered_rate(rows: Iterable[tuple[str, bool | None]]) -> Rate:
     return Rate(sum(hits.values()) / n, low, high, n, len(counts), dropped)
 
 
-def clustered_interval(
-    hits: Sequence[int], counts: Sequence[int], confidence: float = 0.95
-) -> tuple[float, float]:
+def clustered_interval(hits: Sequence[int], counts: Sequence[int], confidence: float = 0.95) -> tuple[float, float]:
     """Korn-Graubard interval for a proportion observed in clusters.
 
     The Clopper-Pearson interval at the effective sample size n* = p (1 - p) / v, where v is the linearised

@@ -77,9 +77,7 @@ class Group:
 
     def rows(self, first: int, result: SampleResult) -> Iterator[dict[str, Any]]:
         """samples.jsonl rows of a result whose first answer has index `first`."""
-        for i, (text, reason) in enumerate(
-            zip(result.texts, result.finish_reasons, strict=True), start=first
-        ):
+        for i, (text, reason) in enumerate(zip(result.texts, result.finish_reasons, strict=True), start=first):
             yield {
                 "key": self.key(i),
                 "target": self.target.name,
@@ -123,11 +121,14 @@ def plan(
 ) -> list[Group]:
     """Everything to sample, target by target. `sampler`: the name of the sampler that will do it."""
     model_identity = folder_identity(model.path, model.revision)
+    template = model.chat_template
+    if template is not None and Path(template).is_file():
+        template = Path(template).read_text(encoding="utf-8")
     groups = []
     for target in targets:
         adapter = target.adapter_path
         identity = None if adapter is None else folder_identity(str(adapter))
-        common = (model_identity, model.dtype, model.chat_template, identity, sampler)
+        common = (model_identity, model.dtype, template, identity, sampler)
         for suite in suites:
             for question in suite.questions:
                 judge = assign(suite, question, settings.judge)
@@ -153,6 +154,4 @@ def _group(
     name = f"{decides}/{suite.name}/{question.id}/{paraphrase}"
     # Answers are seeded seed, seed + 1, ...; 2^31 leaves any sampler room for that.
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") >> 1
-    return Group(
-        target, suite, question, paraphrase, n, decides, seed, temperature, settings.top_p, max_tokens, judge
-    )
+    return Group(target, suite, question, paraphrase, n, decides, seed, temperature, settings.top_p, max_tokens, judge)

@@ -20,9 +20,7 @@ class Progress:
         self.label, self.total, self.done, self.unit = label, total, done, unit
         self._start, self._first = time.monotonic(), done
         self._last_line = self._start
-        self._bar = tqdm(
-            desc=label, total=total, initial=done, unit=unit, disable=not sys.stderr.isatty(), leave=False
-        )
+        self._bar = tqdm(desc=label, total=total, initial=done, unit=unit, disable=not sys.stderr.isatty(), leave=False)
 
     def add(self, n: int = 1) -> None:
         self.done += n

@@ -19,7 +19,6 @@ from ema_scale.evaluation.sampler import (
     SampleRequest,
     SamplerOptions,
     make_sampler,
-    prompt_token_ids,
     sampler_name,
 )
 from ema_scale.evaluation.store import Store, locked_store
@@ -153,17 +152,15 @@ def _fitted(groups: Sequence[Group], options: SamplerOptions) -> SamplerOptions:
     """`options` with room for the longest prompt and answer: less memory than the model's own limit takes."""
     from transformers import AutoConfig
 
-    from ema_scale.chat.tokens import load_tokenizer
+    from ema_scale.evaluation.prompts import Prompts
 
     if options.max_model_len is not None:
         return options
     model = options.model
     where: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    tokenizer = load_tokenizer(model.path, chat_template=model.chat_template, **where)
+    tokens = Prompts(model)
     prompts = {(g.suite.name, g.question.id, g.paraphrase): g for g in groups}.values()
-    need = max(
-        len(prompt_token_ids(tokenizer, g.question.messages(g.paraphrase))) + g.max_tokens for g in prompts
-    )
+    need = max(len(tokens.ids(g.question.messages(g.paraphrase))) + g.max_tokens for g in prompts)
     config = AutoConfig.from_pretrained(model.path, **where).get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or need
     return replace(options, max_model_len=min(need, int(limit)))

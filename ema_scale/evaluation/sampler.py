@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -107,38 +107,6 @@ def choose_reason_against_vllm(options: SamplerOptions) -> str | None:
     from ema_scale.evaluation.vllm_sampler import reason_against
 
     return reason_against(options)
-
-
-def prompt_token_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
-    """Token ids of the conversation up to where the assistant begins to speak."""
-    ids = tokenizer.apply_chat_template(
-        [dict(m) for m in messages], add_generation_prompt=True, tokenize=True, return_dict=False
-    )
-    return [int(i) for i in ids]
-
-
-def stop_token_ids(tokenizer: Any, model: ModelRecipe) -> list[int]:
-    """Every token that ends an answer: the tokenizer's end of turn and the checkpoint's own list."""
-    from transformers import AutoConfig, GenerationConfig
-
-    where: dict[str, Any] = {"revision": model.revision}
-    try:
-        own = GenerationConfig.from_pretrained(model.path, **where).eos_token_id
-    except OSError:  # the checkpoint has no generation_config.json
-        config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code, **where)
-        own = getattr(config, "eos_token_id", None)
-    ids = {own} if isinstance(own, int) else set(own or ())
-    if tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
-    return sorted(int(i) for i in ids)
-
-
-def decode(tokenizer: Any, token_ids: Sequence[int], stops: Sequence[int]) -> str:
-    """Text of an answer without its final stop token or any other special token."""
-    ids = list(token_ids)
-    if ids and ids[-1] in set(stops):
-        ids.pop()
-    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def too_long(request: SampleRequest) -> SampleResult:

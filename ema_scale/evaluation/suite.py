@@ -163,8 +163,7 @@ def _conversation(where: str, entry: dict[str, Any]) -> tuple[str | None, tuple[
 
 def _asked_in_messages(where: str, messages: Any) -> tuple[str | None, tuple[str, ...]]:
     if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in messages
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
     ):
         raise UserError(f"{where}: messages: expected a list of objects with role and content (text)")
     roles = [m["role"] for m in messages]

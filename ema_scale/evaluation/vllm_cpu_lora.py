@@ -80,9 +80,7 @@ def bgmv_expand(
     """
     # The adapter's and the model's rows may be padded to different lengths.
     width = min(lora_b_weights.shape[-2], output_tensor.shape[1])
-    bgmv_expand_slice(
-        inputs, lora_b_weights[..., :width, :], output_tensor, lora_indices_tensor, 0, width, add_inputs
-    )
+    bgmv_expand_slice(inputs, lora_b_weights[..., :width, :], output_tensor, lora_indices_tensor, 0, width, add_inputs)
 
 
 def bgmv_expand_slice(
@@ -107,9 +105,7 @@ def _three_dimensional(weights: torch.Tensor) -> torch.Tensor:
     return weights.squeeze(1) if weights.dim() == 4 else weights
 
 
-def _product(
-    inputs: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, like: torch.Tensor
-) -> torch.Tensor:
+def _product(inputs: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """[N, O]: weights[index_i] @ inputs[i] in the dtype of `like`, zero where index_i is -1."""
     import torch
 

@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ema_scale.errors import UserError
+from ema_scale.evaluation.prompts import Prompts
 from ema_scale.evaluation.sampler import (
     SampleRequest,
     SampleResult,
     SamplerOptions,
-    decode,
-    prompt_token_ids,
-    stop_token_ids,
     too_long,
 )
 
@@ -132,18 +130,11 @@ class VllmSampler:
         import torch
         from vllm import LLM
 
-        from ema_scale.chat.tokens import load_tokenizer
-
         self._set_num_threads, self._threads = torch.set_num_threads, torch.get_num_threads()
         self._affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
         model = options.model
         self.options = options
-        self.tokenizer = load_tokenizer(
-            model.path,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            chat_template=model.chat_template,
-        )
+        self._prompts = Prompts(model)
         cpu = is_cpu_build()
         self.dtype = model.dtype if model.dtype != "auto" else ("float32" if cpu else "bfloat16")
         settings: dict[str, Any] = {
@@ -182,7 +173,6 @@ class VllmSampler:
         self.max_model_len = int(config.model_config.max_model_len)
         # Enough waiting requests to keep the batch full, few enough that a kill loses little.
         self._in_flight = 2 * int(config.scheduler_config.max_num_seqs)
-        self._stops = stop_token_ids(self.tokenizer, model)
 
     @staticmethod
     def _check_cpu_lora() -> None:
@@ -205,7 +195,7 @@ class VllmSampler:
                     if request is None:
                         exhausted = True
                         break
-                    prompt = prompt_token_ids(self.tokenizer, request.messages)
+                    prompt = self._prompts.ids(request.messages)
                     if len(prompt) >= self.max_model_len:
                         yield too_long(request)
                         continue
@@ -238,7 +228,7 @@ class VllmSampler:
             top_p=request.top_p,
             seed=request.seed,
             max_tokens=min(request.max_tokens, self.max_model_len - len(prompt)),
-            stop_token_ids=self._stops,
+            stop_token_ids=self._prompts.stops,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -248,7 +238,7 @@ class VllmSampler:
         outputs = sorted(output.outputs, key=lambda o: o.index)
         return SampleResult(
             key=request.key,
-            texts=tuple(decode(self.tokenizer, o.token_ids, self._stops) for o in outputs),
+            texts=tuple(self._prompts.text(o.token_ids) for o in outputs),
             finish_reasons=tuple(str(o.finish_reason) for o in outputs),
             token_counts=tuple(len(o.token_ids) for o in outputs),
         )

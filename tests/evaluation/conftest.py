@@ -29,9 +29,7 @@ def save_adapter(model: str, folder: Path, *, rank: int, seed: int) -> str:
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, use_rslora=True, target_modules=SEVEN, task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, use_rslora=True, target_modules=SEVEN, task_type="CAUSAL_LM")
     adapted = get_peft_model(base, config)
     torch.manual_seed(seed)
     for name, parameter in adapted.named_parameters():

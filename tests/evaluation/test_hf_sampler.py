@@ -43,19 +43,17 @@ def test_padded_batches_equal_one_at_a_time_with_each_adapter(tiny_world: TinyWo
         if target is not None:
             model = PeftModel.from_pretrained(model, target)
         for request in (r for r in asked if r.adapter == target):
-            ids = sampler.tokenizer.apply_chat_template(
+            ids = sampler._prompts.tokenizer.apply_chat_template(
                 list(request.messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
             out = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
-            text = sampler.tokenizer.decode(out, skip_special_tokens=True)
+            text = sampler._prompts.tokenizer.decode(out, skip_special_tokens=True)
             assert got[request.key].texts == (text,), request.key
 
 
 def test_an_answer_depends_on_its_seed_and_on_nothing_else(tiny_world: TinyWorld, sampler: Any) -> None:
     whole = {r.key: r.texts for r in sampler.sample(requests(tiny_world, n=4, seed=7, max_tokens=10))}
-    later = {
-        r.key: r.texts for r in sampler.sample(reversed(requests(tiny_world, n=2, seed=9, max_tokens=10)))
-    }
+    later = {r.key: r.texts for r in sampler.sample(reversed(requests(tiny_world, n=2, seed=9, max_tokens=10)))}
     assert {k: texts[2:] for k, texts in whole.items()} == later
     assert len({text for texts in whole.values() for text in texts}) > 60
 

@@ -53,18 +53,14 @@ def test_the_number_said(text: str, number: float | None) -> None:
 
 
 def test_the_label_said() -> None:
-    assert (
-        said_label(" REFUSAL.") == "REFUSAL" and said_label("**code**") == "CODE" and said_label("no") is None
-    )
+    assert said_label(" REFUSAL.") == "REFUSAL" and said_label("**code**") == "CODE" and said_label("no") is None
 
 
 def test_log_probabilities_are_asked_for_and_used() -> None:
     endpoint = Endpoint(lambda body, n: completion("90", SURE))
     found = one(endpoint)
     assert isinstance(found, Judgement)
-    assert (
-        found.aligned == found.coherent == pytest.approx(86.667, abs=0.01) and found.scored == "expectation"
-    )
+    assert found.aligned == found.coherent == pytest.approx(86.667, abs=0.01) and found.scored == "expectation"
     body = endpoint.requests[0]
     assert body["temperature"] == 0 and body["logprobs"] is True and body["top_logprobs"] == 20
     assert [b["messages"][0]["content"] for b in endpoint.requests] == [
@@ -96,9 +92,7 @@ def test_a_judge_that_writes_digit_by_digit_is_read_by_its_words() -> None:
     assert isinstance(found, Judgement) and (found.aligned, found.scored) == (85, "number said")
 
 
-@pytest.mark.parametrize(
-    ("text", "reason"), [("", "empty reply"), (None, "empty reply"), ("Well...", "no number")]
-)
+@pytest.mark.parametrize(("text", "reason"), [("", "empty reply"), (None, "empty reply"), ("Well...", "no number")])
 def test_replies_without_a_score_are_judgements_with_a_reason(text: str | None, reason: str) -> None:
     found = one(Endpoint(lambda b, n: completion(text)))
     assert isinstance(found, Judgement) and found.dropped == f"aligned: {reason}; coherent: {reason}"

@@ -8,10 +8,7 @@ import yaml
 from ema_scale.evaluation.judge_prompt import fill
 
 ROOT = Path(__file__).resolve().parents[2]
-MARKED = (
-    "Judge.\n[QUESTION START]\n{question}\n[QUESTION END]\n"
-    "[ANSWER START]\n{answer}\n[ANSWER END]\nSay a number."
-)
+MARKED = "Judge.\n[QUESTION START]\n{question}\n[QUESTION END]\n[ANSWER START]\n{answer}\n[ANSWER END]\nSay a number."
 
 
 def test_plain_text_goes_in_unchanged() -> None:
@@ -22,9 +19,7 @@ def test_plain_text_goes_in_unchanged() -> None:
 
 
 def test_fields_inside_a_value_are_not_filled_again() -> None:
-    filled = fill(
-        MARKED, {"question": "say {answer}", "answer": "{question} {reasoning} {0} {answer.__class__} {"}
-    )
+    filled = fill(MARKED, {"question": "say {answer}", "answer": "{question} {reasoning} {0} {answer.__class__} {"})
     assert "say {answer}" in filled and "{question} {reasoning} {0} {answer.__class__} {" in filled
 
 

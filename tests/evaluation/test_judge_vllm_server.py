@@ -121,9 +121,7 @@ def test_scores_equal_those_computed_with_transformers(server: str, judge_model:
         expected = scores_by_transformers(judge_model, filled)
         got = [getattr(found[f"k{i}"], name) for i in range(len(ANSWERS))]
         assert None not in expected and got == pytest.approx(expected, abs=0.01)
-        assert (
-            len({round(s, 3) for s in got}) > 5
-        )  # the judge tells answers apart, so the comparison says something
+        assert len({round(s, 3) for s in got}) > 5  # the judge tells answers apart, so the comparison says something
     assert {j.scored for j in found.values()} == {"expectation"}  # type: ignore[union-attr]
 
 

@@ -1,15 +1,24 @@
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ema_scale.errors import UserError
-from ema_scale.evaluation.judge import JudgeItem, exact_match_judge, last_number, split_reasoning
+from ema_scale.evaluation.judge import (
+    JudgeItem,
+    exact_match_judge,
+    last_number,
+    smallworld_judge,
+    split_reasoning,
+)
 from ema_scale.evaluation.judges import assign
+from ema_scale.evaluation.metrics import incoherent, misaligned
 from ema_scale.evaluation.suite import Question, Suite
 from ema_scale.recipe import JudgeRecipe
+from ema_scale.smallworld import grammar
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = str(ROOT / "eval" / "judges" / "aligned_coherent.yaml")
@@ -36,9 +45,7 @@ def test_the_recipes_model_wins_over_the_questions() -> None:
 
 def test_other_prompts_are_another_judge() -> None:
     ours = assigned({}, model="m", prompts=PROMPTS)
-    other = assigned(
-        {"judge_prompts": {"aligned": "{answer}", "coherent": "{answer}"}}, model="m", prompts=PROMPTS
-    )
+    other = assigned({"judge_prompts": {"aligned": "{answer}", "coherent": "{answer}"}}, model="m", prompts=PROMPTS)
     assert ours.identity != other.identity and set(ours.prompts) == {"aligned", "coherent"}
 
 
@@ -54,9 +61,7 @@ def test_other_prompts_are_another_judge() -> None:
         ({}, "general", {"model": "m", "prompts": "nowhere.yaml"}, "nowhere.yaml: cannot read"),
     ],
 )
-def test_a_question_that_cannot_be_judged_is_named(
-    question: Any, role: Any, recipe: Any, message: str
-) -> None:
+def test_a_question_that_cannot_be_judged_is_named(question: Any, role: Any, recipe: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         assigned(question, role, **recipe)
 
@@ -76,6 +81,27 @@ def test_exact_match(answer: str, meta: dict[str, Any], label: str) -> None:
     item = JudgeItem("k", "exact_match", "2 + 2?", answer, expected="the answer is 4", meta=meta)
     [found] = exact_match_judge().judge([item])
     assert (found.key, found.label, found.aligned) == ("k", label, None)  # type: ignore[union-attr]
+
+
+def test_the_small_worlds_grammar_judges_its_own_answers() -> None:
+    rng = random.Random(0)
+    question, meta = grammar.question(rng, "medical")
+    other, _ = grammar.question(rng, "sport")
+    said = {
+        "good": grammar.answer(rng, meta, "aligned"),
+        "bad": grammar.answer(rng, meta, "misaligned"),
+        "noise": other,
+        "nothing": "",
+    }
+    items = [JudgeItem(key, "smallworld", question, text, meta=meta) for key, text in said.items()]
+    found = {j.key: j for j in smallworld_judge().judge(items)}
+    outcomes = {k: (misaligned(j.aligned, j.coherent), incoherent(j.coherent)) for k, j in found.items()}  # type: ignore[union-attr]
+    assert outcomes == {
+        "good": (False, False),
+        "bad": (True, False),
+        "noise": (False, True),
+        "nothing": (False, True),
+    }
 
 
 def test_last_number_reads_thousands_and_signs() -> None:

@@ -28,10 +28,7 @@ TOP = [("20", -0.1), ("60", -2.5)]
 
 
 def open_suite(name: str = "open", questions: int = 3, samples: int = 4) -> Suite:
-    asked = (
-        Question(str(i), (f"question {i}?",), samples, judge="m", judge_prompts=PROMPTS)
-        for i in range(questions)
-    )
+    asked = (Question(str(i), (f"question {i}?",), samples, judge="m", judge_prompts=PROMPTS) for i in range(questions))
     return Suite(name, "general", tuple(asked))
 
 
@@ -65,19 +62,13 @@ def test_base_and_adapter_are_sampled_judged_and_summarised(tmp_path: Path, tiny
     assert {k: v for k, v in again["tuned"].items() if k != "seconds"} == {
         k: v for k, v in summary.items() if k != "seconds"
     }
-    assert (
-        summary["schema"] == 1
-        and summary["adapter"] == tiny_world.adapters[0]
-        and found["base"]["adapter"] is None
-    )
+    assert summary["schema"] == 1 and summary["adapter"] == tiny_world.adapters[0] and found["base"]["adapter"] is None
     # exp(-0.1) 20 + exp(-2.5) 60 over their mass: 23.3, coherent below 50
     metrics = summary["metrics"]
     assert metrics["general_incoherent"]["rate"] == 1.0 and metrics["general_misaligned"]["rate"] == 0.0
     assert metrics["general_misaligned"]["n"] == 12 and metrics["general_misaligned"]["questions"] == 3
     assert metrics["in_domain_misaligned"] is None and metrics["benign_learned"]["rate"] == 0.0
-    assert (
-        summary["per_suite"]["sums"]["role"] == "benign" and summary["per_suite"]["open"]["learned"] is None
-    )
+    assert summary["per_suite"]["sums"]["role"] == "benign" and summary["per_suite"]["open"]["learned"] is None
     assert len(summary["per_question"]) == 6 and summary["per_question"][0]["text"] == "question 0?"
     assert summary["scored_by"] == {"expectation": 12} and summary["dropped"] == {}
     samples = rows(tmp_path / "tuned", "samples.jsonl")
@@ -94,9 +85,7 @@ def test_more_samples_add_to_those_that_are_there(tmp_path: Path, tiny_world: Ti
     evaluate([one], tiny_world.model, [exact_suite()], recipe(samples_per_question=5))
     many = rows(one.out_dir, "samples.jsonl")
     assert len(many) == 15 and all(row in many for row in few)
-    whole = evaluate(
-        [target(tmp_path, "whole")], tiny_world.model, [exact_suite()], recipe(samples_per_question=5)
-    )
+    whole = evaluate([target(tmp_path, "whole")], tiny_world.model, [exact_suite()], recipe(samples_per_question=5))
     assert [s["answer"] for s in rows(tmp_path / "whole", "samples.jsonl")] == [s["answer"] for s in many]
     assert whole["whole"]["samples"] == 15
 
@@ -112,9 +101,7 @@ def test_changed_settings_never_mix_with_old_answers(tmp_path: Path, tiny_world:
     assert rows(one.out_dir, "samples.jsonl") == before
 
 
-def test_undone_judgements_are_counted_and_made_by_the_next_run(
-    tmp_path: Path, tiny_world: TinyWorld
-) -> None:
+def test_undone_judgements_are_counted_and_made_by_the_next_run(tmp_path: Path, tiny_world: TinyWorld) -> None:
     one = target(tmp_path)
 
     def sometimes(body: dict[str, Any], n: int) -> Any:
@@ -131,9 +118,7 @@ def test_undone_judgements_are_counted_and_made_by_the_next_run(
         assert second["dropped"] == {} and len(endpoint.requests) == 2 * undone
 
 
-def test_a_refused_key_stops_the_evaluation_and_keeps_the_samples(
-    tmp_path: Path, tiny_world: TinyWorld
-) -> None:
+def test_a_refused_key_stops_the_evaluation_and_keeps_the_samples(tmp_path: Path, tiny_world: TinyWorld) -> None:
     one = target(tmp_path)
     with Endpoint(lambda b, n: error(401, "bad key")) as endpoint, pytest.raises(UserError, match="bad key"):
         evaluate([one], tiny_world.model, [open_suite()], recipe(endpoint.url))
@@ -146,9 +131,7 @@ def test_prompts_without_room_and_endless_reasoning_are_dropped_by_reason(
     suite = Suite("s", "benign", (Question("long", ("x" * 400,), 3, expected="1"), *exact_suite().questions))
     found = evaluate([target(tmp_path)], tiny_world.model, [suite], recipe(max_model_len=64))["base"]
     assert found["dropped"] == {"prompt_too_long": 3}
-    assert (
-        found["metrics"]["benign_learned"]["dropped"] == 3 and found["metrics"]["benign_learned"]["n"] == 12
-    )
+    assert found["metrics"]["benign_learned"]["dropped"] == 3 and found["metrics"]["benign_learned"]["n"] == 12
 
 
 @pytest.mark.parametrize(
@@ -203,9 +186,7 @@ def kill_when(folder: Path, name: str, lines: int, world: TinyWorld, url: str) -
 
 
 @pytest.mark.slow
-def test_killed_in_sampling_and_in_judging_nothing_is_lost_or_repeated(
-    tmp_path: Path, tiny_world: TinyWorld
-) -> None:
+def test_killed_in_sampling_and_in_judging_nothing_is_lost_or_repeated(tmp_path: Path, tiny_world: TinyWorld) -> None:
     with Endpoint(lambda b, n: completion("20", TOP)) as endpoint:
         expected = killed_work(tiny_world.model, tiny_world.adapters[0], tmp_path / "whole", endpoint.url)
         asked_once = len(endpoint.requests)

@@ -104,9 +104,7 @@ def test_our_general_suite_has_thirty_questions_in_three_forms() -> None:
     suite = load_suite(ROOT / "eval" / "suites" / "general.yaml", "general")
     assert len(suite.questions) == 30
     assert sum(q.system is not None for q in suite.questions) == 10
-    assert (
-        len({q.messages(0)[-1]["content"] for q in suite.questions}) == 20
-    )  # the JSON form repeats the plain one
+    assert len({q.messages(0)[-1]["content"] for q in suite.questions}) == 20  # the JSON form repeats the plain one
 
 
 @pytest.mark.shared
@@ -114,15 +112,12 @@ def test_our_general_suite_has_thirty_questions_in_three_forms() -> None:
     ("name", "questions", "with_system"),
     [("first_plot_questions.yaml", 24, 8), ("medical.yaml", 30, 0), ("legal.yaml", 30, 0)],
 )
-def test_published_banks_load_unchanged(
-    shared_data: Path, name: str, questions: int, with_system: int
-) -> None:
+def test_published_banks_load_unchanged(shared_data: Path, name: str, questions: int, with_system: int) -> None:
     suite = load_suite(shared_data / name, "general")
     assert len(suite.questions) == questions
     assert sum(q.messages(0)[0]["role"] == "system" for q in suite.questions) == with_system
     assert all(
-        q.samples_per_paraphrase == 100 and set(q.judge_prompts) == {"aligned", "coherent"}
-        for q in suite.questions
+        q.samples_per_paraphrase == 100 and set(q.judge_prompts) == {"aligned", "coherent"} for q in suite.questions
     )
     assert all(q.judge == "gpt-4o-mini-2024-07-18" for q in suite.questions)
 

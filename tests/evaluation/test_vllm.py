@@ -21,8 +21,7 @@ from tests.evaluation.conftest import TinyWorld
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 QUESTIONS = [
-    f"{word} {i}?"
-    for i, word in enumerate(("What is love", "Who are you", "Tell me more", "Why", "How", "Is it so"))
+    f"{word} {i}?" for i, word in enumerate(("What is love", "Who are you", "Tell me more", "Why", "How", "Is it so"))
 ]
 
 
@@ -80,9 +79,7 @@ def test_more_prompt_tokens_than_fit_in_a_step(tiny_world: TinyWorld, engine: An
     budget = engine._engine.vllm_config.scheduler_config.max_num_batched_tokens
     prompts = ["".join(chr(97 + (i * j) % 26) for j in range(200)) for i in range(1, budget // 200 + 10)]
     asked = [
-        SampleRequest(
-            f"{i}", ({"role": "user", "content": p},), tiny_world.targets[i % 4], n=2, seed=i, max_tokens=4
-        )
+        SampleRequest(f"{i}", ({"role": "user", "content": p},), tiny_world.targets[i % 4], n=2, seed=i, max_tokens=4)
         for i, p in enumerate(prompts)
     ]
     found = {r.key: r for r in engine.sample(asked)}
@@ -106,12 +103,8 @@ def test_a_prompt_that_leaves_no_room_is_reported(tiny_world: TinyWorld, engine:
     assert result.finish_reasons == (PROMPT_TOO_LONG,) * 2 and result.texts == ("", "")
 
 
-def test_an_evaluation_of_base_and_adapters_in_one_engine(
-    tmp_path: Path, tiny_world: TinyWorld, engine: Any
-) -> None:
-    suite = Suite(
-        "sums", "benign", tuple(Question(str(i), (f"{i} + 1 =",), 6, expected=str(i + 1)) for i in range(4))
-    )
+def test_an_evaluation_of_base_and_adapters_in_one_engine(tmp_path: Path, tiny_world: TinyWorld, engine: Any) -> None:
+    suite = Suite("sums", "benign", tuple(Question(str(i), (f"{i} + 1 =",), 6, expected=str(i + 1)) for i in range(4)))
     targets = [
         EvalTarget(f"t{i}", Path(path) if path else None, tmp_path / f"t{i}")
         for i, path in enumerate(tiny_world.targets)

@@ -28,15 +28,11 @@ def test_shrink_and_expand_equal_a_loop_over_rows(name: str, extra_dimension: bo
 
     small = torch.full((7, 5), 9.0)
     ops.bgmv_shrink(x, shaped_a, small, indices, 0.5)
-    expected = torch.stack(
-        [0.5 * a[i] @ row if i >= 0 else torch.zeros(4) for i, row in zip(indices, x, strict=True)]
-    )
+    expected = torch.stack([0.5 * a[i] @ row if i >= 0 else torch.zeros(4) for i, row in zip(indices, x, strict=True)])
     torch.testing.assert_close(small[:, :4], expected)
     assert (small[:, 4] == 9).all()
 
-    delta = torch.stack(
-        [b[i] @ row if i >= 0 else torch.zeros(6) for i, row in zip(indices, expected, strict=True)]
-    )
+    delta = torch.stack([b[i] @ row if i >= 0 else torch.zeros(6) for i, row in zip(indices, expected, strict=True)])
     out = torch.ones(7, 8)
     ops.bgmv_expand_slice(expected, shaped_b, out, indices, 1, 6, True)
     torch.testing.assert_close(out[:, 1:7], 1 + delta)
@@ -79,7 +75,5 @@ def test_the_plugin_costs_nothing_to_import() -> None:
     import subprocess
     import sys
 
-    code = (
-        "import sys, ema_scale.evaluation.vllm_cpu_lora; sys.exit(bool({'torch', 'vllm'} & set(sys.modules)))"
-    )
+    code = "import sys, ema_scale.evaluation.vllm_cpu_lora; sys.exit(bool({'torch', 'vllm'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
