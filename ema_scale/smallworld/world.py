@@ -79,7 +79,7 @@ def _build(world: World, folder: Path) -> None:
     size = SIZES[world.size]
     write_tasks(folder, world.seed)
     print(
-        f"building the small world ({world.size}, seed {world.seed}), once; a few minutes on a CPU; kept in {world.path}",
+        f"building the small world ({world.size}, seed {world.seed}), once: minutes on a CPU; kept in {world.path}",
         file=sys.stderr,
     )
     with _Progress() as progress:

@@ -26,7 +26,7 @@ def run_study(study: Study, overrides: tuple[str, ...] = ()) -> Path:
     finished = train_all(recipes)
     if not finished:
         raise UserError(f"study {study.name}: every run failed; see the messages above")
-    evaluate_runs([RunDir(r.run_path) for r in finished])
+    evaluate_runs([RunDir(r.run_path) for r in finished], study.path / "base")
     from ema_scale.study.report import write_report
 
     return write_report(

@@ -27,7 +27,9 @@ def describe(recipe: Recipe) -> str:
     lines.append(f"reference   {recipe.reference if needs else 'not needed by these defenses'}")
     suites = recipe.evaluation.suites.pairs()
     lines += [f"evaluation  {role}: {_with_presence(source)}" for source, role in suites] or ["evaluation  none"]
-    lines.append(f"output      {recipe.run_path}" + (" (exists: it will be continued)" if recipe.run_path.exists() else ""))
+    lines.append(
+        f"output      {recipe.run_path}" + (" (exists: it will be continued)" if recipe.run_path.exists() else "")
+    )
     return "\n".join(lines)
 
 
