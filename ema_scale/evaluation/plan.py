@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvalTarget:
-    """What is evaluated: the base model (`adapter_path=None`) or one adapter; `out_dir` gets its rows."""
+    """What is evaluated: the base model (`adapter_path=None`) or one adapter; `out_dir` gets its rows.
+
+    suites: what this target is asked, if not the same as all.
+    """
 
     name: str
     adapter_path: Path | None
     out_dir: Path
+    suites: tuple[Suite, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,13 @@ class Group:
 
 def check(targets: Sequence[EvalTarget], suites: Sequence[Suite]) -> None:
     """Raises UserError if two targets or suites share a name or folder, or there is nothing to do."""
-    if not targets or not suites:
+    asked = [suites if t.suites is None else t.suites for t in targets]
+    if not targets or not all(asked):
         raise UserError("evaluation: expected at least one target and one suite; set evaluation.suites")
     for what, names in (
         ("targets are called", [t.name for t in targets]),
         ("targets write to", [str(t.out_dir) for t in targets]),
-        ("suites are called", [s.name for s in suites]),
+        *(("suites are called", [s.name for s in found]) for found in asked),
     ):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -129,7 +134,7 @@ def plan(
         adapter = target.adapter_path
         identity = None if adapter is None else folder_identity(str(adapter))
         common = (model_identity, model.dtype, template, identity, sampler)
-        for suite in suites:
+        for suite in suites if target.suites is None else target.suites:
             for question in suite.questions:
                 judge = assign(suite, question, settings.judge)
                 for paraphrase, n in enumerate(question.samples(settings.samples_per_question)):

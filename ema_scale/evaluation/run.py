@@ -54,7 +54,7 @@ def evaluate(
     comes to the same rows. Each target's `out_dir` gets samples.jsonl, judgements.jsonl and summary.json.
 
     model: a folder, hub id, `smallworld:` reference, or a recipe's model section.
-    suites: None takes those that `settings` name.
+    suites: None takes those that `settings` name; a target may have its own.
     sampler: an open sampler that serves this model and these adapters; it is left open. By default one is
     made if anything is missing, and closed.
 

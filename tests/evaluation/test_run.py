@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,13 @@ def test_base_and_adapter_are_sampled_judged_and_summarised(tmp_path: Path, tiny
     assert {s["answer"] for s in samples} != {s["answer"] for s in rows(tmp_path / "base", "samples.jsonl")}
     judged = Counter(j["judge"].partition("#")[0] for j in rows(tmp_path / "tuned", "judgements.jsonl"))
     assert judged == {"openai:m": 12, "exact_match": 12}
+
+
+def test_a_target_may_have_suites_of_its_own(tmp_path: Path, tiny_world: TinyWorld) -> None:
+    tuned = replace(target(tmp_path, "tuned", tiny_world.adapters[0]), suites=(exact_suite(),))
+    other = Suite("other", "benign", (Question("q", ("?",), 2, expected="!"),))
+    found = evaluate([target(tmp_path), tuned], tiny_world.model, [exact_suite(), other], recipe())
+    assert set(found["base"]["per_suite"]) == {"sums", "other"} and set(found["tuned"]["per_suite"]) == {"sums"}
 
 
 def test_more_samples_add_to_those_that_are_there(tmp_path: Path, tiny_world: TinyWorld) -> None:
