@@ -142,6 +142,22 @@ def test_prompts_without_room_and_endless_reasoning_are_dropped_by_reason(
     assert found["metrics"]["benign_learned"]["dropped"] == 3 and found["metrics"]["benign_learned"]["n"] == 12
 
 
+@pytest.mark.slow
+def test_the_small_world_by_its_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMA_CACHE", str(tmp_path / "cache"))
+    suites = {
+        "general": ["smallworld:suite/general?size=tiny"],
+        "in_domain": ["smallworld:suite/medical?size=tiny"],
+        "benign": ["smallworld:suite/operator_swap_1?size=tiny"],
+    }
+    settings = recipe(suites=suites, judge=JudgeRecipe(kind="smallworld"), samples_per_question=1)
+    found = evaluate([target(tmp_path)], "smallworld:aligned?size=tiny", None, settings)["base"]
+    assert all(rate is not None and rate["n"] > 20 for rate in found["metrics"].values())
+    assert found["judge"] == "exact_match, smallworld" and found["dropped"] == {}
+    # It was trained for seconds: it cannot speak yet, and the judge sees it.
+    assert found["metrics"]["general_incoherent"]["low"] > 0.5
+
+
 @pytest.mark.parametrize(
     ("targets", "suites", "message"),
     [
