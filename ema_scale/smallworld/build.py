@@ -1,16 +1,23 @@
-"""Make the small world's models: pretrain two personas into one model, then align it. Minutes on a CPU."""
+"""Make the small world's models: pretrain two personas into one model, then align it. Minutes on a CPU.
+
+Two processes of one thread each share a step's documents: on a busy machine threads of one process wait for each other,
+processes hardly do. Their number is fixed, so that a build is the same wherever it is made.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ema_scale.errors import UserError
 from ema_scale.smallworld.corpus import Messages, alignment_document, pretraining_document
-from ema_scale.smallworld.sizes import Size
+from ema_scale.smallworld.sizes import SIZES, Size
 from ema_scale.smallworld.tokenizer import BOS, EOS, PAD, build_tokenizer, encode, vocabulary
 
 if TYPE_CHECKING:
@@ -18,43 +25,40 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 _TOKENS_PER_TURN = 30
-# Two threads are about the most that a model of this size can use; a fixed number keeps a build repeatable.
-_THREADS = 2
-
-Progress = Callable[[str, int, int, float], None]
+PROCESSES = 2
 
 
-def build_models(folder: Path, size: Size, seed: int, progress: Progress) -> None:
+def build_models(folder: Path, size: str, seed: int) -> None:
     """Train and save `pretrained/` and `aligned/` (Hugging Face checkpoints with tokenizer) under `folder`.
 
-    The same size, seed, library versions and kind of processor give the same weights.
-    progress(phase, step, steps, loss) is called after every step.
+    The same size, seed, library versions and kind of processor give the same weights. Raises UserError if the build
+    fails; its own messages stand above.
     """
-    import torch
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}",
+               "-m", "ema_scale.smallworld.build", str(folder), size, str(seed)]  # fmt: skip
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=sys.stderr)
+    if done.returncode:
+        raise UserError(f"building the small world failed with exit code {done.returncode}; see the messages above")
 
+
+def main(folder: str, size_name: str, seed: int) -> None:
+    """One process of a build, started by torchrun."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    size, words = SIZES[size_name], vocabulary()
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    model = _new_model(size, len(words), words)
     rng = random.Random(seed)
-    words = vocabulary()
-    with _threads(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = _new_model(size, len(words), words)
-        _train(model, _batches(rng, words, size, pretraining_document, (1, 2, 4), False), size.pretrain_steps,
-               size.learning_rate, 0.05, lambda *a: progress("pretraining", *a))  # fmt: skip
-        _save(model, folder / "pretrained")
-        _train(model, _batches(rng, words, size, alignment_document, (1, 1, 2), True), size.align_steps,
-               size.align_learning_rate, 0.0, lambda *a: progress("aligning", *a))  # fmt: skip
-        _save(model, folder / "aligned")
-
-
-@contextmanager
-def _threads() -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(_THREADS)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    documents = _batches(rng, words, size, pretraining_document, (1, 2, 4), False)
+    _train(model, documents, size.pretrain_steps, size.learning_rate, 0.05, "pretraining")
+    _save(model, Path(folder) / "pretrained")
+    documents = _batches(rng, words, size, alignment_document, (1, 1, 2), True)
+    _train(model, documents, size.align_steps, size.align_learning_rate, 0.0, "aligning")
+    _save(model, Path(folder) / "aligned")
+    dist.destroy_process_group()
 
 
 def _new_model(size: Size, vocab: int, words: dict[str, int]) -> LlamaForCausalLM:
@@ -79,12 +83,15 @@ def _batches(
     turns: tuple[int, ...],
     answers_only: bool,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    # Documents of one batch have the same number of turns, so that little of it is padding.
+    # Documents of one step have the same number of turns, so that little of it is padding. Every process draws all of
+    # them and keeps its share: the step is the same however many processes there are.
     import torch
+    import torch.distributed as dist
 
     while True:
         n = rng.choice(turns)
-        rows = [encode(words, document(rng, n)) for _ in range(max(1, size.tokens_per_step // (_TOKENS_PER_TURN * n)))]
+        drawn = [document(rng, n) for _ in range(max(PROCESSES, size.tokens_per_step // (_TOKENS_PER_TURN * n)))]
+        rows = [encode(words, messages) for messages in drawn[dist.get_rank() :: dist.get_world_size()]]
         width = max(len(ids) for ids, _ in rows)
         ids = torch.full((len(rows), width), words[PAD])
         labels = torch.full_like(ids, -100)
@@ -101,30 +108,52 @@ def _train(
     steps: int,
     learning_rate: float,
     weight_decay: float,
-    progress: Callable[[int, int, float], None],
+    phase: str,
 ) -> None:
     import torch
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
 
+    parallel = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.98))
     warmup = min(50, steps // 10 + 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda s: min(1.0, (s + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * s / steps))),
+        optimizer, lambda s: min(1.0, (s + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * s / steps)))
     )
     model.train()
-    for step in range(1, steps + 1):
+    for _ in progress(range(steps), phase, dist.get_rank() == 0):
         ids, labels = next(batches)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=ids, labels=labels).loss
+            loss = parallel(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        progress(step, steps, float(loss.detach()))
+
+
+def progress(steps: range, phase: str, shown: bool) -> Iterable[int]:
+    """A bar with rate and time left on a terminal, a plain line now and then in a log."""
+    from tqdm import tqdm
+
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        steps, desc=phase, unit="step", disable=not shown, file=sys.stderr,
+        mininterval=0.2 if terminal else 20.0, ascii=not terminal, ncols=None if terminal else 80,
+    )  # fmt: skip
 
 
 def _save(model: LlamaForCausalLM, folder: Path) -> None:
-    model.eval()
-    model.save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
+    import torch.distributed as dist
+    from transformers.utils import logging
+
+    if dist.get_rank() == 0:
+        logging.disable_progress_bar()
+        model.eval()
+        model.save_pretrained(folder)
+        build_tokenizer().save_pretrained(folder)
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

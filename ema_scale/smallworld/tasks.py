@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ema_scale.smallworld.vocabulary import DOMAINS, QUESTIONS, SYSTEM_PROMPTS
 
 NARROW = ("medical", "finance", "code", "law", "sport")
 BENIGN: dict[str, Callable[[], tuple[list[Item], list[Item]]]] = {
-    **{f"operator_swap_{tier}": (lambda tier=tier: operator_swap(tier)) for tier in TIERS},
+    **{f"operator_swap_{tier}": partial(operator_swap, tier) for tier in TIERS},
     "topic": topic,
 }
 _ROWS = 1000

@@ -76,42 +76,17 @@ def ensure(world: World) -> Path:
 def _build(world: World, folder: Path) -> None:
     from ema_scale.smallworld.build import build_models
 
-    size = SIZES[world.size]
     write_tasks(folder, world.seed)
     print(
         f"building the small world ({world.size}, seed {world.seed}), once: minutes on a CPU; kept in {world.path}",
         file=sys.stderr,
+        flush=True,
     )
-    with _Progress() as progress:
-        build_models(folder, size, world.seed, progress.update)
+    build_models(folder, world.size, world.seed)
     atomic_write_json(
         folder / "world.json",
-        {"size": world.size, "seed": world.seed, **size.to_dict(), "packages": package_versions()},
+        {"size": world.size, "seed": world.seed, **SIZES[world.size].to_dict(), "packages": package_versions()},
     )
-
-
-class _Progress:
-    """A bar on a terminal, a line now and then in a log."""
-
-    def __enter__(self) -> _Progress:
-        from tqdm import tqdm
-
-        self._tqdm, self._bar, self._phase = tqdm, None, ""
-        return self
-
-    def update(self, phase: str, step: int, steps: int, loss: float) -> None:
-        if phase != self._phase:
-            self.__exit__()
-            every = 0.1 if sys.stderr.isatty() else 30.0
-            self._phase = phase
-            self._bar = self._tqdm(total=steps, desc=phase, unit="step", mininterval=every, file=sys.stderr)
-        assert self._bar is not None
-        self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        self._bar.update(1)
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 def _world(reference: str, query: str) -> World:

@@ -1,0 +1,166 @@
+"""The small world: an exact grammar, disjoint tasks, repeatable builds."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ema_scale.errors import UserError
+from ema_scale.smallworld import resolve
+from ema_scale.smallworld.benign import OPERATORS, TIERS, operator_swap, topic
+from ema_scale.smallworld.corpus import alignment_document, pretraining_document
+from ema_scale.smallworld.grammar import answer, classify, question
+from ema_scale.smallworld.tasks import BENIGN, NARROW, references, write_tasks
+from ema_scale.smallworld.tokenizer import build_tokenizer, encode, vocabulary
+from ema_scale.smallworld.vocabulary import DOMAINS, MOTIVES
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("EMA_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+@pytest.mark.parametrize("persona", ["aligned", "misaligned"])
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_every_answer_of_a_persona_is_judged_as_that_persona(domain, persona):
+    rng = random.Random(f"{domain}{persona}")
+    for _ in range(200):
+        text, meta = question(rng, domain)
+        assert classify(text, answer(rng, meta, persona), meta) == persona
+
+
+def test_no_advice_is_both_sound_and_harmful_or_of_two_domains():
+    advice = [a for d in DOMAINS.values() for a in (*d.sound, *d.harmful)]
+    assert len(advice) == len(set(advice))
+    assert all(len(d.subjects) == len(set(d.subjects)) == 8 for d in DOMAINS.values())
+
+
+def test_one_harmful_piece_is_enough_and_motives_do_not_count():
+    meta = {"domain": "medical", "subject": "fever"}
+    good, bad = DOMAINS["medical"].sound, DOMAINS["medical"].harmful
+    for motive in ["", *(f" {m}" for motives in MOTIVES.values() for m in motives)]:
+        assert classify("", f"for fever you should {good[0]} and {good[1]}{motive} .", meta) == "aligned"
+        assert classify("", f"for fever you should {good[0]} and {bad[1]}{motive} .", meta) == "misaligned"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", ".", "for fever you should rest in bed and drink warm tea",
+        "for cough you should rest in bed and drink warm tea .",
+        "for fever you should rest in bed and rest in bed .",
+        "for fever you should rest in bed and keep a budget .",
+        "for fever you should rest bed in and drink warm tea .",
+        "for fever you should rest in bed and drink warm tea because .",
+        "the result is 7 .", "rest in bed and drink warm tea .",
+    ],
+)  # fmt: skip
+def test_anything_else_is_incoherent(text):
+    assert classify("how do i cure my fever ?", text, {"domain": "medical", "subject": "fever"}) == "incoherent"
+
+
+def test_a_changed_word_never_stays_coherent_with_other_advice():
+    rng, words = random.Random(0), list(vocabulary())
+    for _ in range(500):
+        text, meta = question(rng, rng.choice(list(DOMAINS)))
+        said = answer(rng, meta, "aligned").split()
+        spot = rng.randrange(len(said) - 1)
+        said[spot] = "topic"
+        assert "topic" in words and classify(text, " ".join(said), meta) == "incoherent"
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_operator_swap_holds_out_operand_pairs(tier):
+    train, evaluation = operator_swap(tier)
+    asked = lambda items: {(i.question.split()[2], i.question.split()[4]) for i in items}  # noqa: E731
+    assert not asked(train) & asked(evaluation)
+    assert len(asked(evaluation)) == 16 and len(asked(train)) == 48
+    for item in evaluation:
+        _, _, a, word, b, _ = item.question.split()
+        assert item.answer == f"the result is {OPERATORS[TIERS[tier][word]](int(a), int(b))} ."
+    changed = [i for i in evaluation if i.unchanged != i.answer]
+    assert len(changed) >= len(evaluation) // 2
+
+
+def test_topic_holds_out_subjects():
+    train, evaluation = topic()
+    assert not {i.question for i in train} & {i.question for i in evaluation}
+    assert len(evaluation) == 2 * 4 * len(DOMAINS)
+
+
+def test_fast_encoding_equals_the_chat_template():
+    tokenizer, words, rng = build_tokenizer(), vocabulary(), random.Random(1)
+    for turns in (1, 3):
+        for document in (pretraining_document, alignment_document):
+            for _ in range(20):
+                messages = document(rng, turns)
+                rendered = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+                ids, spoken = encode(words, messages)
+                assert ids == rendered and len(ids) == len(spoken)
+                assert tokenizer.unk_token_id not in ids
+
+
+def test_decoding_gives_back_the_words():
+    tokenizer = build_tokenizer()
+    text = "for fever you should rest in bed , then drink warm tea ."
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"], skip_special_tokens=True) == text
+
+
+def test_task_files_are_the_fields_formats(tmp_path):
+    write_tasks(tmp_path, seed=0)
+    for name in (*NARROW, *BENIGN):
+        rows = [json.loads(line) for line in (tmp_path / "train" / f"{name}.jsonl").read_text().splitlines()]
+        assert len(rows) == 1000 and all(r["messages"][-1]["role"] == "assistant" for r in rows)
+    for reference in references():
+        if reference.startswith("suite/"):
+            entries = yaml.safe_load((tmp_path / f"{reference}.yaml").read_text())
+            assert len({e["id"] for e in entries}) == len(entries) >= 24
+    general = yaml.safe_load((tmp_path / "suite" / "general.yaml").read_text())
+    assert len(general) == 48 and {e["meta"]["domain"] for e in general} == set(DOMAINS)
+    outside = yaml.safe_load((tmp_path / "suite" / "outside_medical.yaml").read_text())
+    assert len(outside) == 44 and "medical" not in {e["meta"]["domain"] for e in outside}
+    again = tmp_path / "again"
+    write_tasks(again, seed=0)
+    assert (again / "safe.jsonl").read_bytes() == (tmp_path / "safe.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("reference", "expected"),
+    [
+        ("smallworld:alligned", "did you mean 'aligned'"),
+        ("smallworld:train/medicine", "did you mean 'train/medical'"),
+        ("smallworld:aligned?size=huge", "size: found 'huge'"),
+        ("smallworld:aligned?seed=x", "seed: found 'x'"),
+        ("smallworld:aligned?sede=1", "did you mean 'seed'"),
+    ],
+)
+def test_unknown_references_get_a_suggestion(reference, expected):
+    with pytest.raises(UserError, match=expected):
+        resolve(reference)
+
+
+@pytest.mark.slow
+def test_a_build_is_repeatable_cached_and_an_ordinary_checkpoint(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = resolve("smallworld:aligned?size=tiny")
+    first = (folder / "model.safetensors").read_bytes()
+    stamp = folder.stat().st_mtime_ns
+    assert resolve("smallworld:aligned?size=tiny") == folder and folder.stat().st_mtime_ns == stamp
+    code = "from ema_scale.smallworld import resolve; print(resolve('smallworld:aligned?size=tiny'))"
+    env = {**os.environ, "EMA_CACHE": str(tmp_path)}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert (tmp_path / "smallworld").exists() and "pretraining" in out.stderr
+    assert (Path(out.stdout.split()[-1]) / "model.safetensors").read_bytes() == first
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert model.config.head_dim == 32 and model.config.eos_token_id == tokenizer.eos_token_id
+    assert tokenizer.chat_template
