@@ -112,7 +112,9 @@ def test_every_shipped_recipe_is_valid():
     shipped = sorted((ROOT / "configs").glob("models/*.yaml")) + sorted((ROOT / "configs").glob("recipes/*.yaml"))
     assert len(shipped) >= 9
     for path in shipped:
-        recipe = load_recipe(path, ["model.path=m", "data.train=rows.jsonl"] if "paper" in path.name else ["data.train=x"])
+        recipe = load_recipe(
+            path, ["model.path=m", "data.train=rows.jsonl"] if "paper" in path.name else ["data.train=x"]
+        )
         assert isinstance(recipe, Recipe)
 
 

@@ -1,0 +1,157 @@
+"""The command line: bad input ends in one clear message, a non-zero exit code and no traceback."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ema_scale.cli import main
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+ROW = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+
+
+@pytest.fixture
+def ema(monkeypatch, capsys):
+    """Runs `ema ...` in this process; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["ema", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def recipe(tmp_path, model):
+    """Writes a small recipe; keyword arguments replace sections."""
+
+    def write(**changes):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(ROW) + "\n" for _ in range(8)))
+        values = {
+            "name": "run",
+            "output": str(tmp_path / "runs"),
+            "model": {"path": model, "dtype": "float32"},
+            "data": {"train": str(tmp_path / "rows.jsonl"), "max_length": 64},
+            "adapter": {"r": 4, "alpha": 8},
+            "training": {"max_steps": 2, "batch_size": 2, "accumulation": 1, "report_to": []},
+            **changes,
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    return write
+
+
+def assert_clear(outcome, *expected):
+    code, _, err = outcome
+    assert code == 2
+    assert "Traceback" not in err
+    message = [line for line in err.splitlines() if line.startswith("ema: ")]
+    assert message, err
+    for part in expected:
+        assert part in err
+
+
+def test_missing_recipe(ema, tmp_path):
+    assert_clear(ema("train", tmp_path / "none.yaml"), "none.yaml", "cannot read the recipe")
+
+
+def test_unknown_key_is_suggested(ema, recipe):
+    assert_clear(ema("train", recipe(), "training.learning_rat=1"), "did you mean 'learning_rate'")
+
+
+def test_out_of_range_strength(ema, recipe):
+    path = recipe(defenses=[{"kind": "kl", "strength": -0.1}])
+    assert_clear(ema("train", path), "defenses.0", "strength", "-0.1")
+
+
+def test_missing_model(ema, recipe, tmp_path):
+    path = recipe(model={"path": str(tmp_path / "no-model")})
+    assert_clear(ema("train", path), "no-model", "no such folder")
+
+
+def test_missing_data(ema, recipe, tmp_path):
+    assert_clear(ema("train", recipe(data={"train": str(tmp_path / "no.jsonl")})), "no.jsonl", "no such file")
+
+
+def test_empty_data(ema, recipe, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    assert_clear(ema("train", recipe(data={"train": str(tmp_path / "empty.jsonl")})), "empty.jsonl", "found no rows")
+
+
+def test_row_without_an_assistant_turn(ema, recipe, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps(ROW) + "\n" + json.dumps({"messages": ROW["messages"][:1]}) + "\n")
+    assert_clear(ema("train", recipe(data={"train": str(bad)})), f"{bad}:2", "no assistant turn")
+
+
+def test_a_model_without_a_chat_template_trains_with_the_plain_one(ema, recipe, tmp_path, caplog):
+    folder = tmp_path / "plain"
+    tiny_model("gpt2").save_pretrained(folder)
+    tiny_tokenizer(None).save_pretrained(folder)
+    code, _, err = ema("train", recipe(model={"path": str(folder)}))
+    assert code == 0, err
+    assert "no chat template" in caplog.text
+    assert (tmp_path / "runs" / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_suite_with_duplicate_ids(ema, recipe, tmp_path):
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(yaml.safe_dump([{"id": "a", "paraphrases": ["q"]}, {"id": "a", "paraphrases": ["r"]}]))
+    path = recipe(evaluation={"suites": {"general": [str(suite)]}, "sampler": "transformers"})
+    assert_clear(ema("eval", path), "suite.yaml", "'a'")
+
+
+def test_eval_of_something_that_is_no_run(ema, tmp_path):
+    (tmp_path / "folder").mkdir()
+    assert_clear(ema("eval", tmp_path / "folder"), "no run here")
+
+
+def test_report_without_runs(ema, tmp_path):
+    assert_clear(ema("report", tmp_path, "-o", tmp_path / "out"), "no run here")
+
+
+def test_dry_run_prints_the_recipe_and_the_plan_and_does_nothing(ema, recipe, tmp_path):
+    code, out, _ = ema("train", recipe(defenses=[{"kind": "kl", "strength": 0.3}]), "--dry-run", "seed=7")
+    assert code == 0
+    assert "seed: 7" in out and "kl(strength=0.3" in out and "2508.06249" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_defenses_are_listed_with_source_and_parameters(ema):
+    code, out, _ = ema("defenses", "--json")
+    entries = {e["kind"]: e for e in json.loads(out)}
+    assert code == 0 and {"kl", "interleaving"} <= set(entries)
+    assert "arXiv" in entries["kl"]["source"] and entries["kl"]["parameters"][0]["name"] == "strength"
+    assert "strength = 0.1" in ema("defenses")[1]
+
+
+def test_data_check_reports_and_fails_on_bad_rows(ema, recipe, tmp_path, model):
+    recipe()
+    code, out, _ = ema("data", "check", tmp_path / "rows.jsonl", "--model", model)
+    assert code == 0 and "duplicates       7" in out and "tokens a row" in out
+    (tmp_path / "bad.jsonl").write_text(json.dumps(ROW) + "\n{oops\n")
+    code, out, _ = ema("data", "check", tmp_path / "bad.jsonl")
+    assert code == 1 and "bad.jsonl:2: not JSON" in out
+
+
+def test_a_study_lists_its_runs(ema):
+    code, out, _ = ema("study", ROOT / "configs" / "studies" / "demo.yaml", "--dry-run")
+    assert code == 0
+    assert "runs/demo/medical-none-s0" in out.split() and len(out.split()) == 12
