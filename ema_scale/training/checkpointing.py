@@ -17,7 +17,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from ema_scale.errors import UserError
@@ -98,12 +97,14 @@ class Checkpointing:
         self.accelerator.wait_for_everyone()
 
     def _plain_state(self) -> dict[str, Any]:
-        scheduler = {k: v for k, v in self.lr_scheduler.state_dict().items() if _is_plain(v)}
-        groups = [
-            {k: v for k, v in group.items() if k != "params" and _is_plain(v)}
-            for group in optimizer_of(self.optimizer).param_groups
-        ]
-        return {"scheduler": scheduler, "groups": groups, "world_size": self.accelerator.num_processes}
+        # Of scheduler and optimizer only what training changes: the rest comes from the recipe, and the
+        # number of parameter groups depends on who wraps the optimizer (DeepSpeed drops empty ones).
+        scheduler = {k: v for k, v in self.lr_scheduler.state_dict().items() if isinstance(v, int)}
+        return {
+            "scheduler": scheduler,
+            "learning_rate": [g["lr"] for g in optimizer_of(self.optimizer).param_groups],
+            "world_size": self.accelerator.num_processes,
+        }
 
     def _seal(self, temporary: Path, final: Path) -> None:
         files = {}
@@ -139,16 +140,15 @@ class Checkpointing:
             raise UserError(f"{checkpoint}: incomplete or damaged; expected a folder with a matching {MANIFEST}")
         plain = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
         TrainedState(self.model, self.optimizer).write(load_file(checkpoint / "state.safetensors"), checkpoint)
-        for group, saved in zip(optimizer_of(self.optimizer).param_groups, plain["groups"], strict=True):
-            group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
-        self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **plain["scheduler"]})
+        groups = optimizer_of(self.optimizer).param_groups
+        rates = plain["learning_rate"]
+        if len(set(rates)) == 1:
+            rates = rates[:1] * len(groups)
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+        fresh = self.lr_scheduler.state_dict()
+        self.lr_scheduler.load_state_dict({**fresh, **plain["scheduler"], "_last_lr": rates})
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             randomness.restore(load_file(Path(checkpoint) / "random.safetensors"), self.accelerator.process_index)
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(_is_plain(v) for v in value)
-    return isinstance(value, int | float | str | bool) and not isinstance(value, torch.Tensor)

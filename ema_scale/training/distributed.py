@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ log = logging.getLogger(__name__)
 def is_main() -> bool:
     """Whether this process writes files and progress (rank 0)."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def launched_processes() -> int:
+    """Processes that the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def uses_deepspeed() -> bool:
@@ -36,6 +42,10 @@ def prepare_environment(deepspeed: str | None = None) -> None:
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = deepspeed
         os.environ.setdefault("ACCELERATE_DEEPSPEED_ZERO3_INIT", "true")
     if not uses_deepspeed():
+        # A ZeRO-3 run before this one in the same process would still shard the model while it loads.
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
         return
     if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):
         raise UserError(
@@ -53,6 +63,8 @@ def prepare_environment(deepspeed: str | None = None) -> None:
 
         # A shared-memory op that is compiled on first use: a minute, and a killed build blocks later runs.
         getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    # DeepSpeed calls collectives by names that this torch renames: several lines of warning a layer.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
 
 def device_arguments() -> dict[str, Any]:
@@ -72,7 +84,7 @@ def check_world(accelerator: Any) -> None:
     import torch.distributed as dist
 
     real = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = launched_processes()
     if not accelerator.num_processes == real == launched:
         raise UserError(
             f"{launched} processes were launched, torch.distributed sees {real}, Accelerate sees "

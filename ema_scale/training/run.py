@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from ema_scale.errors import UserError
 from ema_scale.rundir import RunDir, atomic_write_json, atomic_write_text
-from ema_scale.training.distributed import device_arguments, is_main, prepare_environment
+from ema_scale.training.distributed import (
+    device_arguments,
+    is_main,
+    launched_processes,
+    prepare_environment,
+)
 
 if TYPE_CHECKING:
     from ema_scale.recipe import Recipe
@@ -24,7 +29,10 @@ log = logging.getLogger(__name__)
 
 # What a run can change and still be the same training.
 _NOT_TRAINING = ("name", "output", "evaluation")
-_NOT_TRAJECTORY = ("logging_steps", "save_steps", "keep_checkpoints", "report_to", "drift_every", "deepspeed")
+_NOT_TRAJECTORY = (
+    "logging_steps", "save_steps", "keep_checkpoints", "report_to", "drift_every", "deepspeed",
+    "gradient_checkpointing", "batch_size", "accumulation",  # these two count as rows per step
+)  # fmt: skip
 
 
 def train(recipe: Recipe, run_dir: RunDir, resume: bool = True) -> RunDir:
@@ -55,6 +63,10 @@ def is_finished(recipe: Recipe, run_dir: RunDir) -> bool:
         run_dir.status().get("state") == "finished"
         and (run_dir.adapter / "adapter_config.json").exists()
         and _same_training(recipe, run_dir)
+        and (
+            _rows_per_step(recipe.to_dict(), launched_processes()) == _stored_rows_per_step(run_dir)
+            or _stored(run_dir)["training"] == recipe.to_dict()["training"]  # the processes may be others by now
+        )
     )
 
 
@@ -174,13 +186,19 @@ def _claim(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
             f"{run_dir.path}: holds a run of another recipe ({_difference(recipe, run_dir)}); choose another name "
             "or output, delete the folder, or pass --no-resume to start over"
         )
+    rows = _rows_per_step(recipe.to_dict(), launched_processes())
+    if run_dir.recipe_path.exists() and resume and rows != _stored_rows_per_step(run_dir):
+        raise UserError(
+            f"{run_dir.path}: this run takes {_stored_rows_per_step(run_dir)} rows a step, and batch_size x "
+            f"accumulation x processes is now {rows}; make it the same, or pass --no-resume to start over"
+        )
     if not resume:
         for folder in (run_dir.checkpoints, run_dir.adapter, run_dir.tensorboard):
             shutil.rmtree(folder, ignore_errors=True)
         run_dir.metrics_path.unlink(missing_ok=True)
     started = run_dir.status().get("started", time.time()) if resume else time.time()
     atomic_write_text(run_dir.recipe_path, recipe.to_yaml())
-    run_dir.set_status("running", started=started, pid=os.getpid())
+    run_dir.set_status("running", started=started, pid=os.getpid(), processes=launched_processes())
 
 
 def _training_part(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -198,6 +216,14 @@ def _stored(run_dir: RunDir) -> dict[str, Any] | None:
 def _same_training(recipe: Recipe, run_dir: RunDir) -> bool:
     stored = _stored(run_dir)
     return stored is not None and _training_part(stored) == _training_part(recipe.to_dict())
+
+
+def _rows_per_step(recipe: dict[str, Any], processes: int) -> int:
+    return int(recipe["training"]["batch_size"] * recipe["training"]["accumulation"] * processes)
+
+
+def _stored_rows_per_step(run_dir: RunDir) -> int:
+    return _rows_per_step(_stored(run_dir) or {}, run_dir.status().get("processes", 1))
 
 
 def _difference(recipe: Recipe, run_dir: RunDir) -> str:
@@ -231,15 +257,14 @@ def _reported(run_dir: RunDir) -> Iterator[None]:
 def _end(run_dir: RunDir, state: str, reason: str) -> None:
     if is_main():
         with contextlib.suppress(OSError):  # a full disk may refuse the status too
-            run_dir.set_status(state, reason=reason, seconds=_seconds(run_dir), started=_started(run_dir))
-
-
-def _started(run_dir: RunDir) -> float:
-    return float(run_dir.status().get("started", time.time()))
+            old = run_dir.status()
+            kept = {k: old[k] for k in ("started", "processes") if k in old}
+            run_dir.set_status(state, reason=reason, seconds=_seconds(run_dir), **kept)
 
 
 def _seconds(run_dir: RunDir) -> float:
-    return round(time.time() - _started(run_dir), 1)
+    now = time.time()
+    return round(now - float(run_dir.status().get("started", now)), 1)
 
 
 @contextlib.contextmanager

@@ -35,14 +35,14 @@ def world(tmp_path_factory):
     return folder
 
 
-def recipe_of(world, out, name="run", **training):
+def recipe_of(world, out, name="run", dropout=0.1, **training):
     return build_recipe(
         {
             "name": name,
             "output": str(out),
             "model": {"path": str(world / "model")},
             "data": {"train": str(world / "train.jsonl"), "max_length": 96},
-            "adapter": {"r": 4, "alpha": 8, "dropout": 0.1},
+            "adapter": {"r": 4, "alpha": 8, "dropout": dropout},
             "training": {
                 "max_steps": 8, "batch_size": 2, "accumulation": 2, "learning_rate": 1e-2, "save_steps": 2,
                 "report_to": [], "drift_every": 3, **training,

@@ -1,0 +1,115 @@
+"""Two processes: ZeRO-3, ZeRO-2 and DDP give the run that one process gives, and go on from its checkpoints."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ema_scale.rundir import RunDir, read_jsonl
+from ema_scale.training.checkpointing import list_checkpoints
+from ema_scale.training.distributed import _free_port
+from ema_scale.training.run import train
+from tests.training.test_run import assert_same_weights, recipe_of, weights, world
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.zero3, pytest.mark.slow]
+__all__ = ["world"]
+
+
+def two_process_recipe(world, out, name, deepspeed=None, **training):
+    path = None if deepspeed is None else str(ROOT / "launch" / "deepspeed" / deepspeed)
+    return recipe_of(world, out, name, batch_size=1, accumulation=2, deepspeed=path, **SHARED, **training)
+
+
+# No dropout: its masks are drawn by each process.
+SHARED = {"max_steps": 6, "save_steps": 3, "dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def one_process(world, tmp_path_factory):
+    recipe = recipe_of(world, tmp_path_factory.mktemp("one"), batch_size=2, accumulation=2, **SHARED)
+    return train(recipe, RunDir(recipe.run_path))
+
+
+def run_command(command, **environment):
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+def assert_same_run(one, other, tolerance=2e-5):
+    for ours, theirs in zip(read_jsonl(one.metrics_path), read_jsonl(other.metrics_path), strict=True):
+        assert ours["step"] == theirs["step"]
+        for name in ("loss", "ce", "kl", "grad_norm", "accuracy"):
+            assert theirs[name] == pytest.approx(ours[name], rel=2e-4, abs=1e-6), (ours["step"], name)
+    assert_same_weights(weights(one), weights(other), tolerance)
+
+
+def continued(one, recipe):
+    """A run folder of `recipe` that holds the first checkpoint and the rows of another run."""
+    run = RunDir(recipe.run_path).create()
+    shutil.copytree(list_checkpoints(one.checkpoints)[0], run.checkpoints / "checkpoint-3")
+    shutil.copy(one.metrics_path, run.metrics_path)
+    return run
+
+
+def test_zero3_on_two_processes_equals_one_process(world, one_process, tmp_path):
+    """Through `accelerate launch` and the command line; then one process goes on from its checkpoint."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    recipe = two_process_recipe(world, tmp_path, "zero3")
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    run_command(
+        [
+            sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/zero3_cpu.yaml",
+            "--num_processes", "2", "--main_process_port", str(_free_port()),
+            "-m", "ema_scale", "train", str(tmp_path / "recipe.yaml"),
+        ]
+    )  # fmt: skip
+    run = RunDir(recipe.run_path)
+    assert run.status()["state"] == "finished" and run.status()["processes"] == 2
+    assert_same_run(one_process, run)
+    base = AutoModelForCausalLM.from_pretrained(world / "model")
+    loaded = PeftModel.from_pretrained(base, run.adapter)
+    mine = {n.replace(".default", ""): p.detach() for n, p in loaded.named_parameters() if "lora_" in n}
+    assert_same_weights(weights(one_process), mine, 2e-5)
+    state = load_file(list_checkpoints(run.checkpoints)[0] / "state.safetensors")
+    for name, tensor in load_file(list_checkpoints(one_process.checkpoints)[0] / "state.safetensors").items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-3, atol=2e-5)
+
+    alone = recipe_of(world, tmp_path, "alone", batch_size=2, accumulation=2, **SHARED)
+    assert_same_run(one_process, train(alone, continued(run, alone)))
+
+
+def test_ddp_zero2_and_zero3_go_on_from_a_checkpoint_of_one_process(world, one_process, tmp_path):
+    recipes = [
+        two_process_recipe(world, tmp_path, "ddp"),
+        two_process_recipe(world, tmp_path, "zero2", "zero2_cpu.json"),
+        two_process_recipe(world, tmp_path, "zero3", "zero3_cpu.json", gradient_checkpointing=True),
+        two_process_recipe(world, tmp_path, "ddp-fresh"),
+    ]
+    for recipe in recipes:
+        if "fresh" not in recipe.name:
+            continued(one_process, recipe)
+        (tmp_path / f"{recipe.name}.yaml").write_text(recipe.to_yaml())
+    run_command(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
+            str(_free_port()), "-m", "tests.training.zero_worker", *(str(tmp_path / f"{r.name}.yaml") for r in recipes),
+        ]
+    )  # fmt: skip
+    for recipe in recipes:
+        assert_same_run(one_process, RunDir(recipe.run_path))

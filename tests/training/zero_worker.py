@@ -1,0 +1,16 @@
+"""Trains recipes one after another in the processes it was started in (see test_zero.py)."""
+
+import os
+import sys
+
+from ema_scale.recipe import load_recipe
+from ema_scale.rundir import RunDir
+from ema_scale.training.run import train
+
+if __name__ == "__main__":
+    for path in sys.argv[1:]:
+        recipe = load_recipe(path)
+        if recipe.training.deepspeed is None:  # the recipe before this one may have asked for it
+            for name in [n for n in os.environ if n.startswith("ACCELERATE_")]:
+                del os.environ[name]
+        train(recipe, RunDir(recipe.run_path))
