@@ -15,7 +15,7 @@ INSTALL_ARGS := --override constraints-cpu-overrides.txt $(if $(LOCAL_TORCH),,--
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format bench clean
+.PHONY: help setup demo test test-fast lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the field's real data is not at {folder} (set EMA_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The prefix of small-world references, with a cache of this test run's own; ask for `?size=tiny`."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("EMA_CACHE", str(tmp_path_factory.mktemp("ema-cache")))
+    yield "smallworld:"
+    patch.undo()

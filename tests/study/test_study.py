@@ -1,0 +1,110 @@
+"""Studies: the grid, and one small study end to end on real components."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ema_scale.errors import UserError
+from ema_scale.rundir import RunDir, read_jsonl
+from ema_scale.study.grid import load_study
+from ema_scale.study.runs import find_runs
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write_study(tmp_path, **changes):
+    values = {
+        "name": "small",
+        "recipe": str(ROOT / "configs" / "recipes" / "smallworld.yaml"),
+        "output": str(tmp_path / "runs"),
+        "tasks": {"medical": {}, "law": {"data": {"train": "smallworld:train/law"}}},
+        "defenses": {"none": [], "kl": [{"kind": "kl", "strength": 0.5}]},
+        "seeds": [0, 1],
+        **changes,
+    }
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+def test_the_grid_is_tasks_by_defenses_by_seeds(tmp_path):
+    runs = load_study(write_study(tmp_path)).runs(("training.max_steps=7",))
+    assert [r.name for r in runs][:3] == ["medical-none-s0", "medical-none-s1", "medical-kl-s0"]
+    assert len(runs) == 8 and all(r.training.max_steps == 7 for r in runs)
+    law = next(r for r in runs if r.name == "law-kl-s1")
+    assert law.data.train == "smallworld:train/law" and law.seed == 1 and law.defenses[0].kind == "kl"
+    assert law.run_path == tmp_path / "runs" / "small" / "law-kl-s1"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"taks": {}}, "unknown key 'taks'; did you mean 'tasks'"),
+        ({"tasks": {}}, "tasks: "),
+        ({"seeds": "many"}, "seeds: "),
+        ({"defenses": {"kl": [{"kind": "kl", "strength": -1}]}}, "run medical-kl-s0: defenses.0: strength"),
+        ({"tasks": {"medical": {"data": {"trian": "x"}}}}, "run medical-none-s0: unknown key 'data.trian'"),
+    ],
+)
+def test_errors_name_the_run_and_the_field(tmp_path, changes, expected):
+    with pytest.raises(UserError, match=expected):
+        load_study(write_study(tmp_path, **changes)).runs()
+
+
+def test_the_demo_study_is_what_the_readme_says():
+    runs = load_study(ROOT / "configs" / "studies" / "demo.yaml").runs()
+    narrow = [r for r in runs if r.evaluation.suites.in_domain]
+    benign = [r for r in runs if r.evaluation.suites.benign]
+    assert len({r.data.train for r in narrow}) >= 2 and len({r.data.train for r in benign}) >= 1
+    kinds = [tuple(d.kind for d in r.defenses) for r in runs]
+    assert {(), ("kl",), ("interleaving",)} <= set(kinds)
+    assert len({r.defenses[0].strength for r in runs if [d.kind for d in r.defenses] == ["kl"]}) >= 2
+
+
+def test_find_runs(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / "study" / name).mkdir(parents=True)
+        (tmp_path / "study" / name / "recipe.yaml").write_text("name: x\n")
+    (tmp_path / "study" / "base").mkdir()
+    assert [p.name for p in find_runs([tmp_path / "study"])] == ["a", "b"]
+    assert find_runs([tmp_path / "study" / "a", tmp_path / "study"])[0].name == "a"
+    with pytest.raises(UserError, match="no such folder"):
+        find_runs([tmp_path / "none"])
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_a_study_end_to_end_and_again_for_nothing(tmp_path, tiny_world):
+    """Trains, samples on real vLLM, judges exactly, reports; one run is bad and the others still finish."""
+    from ema_scale.study.local import run_study
+
+    suites = {"general": f"{tiny_world}suite/outside_medical", "in_domain": f"{tiny_world}suite/medical"}
+    small = {name: f"{source}?size=tiny" for name, source in suites.items()}
+    study = load_study(
+        write_study(
+            tmp_path,
+            seeds=[0],
+            tasks={
+                "medical": {"data": {"train": "smallworld:train/medical?size=tiny"}, "evaluation": {"suites": small}},
+                "broken": {"data": {"train": str(tmp_path / "missing.jsonl")}, "evaluation": {"suites": small}},
+            },
+        )
+    )
+    overrides = (
+        "model.path=smallworld:aligned?size=tiny", "training.max_steps=3", "training.batch_size=4",
+        "evaluation.samples_per_question=2", "evaluation.max_tokens=12", "evaluation.sampler=vllm",
+    )  # fmt: skip
+    report = run_study(study, overrides)
+    text = report.read_text()
+    assert "broken-none-s0" in text and "missing.jsonl" in text
+    run = RunDir(tmp_path / "runs" / "small" / "medical-kl-s0")
+    assert run.status()["state"] == "finished"
+    samples = read_jsonl(run.eval_dir / "samples.jsonl")
+    questions = 44 + 32
+    assert len(samples) == len({s["key"] for s in samples}) == 2 * questions
+    base = read_jsonl(study.path / "base" / "eval" / "samples.jsonl")
+    assert len(base) == 2 * questions
+    before = {p: p.stat().st_mtime_ns for p in study.path.rglob("*") if p.name in ("samples.jsonl", "metrics.jsonl")}
+    run_study(study, overrides)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
