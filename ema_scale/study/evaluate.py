@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ema_scale.errors import UserError
 from ema_scale.evaluation.plan import EvalTarget
 from ema_scale.evaluation.run import evaluate, load_suites
-from ema_scale.evaluation.sampler import (
-    Sampler,
-    SampleRequest,
-    SampleResult,
-    SamplerOptions,
-    make_sampler,
-    sampler_name,
-)
 from ema_scale.evaluation.summary import Summary
-from ema_scale.locate import locate
-from ema_scale.recipe import Recipe, SuitesRecipe, load_recipe
+from ema_scale.recipe import Recipe, load_recipe
 from ema_scale.rundir import RunDir
 from ema_scale.study.runs import is_run
-
-log = logging.getLogger(__name__)
 
 
 def evaluate_run(path: Path, overrides: tuple[str, ...] = (), with_base: bool = True) -> dict[str, Summary]:
@@ -67,56 +53,14 @@ def evaluate_runs(
 
 
 def _evaluate_alike(runs: Sequence[RunDir], recipes: Sequence[Recipe], base_dir: Path | None) -> dict[str, Summary]:
-    # Runs of one model and one way of evaluating; they may ask different suites.
+    # Runs of one model and one way of evaluating, which may ask different suites: one engine for all.
     first = recipes[0]
-    model = first.model.model_copy(update={"path": locate(first.model.path)})
-    settings = first.evaluation
-    adapters = tuple(str(run.adapter) for run in runs)
-    options = SamplerOptions(model, adapters, settings.max_model_len, settings.seed)
-    by_suites: dict[str, tuple[SuitesRecipe, list[RunDir]]] = {}
-    for run, recipe in zip(runs, recipes, strict=False):
-        suites = recipe.evaluation.suites
-        by_suites.setdefault(suites.model_dump_json(), (suites, []))[1].append(run)
-    summaries: dict[str, Summary] = {}
-    with contextlib.closing(_LazySampler(sampler_name(settings.sampler, options), options)) as sampler:
-        if base_dir is not None:
-            everything = settings.model_copy(update={"suites": _union(r.evaluation.suites for r in recipes)})
-            target = EvalTarget(base_dir.name, None, base_dir / "eval")
-            summaries |= evaluate([target], model, load_suites(everything), everything, sampler=sampler)
-        for suites, members in by_suites.values():
-            theirs = settings.model_copy(update={"suites": suites})
-            targets = [EvalTarget(run.path.name, run.adapter, run.eval_dir) for run in members]
-            summaries |= evaluate(targets, model, load_suites(theirs), theirs, sampler=sampler)
-    return summaries
-
-
-def _union(parts: Iterable[SuitesRecipe]) -> SuitesRecipe:
-    merged: dict[str, dict[str, None]] = defaultdict(dict)
-    for suites in parts:
-        for source, role in suites.pairs():
-            merged[role][source] = None
-    return SuitesRecipe.model_validate({role: list(sources) for role, sources in merged.items()})
-
-
-class _LazySampler:
-    """Starts the engine only when there is something to sample: a finished evaluation costs no start."""
-
-    def __init__(self, name: str, options: SamplerOptions) -> None:
-        self.name = name
-        self._options = options
-        self._sampler: Sampler | None = None
-
-    def _open(self) -> Sampler:
-        if self._sampler is None:
-            self._sampler = make_sampler(self.name, self._options)
-        return self._sampler
-
-    def sample(self, requests: Iterable[SampleRequest]) -> Iterator[SampleResult]:
-        return self._open().sample(requests)
-
-    def describe(self) -> dict[str, Any]:
-        return self._open().describe()
-
-    def close(self) -> None:
-        if self._sampler is not None:
-            self._sampler.close()
+    suites = [load_suites(recipe.evaluation) for recipe in recipes]
+    targets = [
+        EvalTarget(run.path.name, run.adapter, run.eval_dir, tuple(theirs))
+        for run, theirs in zip(runs, suites, strict=False)
+    ]
+    if base_dir is not None:
+        asked = {(suite.source, suite.role): suite for theirs in suites for suite in theirs}
+        targets.insert(0, EvalTarget(base_dir.name, None, base_dir / "eval", tuple(asked.values())))
+    return evaluate(targets, first.model, None, first.evaluation)
