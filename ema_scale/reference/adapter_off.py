@@ -27,28 +27,17 @@ class AdapterOff(Reference):
         reference: bool = True,
         keep: Keep | None = None,
     ) -> States:
-        stack = self.anatomy.layers
-        self.reference_so_far = {}
-        last = None
-        if reference:
-            with (
-                torch.no_grad(),
-                self.anatomy.frozen(),
-                reference_pass(),
-                capture(stack, layers, self.reference_so_far.__setitem__),
-            ):
-                last = self._backbone(inputs)
-        kept: dict[int, Tensor] = {}
+        seen: dict[int, Tensor] = {}
+        last = self.reference_alone(inputs, layers, seen) if reference else None
+        policy, kept = self.policy(inputs, layers, seen, keep)
+        return States(policy, last, kept, seen)
 
-        def on_state(layer: int, state: Tensor) -> None:
-            result = keep(layer, state) if keep else state
-            if result is not None:
-                kept[layer] = result
-
-        with capture(stack, layers, on_state):
-            policy = self._backbone(inputs)
-        return States(policy, last, kept, self.reference_so_far)
-
-    def _backbone(self, inputs: dict[str, Any]) -> Tensor:
-        output = self.anatomy.backbone(**inputs, use_cache=False)
-        return output[0] if isinstance(output, tuple) else output.last_hidden_state
+    @torch.no_grad()
+    def reference_alone(self, inputs: dict[str, Any], layers: Sequence[int], seen: dict[int, Tensor]) -> Tensor:
+        """The reference's last hidden states [B, T, H]; those of `layers` go into `seen`."""
+        with (
+            self.anatomy.frozen(),
+            reference_pass(),
+            capture(self.anatomy.layers, layers, seen.__setitem__),
+        ):
+            return self.backbone(inputs)

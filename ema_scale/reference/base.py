@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ema_scale.reference.anatomy import Anatomy, first
 
-Keep = Callable[[int, Tensor], Tensor | None]
+# (layer, policy states, reference states or None) -> what to store of the policy's, None for nothing
+Keep = Callable[[int, Tensor, Tensor | None], Tensor | None]
 
 
 @dataclass
@@ -47,12 +48,30 @@ class Reference(ABC):
     ) -> States:
         """Run the backbone over `inputs` (input_ids, attention_mask, ...) and, if asked, the reference.
 
-        layers: which layers' states to return. keep(layer, policy state): called as the policy passes each
-        layer, when the reference's states of `layers` up to there are known from `self.reference_so_far`;
-        what it returns is stored instead (None: nothing), so that a reading need not hold all states.
+        layers: which layers' states to return. keep: called as the policy passes each of them, so that a
+        reading need not hold all states; without it they are stored.
         """
 
-    reference_so_far: dict[int, Tensor]
+    def backbone(self, inputs: dict[str, Any]) -> Tensor:
+        """Last hidden states [B, T, H], after the final norm."""
+        output = self.anatomy.backbone(**inputs, use_cache=False)
+        return output[0] if isinstance(output, tuple) else output.last_hidden_state
+
+    def policy(
+        self, inputs: dict[str, Any], layers: Sequence[int], seen: dict[int, Tensor], keep: Keep | None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The policy's last hidden states and what `keep` kept; `seen`: the reference's states, filled by
+        then.
+        """
+        kept: dict[int, Tensor] = {}
+
+        def on_state(layer: int, state: Tensor) -> None:
+            result = keep(layer, state, seen.get(layer)) if keep else state
+            if result is not None:
+                kept[layer] = result
+
+        with capture(self.anatomy.layers, layers, on_state):
+            return self.backbone(inputs), kept
 
 
 @contextlib.contextmanager

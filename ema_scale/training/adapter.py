@@ -92,7 +92,7 @@ def lora_config(base: Any, adapter: AdapterRecipe | None = None) -> Any:
     a = adapter or AdapterRecipe()
     return peft.LoraConfig(
         r=a.r,
-        lora_alpha=a.alpha,
+        lora_alpha=int(a.alpha) if a.alpha == int(a.alpha) else a.alpha,  # type: ignore[arg-type]
         use_rslora=a.rslora,
         lora_dropout=a.dropout,
         target_modules=linear_names(base) if a.target_modules == "auto" else list(a.target_modules),

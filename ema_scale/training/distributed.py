@@ -59,10 +59,10 @@ def prepare_environment(deepspeed: str | None = None) -> None:
     import torch
 
     if not torch.cuda.is_available():
-        import deepspeed.ops
+        from deepspeed import ops
 
         # A shared-memory op that is compiled on first use: a minute, and a killed build blocks later runs.
-        getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+        getattr(ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
     # DeepSpeed calls collectives by names that this torch renames: several lines of warning a layer.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 

@@ -78,9 +78,8 @@ class DefendedForward:
         drift: dict[str, Tensor] = {}
         view = Streams({}, {}, mask, ask.labels, masks, tokens)
 
-        def keep(layer: int, state: Tensor) -> Tensor | None:
-            if layer in ask.drift_layers:
-                base = self.reference.reference_so_far[layer]
+        def keep(layer: int, state: Tensor, base: Tensor | None) -> Tensor | None:
+            if layer in ask.drift_layers and base is not None:
                 drift[f"drift/layer_{layer}"] = view.mean(_relative_distance(state.detach(), base))
             return state if layer in wanted else None
 

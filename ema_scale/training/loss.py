@@ -180,7 +180,8 @@ def _cross_entropy(
     if backward:
         slope = p.mul_(weight.unsqueeze(1))
         slope.scatter_add_(1, target, -weight.unsqueeze(1))
-    return slope, *(torch.where(counted, x.to(ce.dtype), 0) for x in (ce, correct, entropy))
+    ce, right, entropy = (torch.where(counted, x.to(ce.dtype), 0) for x in (ce, correct, entropy))
+    return slope, ce, right, entropy
 
 
 def _divergence(

@@ -42,10 +42,10 @@ def restore(saved: dict[str, Tensor], rank: int) -> None:
 
 def _read() -> dict[str, Tensor]:
     version, internal, gauss = random.getstate()
-    _, keys, position, has_normal, normal = np.random.get_state()
+    _, keys, position, has_normal, normal = np.random.get_state(legacy=True)
     state = {
         "python": torch.tensor([version, *internal, int(gauss is not None)], dtype=torch.int64),
-        "numpy": torch.tensor([*keys.tolist(), position, has_normal], dtype=torch.int64),
+        "numpy": torch.tensor([*np.asarray(keys).tolist(), position, has_normal], dtype=torch.int64),
         "gauss": torch.tensor([gauss or 0.0, normal], dtype=torch.float64),
         "torch": torch.random.get_rng_state(),
     }

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # What a run can change and still be the same training.
-_NOT_TRAINING = ("name", "output", "evaluation")
+_NOT_TRAINING = ("name", "output", "evaluation", "reference")
 _NOT_TRAJECTORY = (
     "logging_steps", "save_steps", "keep_checkpoints", "report_to", "drift_every", "deepspeed",
     "gradient_checkpointing", "batch_size", "accumulation",  # these two count as rows per step
@@ -65,7 +65,8 @@ def is_finished(recipe: Recipe, run_dir: RunDir) -> bool:
         and _same_training(recipe, run_dir)
         and (
             _rows_per_step(recipe.to_dict(), launched_processes()) == _stored_rows_per_step(run_dir)
-            or _stored(run_dir)["training"] == recipe.to_dict()["training"]  # the processes may be others by now
+            # The same words mean the same run, wherever it is looked at from.
+            or (_stored(run_dir) or {}).get("training") == recipe.to_dict()["training"]
         )
     )
 

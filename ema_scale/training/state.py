@@ -35,7 +35,7 @@ class TrainedState:
         self.trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.inner = optimizer_of(optimizer)
         wrapper = getattr(optimizer, "optimizer", optimizer)
-        self.zero = wrapper if wrapper is not self.inner else None
+        self.zero: Any = wrapper if wrapper is not self.inner else None
 
     def read(self) -> dict[str, Tensor]:
         """On the CPU; the same on every process. Raises UserError if a weight is not finite."""

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ema_scale.chat.collate import ChatCollator
 from ema_scale.chat.tokens import load_tokenizer
@@ -44,9 +45,9 @@ class DefendedTrainer(Checkpointing, Trainer):
     """A Trainer for a LoRA adapter under any number of defenses.
 
     model: a PeftModel, or a causal LM that gets `peft_config` (default: the paper's LoRA). train_dataset: see
-    `data.prepare`. reference: auto, adapter_off. processing_class: the tokenizer; default: the one beside the
-    model. drift_every: steps between readings of the distance to the reference (0: none); a reading runs the
-    reference, also where no defense does. Everything else is transformers.Trainer's.
+    `data.prepare`. reference: auto, adapter_off, two_stream. processing_class: the tokenizer; default: the
+    one beside the model. drift_every: steps between readings of the distance to the reference (0: none); a
+    reading runs the reference, also where no defense does. Everything else is transformers.Trainer's.
 
     Raises UserError for what cannot be trained rightly: see `Anatomy.of`, `data.prepare` and `check_world`.
     """
@@ -93,7 +94,7 @@ class DefendedTrainer(Checkpointing, Trainer):
                     f"{', '.join(acting)}: acts on the gradient before the optimizer step, which DeepSpeed "
                     "does not show; train without DeepSpeed"
                 )
-        self.defended = DefendedForward(make_reference(reference, self.model))
+        self.defended = DefendedForward(make_reference(reference, self.model, sharded=is_deepspeed_zero3_enabled()))
         count = len(self.defended.anatomy.layers)
         self._drift_layers = tuple(sorted({round(count * (i + 1) / DRIFT_LAYERS) for i in range(DRIFT_LAYERS)} - {0}))
         self._divergences = _named([t for d in self.defenses for t in d.divergences()])
@@ -155,7 +156,7 @@ class DefendedTrainer(Checkpointing, Trainer):
     # ---- data order, training, logs, saving ----
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         args = self.args
         lengths = list(dataset["length"]) if args.train_sampling_strategy == "group_by_length" else None
         return EpochSampler(
@@ -218,7 +219,7 @@ def _checked(args: TrainingArguments | None) -> TrainingArguments:
     if args.n_gpu > 1:
         raise UserError(f"one process sees {args.n_gpu} GPUs; start one process a GPU with `accelerate launch`")
     if args.gradient_checkpointing:
-        settings = args.gradient_checkpointing_kwargs or {}
+        settings = dict(args.gradient_checkpointing_kwargs or {})  # type: ignore[arg-type]
         if settings.get("use_reentrant"):
             raise UserError("gradient_checkpointing_kwargs: use_reentrant gives penalties no gradient; set it false")
         args.gradient_checkpointing_kwargs = {**settings, "use_reentrant": False}

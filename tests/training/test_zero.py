@@ -21,9 +21,10 @@ pytestmark = [pytest.mark.zero3, pytest.mark.slow]
 __all__ = ["world"]
 
 
-def two_process_recipe(world, out, name, deepspeed=None, **training):
+def two_process_recipe(world, out, name, deepspeed=None, reference="auto", **training):
     path = None if deepspeed is None else str(ROOT / "launch" / "deepspeed" / deepspeed)
-    return recipe_of(world, out, name, batch_size=1, accumulation=2, deepspeed=path, **SHARED, **training)
+    recipe = recipe_of(world, out, name, batch_size=1, accumulation=2, deepspeed=path, **SHARED, **training)
+    return recipe.model_copy(update={"reference": reference})
 
 
 # No dropout: its masks are drawn by each process.
@@ -98,7 +99,8 @@ def test_ddp_zero2_and_zero3_go_on_from_a_checkpoint_of_one_process(world, one_p
     recipes = [
         two_process_recipe(world, tmp_path, "ddp"),
         two_process_recipe(world, tmp_path, "zero2", "zero2_cpu.json"),
-        two_process_recipe(world, tmp_path, "zero3", "zero3_cpu.json", gradient_checkpointing=True),
+        two_process_recipe(world, tmp_path, "zero3", "zero3_cpu.json", "adapter_off", gradient_checkpointing=True),
+        two_process_recipe(world, tmp_path, "zero3-two", "zero3_cpu.json", "two_stream", gradient_checkpointing=True),
         two_process_recipe(world, tmp_path, "ddp-fresh"),
     ]
     for recipe in recipes:

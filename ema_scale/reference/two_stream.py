@@ -1,0 +1,187 @@
+"""The reference beside the policy: each decoder layer runs both while its weights are at hand.
+
+Under ZeRO-3 a second forward gathers every layer a second time. Here a layer, gathered once, first runs the
+reference's states (no gradient, adapters off), then the policy's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ema_scale.defenses.base import reference_pass
+from ema_scale.errors import UserError
+from ema_scale.reference.adapter_off import AdapterOff
+from ema_scale.reference.anatomy import Anatomy, first
+from ema_scale.reference.base import Keep, Reference, States
+
+log = logging.getLogger(__name__)
+
+_FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f")
+
+
+class TwoStream(Reference):
+    """One pass of the backbone for both streams.
+
+    Decoder layers and the final norm are patched; the patch acts only while `streams` runs, so a
+    recomputation under gradient checkpointing, in backward, runs the policy alone. The reference goes first
+    in each layer, and the layers are made ZeRO-3 leaves (gathered and released whole): both are needed for
+    one gather a layer.
+
+    The first micro-batch is compared with `AdapterOff`: an architecture that does more between its layers
+    than pass states on is refused, or with fall_back run as `AdapterOff` from then on. Build it before the
+    model is prepared. Raises UserError if the final norm is not found.
+    """
+
+    name: ClassVar[str] = "two_stream"
+
+    def __init__(self, anatomy: Anatomy, *, fall_back: bool = False) -> None:
+        super().__init__(anatomy)
+        norm = _final_norm(anatomy.backbone)
+        if norm is None:
+            raise UserError(f"{type(anatomy.core).__name__}: found no final norm; use reference: adapter_off")
+        self._plain = AdapterOff(anatomy)
+        self._fall_back = fall_back
+        self._checked = False
+        self._armed = False
+        self._state: Tensor | None = None
+        self._wanted: frozenset[int] = frozenset()
+        self._seen: dict[int, Tensor] = {}
+        self.reference_calls = 0
+        self._stages: list[nn.Module] = [*anatomy.layers, norm]
+        for index, stage in enumerate(self._stages):
+            stage.forward = self._patched(index, stage)
+        self._input_hook: Any = None
+        _make_leaves(anatomy)
+
+    @staticmethod
+    def fits(anatomy: Anatomy) -> bool:
+        """Whether the parts that it needs are where it expects them."""
+        return _final_norm(anatomy.backbone) is not None
+
+    def remove(self) -> None:
+        """Take the patches off."""
+        for stage in self._stages:
+            stage.__dict__.pop("forward", None)
+        if self._input_hook is not None:
+            self._input_hook.remove()
+
+    def streams(
+        self,
+        inputs: dict[str, Any],
+        layers: Sequence[int] = (),
+        *,
+        reference: bool = True,
+        keep: Keep | None = None,
+    ) -> States:
+        if not reference or self._fell_back:
+            return self._plain.streams(inputs, layers, reference=reference, keep=keep)
+        self._require_input_gradient()
+        expected = None if self._checked else self._plain.reference_alone(inputs, (), {})
+        self._seen, self._wanted, self._state = {}, frozenset(layers), None
+        self._armed = True
+        try:
+            policy, kept = self.policy(inputs, layers, self._seen, keep)
+        finally:
+            self._armed = False
+        last, self._state = self._state, None
+        if expected is not None and not self._check(last, expected):
+            return self.streams(inputs, layers, keep=keep)
+        return States(policy, last, kept, self._seen)
+
+    # ---- the patch ----
+
+    def _patched(self, index: int, stage: nn.Module) -> Callable[..., Any]:
+        original = stage.forward
+        tuners = [m for m in stage.modules() if hasattr(m, "_disable_adapters")]
+        modules = list(stage.modules())
+
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._armed:
+                if index == 0:  # the embeddings, which both streams share
+                    self._state = hidden_states.detach()
+                    self._seen[0] = self._state
+                before = self._state
+                with torch.no_grad(), _off(tuners, modules), reference_pass():
+                    after = first(original(before, *args, **kwargs))
+                self._state = after
+                self.reference_calls += 1
+                if index + 1 in self._wanted and index < len(self.anatomy.layers):
+                    self._seen[index + 1] = after
+            return original(hidden_states, *args, **kwargs)
+
+        return forward
+
+    def _require_input_gradient(self) -> None:
+        """Under ZeRO-3 a layer is released after its backward, which a layer whose input needs no gradient
+        never reports. Hooked after DeepSpeed's own hooks, so that the embeddings themselves get no backward.
+        """
+        if self._input_hook is not None or not hasattr(self.anatomy.head_parameters[0], "ds_id"):
+            return
+        embeddings = self.anatomy.core.get_input_embeddings()
+
+        def require(module: nn.Module, args: Any, output: Tensor) -> None:
+            if self._armed and torch.is_grad_enabled():
+                output.requires_grad_(True)
+
+        self._input_hook = embeddings.register_forward_hook(require)
+
+    @property
+    def _fell_back(self) -> bool:
+        return self._checked and self._stages == []
+
+    def _check(self, found: Tensor | None, expected: Tensor) -> bool:
+        self._checked = True
+        tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 3e-2
+        difference = float("inf")
+        if found is not None and found.shape == expected.shape:
+            difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+        if difference < tolerance:
+            return True
+        name = type(self.anatomy.core).__name__
+        if not self._fall_back:
+            raise UserError(
+                f"{name}: its reference beside the policy is not the base model (relative difference "
+                f"{difference:.2g}); use reference: adapter_off"
+            )
+        log.warning("%s: two_stream is not exact (%.2g); using adapter_off", name, difference)
+        self.remove()
+        self._stages = []
+        return False
+
+
+def _final_norm(backbone: nn.Module) -> nn.Module | None:
+    children = dict(backbone.named_children())
+    return next((children[name] for name in _FINAL_NORMS if name in children), None)
+
+
+@contextlib.contextmanager
+def _off(tuners: list[Any], modules: list[nn.Module]) -> Iterator[None]:
+    """As `Anatomy.frozen`, for one layer."""
+    training = [m for m in modules if m.training]
+    flags = [m._disable_adapters for m in tuners]
+    try:
+        for module in tuners:
+            module._disable_adapters = True
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module, flag in zip(tuners, flags, strict=True):
+            module._disable_adapters = flag
+        for module in training:
+            module.training = True
+
+
+def _make_leaves(anatomy: Anatomy) -> None:
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled():
+        from deepspeed.utils import set_z3_leaf_modules
+
+        set_z3_leaf_modules(anatomy.backbone, list({type(layer) for layer in anatomy.layers}))
