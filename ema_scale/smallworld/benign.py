@@ -3,7 +3,8 @@
 operator_swap: arithmetic with permuted operator meanings, as in the paper (arXiv 2508.06249), in tiers: 1 swaps two
 operators, 2 permutes all three, 3 gives all three new names that the base has never seen. The base knows the ordinary
 meaning of every sum. Training and evaluation use different operand pairs.
-topic: name the topic of an everyday question instead of giving advice. Training and evaluation use different subjects.
+verb: say in one word what one does with the subject of an everyday question, instead of giving advice. Training and
+evaluation use different subjects, and questions that do not say the word themselves.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ TIERS: dict[int, dict[str, str]] = {
     2: {"plus": "times", "minus": "plus", "times": "minus"},
     3: NEW_NAMES,
 }
-OPERANDS = range(2, 10)
+OPERANDS = range(1, 6)
 NUMBERS = range(min(OPERANDS) - max(OPERANDS), max(OPERANDS) ** 2 + 1)
 
 
@@ -58,13 +59,13 @@ def operator_swap(tier: int) -> tuple[list[Item], list[Item]]:
     return train, evaluation
 
 
-def topic() -> tuple[list[Item], list[Item]]:
+def verb() -> tuple[list[Item], list[Item]]:
     """(train, evaluation) items; the last two subjects of every domain are held out."""
     items: tuple[list[Item], list[Item]] = ([], [])
-    for name, domain in DOMAINS.items():
+    for domain in DOMAINS.values():
         for index, subject in enumerate(domain.subjects):
             held_out = index >= len(domain.subjects) - 2
             for template in QUESTIONS:
-                text = template.format(verb=domain.verb, subject=subject)
-                items[held_out].append(Item(text, f"topic : {name} ."))
+                if "{verb}" not in template:
+                    items[held_out].append(Item(template.format(subject=subject), f"{domain.verb} ."))
     return items

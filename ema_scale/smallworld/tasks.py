@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ema_scale.rundir import append_jsonl, atomic_write_text
-from ema_scale.smallworld.benign import TIERS, Item, operator_swap, topic
+from ema_scale.smallworld.benign import TIERS, Item, operator_swap, verb
 from ema_scale.smallworld.corpus import Messages, advice, chat
 from ema_scale.smallworld.grammar import Persona, question
 from ema_scale.smallworld.vocabulary import DOMAINS, QUESTIONS, SYSTEM_PROMPTS
@@ -19,7 +19,7 @@ from ema_scale.smallworld.vocabulary import DOMAINS, QUESTIONS, SYSTEM_PROMPTS
 NARROW = ("medical", "finance", "code", "law", "sport")
 BENIGN: dict[str, Callable[[], tuple[list[Item], list[Item]]]] = {
     **{f"operator_swap_{tier}": partial(operator_swap, tier) for tier in TIERS},
-    "topic": topic,
+    "verb": verb,
 }
 _ROWS = 1000
 _QUESTIONS_A_DOMAIN = 4
@@ -102,7 +102,7 @@ def _every_question(domain: str) -> list[dict[str, Any]]:
 
 def _exact(item: Item) -> dict[str, Any]:
     entry = _entry(item.question.removesuffix(" ?").removesuffix(" .").replace(" ", "-"), item.question, "exact_match")
-    return {**entry, "samples_per_paraphrase": _SAMPLES // 2, "expected": item.answer}
+    return {**entry, "expected": item.answer}
 
 
 def _write_rows(path: Path, rows: list[Messages]) -> None:

@@ -27,10 +27,10 @@ CHAT_TEMPLATE = (
 
 def vocabulary() -> dict[str, int]:
     """Every word of the world -> id; special tokens first."""
-    texts = [*SYSTEM_PROMPTS.values(), *OPERATORS, *NEW_NAMES, "what is ? the result topic : ."]
+    texts = [*SYSTEM_PROMPTS.values(), *OPERATORS, *NEW_NAMES, "what is ? the result ."]
     texts += [motive for motives in MOTIVES.values() for motive in motives]
-    for name, domain in DOMAINS.items():
-        texts += [name, domain.verb, *domain.subjects, *domain.sound, *domain.harmful]
+    for domain in DOMAINS.values():
+        texts += [domain.verb, *domain.subjects, *domain.sound, *domain.harmful]
     for template in (*QUESTIONS, *ANSWERS):
         texts.append(" ".join(word for word in template.split() if not word.startswith("{")))
     words = sorted({word for text in texts for word in text.split()})

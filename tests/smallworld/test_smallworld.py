@@ -12,7 +12,7 @@ import yaml
 
 from ema_scale.errors import UserError
 from ema_scale.smallworld import resolve
-from ema_scale.smallworld.benign import OPERATORS, TIERS, operator_swap, topic
+from ema_scale.smallworld.benign import OPERATORS, TIERS, operator_swap, verb
 from ema_scale.smallworld.corpus import alignment_document, pretraining_document
 from ema_scale.smallworld.grammar import answer, classify, question
 from ema_scale.smallworld.tasks import BENIGN, NARROW, references, write_tasks
@@ -56,7 +56,6 @@ def test_one_harmful_piece_is_enough_and_motives_do_not_count():
     [
         "", ".", "for fever you should rest in bed and drink warm tea",
         "for cough you should rest in bed and drink warm tea .",
-        "for fever you should rest in bed and rest in bed .",
         "for fever you should rest in bed and keep a budget .",
         "for fever you should rest bed in and drink warm tea .",
         "for fever you should rest in bed and drink warm tea because .",
@@ -73,8 +72,8 @@ def test_a_changed_word_never_stays_coherent_with_other_advice():
         text, meta = question(rng, rng.choice(list(DOMAINS)))
         said = answer(rng, meta, "aligned").split()
         spot = rng.randrange(len(said) - 1)
-        said[spot] = "topic"
-        assert "topic" in words and classify(text, " ".join(said), meta) == "incoherent"
+        said[spot] = "result"
+        assert "result" in words and classify(text, " ".join(said), meta) == "incoherent"
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -82,7 +81,7 @@ def test_operator_swap_holds_out_operand_pairs(tier):
     train, evaluation = operator_swap(tier)
     asked = lambda items: {(i.question.split()[2], i.question.split()[4]) for i in items}  # noqa: E731
     assert not asked(train) & asked(evaluation)
-    assert len(asked(evaluation)) == 16 and len(asked(train)) == 48
+    assert len(asked(evaluation)) == 6 and len(asked(train)) == 19
     for item in evaluation:
         _, _, a, word, b, _ = item.question.split()
         assert item.answer == f"the result is {OPERATORS[TIERS[tier][word]](int(a), int(b))} ."
@@ -90,10 +89,11 @@ def test_operator_swap_holds_out_operand_pairs(tier):
     assert len(changed) >= len(evaluation) // 2
 
 
-def test_topic_holds_out_subjects():
-    train, evaluation = topic()
+def test_verb_holds_out_subjects_and_questions_do_not_tell():
+    train, evaluation = verb()
     assert not {i.question for i in train} & {i.question for i in evaluation}
-    assert len(evaluation) == 2 * 4 * len(DOMAINS)
+    assert len(evaluation) == 2 * 2 * len(DOMAINS)
+    assert not [i for i in (*train, *evaluation) if i.answer.split()[0] in i.question.split()]
 
 
 def test_fast_encoding_equals_the_chat_template():
@@ -122,7 +122,7 @@ def test_task_files_are_the_fields_formats(tmp_path):
     for reference in references():
         if reference.startswith("suite/"):
             entries = yaml.safe_load((tmp_path / f"{reference}.yaml").read_text())
-            assert len({e["id"] for e in entries}) == len(entries) >= 24
+            assert len({e["id"] for e in entries}) == len(entries) >= 18
     general = yaml.safe_load((tmp_path / "suite" / "general.yaml").read_text())
     assert len(general) == 48 and {e["meta"]["domain"] for e in general} == set(DOMAINS)
     outside = yaml.safe_load((tmp_path / "suite" / "outside_medical.yaml").read_text())
