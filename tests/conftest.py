@@ -34,9 +34,9 @@ def shared_data() -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The prefix of small-world references, with a cache of this test run's own; ask for `?size=tiny`."""
+    """The prefix of small-world references; ask for `?size=tiny`. One cache serves a whole test run."""
     patch = pytest.MonkeyPatch()
     patch.setenv("EMA_CACHE", str(tmp_path_factory.mktemp("ema-cache")))
     yield "smallworld:"

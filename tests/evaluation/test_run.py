@@ -144,7 +144,6 @@ def test_prompts_without_room_and_endless_reasoning_are_dropped_by_reason(
 
 @pytest.mark.slow
 def test_the_small_world_by_its_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EMA_CACHE", str(tmp_path / "cache"))
     suites = {
         "general": ["smallworld:suite/general?size=tiny"],
         "in_domain": ["smallworld:suite/medical?size=tiny"],

@@ -20,14 +20,6 @@ from ema_scale.smallworld.tokenizer import build_tokenizer, encode, vocabulary
 from ema_scale.smallworld.vocabulary import DOMAINS, MOTIVES
 
 
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("EMA_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
-
-
 @pytest.mark.parametrize("persona", ["aligned", "misaligned"])
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_every_answer_of_a_persona_is_judged_as_that_persona(domain, persona):
