@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from ema_scale.chat.rows import Row
 
+from ema_scale.chat.rows import Row
 from ema_scale.defenses import Interleaving, RowsContext
 from ema_scale.errors import UserError
 

