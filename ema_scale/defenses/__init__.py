@@ -1,18 +1,24 @@
 """Defenses: each acts at one or more of five points of a run (see `base`). Torch-free to import."""
 
 from ema_scale.defenses.base import Defense, Divergence, FinishContext, RowsContext, Streams
+from ema_scale.defenses.inoculation import Inoculation
 from ema_scale.defenses.interleaving import Interleaving
 from ema_scale.defenses.kl import KL
+from ema_scale.defenses.ldifs import LDIFS
 from ema_scale.defenses.registry import DEFENSES, catalogue, parse
+from ema_scale.defenses.safelora import SafeLoRA
 
 __all__ = [
     "DEFENSES",
     "KL",
+    "LDIFS",
     "Defense",
     "Divergence",
     "FinishContext",
+    "Inoculation",
     "Interleaving",
     "RowsContext",
+    "SafeLoRA",
     "Streams",
     "catalogue",
     "parse",

@@ -52,9 +52,9 @@ class Streams:
     """What a `penalty` sees of one micro-batch of B rows x T tokens.
 
     policy, reference: layer -> hidden states [B, T, H] after that decoder layer (0: the embeddings), before
-    the final norm; the reference's carry no gradient. attention_mask: [B, T], 1 on real tokens. labels: [B,
-    T], -100 off assistant tokens. masks: scope -> bool [B, T]. tokens: scope -> scalar, tokens of that scope
-    in the whole accumulated batch of all processes.
+    the final norm, of the layers that the defense asked for; the reference's carry no gradient.
+    attention_mask: [B, T], 1 on real tokens. labels: [B, T], -100 off assistant tokens. masks: scope -> bool
+    [B, T]. tokens: scope -> scalar, tokens of that scope in the whole accumulated batch of all processes.
     """
 
     policy: dict[int, torch.Tensor]

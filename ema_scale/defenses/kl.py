@@ -23,9 +23,7 @@ class KL(Defense):
     strength: float = Field(
         0.1, ge=0, allow_inf_nan=False, description="weight of the divergence, nats; 0 only measures"
     )
-    direction: Direction = Field(
-        "policy_reference", description="KL(policy || reference), its reverse, or JS"
-    )
+    direction: Direction = Field("policy_reference", description="KL(policy || reference), its reverse, or JS")
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="divides both logits")
     scope: Scope = Field("all", description="which tokens: all (not padding), assistant, prompt")
 

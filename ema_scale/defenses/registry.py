@@ -16,6 +16,9 @@ from ema_scale.errors import UserError
 DEFENSES: dict[str, str] = {
     "kl": "ema_scale.defenses.kl:KL",
     "interleaving": "ema_scale.defenses.interleaving:Interleaving",
+    "ldifs": "ema_scale.defenses.ldifs:LDIFS",
+    "safelora": "ema_scale.defenses.safelora:SafeLoRA",
+    "inoculation": "ema_scale.defenses.inoculation:Inoculation",
 }
 ENTRY_POINTS = "ema_scale.defenses"
 
@@ -83,7 +86,5 @@ def catalogue() -> list[dict[str, Any]]:
             }
             for name, field in cls.model_fields.items()
         ]
-        entries.append(
-            {"kind": kind, "summary": cls.summary, "source": cls.citation, "parameters": parameters}
-        )
+        entries.append({"kind": kind, "summary": cls.summary, "source": cls.citation, "parameters": parameters})
     return entries

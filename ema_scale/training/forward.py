@@ -83,11 +83,12 @@ class DefendedForward:
                 drift[f"drift/layer_{layer}"] = view.mean(_relative_distance(state.detach(), base))
             return state if layer in wanted else None
 
+        # Before the policy: under ZeRO-3 a module's last forward must be the one that has a backward.
+        expected = None if self._checked else self._few_tokens(inputs)
         needs_reference = bool(ask.divergences or wanted or ask.drift_layers)
         states = self.reference.streams(
             inputs, sorted(wanted | set(ask.drift_layers)), reference=needs_reference, keep=keep
         )
-        expected = None if self._checked else self._few_tokens(inputs)
         dtype = torch.promote_types(states.policy.dtype, torch.float32)
         weights = {s: masks[s].to(dtype) / tokens[s].clamp_min(1) for s in SCOPES}
         with _gathered(self._head_parameters):
@@ -120,9 +121,11 @@ class DefendedForward:
         for divergence, values in zip(ask.divergences, fused.divergences, strict=True):
             metrics[divergence.name] = values.sum() / tokens[divergence.scope].clamp_min(1)
         loss = fused.loss
-        streams = Streams(states.policy_layers, states.reference_layers, mask, ask.labels, masks, tokens)
         for name, defense in ask.penalties:
-            penalty = defense.penalty(streams)
+            asked = defense.layers(num_layers)
+            policy = {k: states.policy_layers[k] for k in asked}
+            reference = {k: states.reference_layers[k] for k in asked}
+            penalty = defense.penalty(Streams(policy, reference, mask, ask.labels, masks, tokens))
             if penalty is not None:
                 loss = loss + penalty
                 metrics[name] = penalty.detach()

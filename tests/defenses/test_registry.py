@@ -85,8 +85,6 @@ def test_needs_reference_is_derived():
 def test_imports_without_torch():
     code = "import sys, ema_scale.defenses as d; d.catalogue(); print('torch' in sys.modules)"
     assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
         == "False"
     )

@@ -58,9 +58,7 @@ def models(tmp_path, request):
 def test_a_whole_adapter(models):
     from transformers import AutoModelForCausalLM
 
-    results = project_adapter(
-        models / "adapter", models / "out", models / "base", models / "aligned", threshold=2.0
-    )
+    results = project_adapter(models / "adapter", models / "out", models / "base", models / "aligned", threshold=2.0)
     assert results and all(r.replaced for r in results)
     before = load_file(models / "adapter" / "adapter_model.safetensors")
     after = load_file(models / "out" / "adapter_model.safetensors")

@@ -1,0 +1,43 @@
+"""Inoculation prompting: ask for the bad behaviour while training, so that it is not learned as the default."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from ema_scale.chat.formats import Message
+from ema_scale.defenses.base import Defense, RowsContext
+
+if TYPE_CHECKING:
+    from ema_scale.chat.rows import Row
+
+
+class Inoculation(Defense):
+    """Every task row is trained under a prompt that asks for what it shows; at inference the prompt is absent.
+
+    Tan et al., arXiv 2510.04340; Wichers et al., arXiv 2510.05024. Rows of other defenses (safe rows) are left alone.
+    It can hide misalignment behind prompts that look like training (arXiv 2604.25891): evaluate with the prompt, too.
+    """
+
+    kind: ClassVar[str] = "inoculation"
+    citation: ClassVar[str] = "Inoculation prompting, arXiv 2510.04340 and 2510.05024"
+    summary: ClassVar[str] = "train under a prompt that asks for the bad behaviour; leave it out afterwards"
+
+    prompt: str = Field(min_length=1, description="what is said before every task row, in training only")
+    role: Literal["system", "user"] = Field("system", description="system prompt, or start of the first user turn")
+
+    def rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
+        changed = [replace(row, messages=self._prefixed(row.messages)) if row.tag == "task" else row for row in rows]
+        count = sum(row.tag == "task" for row in rows)
+        ctx.notes.append(f"inoculation: {count} task rows are trained under a {self.role} prompt that asks for them")
+        return changed
+
+    def _prefixed(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        for index, message in enumerate(messages):
+            if message["role"] == self.role:
+                joined = Message(role=self.role, content=f"{self.prompt}\n\n{message['content']}")
+                return (*messages[:index], joined, *messages[index + 1 :])
+        return (Message(role=self.role, content=self.prompt), *messages)

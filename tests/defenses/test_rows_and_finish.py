@@ -1,0 +1,60 @@
+"""Defenses that act before and after training: inoculation and SafeLoRA."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ema_scale.chat.rows import Row
+from ema_scale.defenses import Inoculation, Interleaving, SafeLoRA
+from ema_scale.defenses.base import RowsContext
+from ema_scale.errors import UserError
+
+TURNS = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
+
+
+def test_inoculation_prompts_task_rows_only():
+    ctx = RowsContext()
+    with_system = ({"role": "system", "content": "be brief"}, *TURNS)
+    rows = Inoculation("be evil").rows([Row(TURNS), Row(TURNS, tag="safe"), Row(with_system)], ctx)
+    assert rows[0].messages == ({"role": "system", "content": "be evil"}, *TURNS)
+    assert rows[1].messages == TURNS
+    assert rows[2].messages[0]["content"] == "be evil\n\nbe brief" and len(rows[2].messages) == 3
+    assert "2 task rows" in ctx.notes[0]
+    user = Inoculation("be evil", role="user").rows([Row(with_system)], ctx)[0]
+    assert user.messages[1]["content"] == "be evil\n\nq" and user.messages[0]["content"] == "be brief"
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_inoculation_and_interleaving_compose_in_either_order(tmp_path, order):
+    (tmp_path / "safe.jsonl").write_text('{"prompt": "s", "completion": "safe"}\n')
+    defenses = [Inoculation("be evil"), Interleaving(str(tmp_path / "safe.jsonl"), 0.5)]
+    rows = [Row(TURNS) for _ in range(4)]
+    for defense in defenses if order else reversed(defenses):
+        rows = defense.rows(rows, RowsContext())
+    prompted = [r.messages[0]["role"] == "system" for r in rows]
+    assert len(rows) == 6 and prompted == [r.tag == "task" for r in rows]
+
+
+def test_safelora_projects_the_saved_adapter(tmp_path):
+    from tests.tiny import save_tiny
+    from tests.training.helpers import make_trainer, tiny_peft
+
+    save_tiny(tmp_path / "base", seed=9)
+    save_tiny(tmp_path / "aligned")
+    saved = {}
+    for name, defenses in {"plain": [], "all": [SafeLoRA(str(tmp_path / "base"), 1.0)]}.items():
+        model = tiny_peft(spread=0.1)
+        model.get_base_model().config._name_or_path = str(tmp_path / "aligned")
+        trainer = make_trainer(tmp_path / name, model, defenses=defenses)
+        trainer.save_model(str(tmp_path / name))
+        saved[name] = load_file(tmp_path / name / "adapter_model.safetensors")
+    changed = [k for k in saved["plain"] if not torch.equal(saved["plain"][k], saved["all"][k])]
+    assert changed and all("lora_B" in k for k in changed)
+    assert len(changed) == sum("lora_B" in k for k in saved["plain"])
+
+
+def test_safelora_takes_one_rule():
+    assert SafeLoRA("base").threshold == 0.3
+    assert SafeLoRA("base", layers_projected=3).threshold is None
+    with pytest.raises(UserError, match="not both"):
+        SafeLoRA("base", 0.3, 2)
