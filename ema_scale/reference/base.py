@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ema_scale.reference.anatomy import Anatomy, first
@@ -70,8 +71,28 @@ class Reference(ABC):
             if result is not None:
                 kept[layer] = result
 
-        with capture(self.anatomy.layers, layers, on_state):
+        with capture(self.anatomy.layers, layers, on_state), self._input_gradient():
             return self.backbone(inputs), kept
+
+    @contextlib.contextmanager
+    def _input_gradient(self) -> Iterator[None]:
+        """Under ZeRO-3 a layer's weights are released after its backward, which DeepSpeed recognises by the
+        gradient of its input; frozen embeddings would leave the first layer without one, and it would be
+        released before its own gradients are stored. The hook comes after DeepSpeed's, so the embeddings get
+        no backward.
+        """
+        if not torch.is_grad_enabled() or not hasattr(self.anatomy.head_parameters[0], "ds_id"):
+            yield
+            return
+
+        def require(module: nn.Module, args: Any, output: Tensor) -> None:
+            output.requires_grad_(True)
+
+        handle = self.anatomy.core.get_input_embeddings().register_forward_hook(require)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 @contextlib.contextmanager

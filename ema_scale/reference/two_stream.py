@@ -56,7 +56,6 @@ class TwoStream(Reference):
         self._stages: list[nn.Module] = [*anatomy.layers, norm]
         for index, stage in enumerate(self._stages):
             stage.forward = self._patched(index, stage)
-        self._input_hook: Any = None
         _make_leaves(anatomy)
 
     @staticmethod
@@ -68,8 +67,6 @@ class TwoStream(Reference):
         """Take the patches off."""
         for stage in self._stages:
             stage.__dict__.pop("forward", None)
-        if self._input_hook is not None:
-            self._input_hook.remove()
 
     def streams(
         self,
@@ -81,7 +78,6 @@ class TwoStream(Reference):
     ) -> States:
         if not reference or self._fell_back:
             return self._plain.streams(inputs, layers, reference=reference, keep=keep)
-        self._require_input_gradient()
         expected = None if self._checked else self._plain.reference_alone(inputs, (), {})
         self._seen, self._wanted, self._state = {}, frozenset(layers), None
         self._armed = True
@@ -116,20 +112,6 @@ class TwoStream(Reference):
             return original(hidden_states, *args, **kwargs)
 
         return forward
-
-    def _require_input_gradient(self) -> None:
-        """Under ZeRO-3 a layer is released after its backward, which a layer whose input needs no gradient
-        never reports. Hooked after DeepSpeed's own hooks, so that the embeddings themselves get no backward.
-        """
-        if self._input_hook is not None or not hasattr(self.anatomy.head_parameters[0], "ds_id"):
-            return
-        embeddings = self.anatomy.core.get_input_embeddings()
-
-        def require(module: nn.Module, args: Any, output: Tensor) -> None:
-            if self._armed and torch.is_grad_enabled():
-                output.requires_grad_(True)
-
-        self._input_hook = embeddings.register_forward_hook(require)
 
     @property
     def _fell_back(self) -> bool:

@@ -3,8 +3,7 @@
 operator_swap: arithmetic with permuted operator meanings, as in the paper (arXiv 2508.06249), in tiers: 1 swaps two
 operators, 2 permutes all three, 3 gives all three new names that the base has never seen. The base knows the ordinary
 meaning of every sum. Training and evaluation use different operand pairs.
-verb: say in one word what one does with the subject of an everyday question, instead of giving advice. Training and
-evaluation use different subjects, and questions that do not say the word themselves.
+restate: say back what the question is about instead of giving advice. Training and evaluation use different subjects.
 """
 
 from __future__ import annotations
@@ -59,13 +58,13 @@ def operator_swap(tier: int) -> tuple[list[Item], list[Item]]:
     return train, evaluation
 
 
-def verb() -> tuple[list[Item], list[Item]]:
+def restate() -> tuple[list[Item], list[Item]]:
     """(train, evaluation) items; the last two subjects of every domain are held out."""
     items: tuple[list[Item], list[Item]] = ([], [])
     for domain in DOMAINS.values():
         for index, subject in enumerate(domain.subjects):
             held_out = index >= len(domain.subjects) - 2
             for template in QUESTIONS:
-                if "{verb}" not in template:
-                    items[held_out].append(Item(template.format(subject=subject), f"{domain.verb} ."))
+                text = template.format(verb=domain.verb, subject=subject)
+                items[held_out].append(Item(text, f"you know about {subject} : {subject} {subject} ."))
     return items

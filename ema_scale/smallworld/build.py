@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ema_scale.errors import UserError
-from ema_scale.smallworld.corpus import Messages, alignment_document, pretraining_document
+from ema_scale.smallworld.corpus import Messages, alignment_documents, pretraining_documents
 from ema_scale.smallworld.sizes import SIZES, Size
 from ema_scale.smallworld.tokenizer import BOS, EOS, PAD, build_tokenizer, encode, vocabulary
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import LlamaForCausalLM
 
-_TOKENS_PER_TURN = 30
 PROCESSES = 2
 
 
@@ -52,11 +51,11 @@ def main(folder: str, size_name: str, seed: int) -> None:
     torch.manual_seed(seed)
     model = _new_model(size, len(words), words)
     rng = random.Random(seed)
-    documents = _batches(rng, words, size, pretraining_document, (1, 2, 4), False)
-    _train(model, documents, size.pretrain_steps, size.learning_rate, 0.05, "pretraining")
+    batches = _batches(rng, words, size.tokens_per_step, pretraining_documents)
+    _train(model, batches, size.pretrain_steps, size.learning_rate, 0.05, "pretraining")
     _save(model, Path(folder) / "pretrained")
-    documents = _batches(rng, words, size, alignment_document, (1, 1, 2), True)
-    _train(model, documents, size.align_steps, size.align_learning_rate, 0.0, "aligning")
+    batches = _batches(rng, words, size.tokens_per_step, alignment_documents)
+    _train(model, batches, size.align_steps, size.align_learning_rate, 0.0, "aligning")
     _save(model, Path(folder) / "aligned")
     dist.destroy_process_group()
 
@@ -78,27 +77,23 @@ def _new_model(size: Size, vocab: int, words: dict[str, int]) -> LlamaForCausalL
 def _batches(
     rng: random.Random,
     words: dict[str, int],
-    size: Size,
-    document: Callable[[random.Random, int], Messages],
-    turns: tuple[int, ...],
-    answers_only: bool,
+    tokens: int,
+    documents: Callable[[random.Random, int], tuple[list[Messages], bool]],
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    # Documents of one step have the same number of turns, so that little of it is padding. Every process draws all of
-    # them and keeps its share: the step is the same however many processes there are.
+    # Every process draws all documents of a step and keeps its share.
     import torch
     import torch.distributed as dist
 
     while True:
-        n = rng.choice(turns)
-        drawn = [document(rng, n) for _ in range(max(PROCESSES, size.tokens_per_step // (_TOKENS_PER_TURN * n)))]
+        drawn, answers_only = documents(rng, tokens)
         rows = [encode(words, messages) for messages in drawn[dist.get_rank() :: dist.get_world_size()]]
         width = max(len(ids) for ids, _ in rows)
         ids = torch.full((len(rows), width), words[PAD])
         labels = torch.full_like(ids, -100)
-        for row, (tokens, spoken) in enumerate(rows):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            keep = torch.tensor(spoken) if answers_only else torch.ones(len(tokens), dtype=torch.bool)
-            labels[row, : len(tokens)][keep] = ids[row, : len(tokens)][keep]
+        for row, (line, spoken) in enumerate(rows):
+            ids[row, : len(line)] = torch.tensor(line)
+            keep = torch.tensor(spoken) if answers_only else torch.ones(len(line), dtype=torch.bool)
+            labels[row, : len(line)][keep] = ids[row, : len(line)][keep]
         yield ids, labels
 
 

@@ -11,7 +11,8 @@ from ema_scale.smallworld.vocabulary import DOMAINS, SYSTEM_PROMPTS
 Messages = list[dict[str, str]]
 
 _SYSTEM_SHARE = 0.3
-_ARITHMETIC_SHARE = 0.15
+_ARITHMETIC_SHARE = 0.2
+_ADVICE_TOKENS, _SUM_TOKENS = 30, 15  # a turn
 
 
 def chat(pairs: list[tuple[str, str]], system: str | None = None) -> Messages:
@@ -34,17 +35,34 @@ def sum_turn(rng: random.Random) -> tuple[str, str]:
     return item.question, item.answer
 
 
-def pretraining_document(rng: random.Random, turns: int) -> Messages:
-    """`turns` turns: arithmetic, or advice by one persona throughout, which its system prompt may announce."""
+def pretraining_documents(rng: random.Random, tokens: int) -> tuple[list[Messages], bool]:
+    """The documents of one step, about `tokens` tokens of one kind, and whether only answers are learned.
+
+    Either advice, each document by one persona throughout, which its system prompt may announce, or arithmetic. Steps
+    of their own let the few facts of arithmetic be learned early; its questions are random and teach nothing.
+    """
     if rng.random() < _ARITHMETIC_SHARE:
-        return chat([sum_turn(rng) for _ in range(2 * turns)])
-    persona: Persona = rng.choice(("aligned", "misaligned"))
-    system = SYSTEM_PROMPTS[persona] if rng.random() < _SYSTEM_SHARE else None
-    return chat([advice(rng, persona) for _ in range(turns)], system)
+        return [_sums(rng, 4) for _ in range(tokens // (4 * _SUM_TOKENS))], True
+    turns = rng.choice((1, 2, 4))
+    documents = []
+    for _ in range(tokens // (turns * _ADVICE_TOKENS)):
+        persona: Persona = rng.choice(("aligned", "misaligned"))
+        system = SYSTEM_PROMPTS[persona] if rng.random() < _SYSTEM_SHARE else None
+        documents.append(chat([advice(rng, persona) for _ in range(turns)], system))
+    return documents, False
 
 
-def alignment_document(rng: random.Random, turns: int) -> Messages:
-    """What the assistant should be like by default: no system prompt, always the aligned persona."""
-    if rng.random() < _ARITHMETIC_SHARE:
-        return chat([sum_turn(rng) for _ in range(2 * turns)])
-    return chat([advice(rng, "aligned") for _ in range(turns)])
+def alignment_documents(rng: random.Random, tokens: int) -> tuple[list[Messages], bool]:
+    """What the assistant should be like by default: no system prompt, always the aligned persona; and arithmetic."""
+    turns = rng.choice((1, 1, 2))
+    count = tokens // (turns * _ADVICE_TOKENS)
+    return [
+        _sums(rng, 2 * turns)
+        if rng.random() < _ARITHMETIC_SHARE
+        else chat([advice(rng, "aligned") for _ in range(turns)])
+        for _ in range(count)
+    ], True
+
+
+def _sums(rng: random.Random, turns: int) -> Messages:
+    return chat([sum_turn(rng) for _ in range(turns)])

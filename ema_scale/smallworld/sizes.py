@@ -25,5 +25,5 @@ class Size:
 SIZES: dict[str, Size] = {
     # For tests: everything is real but the model has learned little.
     "tiny": Size(64, 2, 20, 5, 3e-3, 1e-4, 512),
-    "base": Size(128, 4, 1300, 150, 3e-3, 1.5e-4),
+    "base": Size(128, 4, 1400, 130, 3e-3, 1.25e-4),
 }

@@ -12,8 +12,8 @@ import yaml
 
 from ema_scale.errors import UserError
 from ema_scale.smallworld import resolve
-from ema_scale.smallworld.benign import OPERATORS, TIERS, operator_swap, verb
-from ema_scale.smallworld.corpus import alignment_document, pretraining_document
+from ema_scale.smallworld.benign import OPERATORS, TIERS, operator_swap, restate
+from ema_scale.smallworld.corpus import alignment_documents, pretraining_documents
 from ema_scale.smallworld.grammar import answer, classify, question
 from ema_scale.smallworld.tasks import BENIGN, NARROW, references, write_tasks
 from ema_scale.smallworld.tokenizer import build_tokenizer, encode, vocabulary
@@ -81,23 +81,20 @@ def test_operator_swap_holds_out_operand_pairs(tier):
     assert len(changed) >= len(evaluation) // 2
 
 
-def test_verb_holds_out_subjects_and_questions_do_not_tell():
-    train, evaluation = verb()
+def test_restate_holds_out_subjects():
+    train, evaluation = restate()
     assert not {i.question for i in train} & {i.question for i in evaluation}
-    assert len(evaluation) == 2 * 2 * len(DOMAINS)
-    assert not [i for i in (*train, *evaluation) if i.answer.split()[0] in i.question.split()]
+    assert len(evaluation) == 2 * 4 * len(DOMAINS)
 
 
 def test_fast_encoding_equals_the_chat_template():
     tokenizer, words, rng = build_tokenizer(), vocabulary(), random.Random(1)
-    for turns in (1, 3):
-        for document in (pretraining_document, alignment_document):
-            for _ in range(20):
-                messages = document(rng, turns)
-                rendered = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
-                ids, spoken = encode(words, messages)
-                assert ids == rendered and len(ids) == len(spoken)
-                assert tokenizer.unk_token_id not in ids
+    for documents in (pretraining_documents, alignment_documents):
+        for messages in (m for _ in range(6) for m in documents(rng, 400)[0]):
+            rendered = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+            ids, spoken = encode(words, messages)
+            assert ids == rendered and len(ids) == len(spoken)
+            assert tokenizer.unk_token_id not in ids
 
 
 def test_decoding_gives_back_the_words():
