@@ -1,0 +1,46 @@
+"""Wrong ways to start several processes are refused, with what to do."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from ema_scale.errors import UserError
+from ema_scale.training.distributed import check_world, prepare_environment
+
+
+def test_accelerate_that_sees_other_processes_than_were_launched(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were launched, torch.distributed sees 1, Accelerate sees 1"):
+        check_world(SimpleNamespace(num_processes=1))
+
+
+def test_use_cpu_with_deepspeed_would_be_ddp(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(UserError, match="would run DDP"):
+        prepare_environment()
+
+
+def test_missing_deepspeed_config(monkeypatch):
+    with pytest.raises(UserError, match=r"training\.deepspeed: no file 'none\.json'"):
+        prepare_environment("none.json")
+
+
+def test_processes_that_each_train_alone_are_refused(tmp_path):
+    """The silent trap itself: two launched processes, and Accelerate told to use one."""
+    code = (
+        "from tests.training.helpers import make_trainer; import sys\n"
+        "from ema_scale.errors import UserError\n"
+        "try: make_trainer(sys.argv[1], use_cpu=False)\n"
+        "except UserError as e: print('REFUSED', e)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env={**os.environ, "WORLD_SIZE": "2", "RANK": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert "REFUSED 2 processes were launched" in done.stdout, done.stderr[-2000:]

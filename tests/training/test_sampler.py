@@ -1,0 +1,42 @@
+"""The order of rows."""
+
+import torch
+
+from ema_scale.training.sampler import EpochSampler
+
+
+def order(count=23, epoch=0, seed=0, rows=4, lengths=None):
+    return list(EpochSampler(count, seed=seed, epoch=lambda: epoch, rows_per_step=rows, lengths=lengths))
+
+
+LENGTHS = torch.randint(5, 500, (1003,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def test_every_row_once_an_epoch_in_an_order_of_its_own():
+    for lengths in (None, LENGTHS[:23]):
+        assert sorted(order(lengths=lengths)) == list(range(23))
+        assert order(lengths=lengths) == order(lengths=lengths)
+        assert order(lengths=lengths) != order(lengths=lengths, epoch=1)
+        assert order(lengths=lengths) != order(lengths=lengths, seed=1)
+
+
+def test_the_order_does_not_depend_on_the_global_generator():
+    torch.manual_seed(0)
+    one = order()
+    torch.rand(7)
+    assert order() == one
+
+
+def test_rows_of_a_step_have_similar_lengths_and_the_longest_comes_first():
+    rows = order(1003, rows=16, lengths=LENGTHS)
+    assert sorted(rows) == list(range(1003))
+    steps = [[LENGTHS[i] for i in rows[s : s + 16]] for s in range(0, 1003, 16)]
+    assert max(LENGTHS) in steps[0]
+    assert sum(max(s) - min(s) for s in steps[:-1]) / len(steps) < 20
+    assert len(steps[-1]) == 1003 % 16
+    means = [sum(s) / len(s) for s in steps[1:]]
+    assert any(a < b for a, b in zip(means, means[1:], strict=False))  # not sorted from long to short
+
+
+def test_fewer_rows_than_a_step():
+    assert sorted(order(3, rows=16, lengths=[5, 9, 7])) == [0, 1, 2]
