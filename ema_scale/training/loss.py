@@ -103,26 +103,40 @@ class _Fused(torch.autograd.Function):
         correct, entropy = torch.zeros_like(ce), torch.zeros_like(ce)
         divergences = torch.zeros(len(terms), count, dtype=dtype, device=policy.device)
         gradient = torch.zeros_like(policy) if backward else None
-        used = ce_weights != 0
+        with_ce = ce_weights != 0
+        others = torch.zeros_like(with_ce)
         for term in terms:
-            used = used | term.active
+            others = others | (term.active & ~with_ce)
+        # Tokens with a cross-entropy first, then those that only divergences cover: less to do for these.
+        pieces = [(rows, True) for rows in with_ce.nonzero().squeeze(1).split(chunk)]
+        pieces += [(rows, False) for rows in others.nonzero().squeeze(1).split(chunk)]
         # Autocast would silently choose another dtype for the products below.
         with torch.autocast(policy.device.type, enabled=False):
-            for rows in used.nonzero().squeeze(1).split(chunk):
+            for rows, labelled in pieces:
+                if rows.numel() == 0:
+                    continue
                 logits = head_logits(policy[rows], head, dtype)
                 log_p = logits - torch.logsumexp(logits, 1, keepdim=True)
-                weight = ce_weights[rows].to(dtype)
-                slope, ce[rows], correct[rows], entropy[rows] = _cross_entropy(log_p, labels[rows], weight, backward)
+                p = log_p.exp()
+                slope: Tensor | None = None
+                if labelled:
+                    target = labels[rows].unsqueeze(1)
+                    ce[rows] = -log_p.gather(1, target).squeeze(1)
+                    correct[rows] = (log_p.argmax(1) == target.squeeze(1)).to(dtype)
+                    entropy[rows] = -torch.linalg.vecdot(p, log_p)
+                    if backward:
+                        weight = ce_weights[rows].to(dtype).unsqueeze(1)
+                        slope = (p * weight).scatter_add_(1, target, -weight)
                 if terms:
                     assert reference is not None
                     reference_logits = head_logits(reference[rows], head, dtype)
                 for index, term in enumerate(terms):
                     active = term.active[rows]
-                    factor = torch.where(active, term.weights[rows], 0).to(dtype)
-                    value, local = _divergence(logits, reference_logits, log_p, term, backward)
+                    factor = torch.where(active, term.weights[rows], 0).to(dtype).unsqueeze(1)
+                    value, local = _divergence(logits, reference_logits, log_p, p, term, backward)
                     divergences[index, rows] = torch.where(active, value, 0)
-                    if local is not None and slope is not None:
-                        slope.addcmul_(local, factor.unsqueeze(1))
+                    if local is not None:
+                        slope = local.mul_(factor) if slope is None else slope.addcmul_(local, factor)
                 if gradient is not None and slope is not None:
                     gradient[rows] = _to_hidden(slope, logits, head).to(gradient.dtype)
         loss = (ce * ce_weights).sum()
@@ -166,37 +180,19 @@ def _to_hidden(slope: Tensor, logits: Tensor, head: Head) -> Tensor:
     return torch.mm(slope.to(head.weight.dtype), head.weight)
 
 
-def _cross_entropy(
-    log_p: Tensor, labels: Tensor, weight: Tensor, backward: bool
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """Weighted gradient with respect to the logits [C, V] (or None), and per token: CE, correct, entropy."""
-    counted = weight != 0
-    target = torch.where(counted, labels, 0).unsqueeze(1)
-    ce = -log_p.gather(1, target).squeeze(1)
-    correct = log_p.argmax(1) == target.squeeze(1)
-    p = log_p.exp()
-    entropy = -torch.linalg.vecdot(p, log_p)
-    slope = None
-    if backward:
-        slope = p.mul_(weight.unsqueeze(1))
-        slope.scatter_add_(1, target, -weight.unsqueeze(1))
-    ce, right, entropy = (torch.where(counted, x.to(ce.dtype), 0) for x in (ce, correct, entropy))
-    return slope, ce, right, entropy
-
-
 def _divergence(
-    logits: Tensor, reference_logits: Tensor, log_p: Tensor, term: Term, backward: bool
+    logits: Tensor, reference_logits: Tensor, log_p: Tensor, p: Tensor, term: Term, backward: bool
 ) -> tuple[Tensor, Tensor | None]:
     """D per token [C] and its gradient by the policy's logits [C, V]; both exactly 0 if p = q."""
     temperature = term.temperature
     log_q = _log_softmax(reference_logits, temperature)
     if temperature != 1.0:
         log_p = _log_softmax(logits, temperature)
-    p = log_p.exp()
+        p = log_p.exp()
     if term.direction == "reference_policy":
         q = log_q.exp()
         value = torch.linalg.vecdot(q, log_q - log_p)
-        local = p.sub_(q).div_(temperature) if backward else None
+        local = torch.sub(p, q, out=q).div_(temperature) if backward else None
     elif term.direction == "policy_reference":
         ratio = torch.sub(log_p, log_q, out=log_q)
         value = torch.linalg.vecdot(p, ratio)

@@ -243,3 +243,22 @@ def test_starting_over(world, tmp_path):
     train(other, run, resume=False)
     assert [row["step"] for row in read_jsonl(run.metrics_path)] == [1, 2]
     assert any((weights(run)[n] - t).abs().max() > 0 for n, t in first.items())
+
+
+def test_the_python_interface_in_ten_lines(world, tmp_path):
+    from transformers import AutoModelForCausalLM, TrainingArguments
+
+    from ema_scale import KL, DefendedTrainer, Interleaving, load_rows
+
+    model = AutoModelForCausalLM.from_pretrained(world / "model")
+    args = TrainingArguments(str(tmp_path), max_steps=2, report_to="none", use_cpu=True, save_strategy="no")
+    rows = load_rows(world / "train.jsonl")
+    trainer = DefendedTrainer(model, args, rows, [KL(0.1), Interleaving(str(world / "safe.jsonl"), 0.05)])
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert trainer.data_report.rows == {"task": 40, "safe": 2}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in (tmp_path / "adapter").iterdir()}
+    plain = [{"messages": list(row.messages)} for row in rows]
+    assert DefendedTrainer(trainer.model, args, plain).data_report.rows == {"task": 40}
+    with pytest.raises(UserError, match="carries an adapter already"):
+        DefendedTrainer(model, args, plain)
