@@ -35,6 +35,10 @@ def prepare_environment(deepspeed: str | None = None) -> None:
     deepspeed: a DeepSpeed JSON config; None: as launched. Raises UserError if the file is missing, or a
     launcher asked for the CPU as well, under which Accelerate silently runs DDP instead of DeepSpeed.
     """
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else every import of it warns
     if deepspeed is not None:
         if not Path(deepspeed).is_file():
             raise UserError(f"training.deepspeed: no file {deepspeed!r}; expected a DeepSpeed JSON config")
@@ -56,8 +60,6 @@ def prepare_environment(deepspeed: str | None = None) -> None:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         for name, value in {**alone, "MASTER_PORT": str(_free_port())}.items():
             os.environ.setdefault(name, value)
-    import torch
-
     if not torch.cuda.is_available():
         from deepspeed import ops
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ema_scale.defenses.base import SCOPES, Defense, Divergence, Scope, Streams
+from ema_scale.defenses.base import SCOPES, Defense, Divergence, Scope, Streams, reference_pass
 from ema_scale.errors import UserError
 from ema_scale.reference import Anatomy, Head, Reference
 from ema_scale.training.loss import Term, fused_loss, head_logits
@@ -136,7 +136,7 @@ class DefendedForward:
     def _few_tokens(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The base model's own logits [1, t, V] and last hidden states [1, t, H] on the first few tokens."""
         few = {"input_ids": inputs["input_ids"][:1, :8], "use_cache": False}
-        with self.anatomy.frozen():
+        with self.anatomy.frozen(), reference_pass():
             return self._original(**few).logits, self.anatomy.backbone(**few)[0]
 
     @torch.no_grad()

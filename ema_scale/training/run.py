@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import logging
 import os
 import shutil
@@ -73,6 +74,10 @@ def is_finished(recipe: Recipe, run_dir: RunDir) -> bool:
 
 def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
     prepare_environment(recipe.training.deepspeed)
+    if not sys.stderr.isatty():
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
     from ema_scale.chat.rows import Rows, load_rows
     from ema_scale.chat.tokens import load_tokenizer
     from ema_scale.locate import locate
@@ -147,6 +152,8 @@ def training_arguments(recipe: Recipe, run_dir: RunDir) -> Any:
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir.tensorboard)
     from ema_scale.training.adapter import pick_dtype
 
+    if ("8bit" in t.optimizer or "bnb" in t.optimizer) and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"training.optimizer: {t.optimizer!r} needs the bitsandbytes package, which is not installed")
     half = torch.cuda.is_available() and pick_dtype(recipe.model.dtype) == torch.bfloat16
     try:
         return TrainingArguments(

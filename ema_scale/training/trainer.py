@@ -84,6 +84,8 @@ class DefendedTrainer(Checkpointing, Trainer):
         kwargs.setdefault("data_collator", ChatCollator(tokenizer))
         super().__init__(model, args, train_dataset=train_dataset, processing_class=tokenizer, **kwargs)
         check_world(self.accelerator)
+        if self.is_fsdp_enabled:
+            raise UserError("FSDP is not supported: the head's weight cannot be read inside forward; use ZeRO-3")
         if self.is_deepspeed_enabled:
             acting = [d.kind for d in self.defenses if type(d).overrides("step")]
             if acting:
@@ -166,6 +168,7 @@ class DefendedTrainer(Checkpointing, Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer.train, with every defense attached to the model while it lasts."""
+        self.monitor = Monitor()  # its clock starts now
         with contextlib.ExitStack() as stack:
             for defense in self.defenses:
                 stack.enter_context(defense.attach(self.model))

@@ -1,6 +1,7 @@
 """The recipe path: what a run leaves behind, skips, refuses, and how it goes on after it was cut."""
 
 import errno
+import importlib.util
 import json
 import signal
 import subprocess
@@ -226,6 +227,26 @@ def test_bad_input_is_named(world, tmp_path, change, expected):
     with pytest.raises(UserError, match=expected):
         train(recipe, RunDir(recipe.run_path))
     assert RunDir(recipe.run_path).status()["state"] == "failed"
+
+
+def test_an_optimizer_whose_package_is_missing(world, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "bitsandbytes" else find(n, *a))
+    recipe = recipe_of(world, tmp_path, optimizer="adamw_8bit")
+    with pytest.raises(UserError, match="training.optimizer: 'adamw_8bit' needs the bitsandbytes package"):
+        train(recipe, RunDir(recipe.run_path))
+
+
+def test_bfloat16_on_a_cpu(world, tmp_path):
+    """KL is still exactly 0 at the start, and the adapter itself stays in float32."""
+    import torch
+
+    recipe = recipe_of(world, tmp_path, max_steps=3)
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "bfloat16"})})
+    run = train(recipe, RunDir(recipe.run_path))
+    rows = read_jsonl(run.metrics_path)
+    assert rows[0]["kl"] == 0.0 < rows[-1]["kl"]
+    assert {t.dtype for t in weights(run).values()} == {torch.float32}
 
 
 def test_two_writers_are_refused(world, tmp_path):
