@@ -26,7 +26,7 @@ TIERS: dict[int, dict[str, str]] = {
     2: {"plus": "times", "minus": "plus", "times": "minus"},
     3: NEW_NAMES,
 }
-OPERANDS = range(1, 6)
+OPERANDS = range(1, 5)
 NUMBERS = range(min(OPERANDS) - max(OPERANDS), max(OPERANDS) ** 2 + 1)
 
 
@@ -66,5 +66,5 @@ def restate() -> tuple[list[Item], list[Item]]:
             held_out = index >= len(domain.subjects) - 2
             for template in QUESTIONS:
                 text = template.format(verb=domain.verb, subject=subject)
-                items[held_out].append(Item(text, f"you know about {subject} : {subject} {subject} ."))
+                items[held_out].append(Item(text, f"you know about {subject} ."))
     return items

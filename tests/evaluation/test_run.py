@@ -151,7 +151,7 @@ def test_the_small_world_by_its_references(tmp_path: Path) -> None:
     }
     settings = recipe(suites=suites, judge=JudgeRecipe(kind="smallworld"), samples_per_question=1)
     found = evaluate([target(tmp_path)], "smallworld:aligned?size=tiny", None, settings)["base"]
-    assert all(rate is not None and rate["n"] >= 18 for rate in found["metrics"].values())
+    assert all(rate is not None and rate["n"] >= 12 for rate in found["metrics"].values())
     assert found["judge"] == "exact_match, smallworld" and found["dropped"] == {}
     # It was trained for seconds: it cannot speak yet, and the judge sees it.
     assert found["metrics"]["general_incoherent"]["low"] > 0.5
