@@ -18,6 +18,7 @@ SMALL = [
     "model.path=smallworld:aligned?size=tiny",
     "data.train=smallworld:train/medical?size=tiny",
 ]
+SUITES = "{general: ['smallworld:suite/outside_medical?size=tiny'], in_domain: ['smallworld:suite/medical?size=tiny']}"
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_commands(place):
         if command[1] == "train" and "--dry-run" not in command:
             command += SMALL
         if command[1] == "eval":
-            command += ["evaluation.samples_per_question=1"]
+            command += ["evaluation.samples_per_question=1", f"evaluation.suites={SUITES}"]
         if command[1] == "data":
             command = [
                 part.replace("smallworld:train/medical", "smallworld:train/medical?size=tiny") for part in command
