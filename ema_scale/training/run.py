@@ -49,6 +49,8 @@ def train(recipe: Recipe, run_dir: RunDir, resume: bool = True) -> RunDir:
     if is_finished(recipe, run_dir) and resume:
         if is_main():
             log.info("%s: finished already", run_dir.path)
+            if run_dir.recipe_path.read_text(encoding="utf-8") != recipe.to_yaml():
+                atomic_write_text(run_dir.recipe_path, recipe.to_yaml())  # it may now be evaluated in another way
         return run_dir
     with run_dir.lock() if is_main() else contextlib.nullcontext():
         if is_main():

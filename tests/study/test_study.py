@@ -55,6 +55,7 @@ def test_errors_name_the_run_and_the_field(tmp_path, changes, expected):
 def test_the_demo_study_is_what_the_readme_says():
     runs = load_study(ROOT / "configs" / "studies" / "demo.yaml").runs()
     narrow = [r for r in runs if r.evaluation.suites.in_domain]
+    assert not any(r.evaluation.suites.benign for r in narrow)
     benign = [r for r in runs if r.evaluation.suites.benign]
     assert len({r.data.train for r in narrow}) >= 2 and len({r.data.train for r in benign}) >= 1
     kinds = [tuple(d.kind for d in r.defenses) for r in runs]
