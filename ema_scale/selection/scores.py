@@ -37,7 +37,8 @@ def score(
         missing = [item for item in items if (item.key, identity) not in known]
         if not missing:
             continue
-        with Progress(f"read by {name}", len(items), len(items) - len(missing), unit="row") as progress:
+        shown = Progress(f"read by {name}", len(items), len(items) - len(missing), unit="row")
+        with shown as progress, readers.merged(name):
             for batch in batches(missing, batch_tokens or BATCH_TOKENS[readers.device.type]):
                 found = readers.nll(name, batch)
                 known |= {(item.key, identity): nll for item, nll in zip(batch, found, strict=True)}

@@ -88,6 +88,21 @@ def test_batches_read_as_single_rows_do(arch, tmp_path):
         assert together == pytest.approx([plain_nll(plain, item.row) for item in items], abs=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merging_leaves_no_trace_and_does_not_happen_in_half_precision(made, dtype):
+    model, adapters, _ = made
+    readers = Readers(model.model_copy(update={"dtype": dtype}), adapters)
+    weights = {name: p.detach().clone() for name, p in readers.model.named_parameters() if "base_layer" in name}
+
+    def moved():
+        return max(float((p - weights[name]).detach().abs().max()) for name, p in readers.model.named_parameters()
+                   if name in weights)  # fmt: skip
+
+    with readers.merged("law"):
+        assert (moved() > 1e-4) == (dtype == "float32")
+    assert moved() < 1e-6 and not any(getattr(m, "merged", False) for m in readers.model.modules())
+
+
 def scores_items(rows, readers):
     from ema_scale.selection.rows import read_items
 
