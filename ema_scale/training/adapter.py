@@ -104,6 +104,16 @@ def _continued(base: Any, start: str) -> Any:
     return model
 
 
+def parameter_counts(model: Any) -> dict[str, int]:
+    """`base`: parameters of the model without adapters; `trained`: those that training changes. Tied ones count once,
+    and what ZeRO-3 holds in parts counts whole."""
+    sizes = [(n, p.requires_grad, getattr(p, "ds_numel", p.numel())) for n, p in model.named_parameters()]
+    return {
+        "base": sum(size for name, _, size in sizes if "lora_" not in name),
+        "trained": sum(size for _, trained, size in sizes if trained),
+    }
+
+
 def with_adapters(base: Any, folders: Mapping[str, str]) -> Any:
     """`base` with a frozen adapter of each name, from its PEFT folder or hub id; `base` itself if there are none.
 

@@ -148,6 +148,7 @@ def _trainer(recipe: Recipe, run_dir: RunDir, callbacks: list[Any]) -> tuple[Def
 
 def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
     prepare_environment(recipe.training.deepspeed)
+    from ema_scale.training.adapter import parameter_counts
     from ema_scale.training.checkpointing import newest_complete, step_of
     from ema_scale.training.monitor import MetricsWriter, truncate_metrics
 
@@ -160,6 +161,7 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
             {**hashes, **trainer.data_report.hashes},
             recipe.seed,
             reference=trainer.reference_choice.to_dict(),
+            parameters=parameter_counts(trainer.model),
         )
         atomic_write_json(run_dir.data_path, trainer.data_report.to_dict())
         for note in trainer.data_report.notes:

@@ -96,6 +96,9 @@ def test_a_run_leaves_everything_behind(world, undisturbed):
     assert data["rows"] == {"task": 40, "safe": 4} and data["tokens"]["truncated"] == 0
     provenance = json.loads(run.provenance_path.read_text())
     assert set(provenance["data_sha256"]) == {str(world / "train.jsonl"), str(world / "safe.jsonl")}
+    sizes = [sum(t.numel() for t in found.values())
+             for found in (load_file(world / "model" / "model.safetensors"), weights(run))]  # fmt: skip
+    assert provenance["parameters"] == dict(zip(("base", "trained"), sizes, strict=True))
     rows = read_jsonl(run.metrics_path)
     assert [row["step"] for row in rows] == list(range(1, 9))
     assert {"epoch", "loss", "ce", "kl", "tokens_per_second", "learning_rate", "grad_norm", "time"} <= set(rows[0])
