@@ -46,6 +46,15 @@ class Section:
     sheets: Sequence[Sheet] = ()
 
 
+@dataclass(frozen=True)
+class Across:
+    """What models of several sizes say together."""
+
+    verdict: Sequence[str]
+    pictures: Sequence[Picture]
+    sheet: Sheet
+
+
 def criteria_rows(of_model: Sequence[Group]) -> list[Row]:
     """A row for each group, with the share of the undefended gain that it keeps."""
     none = next((g for g in of_model if g.undefended), None)
@@ -113,6 +122,7 @@ def render(
     sections: Sequence[Section],
     facts: Sequence[tuple[str, Sequence[str]]],
     problems: Sequence[Problem],
+    across: Across | None = None,
 ) -> str:
     """The page. Every value is escaped: answers, questions, names and error messages are not ours."""
     return (
@@ -122,6 +132,7 @@ def render(
             title=title,
             byline=byline,
             sections=sections,
+            across=across,
             facts=facts,
             unfinished=[p for p in problems if p.state != "note"],
             notes=[p for p in problems if p.state == "note"],

@@ -14,10 +14,12 @@ from ema_scale.study.report.collect import collect, read_rate
 from ema_scale.study.report.facts import facts
 from ema_scale.study.report.firmness import firmness_sheet
 from ema_scale.study.report.hidden import hidden_sheet
-from ema_scale.study.report.html import Section, criteria_rows, render, run_rows
+from ema_scale.study.report.html import Across, Section, criteria_rows, render, run_rows
 from ema_scale.study.report.paired import paired_sheet
-from ema_scale.study.report.pictures import pictures
+from ema_scale.study.report.pictures import Picture, make_picture, pictures
 from ema_scale.study.report.records import Collection
+from ema_scale.study.report.scaling import scaling, scaling_sheet, sentences
+from ema_scale.study.report.scaling_figure import ALT, CAPTION, scaling_figure
 from ema_scale.study.report.table import table_csv, table_markdown
 from ema_scale.study.report.verdict import verdict
 
@@ -32,9 +34,7 @@ def write(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
     for model in found.models or ["no finished run"]:
         of_model = [g for g in every if g.model == model]
         drawn = pictures(found, model, of_model) if of_model else []
-        for picture in drawn:
-            atomic_write_text(out / "figures" / f"{picture.name}.svg", picture.light)
-            _atomic_write_bytes(out / "figures" / f"{picture.name}.png", picture.png)
+        _write_figures(out, drawn)
         shown, notes = exhibits(of_model)
         found.problems += notes
         by_kind = {picture.kind: picture for picture in drawn}
@@ -42,12 +42,25 @@ def write(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
         tables = (criteria_rows(of_model), run_rows(of_model))
         kept = [sheet for sheet in sheets if sheet is not None]
         sections.append(Section(model, verdict(of_model), by_kind, *tables, shown, kept))
+    sizes = scaling(every)
+    across = None
+    if sizes is not None:
+        sizes_picture = make_picture("scaling", "scaling", ALT, CAPTION, lambda t: scaling_figure(sizes, t))
+        drawn = [sizes_picture] if sizes_picture else []
+        across = Across(sentences(sizes), drawn, scaling_sheet(sizes))
+        _write_figures(out, drawn)
     atomic_write_text(out / "table.csv", table_csv(every))
     atomic_write_text(out / "table.md", table_markdown(every))
     page = out / "report.html"
     # The page comes last: if it is there, everything it names is there.
-    atomic_write_text(page, render(title, _byline(found), sections, facts(found), found.problems))
+    atomic_write_text(page, render(title, _byline(found), sections, facts(found), found.problems, across))
     return page
+
+
+def _write_figures(out: Path, drawn: Sequence[Picture]) -> None:
+    for picture in drawn:
+        atomic_write_text(out / "figures" / f"{picture.name}.svg", picture.light)
+        _atomic_write_bytes(out / "figures" / f"{picture.name}.png", picture.png)
 
 
 def _byline(found: Collection) -> list[str]:
