@@ -6,8 +6,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "ema_scale"
 ORDER = [
     {"errors"}, {"rundir"}, {"smallworld"}, {"locate"}, {"directions"}, {"chat"}, {"defenses"}, {"recipe"},
-    {"reference"}, {"training"}, {"evaluation"}, {"persona"}, {"selection"}, {"study"}, {"bench"}, {"cluster"},
-    {"cli"}, {"__main__", "__init__"},
+    {"reference"}, {"training"}, {"evaluation"}, {"persona"}, {"selection"}, {"study"}, {"planning"}, {"bench"},
+    {"cluster"}, {"cli"}, {"__main__", "__init__"},
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 

@@ -4,13 +4,13 @@ from ema_scale.cli import (
     bench,  # noqa: F401
     bench_eval,  # noqa: F401
     bench_selection,  # noqa: F401
-    bench_training,  # noqa: F401
     cache,  # noqa: F401
     catalogue,  # noqa: F401
     compare,  # noqa: F401
     data,  # noqa: F401
     judge,  # noqa: F401
     launch,  # noqa: F401
+    plan,  # noqa: F401
     runs,  # noqa: F401
     safelora,  # noqa: F401
     select,  # noqa: F401

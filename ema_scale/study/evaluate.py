@@ -86,7 +86,7 @@ def _evaluate_alike(
 ) -> dict[str, Summary]:
     # Runs of one model and one way of evaluating, which may ask different suites: one engine for all.
     first = recipes[0]
-    suites = _asked(recipes)
+    suites = asked_suites(recipes)
     targets = []
     for run, recipe, theirs in zip(runs, recipes, suites, strict=False):
         targets.append(EvalTarget(run.path.name, run.adapter, run.eval_dir, tuple(theirs)))
@@ -127,7 +127,7 @@ def _along(run: RunDir, steps: bool | list[int], suites: tuple[Suite, ...]) -> l
     return targets
 
 
-def _asked(recipes: Sequence[Recipe]) -> list[list[Suite]]:
+def asked_suites(recipes: Sequence[Recipe]) -> list[list[Suite]]:
     """What each recipe's run is asked: its suites, the general ones again under its conditions, and under the
     prompt that it was trained with or, if it says `every_arm`, that any of these was trained with."""
     own = [training_condition(recipe.defenses) for recipe in recipes]

@@ -2,7 +2,7 @@
 
 A multiplication with a matrix of n weights takes 2n operations a token, and its backward 2n for each gradient that is
 asked for (Kaplan et al., arXiv 2001.08361, section 2.1); utilisation counts what the model needs, not what
-checkpointing computes again (PaLM, arXiv 2204.02311, appendix B).
+checkpointing computes again (PaLM, arXiv 2204.02311, appendix B). Importing it loads no torch.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import math
 import re
 from dataclasses import dataclass
 from typing import Any
-
-from ema_scale.reference.anatomy import Anatomy
 
 # Dense bfloat16 with float32 accumulation, 10^12 a second, by NVIDIA's data sheets (half of what they print "with
 # sparsity") and AMD's; by the name that CUDA gives the device, the more special names first.
@@ -60,6 +58,8 @@ def flops(model: Any, context: float, *, labelled: float = 1.0) -> Flops:
     context: how many positions a token attends to on average: half a row's length where it sees what is before it.
     labelled: share of the tokens whose logits are needed. Of a mixture of experts only those a token is sent to count.
     """
+    from ema_scale.reference.anatomy import Anatomy
+
     anatomy = Anatomy.of(model, adapters=False)
     config = anatomy.core.config.get_text_config()
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1

@@ -1,0 +1,144 @@
+"""Bytes that one GPU needs at the highest point of a step, line by line.
+
+The lines marked `measured` are held against what torch's allocator really gives out, on small models of the same
+layers: `ema bench plan`, docs/plan.md. The others (what CUDA, NCCL and ZeRO-3 take, and what an allocator wastes) are
+allowances, stated as such.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ema_scale.planning.cluster import GIB
+from ema_scale.planning.setup import CROSS_ENTROPY_BUFFERS, Setup
+
+# The CUDA context with its kernels, cuBLAS's workspaces, what the driver keeps of the label's memory; NCCL's channels.
+CUDA_CONTEXT = int(1.5 * GIB)
+NCCL = int(0.5 * GIB)
+# Of what torch's allocator gives out, more that it must hold, since free pieces do not fit.
+FRAGMENTATION = 0.05
+
+
+@dataclass(frozen=True)
+class Line:
+    """One part of the memory, in bytes. measured: whether a test holds it against torch's allocator."""
+
+    name: str
+    bytes: float
+    measured: bool = True
+
+
+def memory(setup: Setup, world: int = 1, *, cuda: bool = True) -> list[Line]:
+    """The parts that are held at the highest point of a step; they add up to the peak.
+
+    A step is highest at one of two points: in the loss, where all stored activations and a chunk of logits are
+    there; or where backward begins, where there are the same activations and the gradients of one layer (with
+    checkpointing also that layer's activations, formed again). world: processes. cuda: with the allowances for a GPU.
+    """
+    held = _held(setup, world)
+    hidden = setup.in_a_batch * setup.shape.hidden
+    b = setup.precision.weights
+    reference = Line("reference's states", hidden * b * (setup.reads_reference + setup.states))
+    kept = layer_input(setup) if setup.checkpointing else layer_activations(setup)
+    stored = [Line("stored activations", setup.shape.layers * kept)]
+    loss = [
+        # The final norm keeps float32; its output, and the gradient that the loss forms of it, are the model's.
+        Line("last hidden states", hidden * (4 + 2 * b)),
+        Line("logits chunk", logits_chunk(setup, cuda=cuda)),
+    ]
+    backward = [Line("gradients of a layer's activations", backward_transients(setup))]
+    if setup.checkpointing:
+        backward.insert(0, Line("one layer formed again", layer_activations(setup)))
+    gathered = _gathered(setup) if setup.zero == 3 and world > 1 else []
+    highest = max(loss, backward, key=lambda lines: sum(line.bytes for line in lines))
+    lines = [*held, *stored, reference, *highest, *gathered]
+    if cuda:
+        allocated = sum(line.bytes for line in lines)
+        lines += [
+            Line("fragmentation", FRAGMENTATION * allocated, measured=False),
+            Line("CUDA context", CUDA_CONTEXT, measured=False),
+        ]
+        if world > 1:
+            lines.append(Line("NCCL", NCCL, measured=False))
+    return [line for line in lines if line.bytes]
+
+
+def total(lines: list[Line]) -> float:
+    return sum(line.bytes for line in lines)
+
+
+def _held(setup: Setup, world: int) -> list[Line]:
+    """What is there all the time: ZeRO-1 shards the optimizer, 2 the gradients too, 3 also the weights (Rajbhandari et
+    al., arXiv 1910.02054)."""
+    p, trained = setup.precision, setup.adapter
+    parts = [world if setup.zero >= stage else 1 for stage in (1, 2, 3)]
+    lines = [
+        Line("frozen weights", p.weights * setup.shape.parameters / parts[2]),
+        Line("second model", p.weights * setup.other.parameters / parts[2] if setup.other else 0),
+        Line("adapter", (p.adapter + p.cast) * trained / parts[2]),
+        Line("gradients", p.adapter * trained / parts[1]),
+        Line("optimizer", (setup.optimizer + p.master) * trained / parts[0]),
+    ]
+    if world > 1:
+        # DDP's buckets are a second copy of the gradients; DeepSpeed's are hidden^2 elements (`auto`), two of them.
+        buckets = p.adapter * trained if setup.zero < 2 else 2 * p.weights * setup.shape.hidden**2
+        lines.append(Line("buckets", buckets, measured=False))
+    return lines
+
+
+def layer_input(setup: Setup) -> float:
+    """Bytes that gradient checkpointing stores of a layer: its input [B, T, H]."""
+    return setup.in_a_batch * setup.shape.hidden * setup.precision.weights
+
+
+def layer_activations(setup: Setup) -> float:
+    """Bytes that autograd stores of one decoder layer with frozen weights and LoRA, for a micro-batch of N tokens.
+
+    After Korthikanti et al. (arXiv 2205.05198, equation 1), for other layers: a frozen projection stores nothing, since
+    only its input's gradient is needed. With b bytes a hidden state, H hidden, A attention's and I the MLP's width:
+
+    - two RMSNorms, computed in float32: 2 x 4 H
+    - attention's q, k, v (k and v repeated for all heads) and output: 4 A b, 4 bytes a head, and its mask, T b
+    - the MLP: gate, its SiLU, up: 3 I b
+    - the input of every LoRA module: stored once where modules share it (the norms' outputs; attention's output is
+      there already), H b for q, k, v, H b for gate, up and I b for down; else a copy each, in `Precision.copies` bytes
+    - LoRA's middle, r elements a module, in the dtype that LoRA is computed in
+    """
+    shape, p = setup.shape, setup.precision
+    b = p.weights
+    targets = shape.targeted(None if setup.targets is None else list(setup.targets))
+    if p.copies:
+        inputs = p.copies * sum(size for size, _ in targets.values())
+    else:
+        shared = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+        inputs = b * shape.hidden * sum(bool(group & set(targets)) for group in shared)
+        inputs += b * shape.intermediate * ("down_proj" in targets)
+    lora = (p.copies or p.adapter) * setup.rank * len(targets)
+    mask = setup.tokens * b if setup.masked else 0
+    token = 8 * shape.hidden + 4 * shape.attention * b + 4 * shape.heads + mask + 3 * shape.intermediate * b
+    return setup.in_a_batch * (token + inputs + lora)
+
+
+def backward_transients(setup: Setup) -> float:
+    """Bytes of gradients at the start of a layer's backward: of its output (and what is added to it), and of the MLP's
+    width, one in the base's dtype and one in LoRA's, before they are added."""
+    shape, p = setup.shape, setup.precision
+    return setup.in_a_batch * (2 * shape.hidden * p.weights + shape.intermediate * (p.weights + p.adapter))
+
+
+def logits_chunk(setup: Setup, *, cuda: bool = True) -> float:
+    """Bytes of the float32 buffers of one chunk of the fused loss; its size is `training.loss.default_chunk`'s."""
+    chunk = max(16, (2**26 if cuda else 2**22) // setup.shape.vocab)
+    rows = min(chunk, setup.in_a_batch)
+    buffers: float = setup.buffers - (rows == setup.in_a_batch)
+    if setup.buffers == CROSS_ENTROPY_BUFFERS and setup.precision.weights == 2:
+        buffers += 0.5  # its gradient once more, as the head is; a divergence is past its highest point by then
+    return 4 * rows * setup.shape.vocab * buffers
+
+
+def _gathered(setup: Setup) -> list[Line]:
+    """What ZeRO-3 holds of the others' shards: up to stage3_max_live_parameters and the layer that runs, and in the
+    loss the head. An upper bound: its prefetching decides."""
+    b, shape = setup.precision.weights, setup.shape
+    live = min(setup.live + shape.layer, shape.layers * shape.layer)
+    return [Line("gathered weights", b * (live + shape.head), measured=False)]

@@ -1,0 +1,178 @@
+"""A plan: what one run, or every run of a study, will take on given GPUs; and what to change if it does not fit."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ema_scale.errors import UserError
+from ema_scale.locate import locate
+from ema_scale.planning.cluster import GIB, Cluster
+from ema_scale.planning.memory import Line, memory, total
+from ema_scale.planning.setup import DEEPSPEED, FLOAT32, Setup, setup_of
+from ema_scale.planning.speed import Speed, speed
+from ema_scale.planning.traffic import traffic
+from ema_scale.recipe import Recipe
+
+ZERO3 = "launch/deepspeed/zero3.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run. rows, steps: None if they cannot be told from here."""
+
+    name: str
+    setup: Setup
+    cluster: Cluster
+    lines: tuple[Line, ...]
+    speed: Speed
+    rows: int | None = None
+    steps: int | None = None
+
+    @property
+    def needed(self) -> float:
+        """Bytes of the fullest GPU."""
+        return total(list(self.lines))
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.cluster.memory
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """Of training; sampling and judging come on top."""
+        return None if self.steps is None else self.steps * self.speed.step * self.cluster.world / 3600
+
+    @property
+    def verdict(self) -> str:
+        spare = (self.cluster.memory - self.needed) / GIB
+        room = f"{self.needed / GIB:.1f} of {self.cluster.memory / GIB:.0f} GiB a GPU"
+        if self.fits:
+            return f"fits: {room}, {spare:.1f} GiB to spare"
+        change = cheapest_change(self)
+        cure = (
+            f"the cheapest change: {change}" if change else "no change of this recipe makes it fit: more memory a GPU"
+        )
+        return f"does not fit: {room}, {-spare:.1f} GiB too much; {cure}"
+
+    def to_dict(self) -> dict[str, Any]:
+        gathered, reduced = traffic(self.setup, self.cluster.world).into_a_gpu(self.cluster.world)
+        return {
+            "name": self.name,
+            "model": {"name": self.setup.shape.name, "parameters": self.setup.shape.parameters},
+            "adapter_parameters": self.setup.adapter,
+            "reference": {"way": self.setup.way, "why": self.setup.why},
+            "zero": self.setup.zero,
+            "gpus": self.cluster.world,
+            "memory": {line.name: {"bytes": round(line.bytes), "measured": line.measured} for line in self.lines},
+            "memory_bytes": round(self.needed),
+            "gpu_bytes": self.cluster.memory,
+            "fits": self.fits,
+            "verdict": self.verdict,
+            "gathered_bytes_a_step": round(gathered),
+            "reduced_bytes_a_step": round(reduced),
+            "compute_seconds": self.speed.compute,
+            "communication_seconds": self.speed.communication,
+            "step_seconds": self.speed.step,
+            "tokens_per_second": self.speed.tokens_per_second,
+            "rows": self.rows,
+            "steps": self.steps,
+            "gpu_hours": self.gpu_hours,
+        }
+
+
+def plan_run(
+    recipe: Recipe,
+    cluster: Cluster,
+    *,
+    zero: int | None = None,
+    row_tokens: float | None = None,
+    rows: int | None = None,
+) -> Plan:
+    """Plan one recipe. zero, row_tokens: see `setup_of`. rows: of the training data, if its files are not here.
+
+    Raises UserError as `setup_of` does.
+    """
+    t = recipe.training
+    if rows is None:
+        rows = count_rows(recipe)
+    a_step = t.batch_size * t.accumulation * cluster.world
+    passes = t.max_steps * a_step / rows if t.max_steps > 0 and rows else None
+    setup = setup_of(recipe, zero=zero, row_tokens=row_tokens, passes=passes)
+    steps = t.max_steps if t.max_steps > 0 else None
+    if steps is None and rows:
+        # Packed, rows share sequences. An epoch that a step does not divide ends in a smaller one.
+        sequences = rows * (row_tokens or setup.tokens) / setup.tokens if t.packing else rows
+        steps = math.ceil(t.epochs * math.ceil(sequences / a_step))
+    return _planned(recipe.name, setup, cluster, rows, steps)
+
+
+def count_rows(recipe: Recipe) -> int | None:
+    """Task rows, where they are files that can be counted; rows that defenses mix in come on top."""
+    from ema_scale.chat.rows import load_rows
+
+    count = 0
+    for source in recipe.data.sources:
+        path = locate(source)
+        if not Path(path).is_file():
+            return None
+        try:
+            count += len(load_rows(path, limit=recipe.data.limit, on_bad="drop"))
+        except UserError:
+            return None
+    return count or None
+
+
+def _planned(name: str, setup: Setup, cluster: Cluster, rows: int | None, steps: int | None) -> Plan:
+    lines = tuple(memory(setup, cluster.world))
+    return Plan(name, setup, cluster, lines, speed(setup, cluster), rows, steps)
+
+
+def cheapest_change(plan: Plan) -> str | None:
+    """The change, or changes together, with which the run fits at the most tokens a second; None if none does.
+
+    Tried: gradient checkpointing, smaller micro-batches (accumulated, so that a step stays the same) and ZeRO-3, in all
+    combinations.
+    """
+    found: list[tuple[float, int, str]] = []
+    for words, setup in _changed(plan.setup, plan.cluster.world):
+        changed = _planned(plan.name, setup, plan.cluster, None, None)
+        if changed.fits:
+            found.append((-changed.speed.tokens_per_second, len(words), ", ".join(words)))
+    return min(found)[2] if found else None
+
+
+def _changed(setup: Setup, world: int) -> Iterable[tuple[list[str], Setup]]:
+    as_is: tuple[str, dict[str, Any]] = ("", {})
+    half = setup.precision != FLOAT32
+    sharded = {"zero": 3, "precision": DEEPSPEED if half else FLOAT32}
+    if setup.way == "adapter_off":
+        sharded["way"] = "two_stream"
+    options: list[list[tuple[str, dict[str, Any]]]] = [
+        [as_is] if setup.checkpointing else [as_is, ("training.gradient_checkpointing=true", {"checkpointing": True})],
+        [as_is] if setup.zero == 3 or world == 1 else [as_is, (f"training.deepspeed={ZERO3}", sharded)],
+        [as_is, *_smaller(setup)],
+    ]
+    for chosen in itertools.product(*options):
+        words = [words for words, _ in chosen if words]
+        if words:
+            yield words, replace(setup, **{k: v for _, changes in chosen for k, v in changes.items()})
+
+
+def _smaller(setup: Setup) -> list[tuple[str, dict[str, Any]]]:
+    found = []
+    for batch in range(setup.batch - 1, 0, -1):
+        if setup.batch % batch == 0:
+            more = setup.accumulation * setup.batch // batch
+            words = f"training.batch_size={batch} training.accumulation={more}"
+            found.append((words, {"batch": batch, "accumulation": more}))
+    return found
+
+
+def scaled(plan: Plan, counts: Sequence[int]) -> list[Plan]:
+    """The same run on other numbers of GPUs: as much on each, so that a step has more rows."""
+    return [_planned(plan.name, plan.setup, plan.cluster.at(count), None, None) for count in counts]

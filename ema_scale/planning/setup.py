@@ -1,0 +1,181 @@
+"""What of a recipe decides memory, communication and time: one process's micro-batch, and how weights are held."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ema_scale.defenses.base import Defense
+from ema_scale.errors import UserError
+from ema_scale.planning.shapes import Shape, shape_of
+from ema_scale.recipe import Recipe
+from ema_scale.reference.choice import choose
+
+# Full-size float32 buffers of [chunk, vocabulary] that the fused loss holds at its highest point (counted by running
+# training/loss.py under torch's memory profiler; one of them is the next chunk's, so one fewer where there is but one).
+LOGITS_BUFFERS = {"policy_reference": 8, "ceiling": 8, "reference_policy": 10, "jensen_shannon": 12}
+CROSS_ENTROPY_BUFFERS = 5
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes an element. weights: of the base, its hidden states too. adapter: of the trained copy. copies: of the copy
+    that each LoRA module keeps of its input; 0 where modules share one as it is. cast: of autocast's own copy of the
+    adapter. master: of a float32 copy of it that only the optimizer has.
+
+    PEFT keeps an adapter of a bfloat16 model in float32, and casts each module's input to it: under autocast (bfloat16
+    on a GPU) back to bfloat16, without (on a CPU) not. DeepSpeed trains a bfloat16 adapter and keeps a float32 master.
+    """
+
+    weights: int
+    adapter: int
+    copies: int = 0
+    cast: int = 0
+    master: int = 0
+
+
+FLOAT32 = Precision(4, 4)
+AUTOCAST = Precision(2, 4, copies=2, cast=2)
+BFLOAT16 = Precision(2, 4, copies=4)
+DEEPSPEED = Precision(2, 2, master=4)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One process of one run.
+
+    tokens: in the longest row, or a packed sequence; row_tokens: in the mean row. way: how the reference runs (of
+    recipe.WAYS but auto, or separate), None if no defense needs it; other: the second model of `separate`.
+    drift_every: steps between drift readings, which run the reference too; 0: none. states: hidden states that
+    penalties keep of each token from forward to backward. buffers: of the fused loss. optimizer: bytes of its state a
+    trained parameter. zero: ZeRO's stage; live: parameters that ZeRO-3 keeps gathered. masked: attention takes a mask,
+    since rows are of different lengths or packed, and no flash attention reads their bounds.
+    """
+
+    shape: Shape
+    batch: int
+    tokens: int
+    row_tokens: float
+    accumulation: int
+    checkpointing: bool
+    rank: int
+    targets: tuple[str, ...] | None
+    precision: Precision
+    way: str | None = None
+    why: str = ""
+    other: Shape | None = None
+    drift_every: int = 0
+    states: int = 0
+    buffers: int = CROSS_ENTROPY_BUFFERS
+    optimizer: int = 8
+    zero: int = 0
+    live: int = 0
+    masked: bool = True
+
+    @property
+    def adapter(self) -> int:
+        """Trained parameters."""
+        return self.shape.lora(self.rank, None if self.targets is None else list(self.targets))
+
+    @property
+    def in_a_batch(self) -> int:
+        """Tokens that a micro-batch may hold, padding included."""
+        return self.batch * self.tokens
+
+    @property
+    def mean_in_a_batch(self) -> float:
+        """Tokens that a micro-batch holds on average."""
+        return self.batch * self.row_tokens
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether some step holds the reference's last states: drift readings do, too."""
+        return self.way is not None or self.drift_every > 0
+
+
+def setup_of(
+    recipe: Recipe, *, zero: int | None = None, row_tokens: float | None = None, passes: float | None = None
+) -> Setup:
+    """A recipe's setup on GPUs that have bfloat16. zero: ZeRO's stage, if not that of training.deepspeed. row_tokens:
+    the mean row's, if not data.max_length. passes: how often training sees a row, if not training.epochs.
+
+    Raises UserError for an unknown model or module, or a DeepSpeed file that cannot be read.
+    """
+    t = recipe.training
+    if recipe.adapter.start is not None:
+        raise UserError("adapter.start: ema plan does not know the adapter that is gone on from; plan without it")
+    stage, live = _deepspeed(t.deepspeed)
+    stage = stage if zero is None else zero
+    half = recipe.model.dtype != "float32"
+    precision = FLOAT32 if not half else DEEPSPEED if stage else AUTOCAST
+    shape = shape_of(recipe.model.path, recipe.model.revision)
+    targets = recipe.adapter.target_modules
+    packed = t.packing
+    way, why = _way(recipe, stage == 3, t.epochs if passes is None else passes)
+    found = Setup(
+        shape,
+        batch=t.batch_size,
+        tokens=recipe.data.max_length,
+        row_tokens=recipe.data.max_length
+        if packed
+        else min(row_tokens or recipe.data.max_length, recipe.data.max_length),
+        accumulation=t.accumulation,
+        checkpointing=t.gradient_checkpointing,
+        rank=recipe.adapter.r,
+        targets=None if targets == "auto" else tuple(targets),
+        precision=precision,
+        way=way,
+        why=why,
+        other=None
+        if isinstance(recipe.reference, str)
+        else shape_of(recipe.reference.model, recipe.reference.revision),
+        drift_every=t.drift_every,
+        states=kept_states(recipe.defenses, shape.layers),
+        buffers=logits_buffers(recipe.defenses, t.drift_every),
+        optimizer=2 if "8bit" in t.optimizer else 0 if t.optimizer == "sgd" else 8,
+        zero=stage,
+        live=live,
+        masked=("flash" not in (recipe.model.attn_implementation or "")) and (packed or t.batch_size > 1),
+    )
+    found.adapter  # noqa: B018 - raises for unknown target modules, before anything is computed
+    return found
+
+
+def kept_states(defenses: Sequence[Defense], layers: int) -> int:
+    """Hidden states of each token that penalties keep: a layer-by-layer one its gradient, any other both streams'."""
+    penalties = [d for d in defenses if type(d).overrides("penalty")]
+    return sum(len(d.layers(layers)) * (1 if d.layer_by_layer else 2) for d in penalties)
+
+
+def logits_buffers(defenses: Sequence[Defense], drift_every: int) -> int:
+    """Of LOGITS_BUFFERS the most that some step takes: drift readings measure a divergence where no defense has one."""
+    terms = [LOGITS_BUFFERS[term.direction] for d in defenses for term in d.divergences()]
+    if drift_every and not terms:
+        terms = [LOGITS_BUFFERS["policy_reference"]]
+    return max([CROSS_ENTROPY_BUFFERS, *terms])
+
+
+def _way(recipe: Recipe, sharded: bool, passes: float) -> tuple[str | None, str]:
+    if not isinstance(recipe.reference, str):
+        return "separate", "asked for"
+    if not any(d.needs_reference for d in recipe.defenses):
+        return None, "no defense needs it"
+    if recipe.reference != "auto":
+        return recipe.reference, "asked for"
+    choice = choose(needed=True, sharded=sharded, passes=passes)
+    return choice.way, choice.why
+
+
+def _deepspeed(path: str | None) -> tuple[int, int]:
+    """ZeRO's stage and stage3_max_live_parameters (DeepSpeed's default is 1e9) of a DeepSpeed config."""
+    if path is None:
+        return 0, 10**9
+    try:
+        values: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        zero = values.get("zero_optimization") or {}
+        return int(zero.get("stage", 0)), int(float(zero.get("stage3_max_live_parameters", 1e9)))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"training.deepspeed: {path}: expected a DeepSpeed JSON config; {error}") from None

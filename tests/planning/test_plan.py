@@ -1,0 +1,190 @@
+"""Memory, communication and time: one case by hand, and what must rise or fall with what."""
+
+from dataclasses import replace
+
+import pytest
+
+from ema_scale.errors import UserError
+from ema_scale.planning.cluster import DEVICES, GIB, Cluster, parse_gpus, parse_scale
+from ema_scale.planning.memory import memory, total
+from ema_scale.planning.plan import plan_run, scaled
+from ema_scale.planning.setup import AUTOCAST, DEEPSPEED, FLOAT32, Setup, setup_of
+from ema_scale.planning.shapes import PUBLISHED, Shape, from_config
+from ema_scale.planning.speed import flops_a_token, speed
+from ema_scale.planning.traffic import traffic
+from ema_scale.recipe import build_recipe
+
+# Two layers of 4 wide: matrices 16 + 8 + 8 + 16 + 3 x 32 = 144, LoRA of rank 1: 8 + 6 + 6 + 8 + 3 x 12 = 64.
+SMALL = Shape("small", 2, 4, 8, heads=2, kv_heads=1, head_dim=2, vocab=10, tied=False)
+BY_HAND = Setup(SMALL, 2, 3, 3, 1, False, 1, None, FLOAT32)
+LARGE = from_config("7b", PUBLISHED["qwen2.5-7b"])
+KL = Setup(LARGE, 4, 2048, 2048, 4, True, 32, None, AUTOCAST, way="adapter_off", drift_every=10, buffers=8)
+NODE = Cluster(8, 1, 80 * GIB, DEVICES["h100"])
+
+
+def recipe(**changes):
+    values = {
+        "name": "run",
+        "model": {"path": "Qwen/Qwen2.5-7B-Instruct"},
+        "data": {"train": "not-here.jsonl"},
+        "defenses": [{"kind": "kl"}],
+    }
+    return build_recipe({**values, **changes})
+
+
+def test_memory_by_hand():
+    # A layer's token: norms 32, attention 64 + 8 + mask 12, MLP 96, LoRA's inputs 16 + 16 + 32 and middles 28.
+    assert {line.name: line.bytes for line in memory(BY_HAND, cuda=False)} == {
+        "frozen weights": 4 * 388,
+        "adapter": 4 * 128,
+        "gradients": 4 * 128,
+        "optimizer": 8 * 128,
+        "stored activations": 2 * 6 * 304,
+        "last hidden states": 6 * 4 * 12,
+        "logits chunk": 4 * 6 * 10 * 4,
+    }
+
+
+def test_operations_by_hand():
+    # base 2 x 2 x 144, adapter 2 x 128, attention 4 x 2 layers x 4 x 3 positions, head 2 x 40
+    assert flops_a_token(BY_HAND) == 2 * 576 + 3 * 256 + 3 * 96 + 2 * 80
+    assert flops_a_token(replace(BY_HAND, checkpointing=True)) - flops_a_token(BY_HAND) == 576 + 256 + 96
+    assert flops_a_token(replace(BY_HAND, way="two_stream")) - flops_a_token(BY_HAND) == 576 + 96 + 80
+    assert flops_a_token(replace(BY_HAND, way="cached")) - flops_a_token(BY_HAND) == 80
+
+
+def test_gathering_by_hand():
+    links = replace(DEVICES["h100"], intra=10.0, inter=5.0)
+    two = Cluster(2, 2, GIB, links, intra_latency=1.0, inter_latency=3.0)
+    # Four GPUs: 3/4 of 100 bytes over a node's links, 1/2 over the two cards of a node; 2 steps inside, 1 between.
+    assert two.gather_seconds(100, 0) == max(75 / 10, 50 / 10)
+    assert two.gather_seconds(100, 4) == 75 / 10 + 4 * (2 * 1 + 1 * 3)
+    assert replace(two, nodes=1).gather_seconds(100, 1) == 50 / 10 + 1
+    assert replace(two, device=replace(links, inter=1.0)).gather_seconds(100, 0) == 50 / 2
+
+
+def test_what_zero3_sends_by_hand():
+    sharded = replace(BY_HAND, zero=3, accumulation=2)
+    layers, embeddings = 4 * (2 * 152 + 128), 4 * 40
+    plain = traffic(sharded, 4)
+    assert plain.gathered == 2 * 2 * (layers + embeddings)  # two micro-batches, forward and backward
+    assert plain.reduced == 2 * 4 * 128
+    assert plain.into_a_gpu(4) == (plain.gathered * 3 / 4, plain.reduced * 3 / 4)
+    assert traffic(replace(sharded, way="two_stream"), 4).gathered == plain.gathered
+    assert traffic(replace(sharded, way="cached"), 4).gathered == plain.gathered
+    second = traffic(replace(sharded, way="adapter_off"), 4)
+    assert second.gathered - plain.gathered == 2 * (layers - 4 * 128 + embeddings)
+    separate = traffic(replace(sharded, way="separate", other=SMALL), 4)
+    assert separate.gathered - plain.gathered == 2 * 4 * SMALL.parameters
+    assert traffic(sharded, 1).gathered == 0
+    assert traffic(replace(sharded, zero=0), 4).reduced == 2 * 4 * 128  # once a step, round the ring twice
+
+
+@pytest.mark.parametrize(
+    ("changes", "more"),
+    [
+        ({"batch": 8}, True), ({"tokens": 4096}, True), ({"checkpointing": False}, True), ({"rank": 64}, True),
+        ({"states": 5}, True), ({"precision": FLOAT32}, True), ({"other": LARGE, "way": "separate"}, True),
+        ({"zero": 3, "precision": DEEPSPEED}, False), ({"optimizer": 2}, False), ({"targets": ("q_proj",)}, False),
+    ],
+)  # fmt: skip
+def test_memory_rises_and_falls(changes, more):
+    before, after = (total(memory(setup, 8)) for setup in (KL, replace(KL, **changes)))
+    assert (after > before) == more and after != before
+
+
+def test_weights_are_shared_out_by_zero3_alone():
+    held = {
+        (zero, world): {line.name: line.bytes for line in memory(replace(KL, zero=zero, precision=DEEPSPEED), world)}
+        for zero in (1, 2, 3)
+        for world in (8, 16)
+    }
+    assert held[3, 8]["frozen weights"] == 2 * held[3, 16]["frozen weights"]
+    assert held[2, 8]["frozen weights"] == held[2, 16]["frozen weights"]
+    assert held[2, 8]["gradients"] == 2 * held[2, 16]["gradients"]
+    assert held[1, 8]["gradients"] == held[1, 16]["gradients"]
+    assert held[1, 8]["optimizer"] == 2 * held[1, 16]["optimizer"]
+
+
+def test_time_rises_and_falls():
+    sharded = replace(KL, zero=3, precision=DEEPSPEED, way="two_stream")
+    plain = speed(sharded, NODE)
+    assert plain.overlapped and plain.step == plain.compute > plain.communication
+    assert speed(sharded, replace(NODE, overlap=False)).step == plain.compute + plain.communication
+    assert speed(sharded, replace(NODE, mfu=0.2)).compute == pytest.approx(2 * plain.compute)
+    twice = speed(replace(sharded, way="adapter_off"), NODE)
+    assert not twice.overlapped and 1.4 < twice.communication / plain.communication < 2.2
+    assert speed(replace(sharded, checkpointing=False), NODE).compute < plain.compute
+    # The fewer tokens, the more communication counts; it takes over below the break-even.
+    edge = plain.break_even_tokens / sharded.accumulation / sharded.batch
+    assert speed(replace(sharded, row_tokens=edge / 2), NODE).communication_rules
+    assert not speed(replace(sharded, row_tokens=2 * edge), NODE).communication_rules
+
+
+def test_on_more_gpus_communication_takes_longer():
+    plans = scaled(plan_run(recipe(), NODE, zero=3), [8, 64, 512])
+    assert [p.cluster.world for p in plans] == [8, 64, 512]
+    times = [p.speed.communication for p in plans]
+    assert times == sorted(times) and times[0] < times[-1]
+    assert plans[0].needed > plans[-1].needed  # the same weights on more GPUs
+
+
+def test_the_verdict_names_a_change_that_does_fit():
+    tight = replace(NODE, gpus=1, memory=28 * GIB)
+    plain = plan_run(recipe(training={"batch_size": 1}), tight)
+    assert not plain.fits and plain.verdict.endswith("the cheapest change: training.gradient_checkpointing=true")
+    assert plan_run(recipe(training={"batch_size": 1, "gradient_checkpointing": True}), tight).fits
+    # Smaller micro-batches need nothing computed again.
+    wide = plan_run(recipe(training={"batch_size": 4, "accumulation": 1}), replace(NODE, memory=40 * GIB))
+    assert wide.verdict.endswith("training.batch_size=1 training.accumulation=4")
+    large = recipe(model={"path": "Qwen/Qwen2.5-72B-Instruct"}, training={"gradient_checkpointing": True})
+    assert "launch/deepspeed/zero3.json" in plan_run(large, NODE).verdict
+    assert plan_run(large, NODE, zero=3).fits
+    assert "no change of this recipe" in plan_run(large, replace(NODE, gpus=1)).verdict
+
+
+def test_steps_and_gpu_hours():
+    plan = plan_run(recipe(training={"epochs": 2}), NODE, rows=1000)
+    assert plan.steps == 2 * 8  # 1,000 rows by 4 x 4 x 8
+    assert plan.gpu_hours == pytest.approx(16 * plan.speed.step * 8 / 3600)
+    assert plan_run(recipe(training={"max_steps": 7}), NODE).steps == 7
+    assert plan_run(recipe(), NODE).gpu_hours is None
+    packed = recipe(training={"packing": True})
+    assert plan_run(packed, NODE, rows=10240, row_tokens=256).steps == 10  # 1,280 sequences of 2,048
+
+
+def test_the_recipe_decides_the_reference_and_the_precision():
+    assert setup_of(recipe()).way == "adapter_off"
+    assert setup_of(recipe(), zero=3).way == "two_stream"
+    assert setup_of(recipe(training={"epochs": 3})).way == "cached"
+    assert setup_of(recipe(defenses=[])).way is None
+    assert setup_of(recipe(reference={"model": "Qwen/Qwen2.5-0.5B"})).other.hidden == 896
+    assert setup_of(recipe()).precision == AUTOCAST and setup_of(recipe(), zero=2).precision == DEEPSPEED
+    assert setup_of(recipe(model={"path": "Qwen/Qwen2.5-7B", "dtype": "float32"})).precision == FLOAT32
+    assert setup_of(recipe(training={"deepspeed": "launch/deepspeed/zero2.json"})).zero == 2
+    assert setup_of(recipe(defenses=[{"kind": "ldifs"}])).states == 5
+
+
+@pytest.mark.parametrize("text", ["8", "x80GB", "0x80GB", "8x", "8x80TB", "eightx80GB"])
+def test_gpus_that_cannot_be_read_are_said(text):
+    with pytest.raises(UserError, match=r"--gpus: found .*8x80GB"):
+        parse_gpus(text)
+
+
+def test_gpus_and_scales():
+    assert parse_gpus("8x80GB") == (8, 80 * GIB) and parse_gpus("2 x 23.5 gib") == (2, int(23.5 * GIB))
+    assert parse_scale("8-64") == [8, 16, 32, 64] and parse_scale("8,24") == [8, 24]
+    for text in ("", "8-", "many", "0-8", "64-8"):
+        with pytest.raises(UserError, match="--scale: found"):
+            parse_scale(text)
+    assert (NODE.at(4).gpus, NODE.at(4).nodes, NODE.at(64).nodes) == (4, 1, 8)
+    with pytest.raises(UserError, match="multiple of the 8"):
+        NODE.at(12)
+
+
+def test_what_cannot_be_planned_is_said(tmp_path):
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(UserError, match="training.deepspeed: .*broken.json"):
+        setup_of(recipe(training={"deepspeed": str(tmp_path / "broken.json")}))
+    with pytest.raises(UserError, match=r"adapter.target_modules: found 'qkv'"):
+        setup_of(recipe(adapter={"target_modules": ["qkv"]}))
