@@ -59,6 +59,26 @@ class Measured:
         return {**asdict(self), "median": self.median, "min": low, "max": high}
 
 
+@dataclass(frozen=True)
+class Bar:
+    """A figure that should be at most `limit`; None: it was not measured. form: how both are shown."""
+
+    name: str
+    value: float | None
+    limit: float
+    form: str = "{:.2f}x"
+
+    @property
+    def met(self) -> bool | None:
+        return None if self.value is None else self.value <= self.limit
+
+    def __str__(self) -> str:
+        limit = self.form.format(self.limit)
+        if self.value is None:
+            return f"{self.name}: not measured (bar: at most {limit})"
+        return f"{self.name}: {self.form.format(self.value)} (bar: at most {limit}): {'met' if self.met else 'MISSED'}"
+
+
 def compare(
     ways: Sequence[Way], *, baseline: str, repeats: int = 5, warmup: int = 1, memory: bool = True
 ) -> list[Measured]:
@@ -75,7 +95,7 @@ def compare(
             try:
                 seconds, figures = _timed(run)
             except (MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 measured[name] = Measured(name, note="out of memory")
                 del alive[name]
@@ -159,11 +179,11 @@ def machine(threads: int | None = None) -> dict[str, Any]:
 
 def finish(
     name: str, measured: Sequence[Measured], options: Mapping[str, Any], *, threads: int | None = None,
-    out: Path | None = None, columns: Mapping[str, Callable[[float], str]] | None = None,
+    out: Path | None = None, columns: Mapping[str, Callable[[float], str]] | None = None, bars: Sequence[Bar] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Print the table (which is also Markdown) and write everything as JSON to `out`; returns what it wrote.
 
-    columns: figure -> how to show it, for those figures of the ways that belong in the table.
+    columns: figure -> how to show it, for those figures of the ways that belong in the table. bars: said below it.
     """
     from rich.box import MARKDOWN
     from rich.console import Console
@@ -176,6 +196,7 @@ def finish(
         "options": dict(options),
         "machine": facts,
         "ways": [one.row() for one in measured],
+        **({"bars": [{**asdict(bar), "met": bar.met} for bar in bars]} if bars else {}),
     }
     table = Table(box=MARKDOWN)
     for column in ("way", "median", "min - max", "ratio", "peak memory", *(columns or {}), "note"):
@@ -198,6 +219,8 @@ def finish(
     where = facts["gpu"] or f"{facts['cpu']}, {facts['threads']} thread(s), load {facts['load_average']}"
     console.print(f"{name}: {', '.join(f'{k} {v}' for k, v in options.items())}; {where}")
     console.print(table)
+    for bar in bars:
+        console.print(str(bar))
     if out is not None:
         atomic_write_json(out, result)
         console.print(f"wrote {out}")
@@ -226,7 +249,8 @@ def _timed(run: Callable[[], Mapping[str, float] | None]) -> tuple[float, Mappin
     return time.perf_counter() - start, figures or {}
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it says that no memory was left."""
     import torch
 
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -4,6 +4,7 @@ from ema_scale.cli import (
     bench,  # noqa: F401
     bench_eval,  # noqa: F401
     bench_selection,  # noqa: F401
+    bench_training,  # noqa: F401
     cache,  # noqa: F401
     catalogue,  # noqa: F401
     compare,  # noqa: F401

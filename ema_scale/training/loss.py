@@ -84,9 +84,10 @@ def fused_loss(
 
 
 def default_chunk(weight: Tensor) -> int:
-    """Tokens a chunk: a float32 logits buffer of about 256 MiB on a GPU, 16 MiB (near the cache) on a CPU."""
+    """Tokens a chunk: a float32 logits buffer of about 256 MiB on a GPU, 16 MiB (near the cache) on a CPU; but at least
+    128, below which reading the head once a chunk takes longer than multiplying with it."""
     elements = 2**22 if weight.device.type == "cpu" else 2**26
-    return max(16, elements // weight.shape[0])
+    return max(128, elements // weight.shape[0])
 
 
 class _Fused(torch.autograd.Function):

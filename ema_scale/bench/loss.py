@@ -1,0 +1,207 @@
+"""The fused loss against full logits and against Liger's fused linear losses: time, memory, agreement with float64.
+
+All compute mean_t CE_t + 0.1 mean_t D(policy_t, reference_t) and the gradient by the policy's hidden states, with one
+frozen head and all tokens labelled. Liger (optional: `pip install liger-kernel`) also computes the head's gradient,
+which it cannot be told to leave out.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ema_scale.bench.alone import OUT_OF_MEMORY, alone
+from ema_scale.bench.harness import Bar, Measured, Way, add_ratios, compare, peak_bytes
+from ema_scale.errors import UserError
+from ema_scale.reference import Head
+from ema_scale.training.loss import Term, fused_loss
+
+STRENGTH = 0.1
+BETA = {"reference_policy": 0.0, "jensen_shannon": 0.5, "policy_reference": 1.0}  # Liger's names for directions
+NAIVE, CHUNKED, TRITON, OURS = "full logits", "Liger, chunked torch", "Liger, Triton", "ema_scale, fused"
+MEMORY_BAR, ERROR_BAR = 2e9, 1e-6
+
+
+@dataclass(frozen=True)
+class Shape:
+    """tokens N, vocab V, hidden H. dtype: of states and head. direction: see `Divergence`."""
+
+    tokens: int = 2048
+    vocab: int = 32_000
+    hidden: int = 512
+    dtype: str = "float32"
+    direction: str = "policy_reference"
+    device: str = "cpu"
+
+
+FULL = Shape(8192, 152_000, 3584, "bfloat16")  # Qwen2.5-7B's head, as the memory bar has it
+
+
+@dataclass(frozen=True)
+class Problem:
+    """policy, reference: [N, H]; weight: [V, H]; labels: [N]."""
+
+    policy: Tensor
+    reference: Tensor
+    weight: Tensor
+    labels: Tensor
+    direction: str
+
+    @classmethod
+    def of(cls, shape: Shape) -> Problem:
+        """Random states and head (seed 0), logits of standard deviation 2."""
+        made = torch.Generator(shape.device).manual_seed(0)
+        draw = functools.partial(torch.randn, generator=made, device=shape.device, dtype=getattr(torch, shape.dtype))
+        weight = draw(shape.vocab, shape.hidden).mul_(2 / shape.hidden**0.5)
+        policy = draw(shape.tokens, shape.hidden)
+        reference = policy + 0.1 * draw(shape.tokens, shape.hidden)
+        labels = torch.randint(shape.vocab, (shape.tokens,), generator=made, device=shape.device)
+        return cls(policy, reference, weight, labels, shape.direction)
+
+    def first(self, tokens: int, dtype: torch.dtype | None = None) -> Problem:
+        """The same with fewer tokens, in another dtype."""
+        policy, reference = self.policy[:tokens].to(dtype), self.reference[:tokens].to(dtype)
+        return Problem(policy, reference, self.weight.to(dtype), self.labels[:tokens], self.direction)
+
+
+def naive(problem: Problem, policy: Tensor) -> Tensor:
+    """Logits of both, as float32 (float64), then losses of torch."""
+    dtype = torch.promote_types(policy.dtype, torch.float32)
+    log_p = F.log_softmax((policy @ problem.weight.T).to(dtype), -1)
+    with torch.no_grad():
+        log_q = F.log_softmax((problem.reference @ problem.weight.T).to(dtype), -1)
+    if problem.direction == "policy_reference":
+        apart = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    elif problem.direction == "reference_policy":
+        apart = F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+    else:
+        log_m = ((log_p.exp() + log_q.exp()) / 2).log()
+        halves = [F.kl_div(log_m, one, reduction="batchmean", log_target=True) for one in (log_p, log_q)]
+        apart = (halves[0] + halves[1]) / 2
+    return F.nll_loss(log_p, problem.labels) + STRENGTH * apart
+
+
+def liger_chunked(problem: Problem, policy: Tensor) -> Tensor:
+    """Liger's torch form, which runs on a CPU, at the chunk of 1,024 tokens it has by default, uncompiled."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(1.0, STRENGTH, BETA[problem.direction], compiled=False)
+    return loss(policy, problem.weight, problem.reference, problem.weight, problem.labels)
+
+
+def liger_triton(problem: Problem, policy: Tensor) -> Tensor:
+    """Liger's two Triton losses, each with a pass over the head of its own."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerFusedLinearJSD
+
+    weight, labels = problem.weight, problem.labels
+    apart = LigerFusedLinearJSD(jsd_beta=BETA[problem.direction])
+    return LigerFusedLinearCrossEntropyLoss()(weight, policy, labels) + STRENGTH * apart(
+        policy, weight, problem.reference, weight, labels
+    )
+
+
+def ours(problem: Problem, policy: Tensor) -> Tensor:
+    """`fused_loss` as the trainer calls it."""
+    each = torch.full((len(policy),), 1 / len(policy), device=policy.device, dtype=torch.float64)
+    each = each.to(torch.promote_types(policy.dtype, torch.float32))
+    term = Term(STRENGTH * each, torch.ones_like(each, dtype=torch.bool), problem.direction)  # type: ignore[arg-type]
+    return fused_loss(policy, problem.reference, Head(problem.weight), problem.labels, each, [term]).loss
+
+
+WAYS: dict[str, Callable[[Problem, Tensor], Tensor]] = {
+    NAIVE: naive, CHUNKED: liger_chunked, TRITON: liger_triton, OURS: ours
+}  # fmt: skip
+
+
+def run(way: str, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Loss and gradient [N, H]."""
+    policy = problem.policy.detach().requires_grad_()
+    loss = WAYS[way](problem, policy)
+    loss.backward()
+    assert policy.grad is not None
+    return loss.detach(), policy.grad
+
+
+def measure(way: str, shape: dict[str, Any], exact_tokens: int = 128) -> dict[str, Any]:
+    """One way alone in its process: peak_bytes beyond states and head, seconds of that run, and `error`, relative to
+    float64 with full logits on the first tokens: the worse of |loss - exact| / |exact| and of the same for the gradient
+    in the Euclidean norm."""
+    problem = Problem.of(Shape(**shape))
+    run(way, problem.first(16))
+    taken = 0.0
+
+    def once() -> None:
+        nonlocal taken
+        began = time.perf_counter()
+        run(way, problem)
+        if problem.policy.is_cuda:
+            torch.cuda.synchronize()
+        taken = time.perf_counter() - began
+
+    peak = peak_bytes(once)
+    few = problem.first(exact_tokens)
+    (loss, gradient), (exact, slope) = run(way, few), run(NAIVE, few.first(exact_tokens, torch.float64))
+    errors = (loss - exact).abs() / exact.abs(), (gradient - slope).norm() / slope.norm()
+    return {"peak_bytes": peak, "seconds": taken, "error": max(map(float, errors))}
+
+
+def missing(way: str, shape: Shape) -> str:
+    """Why a way cannot run here; empty if it can."""
+    if way in (CHUNKED, TRITON) and importlib.util.find_spec("liger_kernel") is None:
+        return "needs liger-kernel, which is not installed"
+    if way == TRITON and shape.device == "cpu":
+        return "needs a GPU: Triton kernels do not run on a CPU"
+    return ""
+
+
+def bench_loss(shape: Shape, *, repeats: int, each_alone: bool = False) -> tuple[list[Measured], list[Bar]]:
+    """All ways; memory and error of each in its own process, times side by side in this one.
+
+    each_alone: times, too, are of one run in a process of its own, for shapes at which not all of them fit. Raises
+    UserError if a way computes something else.
+    """
+    notes = {way: missing(way, shape) for way in WAYS}
+    found = {w: alone("ema_scale.bench.loss:measure", way=w, shape=asdict(shape)) for w in WAYS if not notes[w]}
+    notes |= {way: OUT_OF_MEMORY for way, figures in found.items() if figures is None}
+    good = {way: figures for way, figures in found.items() if figures is not None}
+    for way, figures in good.items():
+        if not figures["error"] < (0.1 if shape.dtype == "bfloat16" else 1e-3):
+            raise UserError(f"{way}: is {figures['error']:.2g} away from float64; it computes something else")
+    if each_alone:
+        measured = [Measured(w, [good[w]["seconds"]] if w in good else [], note=notes[w]) for w in WAYS]
+    else:
+        problem = Problem.of(shape)
+        runs = [Way(w, functools.partial(_timed, w, problem) if w in good else None, notes[w]) for w in WAYS]
+        measured = compare(runs, baseline=OURS, repeats=repeats, memory=False)
+    add_ratios(measured, OURS)
+    for one in measured:
+        if one.name in good:
+            one.peak_bytes, one.figures = good[one.name]["peak_bytes"], {"error": good[one.name]["error"]}
+    return measured, _bars({one.name: one for one in measured}, shape)
+
+
+def _timed(way: str, problem: Problem) -> None:
+    run(way, problem)
+
+
+def _bars(measured: dict[str, Measured], shape: Shape) -> list[Bar]:
+    mine, bars = measured[OURS], []
+    if shape.dtype == "float32" and "error" in mine.figures:
+        bars.append(Bar("error to float64", mine.figures["error"], ERROR_BAR, "{:.1e}"))
+    large = (shape.tokens, shape.vocab, shape.hidden) == (FULL.tokens, FULL.vocab, FULL.hidden)
+    if large and mine.peak_bytes is not None:
+        bars.append(Bar("peak extra memory, GB", mine.peak_bytes / 1e9, MEMORY_BAR / 1e9, "{:.2f}"))
+    for other in (measured[CHUNKED], measured[TRITON]):
+        if other.median and mine.median:
+            bars.append(Bar(f"time, of {other.name}", mine.median / other.median, 1.0))
+        if other.peak_bytes and mine.peak_bytes is not None:
+            bars.append(Bar(f"memory, of {other.name}", mine.peak_bytes / other.peak_bytes, 1.0))
+    return bars
