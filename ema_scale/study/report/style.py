@@ -1,4 +1,5 @@
-"""Colours and type of the figures, light and dark. Hues are Okabe and Ito's colour-blind-safe set (2008)."""
+"""Colours and type of the figures, light and dark. Hues are Okabe and Ito's colour-blind-safe set (2008); where many
+families stand in one figure, Paul Tol's muted set (SRON, 2021) follows."""
 
 from __future__ import annotations
 
@@ -61,7 +62,7 @@ LIGHT = Theme(
         ("steering", "#56b4e9"),
         ("inoculation", "#d55e00"),
     ),
-    spare=("#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a800"),
+    spare=("#b8a800", "#882255", "#332288", "#117733", "#8c510a", "#44aa99", "#aa4499"),
     heat=("#f4f5f6", "#fbd9a8", "#f0a04b", "#d55e00", "#7a2f00"),
 )
 DARK = Theme(
@@ -80,7 +81,7 @@ DARK = Theme(
         ("steering", "#2f8fcb"),
         ("inoculation", "#e8772a"),
     ),
-    spare=("#17b98a", "#d98fb8", "#2f8fcb", "#e8772a", "#f0e442"),
+    spare=("#f0e442", "#ee8fb0", "#a59be8", "#7fc97f", "#c99a5b", "#7fd6c8", "#d77fd0"),
     heat=("#1f2226", "#4a2c12", "#9c4a0b", "#e8772a", "#ffd9a8"),
 )
 THEMES = (LIGHT, DARK)
