@@ -1,24 +1,39 @@
-"""A study: one recipe crossed with tasks, defenses and seeds.
+"""A study: one recipe crossed with models, tasks, defenses and seeds, or a list of parts of that grid.
 
 A study file:
 
     name: demo
     recipe: ../recipes/smallworld.yaml     # relative to this file
-    tasks: {medical: {data: {train: ...}, evaluation: {suites: {...}}}, ...}   # each merged over the recipe
-    defenses: {none: [], kl-0.1: [{kind: kl, strength: 0.1}], ...}
+    models: {small: {model: {path: ...}}, ...}                                 # optional; each merged over the recipe
+    tasks: {medical: {data: {train: ...}, evaluation: {suites: {...}}}, ...}   # each merged over that
+    defenses: {none: [], kl: [{kind: kl, strength: {each: [0.1, 0.3]}}], ...}  # this one is kl-0.1 and kl-0.3
     seeds: [0, 1, 2]
+    only: [{tasks: [medical]}, {defenses: [none, kl-0.3], seeds: [0]}]         # optional; without it: the whole grid
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ema_scale.errors import UserError, explain
 from ema_scale.recipe import Recipe, apply_overrides, build_recipe, merge, read_layers
+
+
+class Part(BaseModel):
+    """A part of the grid: these models, tasks, defenses and seeds, by name; None: all of them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    models: list[str] | None = Field(None, min_length=1)
+    tasks: list[str] | None = Field(None, min_length=1)
+    defenses: list[str] | None = Field(None, min_length=1)
+    seeds: list[int] | None = Field(None, min_length=1)
 
 
 class Study(BaseModel):
@@ -30,31 +45,71 @@ class Study(BaseModel):
     title: str | None = None
     recipe: str
     output: str = "runs"
+    models: dict[str, dict[str, Any]] = {}
     tasks: dict[str, dict[str, Any]] = Field(min_length=1)
     defenses: dict[str, list[dict[str, Any]]] = Field(min_length=1)
     seeds: list[int] = Field([0], min_length=1)
+    only: list[Part] = []
+
+    @field_validator("defenses")
+    @classmethod
+    def _spread(cls, defenses: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+        return dict(named for name, specs in defenses.items() for named in _each(name, specs))
+
+    @model_validator(mode="after")
+    def _known_names(self) -> Study:
+        for i, part in enumerate(self.only):
+            for axis in ("models", "tasks", "defenses"):
+                for name in getattr(part, axis) or ():
+                    if name not in getattr(self, axis):
+                        known = ", ".join(getattr(self, axis)) or "none"
+                        raise UserError(f"only.{i}.{axis}: {name!r} is none of the study's {axis} ({known})")
+        return self
 
     @property
     def path(self) -> Path:
         return Path(self.output) / self.name
 
     def runs(self, overrides: tuple[str, ...] = ()) -> list[Recipe]:
-        """One validated recipe for every task x defense x seed, named task-defense-s<seed>.
+        """One validated recipe for every model x task x defense x seed, named model-task-defense-s<seed>.
 
-        Overrides are applied to each. Raises UserError naming the run and the field.
+        Without models the names begin with the task. Overrides are applied to each. Raises UserError naming the run
+        and the field.
         """
         base = read_layers(Path(self.recipe))
         recipes = []
-        for task, changes in self.tasks.items():
-            for defense, spec in self.defenses.items():
-                for seed in self.seeds:
-                    name = f"{task}-{defense}-s{seed}"
-                    values = merge(merge(base, changes), {"name": name, "seed": seed, "output": str(self.path)})
-                    values["defenses"] = spec
-                    recipes.append(
-                        build_recipe(apply_overrides(values, overrides), where=f"study {self.name}, run {name}")
-                    )
+        for model, task, defense, seed in self._cells():
+            name = "-".join(filter(None, (model, task, defense, f"s{seed}")))
+            values = merge(merge(base, self.models.get(model, {})), self.tasks[task])
+            values = merge(values, {"name": name, "seed": seed, "output": str(self.path)})
+            values["defenses"] = self.defenses[defense]
+            recipes.append(build_recipe(apply_overrides(values, overrides), where=f"study {self.name}, run {name}"))
         return recipes
+
+    def _cells(self) -> list[tuple[str, str, str, int]]:
+        cells = (
+            itertools.product(
+                part.models or self.models or [""],
+                part.tasks or self.tasks,
+                part.defenses or self.defenses,
+                part.seeds or self.seeds,
+            )
+            for part in self.only or [Part()]
+        )
+        return list(dict.fromkeys(itertools.chain.from_iterable(cells)))
+
+
+def _each(name: str, specs: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    # A field that says {each: [a, b]} makes two defenses of one, name-a and name-b.
+    for i, spec in enumerate(specs):
+        for field, value in spec.items():
+            if isinstance(value, Mapping) and set(value) == {"each"}:
+                if not isinstance(value["each"], list) or not value["each"]:
+                    raise ValueError(f"{name}.{i}.{field}.each: expected a list of values")
+                for one in value["each"]:
+                    yield from _each(f"{name}-{one}", [*specs[:i], {**spec, field: one}, *specs[i + 1 :]])
+                return
+    yield name, specs
 
 
 def load_study(path: Path | str) -> Study:
@@ -67,6 +122,8 @@ def load_study(path: Path | str) -> Study:
         return Study.model_validate(values)
     except ValidationError as error:
         raise UserError("\n".join(f"{path}: {explain(p, Study)}" for p in error.errors())) from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def write_study(study: Study, path: Path) -> None:

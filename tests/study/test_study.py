@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from ema_scale.errors import UserError
 from ema_scale.rundir import RunDir, read_jsonl
 from ema_scale.study.grid import load_study
+from ema_scale.study.grid import write_study as keep_study
 from ema_scale.study.runs import find_runs
 from ema_scale.training.checkpoint_adapter import export_adapter
 
@@ -40,9 +41,49 @@ def test_the_grid_is_tasks_by_defenses_by_seeds(tmp_path):
     assert law.run_path == tmp_path / "runs" / "small" / "law-kl-s1"
 
 
+def test_models_are_an_axis_of_their_own(tmp_path):
+    models = {
+        "small": {"model": {"path": "smallworld:aligned?size=nano"}},
+        "large": {"model": {"path": "smallworld:aligned?size=xl"}, "training": {"batch_size": 2}},
+    }
+    runs = load_study(write_study(tmp_path, models=models)).runs()
+    assert len(runs) == 16 and runs[0].name == "small-medical-none-s0" and runs[-1].name == "large-law-kl-s1"
+    assert runs[-1].model.path == "smallworld:aligned?size=xl" and runs[-1].training.batch_size == 2
+    assert runs[-1].data.train == "smallworld:train/law"
+
+
+def test_a_strength_can_be_spread(tmp_path):
+    defenses = {
+        "none": [],
+        "both": [{"kind": "kl", "strength": {"each": [0.1, 1]}}, {"kind": "inoculation", "prompt": "x"}],
+    }
+    study = load_study(write_study(tmp_path, defenses=defenses))
+    assert list(study.defenses) == ["none", "both-0.1", "both-1"]
+    assert [r.defenses[0].strength for r in study.runs() if r.name.startswith("law-both")] == [0.1, 0.1, 1.0, 1.0]
+
+
+def test_only_parts_of_the_grid(tmp_path):
+    parts = [{"tasks": ["law"], "seeds": [5]}, {"defenses": ["kl"], "seeds": [0, 5]}]
+    runs = load_study(write_study(tmp_path, only=parts)).runs()
+    assert [r.name for r in runs] == ["law-none-s5", "law-kl-s5", "medical-kl-s0", "medical-kl-s5", "law-kl-s0"]
+    kept = tmp_path / "kept.yaml"
+    keep_study(load_study(tmp_path / "study.yaml"), kept)
+    assert [r.name for r in load_study(kept).runs()] == [r.name for r in runs]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_study_that_comes_with_it_is_valid(path):
+    runs = load_study(path).runs()
+    assert len({r.name for r in runs}) == len(runs) > 1
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
+        ({"models": {"a": {"modle": {}}}}, "run a-medical-none-s0: unknown key 'modle'; did you mean 'model'"),
+        ({"only": [{"defenses": ["kl-2"]}]}, r"only.0.defenses: 'kl-2' is none of the study's defenses \(none, kl\)"),
+        ({"only": [{"task": ["law"]}]}, "unknown key 'only.0.task'; did you mean 'tasks'"),
+        ({"defenses": {"kl": [{"kind": "kl", "strength": {"each": 1}}]}}, "kl.0.strength.each: expected a list"),
         ({"taks": {}}, "unknown key 'taks'; did you mean 'tasks'"),
         ({"tasks": {}}, "tasks: "),
         ({"seeds": "many"}, "seeds: "),
