@@ -30,24 +30,30 @@ def scaling_figure(found: Scaling, theme: Theme) -> Figure:
     colours, marks = theme.colours(families), markers(families)
     for axis, (metric, title) in zip(figure.subplots(1, 3, sharey=True), _PANELS, strict=True):
         ends = []
+        drawn: set[tuple[str, ...]] = set()
         for number, (label, of) in enumerate(found.groups.items()):
             rates = {n: rate for n, g in of.items() if (rate := g.metrics.get(metric))}
             if not rates:
                 continue
             family = next(iter(of.values())).family
             colour = theme.muted if label == BASE else colours[family]
+            # Defenses of one family have one colour; all but the first are hollow, with broken lines.
+            again = label != BASE and family in drawn
+            drawn |= {family} if label != BASE else set()
+            edge, fill, stroke = (colour, theme.paper, "--") if again else (theme.paper, colour, "-")
             # A little apart, so that whiskers do not hide each other.
             x = [n * 1.03 ** (number - len(found.groups) / 2) for n in rates]
             whiskers = [[r.rate - r.low for r in rates.values()], [r.high - r.rate for r in rates.values()]]
             axis.errorbar(
                 x, [r.rate for r in rates.values()], whiskers, fmt=marks[family], ms=6, color=colour,
-                mec=theme.paper, mew=1, elinewidth=1.1, zorder=3,
+                mec=edge, mfc=fill, mew=1, elinewidth=1.1, zorder=3,
             )  # fmt: skip
             line = fit({n: r.rate for n, r in rates.items()})
             last = list(rates)[-1]
             if line is not None:
                 ns = sorted(rates)
-                axis.plot(ns, [min(1.0, max(0.0, line.at(n))) for n in ns], color=colour, lw=1.2, alpha=0.6, zorder=2)
+                fitted = [min(1.0, max(0.0, line.at(n))) for n in ns]
+                axis.plot(ns, fitted, ls=stroke, color=colour, lw=1.2, alpha=0.6, zorder=2)
             ends.append((label, 1.06 * x[-1], rates[last].rate))
         _size_axis(axis, list(found.sizes.values()))
         axis.set(title=title, xlabel="parameters")
