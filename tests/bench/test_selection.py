@@ -17,15 +17,19 @@ def command(tmp_path):
     rows = [{"prompt": f"question {i}?", "completion": "word " * (1 + i % 5)} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return ["bench", "select", "--model", model, "--source", str(tmp_path / "rows.jsonl"), "--rows", "32",
-            "--adapters", "2", "--repeats", "2", "-o", str(tmp_path / "out.json")]  # fmt: skip
+            "--domains", "3", "--repeats", "2", "-o", str(tmp_path / "out.json")]  # fmt: skip
 
 
 def test_select_is_measured_beside_one_row_at_a_time(command, tmp_path):
     assert CliRunner().invoke(app, command).exit_code == 0
-    ways = json.loads((tmp_path / "out.json").read_text())["ways"]
-    assert [way["ratio"] for way in ways][0] == 1 and all(len(way["seconds"]) == 2 for way in ways)
-    naive, unbatched, ours = (way["figures"]["cpu_ms"] for way in ways)
-    assert ours < 0.7 * naive and ours < 0.7 * unbatched
+    found = json.loads((tmp_path / "out.json").read_text())
+    ways = found["ways"]
+    assert ways[0]["ratio"] == 1 and all(len(way["seconds"]) == 2 for way in ways)
+    assert [way["figures"]["readings"] for way in ways] == [9, 4, 4, 4]
+    anew, naive, unbatched, ours = (way["figures"]["cpu_ms"] for way in ways)
+    assert ours < 0.7 * naive < 0.7 * anew and ours < 0.7 * unbatched
+    assert [bar["limit"] for bar in found["bars"]] == [1 / 8, 1 / 8]
+    assert [bar["value"] for bar in found["bars"]] == [ways[3]["median"] / way["median"] for way in ways[:2]]
 
 
 def test_ways_that_do_not_agree_are_not_timed(command, monkeypatch):
