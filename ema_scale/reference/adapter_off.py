@@ -37,6 +37,7 @@ class AdapterOff(Reference):
     def reference_alone(self, inputs: dict[str, Any], layers: Sequence[int], seen: dict[int, Tensor]) -> Tensor:
         """The reference's last hidden states [B, T, H]; those of `layers` go into `seen`."""
         with (
+            self.timed(),
             self.anatomy.frozen(),
             reference_pass(),
             capture(self.anatomy.layers, layers, seen.__setitem__),

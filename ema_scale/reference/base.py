@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_scale.reference.anatomy import Anatomy, first
+from ema_scale.reference.stopwatch import Stopwatch
 
 # (layer, policy states, reference states or None) -> whether to store both
 Keep = Callable[[int, Tensor, Tensor | None], bool]
@@ -31,12 +32,16 @@ class States:
 
 
 class Reference(ABC):
-    """One way to run policy and reference over a micro-batch, inside the model's own forward."""
+    """One way to run policy and reference over a micro-batch, inside the model's own forward.
+
+    watch: time spent on the reference's hidden states, a cache's reading included; not on its logits.
+    """
 
     name: ClassVar[str]
 
     def __init__(self, anatomy: Anatomy) -> None:
         self.anatomy = anatomy
+        self.watch = Stopwatch()
 
     @property
     def same_shape(self) -> bool:
@@ -47,6 +52,10 @@ class Reference(ABC):
     def head_of(self) -> Anatomy:
         """Whose head turns the reference's last states into logits; the policy's own unless they differ."""
         return self.anatomy
+
+    def timed(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the time goes to `watch`."""
+        return self.watch.running(self.anatomy.head_parameters[0].device)
 
     @abstractmethod
     def streams(

@@ -37,6 +37,7 @@ class Cached(Reference):
         self.layers = tuple(sorted(set(layers)))
         self.shelves = {kind: Shelf(folder / kind) for kind in (LAST, *(f"layer_{k}" for k in self.layers))}
         self._plain = AdapterOff(anatomy)
+        self._plain.watch = self.watch
 
     def streams(
         self,
@@ -49,7 +50,8 @@ class Cached(Reference):
         # Every process decides alike: a step's layers are the same on all, and so is what is trained on.
         if not reference or not self.anatomy.core.training or not set(layers) <= set(self.layers):
             return self._plain.streams(inputs, layers, reference=reference, keep=keep)
-        places = list(segments(inputs))
+        with self.timed():
+            places = list(segments(inputs))
         states = self.policy(inputs, layers, lambda k, _: self._read(f"layer_{k}", places, inputs["input_ids"]), keep)
         states.reference = self._read(LAST, places, inputs["input_ids"])
         return states
@@ -66,6 +68,10 @@ class Cached(Reference):
 
     def _read(self, kind: str, places: list[tuple[int, Tensor, str]], ids: Tensor) -> Tensor:
         """States [B, T, H] on the device of `ids`, 0 on padding."""
+        with self.timed():
+            return self._gather(kind, places, ids)
+
+    def _gather(self, kind: str, places: list[tuple[int, Tensor, str]], ids: Tensor) -> Tensor:
         shelf = self.shelves[kind]
         try:
             rows = [(row, at, shelf.read(key)) for row, at, key in places]

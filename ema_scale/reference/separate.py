@@ -86,7 +86,8 @@ class Separate(Reference):
         seen: dict[int, Tensor] = {}
         last = None
         if reference:
-            with torch.no_grad(), reference_pass(), capture(self.other.layers, layers, seen.__setitem__):
+            taken = capture(self.other.layers, layers, seen.__setitem__)
+            with self.timed(), torch.no_grad(), reference_pass(), taken:
                 last = self.model(**inputs)
         states = self.policy(inputs, layers, lambda layer, _: seen.pop(layer, None), keep)
         states.reference = last

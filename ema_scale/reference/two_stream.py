@@ -45,6 +45,7 @@ class TwoStream(Reference):
         if norm is None:
             raise UserError(f"{type(anatomy.core).__name__}: found no final norm; use reference: adapter_off")
         self._plain = AdapterOff(anatomy)
+        self._plain.watch = self.watch
         self._fall_back = fall_back
         self._checked = False
         self._armed = False
@@ -105,7 +106,8 @@ class TwoStream(Reference):
                 if index == 0:  # the embeddings, which both streams share
                     self._state = hidden_states.detach()
                 before = self._state
-                with torch.no_grad(), switched(tuners, modules, self.anatomy.frozen_adapter), reference_pass():
+                other = switched(tuners, modules, self.anatomy.frozen_adapter)
+                with self.timed(), torch.no_grad(), other, reference_pass():
                     after = first(original(before, *args, **kwargs))
                 self._state = after
                 self.reference_calls += 1

@@ -12,15 +12,23 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ema_scale.reference.stopwatch import Stopwatch
 from ema_scale.rundir import RunDir, append_jsonl, atomic_write_text, read_jsonl
 
 log = logging.getLogger(__name__)
 
 
 class Monitor:
-    """Sums of shares of a mean, over micro-batches; `flush` sums over processes and averages over steps."""
+    """Sums of shares of a mean, over micro-batches; `flush` sums over processes and averages over steps.
 
-    def __init__(self) -> None:
+    utilisation: of the GPUs, at one token a second; None if that is not known. reference: the stopwatch of the
+    reference, of which this process's own is read.
+    """
+
+    def __init__(self, utilisation: float | None = None, reference: Stopwatch | None = None) -> None:
+        self._utilisation, self._reference = utilisation, reference
+        if reference is not None:
+            reference.take()
         self._sums: dict[str, Tensor] = {}
         self._steps: dict[str, set[int]] = {}
         self._tokens = 0
@@ -38,14 +46,24 @@ class Monitor:
         self._tokens += tokens
 
     def flush(self, accelerator: Any) -> dict[str, float]:
-        """Means since the last flush; a collective. Metrics average over the steps they were read on."""
+        """Means since the last flush; a collective. Metrics average over the steps they were read on.
+
+        Besides: tokens_per_second, of all processes; mfu, model-FLOP utilisation, if it is known; reference_share, of
+        the time, if the reference took any.
+        """
         names = sorted(self._sums)
         if not names:
             return {}
         total = accelerator.reduce(torch.stack([self._sums[n] for n in names]), "sum").tolist()
         values = {n: v / len(self._steps[n]) for n, v in zip(names, total, strict=True)}
         now = time.perf_counter()
-        values["tokens_per_second"] = self._tokens / max(now - self._since, 1e-9)
+        passed = max(now - self._since, 1e-9)
+        values["tokens_per_second"] = self._tokens / passed
+        if self._utilisation is not None:
+            values["mfu"] = self._utilisation * values["tokens_per_second"]
+        spent = self._reference.take() if self._reference is not None else 0.0
+        if spent:
+            values["reference_share"] = spent / passed
         self._sums, self._steps, self._tokens, self._since = {}, {}, 0, now
         return values
 
@@ -99,6 +117,8 @@ class PlainProgress(TrainerCallback):
         left = (now - began) / max(state.global_step - first, 1) * (state.max_steps - state.global_step)
         shown = " ".join(f"{name} {logs[name]:.4f}" for name in ("loss", "ce", "kl") if name in logs)
         speed = logs.get("tokens_per_second", 0.0)
+        shares = {"reference_share": "reference", "mfu": "MFU"}
+        shown += "".join(f"  {word} {logs[name]:.0%}" for name, word in shares.items() if name in logs)
         log.info(
             "step %d/%d  %s  %.0f tokens/s  %.0f s left",
             state.global_step,

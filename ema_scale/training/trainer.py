@@ -39,6 +39,7 @@ from ema_scale.training.monitor import Monitor
 from ema_scale.training.references import Setting, Wanted
 from ema_scale.training.sampler import EpochSampler
 from ema_scale.training.scopes import attention_of, count_tokens
+from ema_scale.training.utilisation import utilisation_per_token
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ class DefendedTrainer(Checkpointing, Trainer):
             )
         self.drift_every = drift_every
         self.monitor = Monitor()
+        self._utilisation: float | None = None
         self.stop_requested = False
         self.stopped_early: str | None = None
         flash = "flash" in str(getattr(model.get_base_model().config, "_attn_implementation", ""))
@@ -115,6 +117,7 @@ class DefendedTrainer(Checkpointing, Trainer):
         self.defended = DefendedForward(made)
         if self.accelerator.is_main_process:
             log.info("reference: %s", self.reference_choice)
+        self._utilisation = utilisation_per_token(model, self.train_dataset, self.accelerator.num_processes)
         count = len(self.defended.anatomy.layers)
         self._drift_layers = tuple(sorted({round(count * (i + 1) / DRIFT_LAYERS) for i in range(DRIFT_LAYERS)} - {0}))
         if not made.same_shape:
@@ -215,7 +218,7 @@ class DefendedTrainer(Checkpointing, Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer.train, with every defense attached to the model while it lasts."""
-        self.monitor = Monitor()  # its clock starts now
+        self.monitor = Monitor(self._utilisation, self.defended.reference.watch)  # its clock starts now
         with contextlib.ExitStack() as stack:
             for defense in self.defenses:
                 stack.enter_context(defense.attach(self.model))
