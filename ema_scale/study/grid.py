@@ -8,6 +8,7 @@ A study file:
     tasks: {medical: {data: {train: ...}, evaluation: {suites: {...}}}, ...}   # each merged over that
     defenses: {none: [], kl: [{kind: kl, strength: {each: [0.1, 0.3]}}], ...}  # this one is kl-0.1 and kl-0.3
     seeds: [0, 1, 2]
+    retries: 1                                                                 # of a run that fails; without it: none
     only: [{tasks: [medical]}, {defenses: [none, kl-0.3], seeds: [0]}]         # optional; without it: the whole grid
 """
 
@@ -49,6 +50,7 @@ class Study(BaseModel):
     tasks: dict[str, dict[str, Any]] = Field(min_length=1)
     defenses: dict[str, list[dict[str, Any]]] = Field(min_length=1)
     seeds: list[int] = Field([0], min_length=1)
+    retries: int = Field(0, ge=0, description="how often a run that fails is tried again, from its newest checkpoint")
     only: list[Part] = []
 
     @field_validator("defenses")

@@ -8,26 +8,34 @@ from ema_scale.errors import UserError
 from ema_scale.rundir import RunDir
 from ema_scale.study.evaluate import check_references, evaluate_runs
 from ema_scale.study.grid import Study, write_study
-from ema_scale.study.queue import default_jobs, train_all
+from ema_scale.study.queue import default_jobs, listed, train_all
 
 
 def run_study(study: Study, overrides: tuple[str, ...] = (), jobs: int | None = None) -> Path:
     """Train, evaluate and report every run of `study`; returns the report's path.
 
     jobs: how many runs are trained side by side; None: one a GPU, else one. Finished runs are recognised and kept. A
-    run that fails is logged and listed in the report; the others go on. Raises UserError if no run succeeded, or,
-    before any is trained, if a recipe's gate refuses its base model.
+    run that fails is tried again `study.retries` times; the others go on. Raises UserError naming the runs that
+    failed and why, when the others are evaluated and the report is written; or, before any is trained, if a
+    recipe's gate refuses its base model.
     """
     recipes = study.runs(overrides)
     study.path.mkdir(parents=True, exist_ok=True)
     write_study(study, study.path / "study.yaml")
     check_references(recipes, study.path / "base")
-    finished = train_all(recipes, jobs or default_jobs(), study.path / "logs")
+    failed = train_all(recipes, jobs or default_jobs(), study.path / "logs", study.retries)
+    after = f" after {study.retries} {'retry' if study.retries == 1 else 'retries'}" if study.retries else ""
+    finished = [r for r in recipes if r.name not in failed]
     if not finished:
-        raise UserError(f"study {study.name}: every run failed; see the messages above")
+        raise UserError(f"study {study.name}: every run failed{after}:\n{listed(failed)}")
     evaluate_runs([RunDir(r.run_path) for r in finished], study.path / "base")
     from ema_scale.study.report import write_report
 
-    return write_report(
-        [r.run_path for r in recipes], study.path / "report", title=study.title or f"Study: {study.name}"
-    )
+    title = study.title or f"Study: {study.name}"
+    report = write_report([r.run_path for r in recipes], study.path / "report", title=title)
+    if failed:
+        raise UserError(
+            f"study {study.name}: {len(failed)} of {len(recipes)} runs failed{after}; the others are evaluated and "
+            f"in {report}:\n{listed(failed)}"
+        )
+    return report

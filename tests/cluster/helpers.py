@@ -26,10 +26,15 @@ class Trouble(Defense):
     rank: int = -1
     at: int = 0
     way: str = "raise"
+    once: str = ""  # a file that the first trouble leaves: then there is no more
 
     def step(self, model, state):
         time.sleep(self.pause)
         if int(os.environ.get("RANK", "0")) == self.rank and state.global_step == self.at:
+            if self.once and os.path.exists(self.once):
+                return
+            if self.once:
+                open(self.once, "w").close()
             if self.way != "raise":
                 os.kill(os.getpid(), getattr(signal, self.way))
                 time.sleep(60)

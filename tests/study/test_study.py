@@ -87,6 +87,7 @@ def test_every_study_that_comes_with_it_is_valid(path):
         ({"taks": {}}, "unknown key 'taks'; did you mean 'tasks'"),
         ({"tasks": {}}, "tasks: "),
         ({"seeds": "many"}, "seeds: "),
+        ({"retries": -1}, "retries: "),
         ({"defenses": {"kl": [{"kind": "kl", "strength": -1}]}}, "run medical-kl-s0: defenses.0: strength"),
         ({"tasks": {"medical": {"data": {"trian": "x"}}}}, "run medical-none-s0: unknown key 'data.trian'"),
     ],
@@ -141,7 +142,9 @@ def test_a_study_end_to_end_and_again_for_nothing(tmp_path, tiny_world):
         "evaluation.samples_per_question=2", "evaluation.max_tokens=12", "evaluation.sampler=vllm",
         "training.save_steps=2", "evaluation.checkpoints=true",
     )  # fmt: skip
-    report = run_study(study, overrides, jobs=2)
+    with pytest.raises(UserError, match=r"2 of 4 runs failed; the others .*\n  broken-none-s0: .*missing.jsonl"):
+        run_study(study, overrides, jobs=2)
+    report = study.path / "report" / "report.html"
     assert len(list((study.path / "logs").glob("worker-*.log"))) == 2
     text = report.read_text()
     assert "broken-none-s0" in text and "missing.jsonl" in text
@@ -160,5 +163,6 @@ def test_a_study_end_to_end_and_again_for_nothing(tmp_path, tiny_world):
     base = read_jsonl(study.path / "base" / "eval" / "samples.jsonl")
     assert len(base) == 2 * questions
     before = {p: p.stat().st_mtime_ns for p in study.path.rglob("*") if p.name in ("samples.jsonl", "metrics.jsonl")}
-    run_study(study, overrides)
+    with pytest.raises(UserError, match="broken-kl-s0"):
+        run_study(study, overrides)
     assert {p: p.stat().st_mtime_ns for p in before} == before
