@@ -54,6 +54,8 @@ class Anatomy:
         if getattr(core.config, "is_encoder_decoder", False):
             raise UserError(f"{name} is an encoder-decoder; expected a decoder-only language model")
         backbone = getattr(core, "base_model", core)
+        if backbone is core:  # Llama 4's text model names another attribute
+            backbone = getattr(core, "model", core)
         head = core.get_output_embeddings()
         if backbone is core or head is None:
             raise UserError(f"{name}: cannot find a backbone and a head")
@@ -67,12 +69,14 @@ class Anatomy:
         return anatomy
 
     def _check_shared(self, head: nn.Module) -> None:
-        for role, module in (("head", head), ("embeddings", self.core.get_input_embeddings())):
+        found = {"the head is trained or carries": head}
+        found["the embeddings are trained or carry"] = self.core.get_input_embeddings()
+        for what, module in found.items():
             trained = any(p.requires_grad for p in module.parameters())
             if trained or hasattr(module, "_disable_adapters"):
                 raise UserError(
-                    f"the {role} is trained or carries an adapter, but policy and reference must share it: "
-                    "leave it out of target_modules and modules_to_save"
+                    f"{what} an adapter, but policy and reference must share them: leave them out of target_modules, "
+                    "modules_to_save and trainable_token_indices"
                 )
         if "weight" not in dict(head.named_parameters(recurse=False)):
             raise UserError(f"the head is {type(head).__name__}, expected a linear layer")
@@ -104,12 +108,13 @@ class Anatomy:
         weight, *bias = (p.detach() for p in self.head_parameters)
         config = self.core.config.get_text_config()
         scale = 1.0
-        if getattr(config, "logits_scaling", None):  # Granite divides
-            scale /= config.logits_scaling
+        if getattr(config, "logits_scaling", None):  # Granite divides, HyperCLOVA X multiplies
+            scale = config.logits_scaling ** (1 if config.model_type == "hyperclovax" else -1)
         for name in ("logit_scale", "lm_head_multiplier"):  # Cohere and Falcon-H1 multiply
             if getattr(config, name, None):
                 scale *= getattr(config, name)
-        return Head(weight, bias[0] if bias else None, scale, getattr(config, "final_logit_softcapping", None))
+        caps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
+        return Head(weight, bias[0] if bias else None, scale, next((cap for cap in caps if cap), None))
 
     def frozen(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the forward pass is the reference's: base model or frozen adapter, no dropout."""

@@ -21,7 +21,9 @@ from ema_scale.reference.base import Keep, Reference, States
 
 log = logging.getLogger(__name__)
 
-_FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f")
+_FINAL_NORMS = (
+    "norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f", "final_norm", "embedding_norm"
+)  # fmt: skip
 
 
 class TwoStream(Reference):
@@ -102,7 +104,8 @@ class TwoStream(Reference):
         modules = list(stage.modules())
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self._armed:
+            # Before the first layer, a norm may also see the embeddings.
+            if self._armed and (index == 0 or self._state is not None):
                 if index == 0:  # the embeddings, which both streams share
                     self._state = hidden_states.detach()
                 before = self._state

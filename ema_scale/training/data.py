@@ -82,6 +82,24 @@ def _packed(dataset: Any, report: DataReport, max_length: int) -> tuple[Any, Dat
     return packed, report
 
 
+def check_vocabulary(dataset: Any, tokenizer: Any, model: Any) -> None:
+    """Raises UserError if rows hold tokens that the model has no embedding or no logit for: a tokenizer to which tokens
+    were added, and a model that was not resized."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    # Under ZeRO-3 a table may be in parts already.
+    sizes = [getattr(t.weight, "ds_shape", t.weight.shape)[0] for t in tables if t is not None]
+    known = min(sizes)
+    if dataset is None or max(tokenizer.get_vocab().values(), default=0) < known:
+        return
+    for index, ids in enumerate(dataset["input_ids"]):
+        if max(ids) >= known:
+            token = tokenizer.convert_ids_to_tokens(max(ids))
+            raise UserError(
+                f"row {index} has the token {token!r} with id {max(ids)}, and the model knows {known} tokens: the "
+                "tokenizer is not this model's, or model.resize_token_embeddings was forgotten"
+            )
+
+
 def hash_files(defenses: Sequence[Defense]) -> dict[str, str]:
     """File -> sha256 of what defenses read besides rows. Raises UserError for a file that is not there."""
     hashes = {}

@@ -32,7 +32,7 @@ from ema_scale.errors import UserError
 from ema_scale.training import references
 from ema_scale.training.adapter import save_adapter, with_adapter
 from ema_scale.training.checkpointing import Checkpointing
-from ema_scale.training.data import DataReport, prepare
+from ema_scale.training.data import DataReport, check_vocabulary, prepare
 from ema_scale.training.distributed import check_world
 from ema_scale.training.forward import Ask, DefendedForward
 from ema_scale.training.monitor import Monitor
@@ -94,6 +94,7 @@ class DefendedTrainer(Checkpointing, Trainer):
                 seed=args.seed,
                 on_bad=on_bad,
             )
+            check_vocabulary(train_dataset, tokenizer, model)
         self.drift_every = drift_every
         self.monitor = Monitor()
         self._utilisation: float | None = None
