@@ -1,4 +1,4 @@
-"""`ema bench loss`: what the reference costs in training."""
+"""`ema bench loss`, `ema bench step`: what the reference costs in training."""
 
 from __future__ import annotations
 
@@ -53,3 +53,32 @@ def loss_(
     measured, bars = bench_loss(shape, repeats=repeats, each_alone=full)
     columns = {"error": lambda v: f"{v:.1e}"}
     finish("loss", measured, vars(shape), threads=threads, out=out, columns=columns, bars=bars)
+
+
+@bench.command("step")
+def step_(
+    model: Annotated[str, typer.Option(help="a shape: small, qwen2.5-0.5b, ... llama-3.1-70b")] = "small",
+    layers: Annotated[int | None, typer.Option(min=1, help="cut to so many")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="a step")] = 2,
+    length: Annotated[int, typer.Option(min=2, help="tokens a row")] = 128,
+    steps: Annotated[int, typer.Option(min=1, help="timed steps a repeat")] = 5,
+    dtype: Dtype = Dtype.float32,
+    device: Device = Device.cpu,
+    checkpointing: Annotated[bool, typer.Option(help="of gradients")] = True,
+    kl: Annotated[float, typer.Option(min=0, help="strength; 0: without")] = 0.1,
+    ldifs: Annotated[float, typer.Option(min=0, help="strength, 5 layers; 0: without")] = 0.1,
+    out: Out = None,
+    repeats: Repeats = 3,
+    threads: Threads = 1,
+) -> None:
+    """A LoRA step with KL + LDIFS by every way to run the reference, against plain fine-tuning: time, peak memory."""
+    from ema_scale.bench.harness import finish, machine
+    from ema_scale.bench.step import bench_step
+    from ema_scale.bench.training_ways import Task
+
+    machine(threads)
+    task = Task(model, layers, rows, length, steps, dtype.value, device.value, checkpointing, kl, ldifs)
+    measured, bars, floor = bench_step(task, repeats=repeats)
+    columns = {"memory": lambda v: f"{v:.2f}x", "reference": lambda v: f"{v:.0%} of the time"}
+    options = {k: v for k, v in vars(task).items() if k != "deepspeed"} | {"arithmetic floor": round(floor, 3)}
+    finish("step", measured, options, threads=threads, out=out, columns=columns, bars=bars)
