@@ -36,6 +36,7 @@ from ema_scale.training.data import DataReport, check_vocabulary, prepare
 from ema_scale.training.distributed import check_world
 from ema_scale.training.forward import Ask, DefendedForward
 from ema_scale.training.monitor import Monitor
+from ema_scale.training.padding import padding_last
 from ema_scale.training.references import Setting, Wanted
 from ema_scale.training.sampler import EpochSampler
 from ema_scale.training.scopes import attention_of, count_tokens
@@ -177,6 +178,7 @@ class DefendedTrainer(Checkpointing, Trainer):
     ) -> Any:
         """This micro-batch's share of the step's loss, times the number of processes (which are averaged)."""
         device = inputs["input_ids"].device
+        inputs = padding_last(inputs)
         if not isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = self._get_num_items_in_batch([inputs], device)
         step = self.state.global_step + 1

@@ -72,6 +72,34 @@ def test_dropout_is_the_policys_alone():
         assert (one.policy - other.policy).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+def test_dropout_in_the_adapter_draws_the_same_masks_whichever_way_the_reference_runs(tmp_path, monkeypatch, spread):
+    """The reference draws none, in forward or in a recomputation; at step 0 dropout drops what is 0."""
+    monkeypatch.setenv("EMA_CACHE", str(tmp_path / "cache"))
+
+    def steps(way, **options):
+        model = tiny_peft(spread=spread, lora_dropout=0.3)
+        trainer = make_trainer(
+            tmp_path, model, token_rows(8), [KL(0.5)], reference=way, per_device_train_batch_size=2,
+            gradient_accumulation_steps=2, drift_every=0, max_steps=2, **options,
+        )  # fmt: skip
+        gradients = step_gradients(trainer)
+        return gradients, [(row["loss"], row["kl"]) for row in trainer.state.log_history if "loss" in row]
+
+    expected = steps("adapter_off")
+    assert (expected[1][0][1] == 0) == (spread == 0) and expected[1][1][1] > 1e-4
+    calm = make_trainer(tmp_path, tiny_peft(spread=spread), token_rows(8), [KL(0.5)], max_steps=1, drift_every=0)
+    gradients = step_gradients(calm)
+    assert any((gradient - expected[0][name]).abs().max() > 1e-4 for name, gradient in gradients.items())
+    for checkpointing in (False, True):
+        found = steps("two_stream", gradient_checkpointing=checkpointing)
+        assert found[1] == expected[1]
+        for name, gradient in expected[0].items():
+            torch.testing.assert_close(found[0][name], gradient, rtol=0, atol=0)
+    cached = steps("cached", gradient_checkpointing=True)
+    assert cached[1] == [pytest.approx(step, rel=1e-5, abs=1e-7) for step in expected[1]]
+
+
 class Skipping(nn.Module):
     """A layer that also reads the first layer's input, as no patched layer can know."""
 

@@ -13,7 +13,7 @@ OWN = ("reference", "drift_every", "callbacks", "peft_config", "packing", "max_l
 NO_DROPOUT = {"gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}}
 
 
-def tiny_peft(arch: str = "llama", *, spread: float = 0.0, r: int = 4, **config: Any) -> Any:
+def tiny_peft(arch: str = "llama", *, spread: float = 0.0, r: int = 4, lora_dropout: float = 0.0, **config: Any) -> Any:
     """A PeftModel over a tiny model; LoRA B is 0 as at the start of training, or random of size `spread`."""
     import peft
 
@@ -22,7 +22,7 @@ def tiny_peft(arch: str = "llama", *, spread: float = 0.0, r: int = 4, **config:
 
     base = tiny_model(arch, **{**NO_DROPOUT.get(arch, {}), **config})
     torch.manual_seed(1)
-    model = peft.get_peft_model(base, lora_config(base, AdapterRecipe(r=r, alpha=8)))
+    model = peft.get_peft_model(base, lora_config(base, AdapterRecipe(r=r, alpha=8, dropout=lora_dropout)))
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
