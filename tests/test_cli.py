@@ -134,6 +134,36 @@ def test_dry_run_prints_the_recipe_and_the_plan_and_does_nothing(ema, recipe, tm
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {},
+            "the base model, by adapter_off: a second forward of the same weights, no second model; rows are seen 0.5",
+        ),
+        ({"training": {"epochs": 3, "report_to": []}}, "the base model, by cached: rows are seen 3 times"),
+        ({"reference": "two_stream"}, "the base model, by two_stream: asked for"),
+        ({"reference": {"kind": "separate", "model": "org/other"}}, "another model, org/other"),
+        ({"adapter": {"start": "runs/first/adapter"}}, "the adapter that training goes on from, by adapter_off: "),
+        ({"defenses": []}, "not needed by these defenses"),
+    ],
+)
+def test_dry_run_says_which_reference_and_why(ema, recipe, changes, expected):
+    code, out, _ = ema("train", recipe(**{"defenses": [{"kind": "kl"}], **changes}), "--dry-run")
+    assert code == 0 and f"reference   {expected}" in out
+
+
+def test_dry_run_reads_the_stage_of_zero_from_the_config_and_not_from_its_name(ema, recipe, tmp_path):
+    def said(stage):
+        (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        training = {"max_steps": 1, "batch_size": 1, "report_to": [], "deepspeed": str(tmp_path / "ds.json")}
+        return ema("train", recipe(defenses=[{"kind": "kl"}], training=training), "--dry-run")
+
+    assert "by two_stream: ZeRO-3 gathers each layer once" in said(3)[1]
+    assert "by adapter_off: " in said(2)[1]
+    assert_clear(said("many"), "ds.json: expected a DeepSpeed JSON config")
+
+
 def test_defenses_are_listed_with_source_and_parameters(ema):
     code, out, _ = ema("defenses", "--json")
     entries = {e["kind"]: e for e in json.loads(out)}

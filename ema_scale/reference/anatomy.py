@@ -19,6 +19,8 @@ __all__ = ["FROZEN_ADAPTER", "Anatomy", "Head", "first", "switched"]
 # A model that carries a frozen adapter of this name beside the trained one has that as its reference: the
 # policy it goes on from. Without it the reference is the base model.
 FROZEN_ADAPTER = "reference"
+# PEFT's ways to start an adapter that subtract it from the base weights, or quantise these.
+_CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,13 @@ class Anatomy:
         if outside or not self.tuners:
             found = f"{outside[0]} trained outside an adapter" if outside else "no adapter"
             raise UserError(f"found {found}; expected a LoRA adapter, off for the reference")
+        for config in getattr(model, "peft_config", {}).values():
+            start = getattr(config, "init_lora_weights", True)
+            if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
+                raise UserError(
+                    f"init_lora_weights: {start!r} takes its start out of the base weights, so that the policy without "
+                    "its adapter is not the base model any more; use true, gaussian, eva or orthogonal"
+                )
         if any(getattr(tuner, "merged", False) for tuner in self.tuners):
             raise UserError("the adapter is merged into the base; call unmerge_adapter() first")
 

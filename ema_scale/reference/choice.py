@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 WORTH_CACHING = 1.5
+BASE, START = "the base model", "the adapter that training goes on from"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """way: of WAYS but auto, or separate; why: a clause for a person."""
+    """way: of WAYS but auto, or separate; why: a clause for a person; of: which model the reference is."""
 
     way: str
     why: str
+    of: str = BASE
 
     def __str__(self) -> str:
-        return f"{self.way}: {self.why}"
+        return f"{self.of}, by {self.way}: {self.why}"
 
     def to_dict(self) -> dict[str, str]:
         return asdict(self)
@@ -37,7 +39,7 @@ def choose(*, needed: bool, sharded: bool, passes: float, cost: Cost | None = No
     """
     live = Choice("two_stream", "ZeRO-3 gathers each layer once for policy and reference")
     if not sharded:
-        live = Choice("adapter_off", "the policy with its adapter off, no second model")
+        live = Choice("adapter_off", "a second forward of the same weights, no second model")
     if not needed:
         return Choice(live.way, "no defense needs it; drift readings use it")
     if cost is not None and cost.missing == 0:

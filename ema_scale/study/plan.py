@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ema_scale.errors import UserError
 from ema_scale.recipe import Recipe
-from ema_scale.reference.choice import choose
-from ema_scale.training.distributed import launched_processes
+from ema_scale.reference.choice import BASE, START, Choice, choose
+from ema_scale.training.distributed import launched_processes, zero_stage
 
 
 def describe(recipe: Recipe) -> str:
@@ -43,18 +44,19 @@ def _reference(recipe: Recipe) -> str:
         return "not needed by these defenses"
     if not isinstance(recipe.reference, str):
         return f"another model, {recipe.reference.model}"
+    of = BASE if recipe.adapter.start is None else START
     if recipe.reference != "auto":
-        return f"{recipe.reference}: asked for"
+        return str(Choice(recipe.reference, "asked for", of))
     t = recipe.training
-    sharded = t.deepspeed is not None and "3" in Path(t.deepspeed).stem
+    sharded = zero_stage(t.deepspeed) == 3
     passes = t.epochs
     if t.max_steps > 0:
-        rows = _rows(recipe)
+        rows = None if t.packing else _rows(recipe)  # a step counts sequences
         if rows is None:
-            return "auto: decided when the rows are known"
+            return f"{of}; how it runs is decided when the rows are known"
         passes = t.max_steps * t.batch_size * t.accumulation * launched_processes() / rows
-    choice = choose(needed=True, sharded=sharded, passes=passes)
-    return f"auto -> {choice} (or cached, if it is there already)" if choice.way != "cached" else f"auto -> {choice}"
+    choice = replace(choose(needed=True, sharded=sharded, passes=passes), of=of)
+    return f"{choice} (or cached, if it is there already)" if choice.way != "cached" else str(choice)
 
 
 def _rows(recipe: Recipe) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -28,6 +29,18 @@ def launched_processes() -> int:
 def uses_deepspeed() -> bool:
     """Whether a launcher or `prepare_environment` asked for DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
+
+
+def zero_stage(deepspeed: str | None) -> int:
+    """ZeRO's stage of a DeepSpeed JSON config; 0 without one. Raises UserError if it cannot be read."""
+    if deepspeed is None:
+        return 0
+    try:
+        return int((json.loads(Path(deepspeed).read_text(encoding="utf-8")).get("zero_optimization") or {})["stage"])
+    except KeyError:
+        return 0
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"training.deepspeed: {deepspeed}: expected a DeepSpeed JSON config; {error}") from None
 
 
 def prepare_environment(deepspeed: str | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,15 +17,16 @@ from ema_scale.defenses.base import Defense
 from ema_scale.errors import UserError
 from ema_scale.locate import locate
 from ema_scale.recipe import ModelRecipe, SeparateReference
-from ema_scale.reference import WAYS, Anatomy, Choice, Cost, Reference, choose, make_reference
+from ema_scale.reference import FROZEN_ADAPTER, WAYS, Anatomy, Choice, Cost, Reference, choose, make_reference
 from ema_scale.reference.cached import Cached
-from ema_scale.reference.choice import WORTH_CACHING
+from ema_scale.reference.choice import START, WORTH_CACHING
 from ema_scale.reference.filling import Filled, fill, free_bytes
 from ema_scale.reference.fingerprint import fingerprint
 from ema_scale.reference.separate import Separate, check_tokenizer
 from ema_scale.reference.shelf import row_key
 from ema_scale.smallworld.world import cache_root
 from ema_scale.training.adapter import load_base
+from ema_scale.training.distributed import is_main
 from ema_scale.training.forward import Fill
 
 log = logging.getLogger(__name__)
@@ -62,9 +63,23 @@ def make(wanted: Wanted, setting: Setting) -> tuple[Reference, Choice]:
     Raises UserError for an unknown way, a cache without known rows, and a second model that does not fit the first.
     """
     if not isinstance(wanted, str):
-        return _separate(SeparateReference.of(wanted), setting), Choice("separate", "asked for")
+        other = SeparateReference.of(wanted)
+        return _separate(other, setting), Choice("separate", "asked for", f"another model, {other.model}")
     if wanted not in WAYS:
         raise UserError(f"reference: found {wanted!r}, expected {', '.join(WAYS)} or {{kind: separate, model: ...}}")
+    reference, choice = _own(wanted, setting)
+    if reference.anatomy.frozen_adapter:
+        return reference, replace(choice, of=START)
+    if setting.needed and is_main() and _was_trained(setting.model):
+        log.warning(
+            "the adapter was trained before, and the reference is the base model. To hold it near itself, give it as "
+            "adapter.start (in Python: load it a second time, under the name %r)", FROZEN_ADAPTER
+        )  # fmt: skip
+    return reference, choice
+
+
+def _own(wanted: str, setting: Setting) -> tuple[Reference, Choice]:
+    """A reference made of the policy's own weights."""
     sharded = is_deepspeed_zero3_enabled()
     if wanted == "cached":
         return _cached(setting), Choice("cached", "asked for")
@@ -83,6 +98,14 @@ def make(wanted: Wanted, setting: Setting) -> tuple[Reference, Choice]:
     if reference.name != choice.way:
         choice = Choice(reference.name, f"this architecture does not allow {choice.way}")
     return reference, choice
+
+
+def _was_trained(model: Any) -> bool:
+    """Whether LoRA's B is not 0 as it is at first; not known, and no, where ZeRO-3 has sharded it already."""
+    fresh = model.peft_config["default"].init_lora_weights if "default" in model.peft_config else False
+    if fresh is not True and fresh not in ("gaussian", "eva"):
+        return False
+    return any(bool(p.any()) for name, p in model.named_parameters() if "lora_B" in name and p.requires_grad)
 
 
 def prepare(reference: Reference, trainer: Any) -> Filled | None:

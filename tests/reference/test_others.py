@@ -30,6 +30,26 @@ def test_a_separate_copy_of_the_base_equals_the_adapter_turned_off(tmp_path, bas
         assert_same_step(expected, step)
 
 
+@pytest.mark.parametrize("way", ["adapter_off", "two_stream", "cached", "separate"])
+def test_at_step_zero_no_way_finds_a_divergence_or_gives_it_a_gradient(tmp_path, base, way, request):
+    request.getfixturevalue("cache")
+    reference = separate(base) if way == "separate" else way
+    exact = way in ("adapter_off", "two_stream")
+
+    def first(*defenses, **options):
+        trainer = make_trainer(
+            tmp_path, tiny_peft(), token_rows(4), defenses, max_steps=1, max_grad_norm=0, drift_every=0, **options
+        )
+        return step_gradients(trainer), trainer.state.log_history[0]
+
+    plain, _ = first()
+    defended, row = first(KL(1.0), KL(1.0, "reference_policy"), KL(1.0, "jensen_shannon"), reference=reference)
+    for name in ("kl", "kl_2", "kl_3"):
+        assert row[name] == pytest.approx(0, abs=0 if exact else 1e-8)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(defended[name], gradient, rtol=0, atol=0 if exact else 1e-6)
+
+
 def test_another_model_with_a_head_and_a_width_of_its_own(tmp_path):
     """Against logits of both models and plain autograd."""
     from transformers import AutoModelForCausalLM
@@ -115,6 +135,7 @@ def test_training_that_goes_on_from_an_adapter_starts_at_no_divergence(tmp_path,
     _, log, trainer = first_step(tmp_path, continued(base, tuned), way)
     assert log["kl"] == pytest.approx(0, abs=1e-7) and log["ldifs"] == pytest.approx(0, abs=1e-7)
     assert trainer.state.log_history[1]["kl"] > 1e-4  # it does move, and from the adapter
+    assert trainer.reference_choice.of == "the adapter that training goes on from"
     # With the base as the reference it would not be 0.
     assert one_step(tmp_path, reference="adapter_off")[1]["kl"] > 1e-3
 
@@ -137,3 +158,30 @@ def test_an_adapter_that_is_not_there_or_of_another_model(tmp_path, base, tuned)
         continued(base, tmp_path)
     with pytest.raises(UserError, match=r"adapter.start: .* is no LoRA adapter of this model"):
         continued(save_tiny(tmp_path / "other", hidden=32), tuned)
+
+
+def test_an_adapter_that_was_trained_before_and_is_held_to_the_base_is_told_about(tmp_path, base, tuned, caplog):
+    from peft import PeftModel
+
+    from tests.tiny import tiny_model
+
+    def told(model, *defenses):
+        caplog.clear()
+        make_trainer(tmp_path, model, token_rows(4), defenses)
+        return "the adapter was trained before, and the reference is the base model" in caplog.text
+
+    assert told(PeftModel.from_pretrained(tiny_model(), tuned, is_trainable=True), KL())
+    assert not told(PeftModel.from_pretrained(tiny_model(), tuned, is_trainable=True))  # nothing reads a reference
+    assert not told(tiny_peft(), KL())
+    assert not told(continued(base, tuned), KL())
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_whose_start_is_taken_out_of_the_base_is_refused(tmp_path, start):
+    from peft import LoraConfig
+
+    from tests.tiny import tiny_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=start)
+    with pytest.raises(UserError, match=f"init_lora_weights: '{start}' takes its start out of the base weights"):
+        make_trainer(tmp_path, tiny_model(), token_rows(4), [KL()], peft_config=config)

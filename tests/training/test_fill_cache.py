@@ -46,7 +46,8 @@ def test_training_finds_everything_there_and_a_second_time_computes_nothing(own_
     run = RunDir(recipe(own_cache).run_path)
     train(recipe(own_cache), run)
     provenance = json.loads((run.path / "provenance.json").read_text())
-    assert provenance["reference"]["way"] == "cached", "auto takes what is there"
+    why = {"way": "cached", "why": "every row's reference is on disk already", "of": "the base model"}
+    assert provenance["reference"] == why, "auto takes what is there"
 
 
 def test_nothing_to_cache_is_an_error(own_cache):

@@ -1,5 +1,6 @@
 """Two processes: ZeRO-3, ZeRO-2 and DDP give the run that one process gives, and go on from its checkpoints."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -108,6 +109,9 @@ def test_zero3_on_two_processes_equals_one_process(world, one_process, tmp_path)
     run = RunDir(recipe.run_path)
     assert run.status()["state"] == "finished" and run.status()["processes"] == 2
     assert "using adapter_off" not in output  # ZeRO-3 chooses two_stream, and it fits
+    chosen = json.loads(run.provenance_path.read_text())["reference"]
+    assert chosen["way"] == "two_stream" and "ZeRO-3 gathers each layer once" in chosen["why"]
+    assert "reference: the base model, by two_stream" in output
     assert_same_run(one_process, run)
     base = AutoModelForCausalLM.from_pretrained(world / "model")
     loaded = PeftModel.from_pretrained(base, run.adapter)
