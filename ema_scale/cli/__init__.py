@@ -16,6 +16,7 @@ from ema_scale.cli import (
     safelora,  # noqa: F401
     select,  # noqa: F401
     studies,  # noqa: F401
+    sweep,  # noqa: F401
     vector,  # noqa: F401
 )
 from ema_scale.cli.app import app

@@ -30,10 +30,10 @@ def launch(
     from ema_scale.training.run import is_finished
 
     loaded, here = load_recipe(recipe, overrides or ()), load_site(site)
-    training = submit.training_job(
-        loaded, here, nodes=nodes, gpus=gpus_per_node, processes=processes_per_node, time=time
-    )
-    evaluation = submit.evaluation_job(loaded, here, gpus=gpus_per_node) if evaluate else None
+    training = submit.training_job(loaded, here, submit.Size(nodes, gpus_per_node, processes_per_node, time))
+    evaluation = None
+    if evaluate:
+        evaluation = submit.evaluation_job(loaded.name, loaded.run_path, here, gpus=gpus_per_node)
     if dry_run:
         for job in [training] + ([evaluation] if evaluation else []):
             print(submit.shown(job))

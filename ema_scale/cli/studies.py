@@ -1,4 +1,4 @@
-"""Many runs: `ema study`, `ema sweep`, `ema demo`."""
+"""Many runs: `ema study`, `ema demo`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import typer
 
 from ema_scale.cli.app import Overrides, app, console
 
-Study = Annotated[Path, typer.Argument(help="a study file (YAML)")]
+StudyPath = Annotated[Path, typer.Argument(help="a study file (YAML)")]
 DryRun = Annotated[bool, typer.Option(help="show what would be done, do nothing")]
 Jobs = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="runs trained side by side; default: one a GPU")]
 
 
 @app.command()
-def study(path: Study, overrides: Overrides = None, dry_run: DryRun = False, jobs: Jobs = None) -> None:
+def study(path: StudyPath, overrides: Overrides = None, dry_run: DryRun = False, jobs: Jobs = None) -> None:
     """Train, evaluate and report a grid of models x tasks x defenses x seeds; finished runs are kept."""
     from ema_scale.study.grid import load_study
     from ema_scale.study.local import run_study
@@ -26,12 +26,6 @@ def study(path: Study, overrides: Overrides = None, dry_run: DryRun = False, job
             print(recipe.run_path)
         return
     console.print(f"wrote {run_study(loaded, tuple(overrides or ()), jobs)}")
-
-
-@app.command()
-def sweep(path: Study, overrides: Overrides = None, dry_run: DryRun = False, jobs: Jobs = None) -> None:
-    """A study on the devices at hand, as `ema study`."""
-    study(path, overrides, dry_run, jobs)
 
 
 @app.command()

@@ -27,6 +27,8 @@ _OF_OTHERS = ("gloo", "nccl", "connection closed by peer", "connection reset by 
 def folder(run: RunDir) -> Path:
     """Where this attempt of this job leaves its failures."""
     job, restarts = os.environ.get("SLURM_JOB_ID", "local"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return run.path / "slurm" / "failures" / f"{job}.{restarts}"
 
 
@@ -69,7 +71,7 @@ def explain(run: RunDir) -> str:
             named = ", ".join(str(rank) for rank in silent[:10]) + (", ..." if len(silent) > 10 else "")
             reason += f" (waiting for others; rank {named} of {world} said nothing: stopped, killed or cut off)"
     status = run.status()
-    if status.get("state") not in ("finished", None):
+    if status.get("state") != "finished":
         kept = {k: status[k] for k in ("started", "seconds", "processes", "max_steps") if k in status}
         run.set_status("failed", reason=reason, **kept)
     others = f"({len(found) - 1} more processes failed after it)\n" if len(found) > 1 else ""

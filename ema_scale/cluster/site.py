@@ -27,6 +27,13 @@ class EvaluationSite(_Section):
     gpus: int = Field(1, ge=0, description="GPUs; no more than a training node has")
 
 
+class ReportSite(EvaluationSite):
+    """Where a study's report differs from its evaluation. None: as for evaluation."""
+
+    time: str = Field("01:00:00", pattern=_LINE)
+    gpus: int = Field(0, ge=0, description="GPUs; a report needs none, but some partitions give nothing else")
+
+
 class Site(_Section):
     """A cluster's own settings; see launch/README.md. Everything may be left out."""
 
@@ -53,6 +60,7 @@ class Site(_Section):
     timeout_minutes: float = Field(30, gt=0, description="a process that waits so long for another one ends the job")
     max_requeues: int = Field(50, ge=0)
     evaluation: EvaluationSite = EvaluationSite()
+    report: ReportSite = ReportSite()
 
     @field_validator("gpu_option")
     @classmethod
@@ -78,8 +86,14 @@ class Site(_Section):
 
     def for_evaluation(self) -> Site:
         """This site as evaluation jobs see it."""
-        special = self.evaluation.model_dump(exclude={"gpus"}, exclude_none=True)
-        return self.model_copy(update=special)
+        return self._as(self.evaluation)
+
+    def for_report(self) -> Site:
+        """This site as a study's report job sees it."""
+        return self.for_evaluation()._as(self.report)
+
+    def _as(self, special: EvaluationSite) -> Site:
+        return self.model_copy(update=special.model_dump(exclude={"gpus"}, exclude_none=True))
 
 
 def load_site(path: Path | None = None) -> Site:

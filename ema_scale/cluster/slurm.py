@@ -46,7 +46,8 @@ def submit(script: Path, arguments: Sequence[str] = (), options: Sequence[str] =
 def job_states(jobs: Iterable[str]) -> dict[str, JobState]:
     """The state of each job id, from squeue, and for what it has forgotten from sacct where there is accounting.
 
-    Array tasks are asked for as "12_3". Raises UserError if there is no Slurm here.
+    Array tasks are asked for as "12_3"; an array as a whole, "12", is where one of its tasks is that has not ended.
+    Raises UserError if there is no Slurm here.
     """
     asked = list(dict.fromkeys(jobs))
     found: dict[str, JobState] = {}
@@ -60,6 +61,9 @@ def job_states(jobs: Iterable[str]) -> dict[str, JobState]:
         parts = line.split("|")
         if len(parts) == 4:
             found[parts[0]] = JobState(*parts)
+            array = parts[0].partition("_")[0]
+            if array != parts[0] and (array not in found or not found[array].active):
+                found[array] = JobState(array, *parts[1:])
     lost = [job for job in asked if job not in found]
     if lost and shutil.which("sacct"):
         kept = _ask(["sacct", "-X", "-n", "-P", f"--jobs={','.join(lost)}", "--format=JobID,State"])

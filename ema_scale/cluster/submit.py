@@ -1,11 +1,12 @@
-"""`ema launch`: from a recipe to jobs in Slurm's queue, written down in the run folder."""
+"""From recipes to jobs in Slurm's queue, written down in the folder of the run or study that they work on."""
 
 from __future__ import annotations
 
-import logging
+import os
 import shlex
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,10 @@ from ema_scale.errors import UserError
 from ema_scale.recipe import Recipe
 from ema_scale.rundir import RunDir, append_jsonl, atomic_write_text, read_jsonl
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Job:
-    """One script with its arguments, ready to be submitted. what: train or eval."""
+    """One script with its arguments, ready to be submitted. what: train, eval or report."""
 
     what: str
     script: str
@@ -35,39 +34,69 @@ def slurm_folder(run: RunDir) -> Path:
 
 
 def jobs_of(run: RunDir) -> list[dict[str, Any]]:
-    """Every job submitted for this run, oldest first: what, job, submitted (seconds)."""
+    """Every job submitted for this run, oldest first: what, job, submitted (seconds), logs if they lie elsewhere."""
     return read_jsonl(slurm_folder(run) / "jobs.jsonl")
 
 
 def log_of(run: RunDir, job: dict[str, Any]) -> Path:
     """A job's own log; what its processes say is beside it, under ranks_log_of."""
-    return slurm_folder(run) / f"{job['what']}-{job['job']}.log"
+    return _log(run, job, "log")
 
 
 def ranks_log_of(run: RunDir, job: dict[str, Any]) -> Path:
-    return slurm_folder(run) / f"{job['what']}-{job['job']}.ranks.log"
+    return _log(run, job, "ranks.log")
 
 
-def training_job(
-    recipe: Recipe, site: Site, *, nodes: int, gpus: int | None, processes: int | None, time: str | None
-) -> Job:
-    """gpus, processes: of one node. None: the site's GPUs, and one process a GPU (one without GPUs)."""
-    run = RunDir(recipe.run_path)
-    gpus = site.gpus_per_node if gpus is None else gpus
-    processes = processes or max(gpus, 1)
-    folder = slurm_folder(run)
-    options = sbatch_options(site, recipe.name, folder / "train-%j.log", nodes=nodes, gpus=gpus, time=time)
-    block = settings(site, sys.executable, folder, {"PROCESSES_PER_NODE": processes})
-    return Job("train", fill("train.sbatch", options, block), (str(folder / "train.yaml"),))
+def _log(run: RunDir, job: dict[str, Any], ending: str) -> Path:
+    # An array's logs lie together: Slurm wants one pattern for all of its tasks.
+    folder = os.path.normpath(run.path / job.get("logs", "slurm"))
+    return Path(folder) / f"{job['what']}-{job['job']}.{ending}"
 
 
-def evaluation_job(recipe: Recipe, site: Site, *, gpus: int | None = None) -> Job:
-    """`ema eval` of the run, on one node. gpus: of a training node (None: the site's); evaluation takes no more."""
-    there, run = site.for_evaluation(), RunDir(recipe.run_path)
-    folder = slurm_folder(run)
+@dataclass(frozen=True)
+class Size:
+    """What one training takes. gpus, processes: of one node. None: the site's GPUs, and one process a GPU."""
+
+    nodes: int = 1
+    gpus: int | None = None
+    processes: int | None = None
+    time: str | None = None
+
+
+def training_job(recipe: Recipe, site: Site, size: Size) -> Job:
+    """A job that trains one recipe."""
+    folder = slurm_folder(RunDir(recipe.run_path))
+    script = training_script(recipe.name, folder, "train-%j.log", site, size)
+    return Job("train", script, (str(folder / "train.yaml"),))
+
+
+def training_script(
+    name: str, folder: Path, log: str, site: Site, size: Size, more: Sequence[str] = (), retries: int = 0
+) -> str:
+    """launch/slurm/train.sbatch with its logs in `folder`; `more`: further sbatch options."""
+    gpus = site.gpus_per_node if size.gpus is None else size.gpus
+    options = sbatch_options(site, name, folder / log, nodes=size.nodes, gpus=gpus, time=size.time)
+    values = {"PROCESSES_PER_NODE": size.processes or max(gpus, 1), "RETRIES": retries}
+    return fill("train.sbatch", [*options, *more], settings(site, sys.executable, folder, values))
+
+
+def evaluation_job(name: str, path: Path, site: Site, *, gpus: int | None = None) -> Job:
+    """`ema eval` of a run's or a study's folder, on one node. gpus: of a training node (None: the site's);
+    evaluation takes no more."""
     gpus = min(site.gpus_per_node if gpus is None else gpus, site.evaluation.gpus)
-    options = sbatch_options(there, f"{recipe.name}-eval", folder / "eval-%j.log", gpus=gpus)
-    return Job("eval", fill("eval.sbatch", options, settings(there, sys.executable, folder)), (str(run.path),))
+    return Job("eval", _script("eval", name, path, site.for_evaluation(), gpus), (str(path),))
+
+
+def report_job(name: str, path: Path, site: Site, title: str) -> Job:
+    """`ema report` of a study's folder, into report/ in there."""
+    arguments = (str(path), "--out", str(path / "report"), "--title", title)
+    return Job("report", _script("report", name, path, site.for_report(), site.report.gpus), arguments)
+
+
+def _script(what: str, name: str, path: Path, site: Site, gpus: int) -> str:
+    folder = slurm_folder(RunDir(path))
+    options = sbatch_options(site, f"{name}-{what}", folder / f"{what}-%j.log", gpus=gpus)
+    return fill("eval.sbatch", options, settings(site, sys.executable, folder, {"WHAT": what}))
 
 
 def submit(recipe: Recipe, job: Job, after: str | None = None) -> str:
@@ -77,24 +106,34 @@ def submit(recipe: Recipe, job: Job, after: str | None = None) -> str:
     the same kind is already queued or running for this run, or Slurm refuses.
     """
     run = RunDir(recipe.run_path)
-    folder = slurm_folder(run)
-    earlier = [row["job"] for row in jobs_of(run) if row["what"] == job.what]
-    for state in slurm.job_states(earlier[-3:]).values():
-        if state.active:
-            raise UserError(
-                f"{run.path}: job {state.job} ({state.state}) is on it already; "
-                f"wait for it, or end it with: scancel {state.job}"
-            )
+    refuse_active(run.path, [row["job"] for row in jobs_of(run) if row["what"] == job.what][-3:])
+    if job.what == "train":  # as it is now: a job that starts tomorrow, or again, must not see later edits
+        atomic_write_text(slurm_folder(run) / "train.yaml", recipe.to_yaml())
+    return enqueue(run.path, job, [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else [])
+
+
+def enqueue(path: Path, job: Job, options: Sequence[str] = ()) -> str:
+    """Submit a job of the run or study in `path` and write it down there; the job's id. Raises UserError with
+    Slurm's own words if it refuses."""
+    folder = slurm_folder(RunDir(path))
     script = folder / f"{job.what}.sbatch"
     atomic_write_text(script, job.script)
-    if job.what == "train":  # as it is now: a job that starts tomorrow, or again, must not see later edits
-        atomic_write_text(folder / "train.yaml", recipe.to_yaml())
-    options = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
     number = slurm.submit(script, job.arguments, options)
     append_jsonl(folder / "jobs.jsonl", [{"what": job.what, "job": number, "submitted": time.time()}])
     return number
 
 
-def shown(job: Job) -> str:
-    """The script, and below it the command that would submit it."""
-    return f"{job.script}# submitted as: sbatch {job.what}.sbatch {shlex.join(job.arguments)}\n"
+def refuse_active(path: Path, jobs: Iterable[str]) -> None:
+    """Raises UserError if one of these jobs is still queued or running."""
+    for state in slurm.job_states(jobs).values():
+        if state.active:
+            raise UserError(
+                f"{path}: job {state.job} ({state.state}) is on it already; "
+                f"wait for it, or end it with: scancel {state.job}"
+            )
+
+
+def shown(job: Job, after: str | None = None) -> str:
+    """The script, and below it the command that would submit it. after: words for the job that it waits for."""
+    waits = f"--dependency=afterany:{after} " if after else ""
+    return f"{job.script}# submitted as: sbatch {waits}{job.what}.sbatch {shlex.join(job.arguments)}\n"

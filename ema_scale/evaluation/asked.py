@@ -37,7 +37,19 @@ class Asked:
 
 def write_asked(folder: Path, asked: Asked) -> None:
     """Write asked.json."""
-    values = {
+    atomic_write_json(folder / FILE, _values(asked))
+
+
+def was_asked(folder: Path, asked: Asked) -> bool:
+    """Whether asked.json is there and says the same."""
+    try:
+        return bool(json.loads((folder / FILE).read_text(encoding="utf-8")) == json.loads(json.dumps(_values(asked))))
+    except (OSError, ValueError):
+        return False
+
+
+def _values(asked: Asked) -> dict[str, Any]:
+    return {
         "schema": SCHEMA,
         "target": asked.target,
         "model": asked.model,
@@ -45,7 +57,6 @@ def write_asked(folder: Path, asked: Asked) -> None:
         "settings": asked.settings.model_dump(mode="json"),
         "suites": [asdict(suite) for suite in asked.suites],
     }
-    atomic_write_json(folder / FILE, values)
 
 
 def read_asked(folder: Path) -> Asked:

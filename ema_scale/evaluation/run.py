@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ema_scale.evaluation.asked import Asked, write_asked
+from ema_scale.evaluation.asked import Asked, was_asked, write_asked
 from ema_scale.evaluation.conditions import Condition, load_conditions, under
 from ema_scale.evaluation.judge_check import open_check
 from ema_scale.evaluation.judging import Judging
@@ -26,11 +26,12 @@ from ema_scale.evaluation.sampler import (
     make_sampler,
     sampler_name,
 )
-from ema_scale.evaluation.store import Store, locked_store
+from ema_scale.evaluation.store import JUDGEMENTS, SAMPLES, Store, locked_store
 from ema_scale.evaluation.suite import Suite, load_suite
 from ema_scale.evaluation.summary import Summary
 from ema_scale.locate import locate
 from ema_scale.recipe import EvaluationRecipe, ModelRecipe
+from ema_scale.rundir import read_jsonl
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -92,9 +93,7 @@ def evaluate(
     with contextlib.ExitStack() as open_things:
         stores = {t.name: open_things.enter_context(locked_store(t.out_dir)) for t in targets}
         for t in targets:
-            theirs = suites if t.suites is None else t.suites
-            adapter = None if t.adapter_path is None else str(t.adapter_path)
-            write_asked(t.out_dir, Asked(t.name, model.path, adapter, tuple(theirs), settings))
+            write_asked(t.out_dir, _asked(t, model, suites, settings))
         used = _work(groups, stores, settings, options, name, sampler, judge_check)
         seconds = time.monotonic() - started
         return {
@@ -103,6 +102,33 @@ def evaluate(
             )
             for t in targets
         }
+
+
+def is_complete(targets: Sequence[EvalTarget], model: ModelRecipe, settings: EvaluationRecipe) -> bool:
+    """Whether `evaluate` would find everything answered, judged and summarised. Reads files only.
+
+    The targets bring their suites. An `auto` sampler is taken to be the one that was used.
+    """
+    model = model.model_copy(update={"path": locate(model.path)})
+    for target in targets:
+        folder = Path(target.out_dir)
+        name = settings.sampler
+        if name == "auto":
+            name = _described_before(folder / "summary.json").get("name", name)
+        if not (folder / "summary.json").exists() or not was_asked(folder, _asked(target, model, (), settings)):
+            return False
+        answers = {row["key"] for row in read_jsonl(folder / SAMPLES)}
+        judged = {(row["key"], row["judge"]) for row in read_jsonl(folder / JUDGEMENTS)}
+        for group in plan([target], (), model, settings, name):
+            if not all(key in answers and (key, group.judge.identity) in judged for key in group.keys):
+                return False
+    return True
+
+
+def _asked(target: EvalTarget, model: ModelRecipe, suites: Sequence[Suite], settings: EvaluationRecipe) -> Asked:
+    theirs = suites if target.suites is None else target.suites
+    adapter = None if target.adapter_path is None else str(target.adapter_path)
+    return Asked(target.name, model.path, adapter, tuple(theirs), settings)
 
 
 def _work(

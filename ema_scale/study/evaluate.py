@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -14,23 +15,25 @@ from ema_scale.evaluation.conditions import training_condition
 from ema_scale.evaluation.gate import note_other_references, refuse
 from ema_scale.evaluation.judge_check import FOLDER as CHECK
 from ema_scale.evaluation.plan import EvalTarget
-from ema_scale.evaluation.run import evaluate, load_suites
+from ema_scale.evaluation.run import evaluate, is_complete, load_suites
 from ema_scale.evaluation.suite import Suite
 from ema_scale.evaluation.summary import Summary
 from ema_scale.recipe import Recipe, load_recipe
 from ema_scale.rundir import RunDir
 from ema_scale.study.runs import find_runs, is_run
 
+log = logging.getLogger(__name__)
+
 
 def evaluate_run(path: Path, overrides: tuple[str, ...] = (), with_base: bool = True) -> dict[str, Summary]:
-    """Evaluate one run folder (adapter and base), all runs of a study's folder, or the base model of a recipe file.
+    """Evaluate one run folder (adapter and base), the trained runs in a folder, or the base model of a recipe file.
 
-    Raises UserError if `path` is none of these, or a run has no adapter yet.
+    Raises UserError if `path` is none of these, or no run has an adapter yet.
     """
     if is_run(path):
         return evaluate_runs([RunDir(path)], path / "base", overrides, with_base)
     if path.is_dir():
-        return evaluate_runs([RunDir(run) for run in find_runs([path])], path / "base", overrides, with_base)
+        return evaluate_runs(_trained(path), path / "base", overrides, with_base)
     recipe = load_recipe(path, overrides)
     return _evaluate_alike([], [recipe], recipe.run_path / "base", recipe.run_path)
 
@@ -45,16 +48,47 @@ def evaluate_runs(
     """
     pairs = []
     for run in runs:
-        if not (run.adapter / "adapter_config.json").is_file():
+        if not _has_adapter(run):
             raise UserError(f"{run.path}: has no adapter yet (status: {run.status().get('state', 'not started')})")
         pairs.append((run, load_recipe(run.recipe_path, overrides)))
     summaries: dict[str, Summary] = {}
     for folder, group in _alike(pairs, base_dir):
         recipes = [recipe for _, recipe in group]
-        # A gate that refuses cannot be passed by not asking.
-        wanted = with_base and any(r.evaluation.compare_base or r.evaluation.gate.action == "refuse" for r in recipes)
-        summaries |= _evaluate_alike([run for run, _ in group], recipes, folder if wanted else None, base_dir.parent)
+        base = folder if with_base and _wants_base(recipes) else None
+        summaries |= _evaluate_alike([run for run, _ in group], recipes, base, base_dir.parent)
     return summaries
+
+
+def is_evaluated(recipes: Sequence[Recipe], base_dir: Path) -> bool:
+    """Whether `evaluate_runs` would find nothing to do for these finished runs. Loads no model."""
+    for folder, group in _alike([(r, r) for r in recipes], base_dir):
+        alike = [recipe for _, recipe in group]
+        targets = _targets([RunDir(r.run_path) for r in alike], alike, folder if _wants_base(alike) else None)
+        if not is_complete(targets, alike[0].model, alike[0].evaluation):
+            return False
+    return True
+
+
+def _trained(folder: Path) -> list[RunDir]:
+    runs = [RunDir(path) for path in find_runs([folder])]
+    for run in runs:
+        if not _has_adapter(run):
+            status = run.status()
+            reason = f": {status['reason']}" if status.get("reason") else ""
+            log.warning("%s: left out: %s%s", run.path, status.get("state", "not started"), reason)
+    trained = [run for run in runs if _has_adapter(run)]
+    if not trained:
+        raise UserError(f"{folder}: none of its {len(runs)} runs has an adapter yet")
+    return trained
+
+
+def _has_adapter(run: RunDir) -> bool:
+    return (run.adapter / "adapter_config.json").is_file()
+
+
+def _wants_base(recipes: Sequence[Recipe]) -> bool:
+    # A gate that refuses cannot be passed by not asking.
+    return any(r.evaluation.compare_base or r.evaluation.gate.action == "refuse" for r in recipes)
 
 
 def check_references(recipes: Sequence[Recipe], base_dir: Path) -> None:
@@ -86,6 +120,15 @@ def _evaluate_alike(
 ) -> dict[str, Summary]:
     # Runs of one model and one way of evaluating, which may ask different suites: one engine for all.
     first = recipes[0]
+    targets = _targets(runs, recipes, base_dir)
+    summaries = evaluate(targets, first.model, None, first.evaluation, judge_check=beside / CHECK)
+    if base_dir is not None:
+        refuse(summaries[base_dir.name])
+        note_other_references(recipes)
+    return summaries
+
+
+def _targets(runs: Sequence[RunDir], recipes: Sequence[Recipe], base_dir: Path | None) -> list[EvalTarget]:
     suites = asked_suites(recipes)
     targets = []
     for run, recipe, theirs in zip(runs, recipes, suites, strict=False):
@@ -96,11 +139,7 @@ def _evaluate_alike(
         every = [replace(s, condition=s.condition and replace(s.condition, own=False)) for each in suites for s in each]
         asked = {(suite.source, suite.role, suite.condition): suite for suite in every}
         targets.insert(0, EvalTarget(base_dir.name, None, base_dir / "eval", tuple(asked.values())))
-    summaries = evaluate(targets, first.model, None, first.evaluation, judge_check=beside / CHECK)
-    if base_dir is not None:
-        refuse(summaries[base_dir.name])
-        note_other_references(recipes)
-    return summaries
+    return targets
 
 
 def _along(run: RunDir, steps: bool | list[int], suites: tuple[Suite, ...]) -> list[EvalTarget]:

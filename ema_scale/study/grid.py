@@ -72,6 +72,11 @@ class Study(BaseModel):
     def path(self) -> Path:
         return Path(self.output) / self.name
 
+    @property
+    def heading(self) -> str:
+        """The report's."""
+        return self.title or f"Study: {self.name}"
+
     def runs(self, overrides: tuple[str, ...] = ()) -> list[Recipe]:
         """One validated recipe for every model x task x defense x seed, named model-task-defense-s<seed>.
 
@@ -80,13 +85,16 @@ class Study(BaseModel):
         """
         base = read_layers(Path(self.recipe))
         recipes = []
-        for model, task, defense, seed in self._cells():
-            name = "-".join(filter(None, (model, task, defense, f"s{seed}")))
+        for name, (model, task, defense, seed) in zip(self.names(), self._cells(), strict=True):
             values = merge(merge(base, self.models.get(model, {})), self.tasks[task])
             values = merge(values, {"name": name, "seed": seed, "output": str(self.path)})
             values["defenses"] = self.defenses[defense]
             recipes.append(build_recipe(apply_overrides(values, overrides), where=f"study {self.name}, run {name}"))
         return recipes
+
+    def names(self) -> list[str]:
+        """The runs' names, in order, which are their folders' below `path`."""
+        return ["-".join(filter(None, (m, task, defense, f"s{seed}"))) for m, task, defense, seed in self._cells()]
 
     def _cells(self) -> list[tuple[str, str, str, int]]:
         cells = (
@@ -129,7 +137,9 @@ def load_study(path: Path | str) -> Study:
 
 
 def write_study(study: Study, path: Path) -> None:
-    """Keep the study beside its runs."""
+    """Keep the study beside its runs. A file that says the same is left as it is, with its date."""
     from ema_scale.rundir import atomic_write_text
 
-    atomic_write_text(path, yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    text = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        atomic_write_text(path, text)

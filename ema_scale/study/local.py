@@ -9,6 +9,7 @@ from ema_scale.rundir import RunDir
 from ema_scale.study.evaluate import check_references, evaluate_runs
 from ema_scale.study.grid import Study, write_study
 from ema_scale.study.queue import default_jobs, listed, train_all
+from ema_scale.study.runs import STUDY
 
 
 def run_study(study: Study, overrides: tuple[str, ...] = (), jobs: int | None = None) -> Path:
@@ -21,7 +22,7 @@ def run_study(study: Study, overrides: tuple[str, ...] = (), jobs: int | None = 
     """
     recipes = study.runs(overrides)
     study.path.mkdir(parents=True, exist_ok=True)
-    write_study(study, study.path / "study.yaml")
+    write_study(study, study.path / STUDY)
     check_references(recipes, study.path / "base")
     failed = train_all(recipes, jobs or default_jobs(), study.path / "logs", study.retries)
     after = f" after {study.retries} {'retry' if study.retries == 1 else 'retries'}" if study.retries else ""
@@ -31,8 +32,7 @@ def run_study(study: Study, overrides: tuple[str, ...] = (), jobs: int | None = 
     evaluate_runs([RunDir(r.run_path) for r in finished], study.path / "base")
     from ema_scale.study.report import write_report
 
-    title = study.title or f"Study: {study.name}"
-    report = write_report([r.run_path for r in recipes], study.path / "report", title=title)
+    report = write_report([r.run_path for r in recipes], study.path / "report", title=study.heading)
     if failed:
         raise UserError(
             f"study {study.name}: {len(failed)} of {len(recipes)} runs failed{after}; the others are evaluated and "

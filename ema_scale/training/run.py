@@ -52,8 +52,7 @@ def train(recipe: Recipe, run_dir: RunDir, resume: bool = True) -> RunDir:
     if is_finished(recipe, run_dir) and resume:
         if is_main():
             log.info("%s: finished already", run_dir.path)
-            if run_dir.recipe_path.read_text(encoding="utf-8") != recipe.to_yaml():
-                atomic_write_text(run_dir.recipe_path, recipe.to_yaml())  # it may now be evaluated in another way
+            renew_recipe(recipe, run_dir)
         return run_dir
     with run_dir.lock() if is_main() else contextlib.nullcontext():
         if is_main():
@@ -75,6 +74,12 @@ def is_finished(recipe: Recipe, run_dir: RunDir) -> bool:
             or (_stored(run_dir) or {}).get("training") == recipe.to_dict()["training"]
         )
     )
+
+
+def renew_recipe(recipe: Recipe, run_dir: RunDir) -> None:
+    """Write down how a finished run is now to be evaluated."""
+    if run_dir.recipe_path.read_text(encoding="utf-8") != recipe.to_yaml():
+        atomic_write_text(run_dir.recipe_path, recipe.to_yaml())
 
 
 def fill_cache(recipe: Recipe) -> Filled:

@@ -8,7 +8,7 @@ import pytest
 
 from ema_scale.cluster.script import FOLDER, fill
 from ema_scale.cluster.site import Site, load_site
-from ema_scale.cluster.submit import evaluation_job, training_job
+from ema_scale.cluster.submit import Size, evaluation_job, training_job
 from ema_scale.errors import UserError
 from ema_scale.recipe import load_recipe
 
@@ -53,7 +53,7 @@ def test_a_filled_script_holds_the_site_and_is_valid_bash(tmp_path):
         " timeout_minutes: 5, evaluation: {partition: small}}",
     )
     recipe = load_recipe(RECIPE)
-    training = training_job(recipe, site, nodes=4, gpus=None, processes=None, time="1:00:00").script
+    training = training_job(recipe, site, Size(nodes=4, time="1:00:00")).script
     options = [line.removeprefix("#SBATCH ") for line in training.splitlines() if line.startswith("#SBATCH")]
     expected = ["--partition=big", "--account=me", "--nodes=4", "--gres=gpu:a100:8", "--cpus-per-task=64", "--nice=10"]
     assert {*expected, "--time=1:00:00", "--requeue", "--signal=B:USR1@120"} <= set(options)
@@ -61,7 +61,7 @@ def test_a_filled_script_holds_the_site_and_is_valid_bash(tmp_path):
     lines = training.splitlines()
     assert {"PROCESSES_PER_NODE=8", "SRUN_OPTIONS=(--container-image=img.sqsh)", "module load cuda"} <= set(lines)
     assert "export EMA_TIMEOUT_SECONDS=300" in lines and "export WORDS='it'\"'\"'s'" in lines
-    evaluation = evaluation_job(recipe, site).script
+    evaluation = evaluation_job(recipe.name, recipe.run_path, site).script
     assert "#SBATCH --partition=small" in evaluation and "#SBATCH --gres=gpu:a100:1" in evaluation
     for text in (training, evaluation):
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
@@ -70,11 +70,14 @@ def test_a_filled_script_holds_the_site_and_is_valid_bash(tmp_path):
 def test_processes_without_gpus(tmp_path):
     site = site_of(tmp_path, "gpus_per_node: 0")
     recipe = load_recipe(RECIPE)
-    script = training_job(recipe, site, nodes=2, gpus=None, processes=None, time=None).script
+    script = training_job(recipe, site, Size(nodes=2)).script
     assert "PROCESSES_PER_NODE=1\n" in script and "gpus" not in script.split("# >>> settings")[0]
-    assert "gpus-per-node" not in evaluation_job(recipe, site).script.split("# >>> settings")[0]
-    assert "gpus-per-node" not in evaluation_job(recipe, Site(), gpus=0).script.split("# >>> settings")[0]
-    assert "--gpus-per-node=1\n" in evaluation_job(recipe, Site()).script.split("# >>> settings")[0]
+
+    def evaluation(*arguments, **options):
+        return evaluation_job("run", recipe.run_path, *arguments, **options).script.split("# >>> settings")[0]
+
+    assert "gpus-per-node" not in evaluation(site) and "gpus-per-node" not in evaluation(Site(), gpus=0)
+    assert "--gpus-per-node=1\n" in evaluation(Site())
 
 
 def test_the_scripts_by_hand_and_filled_differ_only_where_they_say(tmp_path):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["write_report"]
+__all__ = ["PAGE", "write_report"]
+
+PAGE = "report.html"
 
 
 def write_report(run_dirs: list[Path], out: Path, title: str = "Emergent misalignment report") -> Path:

@@ -38,8 +38,10 @@ def collect(run_dirs: Sequence[Path]) -> Collection:
     for path in run_dirs:
         if not path.is_dir():
             found.problems.append(Problem(path.name, "not started", f"no folder at {path}"))
-        elif not (path / "recipe.yaml").is_file():
-            if path not in (summary.parent.parent for summary in base_files):
+        elif not RunDir(path).recipe_path.is_file() and not RunDir(path).status_path.is_file():
+            if (path / "slurm").is_dir():
+                found.problems.append(Problem(path.name, "not started", f"see its job's log: ema logs {path}"))
+            elif path not in (summary.parent.parent for summary in base_files):
                 found.problems.append(Problem(path.name, "note", "no recipe.yaml: not a run folder, left out"))
         else:
             any_run = True

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ema_scale.errors import UserError
 from ema_scale.rundir import atomic_write_text
+from ema_scale.study.report import PAGE
 from ema_scale.study.report.aggregate import groups
 from ema_scale.study.report.answers import exhibits
 from ema_scale.study.report.collect import collect, read_rate
@@ -51,7 +52,7 @@ def write(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
         _write_figures(out, drawn)
     atomic_write_text(out / "table.csv", table_csv(every))
     atomic_write_text(out / "table.md", table_markdown(every))
-    page = out / "report.html"
+    page = out / PAGE
     # The page comes last: if it is there, everything it names is there.
     atomic_write_text(page, render(title, _byline(found), sections, facts(found), found.problems, across))
     return page

@@ -1,0 +1,100 @@
+"""`ema sweep --slurm`: a study as an array of trainings, then an evaluation, then a report, each a job.
+
+The array's task N trains the study's run N; a job of its own follows when no task is left, whatever became of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from ema_scale.cluster.site import Site
+from ema_scale.cluster.submit import (
+    Job,
+    Size,
+    enqueue,
+    evaluation_job,
+    jobs_of,
+    refuse_active,
+    report_job,
+    slurm_folder,
+    training_script,
+)
+from ema_scale.recipe import Recipe
+from ema_scale.rundir import RunDir, append_jsonl, atomic_write_text
+from ema_scale.study.grid import Study, write_study
+from ema_scale.study.remaining import Remaining, remaining
+from ema_scale.study.runs import STUDY
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """jobs: what is left to be done, in order; each waits for the one before it."""
+
+    study: Study
+    recipes: tuple[Recipe, ...]
+    left: Remaining
+    jobs: tuple[Job, ...]
+
+
+def plan_sweep(
+    study: Study, site: Site, size: Size, *, overrides: tuple[str, ...] = (), at_once: int | None = None
+) -> Sweep:
+    """Look what is to be done; nothing is written. at_once: how many runs train side by side; None: no limit."""
+    recipes = tuple(study.runs(overrides))
+    left = remaining(study, recipes)
+    jobs = []
+    if left.train:
+        jobs.append(_training(study, left.train, site, size, at_once))
+    if left.evaluate:
+        jobs.append(evaluation_job(study.name, study.path, site, gpus=size.gpus))
+    if left.report:
+        jobs.append(report_job(study.name, study.path, site, study.heading))
+    return Sweep(study, recipes, left, tuple(jobs))
+
+
+def submit_sweep(sweep: Sweep) -> list[tuple[str, str]]:
+    """Freeze the recipes and submit the jobs; (what, job id) of each.
+
+    Raises UserError if a job of the study or of one of its runs is queued or running, or Slurm refuses.
+    """
+    study, runs = sweep.study, [RunDir(r.run_path) for r in sweep.recipes]
+    newest = {row["what"]: row["job"] for row in jobs_of(RunDir(study.path))}
+    refuse_active(study.path, [*newest.values(), *(row["job"] for run in runs for row in jobs_of(run)[-2:])])
+    from ema_scale.training.run import renew_recipe
+
+    folder = slurm_folder(RunDir(study.path))
+    write_study(study, study.path / STUDY)
+    for i, (recipe, run) in enumerate(zip(sweep.recipes, runs, strict=True)):
+        if i in sweep.left.train:  # as it is now: a task that starts tomorrow, or again, must not see later edits
+            atomic_write_text(folder / "train" / f"{i}.yaml", recipe.to_yaml())
+        else:
+            renew_recipe(recipe, run)
+    submitted: list[tuple[str, str]] = []
+    for job in sweep.jobs:
+        options = [f"--dependency=afterany:{submitted[-1][1]}"] if submitted else []
+        number = enqueue(study.path, job, options)
+        submitted.append((job.what, number))
+        if job.what == "train":
+            for i in sweep.left.train:
+                row = {"what": "train", "job": f"{number}_{i}", "submitted": time.time(), "logs": "../slurm"}
+                append_jsonl(slurm_folder(runs[i]) / "jobs.jsonl", [row])
+    return submitted
+
+
+def _training(study: Study, indices: Sequence[int], site: Site, size: Size, at_once: int | None) -> Job:
+    folder = slurm_folder(RunDir(study.path))
+    array = f"--array={_ranges(indices)}" + (f"%{at_once}" if at_once else "")
+    script = training_script(study.name, folder, "train-%A_%a.log", site, size, [array], study.retries)
+    return Job("train", script, (str(folder / "train" / "%a.yaml"),))
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """0-3,7 for 0, 1, 2, 3 and 7."""
+    parts = []
+    for _, group in groupby(enumerate(sorted(indices)), key=lambda pair: pair[1] - pair[0]):
+        found = [index for _, index in group]
+        parts.append(str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}")
+    return ",".join(parts)

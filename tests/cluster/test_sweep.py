@@ -1,0 +1,101 @@
+"""A study as Slurm jobs: what is submitted and what is not."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from ema_scale.cluster.site import Site
+from ema_scale.cluster.submit import Size
+from ema_scale.cluster.sweep import plan_sweep
+from ema_scale.rundir import RunDir
+from ema_scale.study.grid import load_study
+from ema_scale.study.local import run_study
+from ema_scale.training.run import train
+from tests.cluster.helpers import ROOT
+from tests.training.test_run import recipe_of, world
+
+__all__ = ["world"]
+CPU = Size(gpus=0)
+
+
+def study_file(world, folder, seeds, **changes):
+    """{none, kl} x seeds on a tiny model; each run takes two steps and is asked one question."""
+    (folder / "sums.yaml").write_text("- {id: sum, paraphrases: ['2 + 2?'], samples_per_paraphrase: 2, expected: '4'}")
+    base = {k: v for k, v in recipe_of(world, folder, max_steps=2).to_dict().items() if k not in ("name", "output")}
+    asked = {"suites": {"benign": [str(folder / "sums.yaml")]}, "sampler": "transformers", "max_tokens": 4}
+    base["evaluation"] = {**asked, "judge": {"kind": "exact_match"}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(base))
+    study = {
+        "name": "grid", "recipe": str(folder / "recipe.yaml"), "output": str(folder / "runs"), "seeds": seeds,
+        "tasks": {"sums": {}}, "defenses": {"none": [], "kl": [{"kind": "kl"}]}, **changes,
+    }  # fmt: skip
+    (folder / "grid.yaml").write_text(yaml.safe_dump(study))
+    return folder / "grid.yaml"
+
+
+def options_of(job):
+    return [line.removeprefix("#SBATCH ") for line in job.script.splitlines() if line.startswith("#SBATCH")]
+
+
+def test_a_dry_run_shows_three_jobs_and_writes_nothing(world, tmp_path):
+    path = study_file(world, tmp_path, [0, 1, 2], retries=2)
+    command = [sys.executable, "-m", "ema_scale", "sweep", str(path), "--slurm", "--dry-run", "--max-parallel", "2"]
+    done = subprocess.run([*command, "--gpus-per-node", "0"], env={"PATH": "/nowhere"}, capture_output=True, text=True,
+                          cwd=ROOT)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "grid"
+    scripts = done.stdout.split("#!/bin/bash\n")[1:]
+    assert len(scripts) == 3 and not folder.exists()
+    training, evaluation, report = (script.splitlines() for script in scripts)
+    assert {"#SBATCH --array=0-5%2", f"#SBATCH --output={folder}/slurm/train-%A_%a.log", "RETRIES=2"} <= set(training)
+    assert f"# submitted as: sbatch train.sbatch {folder}/slurm/train/%a.yaml" in training
+    wait = "# submitted as: sbatch --dependency=afterany:"
+    assert "WHAT=eval" in evaluation and f"{wait}<train job> eval.sbatch {folder}" in evaluation
+    assert "WHAT=report" in report and "#SBATCH --time=01:00:00" in report
+    assert f"{wait}<eval job> report.sbatch {folder} --out {folder}/report --title 'Study: grid'" in report
+    for script in scripts:
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert f"{folder}: 6 runs, 0 trained already, 6 to train" in done.stdout
+
+
+def test_only_what_is_missing_is_submitted(world, tmp_path):
+    path = study_file(world, tmp_path, [0, 1])
+    study = load_study(path)
+
+    def jobs(*overrides):
+        found = plan_sweep(study, Site(), CPU, overrides=overrides).jobs
+        return [job.what for job in found], options_of(found[0]) if found else []
+
+    second = study.runs()[1]
+    train(second, RunDir(second.run_path))
+    what, options = jobs()
+    assert what == ["train", "eval", "report"] and "--array=0,2-3" in options
+    report = run_study(study)
+    assert jobs() == ([], [])
+    assert jobs("evaluation.max_tokens=5")[0] == jobs("evaluation.seed=9")[0] == ["eval", "report"]
+    assert "--array=0-3" in jobs("training.learning_rate=0.5")[1]
+    judged = RunDir(second.run_path).eval_dir / "judgements.jsonl"
+    kept = judged.read_text()
+    judged.write_text(kept.splitlines()[0] + "\n")
+    assert jobs()[0] == ["eval", "report"]
+    judged.write_text(kept)
+    report.unlink()
+    assert jobs()[0] == ["report"]
+    run_study(load_study(study_file(world, tmp_path, [0])))  # a smaller study: its report is another one
+    assert jobs()[0] == ["report"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--nodes", "2"], "--nodes: is for --slurm; on this machine --jobs says"),
+        (["--slurm", "--jobs", "2"], "--jobs: is for this machine; with --slurm, --max-parallel says"),
+        (["--slurm", "--gpus-per-node", "0"], "no sbatch here: run this on a machine of the cluster"),
+    ],
+)
+def test_what_does_not_go_together_is_a_message(world, tmp_path, options, message):
+    command = [sys.executable, "-m", "ema_scale", "sweep", str(study_file(world, tmp_path, [0])), *options]
+    done = subprocess.run(command, env={"PATH": "/nowhere"}, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
