@@ -97,7 +97,9 @@ class TrainingRecipe(_Section):
     group_by_length: bool = True
     logging_steps: int = Field(1, ge=1)
     save_steps: int = Field(100, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(
+        2, ge=1, description="the newest of save_steps; the newest of all and evaluation.checkpoints are kept anyway"
+    )
     report_to: list[str] = ["tensorboard"]
     deepspeed: str | None = None
     drift_every: int = Field(10, ge=0, description="steps between per-layer drift readings; 0 turns them off")

@@ -64,6 +64,13 @@ def newest_complete(folder: Path) -> Path | None:
     return None
 
 
+def _is_scheduled(checkpoint: Path) -> bool:
+    try:
+        return bool(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")).get("scheduled", True))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 class Checkpointing:
     """Mixed into the Trainer in front of transformers' own checkpoints, which hold pickles, miss the sharded
     adapter, and are resumed when half written."""
@@ -74,6 +81,10 @@ class Checkpointing:
     accelerator: Any
     optimizer: Any
     lr_scheduler: Any
+    # Of this step alone: saved because the run was told to stop, not because its turn had come.
+    unscheduled: bool = False
+    # Steps whose checkpoints are kept for good.
+    keep_steps: frozenset[int] = frozenset()
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """Collective. Raises UserError if a trained weight is not finite: nothing could go on from it."""
@@ -112,16 +123,22 @@ class Checkpointing:
             with open(path, "rb+") as handle:
                 os.fsync(handle.fileno())
             files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        manifest = {"schema": 1, "step": self.state.global_step, "files": files}
+        manifest = {
+            "schema": 1, "step": self.state.global_step, "scheduled": not self.unscheduled, "files": files
+        }  # fmt: skip
         atomic_write_json(temporary / MANIFEST, manifest)
         shutil.rmtree(final, ignore_errors=True)  # an incomplete one of the same step
         os.replace(temporary, final)
 
     def _rotate(self, folder: Path) -> None:
-        keep = self.args.save_total_limit
+        """Keep the newest save_total_limit scheduled ones, those of `keep_steps`, and the newest, whatever made it:
+        stopping often must not cost those that an evaluation along training reads."""
+        limit = self.args.save_total_limit
         whole = [c for c in list_checkpoints(folder) if (c / MANIFEST).exists()]
-        for old in whole[:-keep] if keep else []:
-            shutil.rmtree(old, ignore_errors=True)
+        kept = {*whole[-1:], *[c for c in whole if _is_scheduled(c)][-limit:]} if limit else set(whole)
+        for checkpoint in whole:
+            if checkpoint not in kept and step_of(checkpoint) not in self.keep_steps:
+                shutil.rmtree(checkpoint, ignore_errors=True)
 
     # ---- resuming ----
 

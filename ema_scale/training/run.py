@@ -158,6 +158,8 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
     from ema_scale.training.monitor import MetricsWriter, truncate_metrics
 
     trainer, hashes = _trainer(recipe, run_dir, [MetricsWriter(run_dir)])
+    along = recipe.evaluation.checkpoints
+    trainer.keep_steps = frozenset(along if isinstance(along, list) else ())
     checkpoint = newest_complete(run_dir.checkpoints) if resume else None
     trainer.accelerator.wait_for_everyone()  # nobody may write a checkpoint before all have looked
     if is_main():

@@ -269,6 +269,7 @@ class _StepHooks(TrainerCallback):
             defense.step(model, state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.unscheduled = self.trainer.stop_requested and not control.should_save
         if self.trainer.stop_requested:
             control.should_save = control.should_training_stop = True
 

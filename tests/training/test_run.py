@@ -197,6 +197,38 @@ def test_a_signal_saves_stops_and_the_run_goes_on(world, undisturbed, tmp_path):
     assert read_jsonl(run.metrics_path)[-1]["step"] == int(checkpoint.name.split("-")[1]) < 400
 
 
+def test_stopping_often_does_not_displace_the_scheduled_checkpoints(world, tmp_path, monkeypatch):
+    """Told to stop in every third step, a run keeps what one that is left alone keeps, and its steps of evaluation."""
+    from transformers import TrainerCallback
+
+    from ema_scale.training import run as running
+
+    class Told(TrainerCallback):
+        def __init__(self, at):
+            self.at = at
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step + 1 == self.at:
+                signal.raise_signal(signal.SIGTERM)
+
+    made, stops = running._trainer, iter([2, 5, 6, 7, 99])
+    monkeypatch.setattr(running, "_trainer", lambda r, d, callbacks: made(r, d, [*callbacks, Told(next(stops))]))
+    recipe = recipe_of(world, tmp_path, max_steps=8, save_steps=3, drift_every=0)
+    evaluation = recipe.evaluation.model_copy(update={"checkpoints": [3]})
+    recipe = recipe.model_copy(update={"evaluation": evaluation, "defenses": []})
+    run, found = RunDir(recipe.run_path), []
+    for _ in range(4):
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, run)
+        found.append([step_of(c) for c in list_checkpoints(run.checkpoints)])
+        assert run.status()["state"] == "stopped"
+    assert found == [[2], [3, 5], [3, 6], [3, 6, 7]]
+    train(recipe, run)
+    # 8 is the last step; 6 would be the other of two, and 3 is asked for.
+    assert [step_of(c) for c in list_checkpoints(run.checkpoints)] == [3, 6, 8]
+    assert [row["step"] for row in read_jsonl(run.metrics_path)] == list(range(1, 9))
+
+
 def test_a_full_disk_is_a_clear_error_and_keeps_what_is_there(world, tmp_path, monkeypatch):
     from ema_scale.training import checkpointing
 
