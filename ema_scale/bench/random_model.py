@@ -25,14 +25,13 @@ def fields_of(name: str, layers: int | None = None) -> dict[str, Any]:
 
 
 def random_base(fields: dict[str, Any], dtype: str, device: str) -> Any:
-    """A causal LM with weights of seed 0, in eval mode; sharded at once where ZeRO-3 is on."""
+    """A causal LM with weights of seed 0, in eval mode."""
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.integrations import is_deepspeed_zero3_enabled
 
     values = {k: v for k, v in fields.items() if k != "model_type"}
     config = AutoConfig.for_model(fields["model_type"], max_position_embeddings=4096, **values)
     torch.manual_seed(0)
-    with torch.device("cpu" if is_deepspeed_zero3_enabled() else device):
+    with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from ema_scale.bench.random_model import fields_of, placeholder_tokenizer, random_base, random_rows
 from ema_scale.chat.collate import ChatCollator
 from ema_scale.defenses import KL, LDIFS
-from ema_scale.recipe import AdapterRecipe
+from ema_scale.errors import UserError
+from ema_scale.recipe import AdapterRecipe, ModelRecipe
 from ema_scale.reference import Anatomy
 from ema_scale.reference.base import capture
-from ema_scale.training.adapter import lora_config
-from ema_scale.training.distributed import device_arguments
+from ema_scale.training.adapter import load_base, lora_config
+from ema_scale.training.distributed import device_arguments, launched_processes
 from ema_scale.training.sampler import EpochSampler
 from ema_scale.training.trainer import DefendedTrainer
 
@@ -37,14 +38,15 @@ PLAIN, SEPARATE = "plain", "separate: a second model, fused"
 OFF, TWO, CACHED = "adapter_off: two forwards, fused", "two_stream", "cached"
 WAYS = (PLAIN_LOGITS, PLAIN, SECOND, FORWARDS, SEPARATE, OFF, TWO, CACHED)
 UNDEFENDED = (PLAIN_LOGITS, PLAIN)
-_OURS = {OFF: "adapter_off", TWO: "two_stream", CACHED: "cached"}
+_OURS = {PLAIN: "auto", OFF: "adapter_off", TWO: "two_stream", CACHED: "cached"}
 WARMUP = 2
 
 
 @dataclass(frozen=True)
 class Task:
     """model: of `random_model.SHAPES`, cut to `layers`. rows of `length` tokens a step and process; `steps` are timed.
-    kl, ldifs: strengths; 0 leaves the defense out."""
+    kl, ldifs: strengths; 0 leaves the defense out. saved: the folder of the model, which ZeRO-3 shards while it is
+    loaded; None: it is made anew."""
 
     model: str = "small"
     layers: int | None = None
@@ -57,6 +59,7 @@ class Task:
     kl: float = 0.1
     ldifs: float = 0.1
     deepspeed: str | None = None
+    saved: str | None = None
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -66,46 +69,71 @@ class Task:
     def defenses(self) -> list[Any]:
         return [*[KL(strength=self.kl)] * bool(self.kl), *[LDIFS(strength=self.ldifs, count=5)] * bool(self.ldifs)]
 
+    def base(self) -> Any:
+        if self.saved is None:
+            return random_base(self.fields, self.dtype, self.device)
+        return load_base(ModelRecipe(path=self.saved, dtype=self.dtype)).eval()
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def shown(self) -> dict[str, Any]:
+        """What a table says above it."""
+        return {k: v for k, v in asdict(self).items() if v is not None and k != "saved"}
+
+
+def chosen(names: Sequence[str] | None, ways: tuple[str, ...]) -> tuple[str, ...]:
+    """PLAIN and those of `ways` that begin with one of `names`; None: all. Raises UserError for a name of none."""
+    for name in names or ():
+        if not any(way.startswith(name) for way in ways):
+            raise UserError(f"--way: found {name!r}, expected the first words of one of: {'; '.join(ways)}")
+    return tuple(w for w in ways if not names or w == PLAIN or any(w.startswith(n) and n != PLAIN for n in names))
 
 
 @dataclass
 class Trained:
-    """seconds: of each timed step; losses: of every step; reference: its hidden states' share of the time, if known."""
+    """seconds, cpu: of each timed step, by the clock and of the processor; losses: of every step; reference: its hidden
+    states' share of the time, if known."""
 
     seconds: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     reference: float | None = None
 
 
-def train(way: str, task: Task, began: Callable[[], Any] = lambda: None) -> Trained:
+def train(
+    way: str, task: Task, began: Callable[[], Any] = lambda: None, ended: Callable[[], Any] = lambda: None
+) -> Trained:
     """Train `WARMUP` + `task.steps` steps in one way. began: called when everything is in place, before the first.
+    ended: called after each.
 
     The cache of `cached` is filled before that, in EMA_CACHE.
     """
     from peft import get_peft_model
 
-    base = random_base(task.fields, task.dtype, task.device)
+    base = task.base()
     torch.manual_seed(1)
     model = get_peft_model(base, lora_config(base, AdapterRecipe(dropout=0.0)))
     _stir(model)
     with tempfile.TemporaryDirectory(prefix="ema-bench-") as folder:
         trainer = _trainer(way, task, model, folder)
-        clock = _Clock(began, task.device)
+        clock = _Clock(began, ended, task.device)
         trainer.add_callback(clock)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         rows = [row for row in trainer.state.log_history if "loss" in row]
     shares = [row["reference_share"] for row in rows[WARMUP:] if "reference_share" in row]
-    seconds = [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)][WARMUP - 1 :]
-    return Trained(seconds, [row["loss"] for row in rows], sum(shares) / len(shares) if shares else None)
+    seconds, used = (
+        [b - a for a, b in zip(times, times[1:], strict=False)][WARMUP - 1 :] for times in (clock.ends, clock.used)
+    )
+    losses = [row["loss"] for row in rows]
+    return Trained(seconds, used, losses, sum(shares) / len(shares) if shares else None)
 
 
 def _trainer(way: str, task: Task, model: Any, folder: str) -> Trainer:
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     steps = WARMUP + task.steps
-    rows, tokenizer = random_rows(task.fields, steps * task.rows * world, task.length), placeholder_tokenizer()
+    count = steps * task.rows * launched_processes()
+    rows, tokenizer = random_rows(task.fields, count, task.length), placeholder_tokenizer()
     args = TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=task.rows,
@@ -124,7 +152,7 @@ def _trainer(way: str, task: Task, model: Any, folder: str) -> Trainer:
         ddp_find_unused_parameters=False,
         **(device_arguments() if task.device == "cpu" else {}),
     )
-    if way == PLAIN or way in _OURS or way == SEPARATE:
+    if way in _OURS or way == SEPARATE:
         defenses, reference = [] if way == PLAIN else task.defenses, _OURS.get(way, "adapter_off")
         trainer = DefendedTrainer(model, args, rows, defenses, reference, tokenizer, drift_every=0)
         if way == SEPARATE:
@@ -140,7 +168,7 @@ def _separate(trainer: DefendedTrainer, task: Task) -> None:
     from ema_scale.training.forward import DefendedForward
 
     trainer.defended.remove()
-    other = random_base(task.fields, task.dtype, task.device)
+    other = task.base()
     trainer.defended = DefendedForward(Separate(trainer.defended.anatomy, other))
 
 
@@ -153,7 +181,7 @@ class FullLogits(Trainer):
         self.parts = Anatomy.of(kwargs["model"])
         self.other: Any = None
         if way == SECOND:
-            self.other = random_base(task.fields, task.dtype, task.device)
+            self.other = task.base()
             self.other_parts = Anatomy.of(self.other, adapters=False)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:  # the rows in the same order
@@ -218,9 +246,10 @@ def _stir(model: Any) -> None:
 class _Clock(TrainerCallback):
     """When each step ended."""
 
-    def __init__(self, began: Callable[[], Any], device: str) -> None:
-        self.began, self.device = began, device
+    def __init__(self, began: Callable[[], Any], ended: Callable[[], Any], device: str) -> None:
+        self.began, self.ended, self.device = began, ended, device
         self.ends: list[float] = []
+        self.used: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
@@ -230,6 +259,8 @@ class _Clock(TrainerCallback):
         if self.device == "cuda":
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
+        self.used.append(time.process_time())
+        self.ended()
 
 
 def measure(way: str, task: dict[str, Any], cache: str) -> dict[str, Any]:

@@ -1,14 +1,18 @@
-"""`ema bench loss`, `ema bench step`: what the reference costs in training."""
+"""`ema bench loss`, `step` and `reference`: what the reference costs in training."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ema_scale.cli.bench import Out, Repeats, Threads, bench
+
+Ways = Annotated[list[str] | None, typer.Option("--way", help="only plain and these (the first words are enough)")]
+ZERO3_CPU = Path("launch/deepspeed/zero3_cpu.json")
 
 
 class Device(StrEnum):
@@ -67,6 +71,7 @@ def step_(
     checkpointing: Annotated[bool, typer.Option(help="of gradients")] = True,
     kl: Annotated[float, typer.Option(min=0, help="strength; 0: without")] = 0.1,
     ldifs: Annotated[float, typer.Option(min=0, help="strength, 5 layers; 0: without")] = 0.1,
+    way: Ways = None,
     out: Out = None,
     repeats: Repeats = 3,
     threads: Threads = 1,
@@ -74,11 +79,55 @@ def step_(
     """A LoRA step with KL + LDIFS by every way to run the reference, against plain fine-tuning: time, peak memory."""
     from ema_scale.bench.harness import finish, machine
     from ema_scale.bench.step import bench_step
-    from ema_scale.bench.training_ways import Task
+    from ema_scale.bench.training_ways import WAYS, Task, chosen
 
     machine(threads)
     task = Task(model, layers, rows, length, steps, dtype.value, device.value, checkpointing, kl, ldifs)
-    measured, bars, floor = bench_step(task, repeats=repeats)
-    columns = {"memory": lambda v: f"{v:.2f}x", "reference": lambda v: f"{v:.0%} of the time"}
-    options = {k: v for k, v in vars(task).items() if k != "deepspeed"} | {"arithmetic floor": round(floor, 3)}
+    measured, bars, floor = bench_step(task, repeats=repeats, ways=chosen(way, WAYS))
+    columns = {
+        "cpu": lambda v: f"{v:.2f}x",
+        "memory": lambda v: f"{v:.2f}x",
+        "reference": lambda v: f"{v:.0%} of the time",
+    }
+    options = {**task.shown(), "arithmetic floor": f"{floor:.2f}x"}
     finish("step", measured, options, threads=threads, out=out, columns=columns, bars=bars)
+
+
+@bench.command("reference")
+def reference_(
+    processes: Annotated[int, typer.Option(min=2)] = 2,
+    deepspeed: Annotated[Path, typer.Option(help="a ZeRO-3 config")] = ZERO3_CPU,
+    model: Annotated[str, typer.Option(help="a shape: small, qwen2.5-0.5b, ... llama-3.1-70b")] = "small",
+    layers: Annotated[int | None, typer.Option(min=1, help="cut to so many")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="a step and process")] = 1,
+    length: Annotated[int, typer.Option(min=2, help="tokens a row")] = 128,
+    steps: Annotated[int, typer.Option(min=1, help="timed")] = 3,
+    dtype: Dtype = Dtype.float32,
+    device: Device = Device.cpu,
+    checkpointing: Annotated[bool, typer.Option(help="of gradients")] = True,
+    kl: Annotated[float, typer.Option(min=0, help="strength; 0: without")] = 0.1,
+    ldifs: Annotated[float, typer.Option(min=0, help="strength, 5 layers; 0: without")] = 0.1,
+    way: Ways = None,
+    out: Out = None,
+    threads: Threads = 1,
+) -> None:
+    """Bytes gathered in a ZeRO-3 step with KL + LDIFS, by every way to run the reference; also time and memory."""
+    from ema_scale.bench.harness import finish, machine, mebibytes
+    from ema_scale.bench.reference import WAYS, bench_reference
+    from ema_scale.bench.training_ways import Task, chosen
+    from ema_scale.errors import UserError
+
+    if not deepspeed.is_file():
+        raise UserError(f"--deepspeed: no file {deepspeed}; expected a DeepSpeed JSON config with ZeRO-3")
+    machine(threads)
+    task = Task(model, layers, rows, length, steps, dtype.value, device.value, checkpointing, kl, ldifs, str(deepspeed))
+    measured, bars = bench_reference(task, processes=processes, ways=chosen(way, WAYS))
+    columns = {
+        "gathered": lambda v: f"{mebibytes(v)} gathered",
+        "traffic": lambda v: f"{v:.2f}x",
+        "calls": lambda v: f"{v:.0f} calls",
+        "memory": lambda v: f"{v:.2f}x",
+        "reference": lambda v: f"{v:.0%} of the time",
+    }
+    finish("reference", measured, {"processes": processes, **task.shown()}, threads=threads, out=out, columns=columns,
+           bars=bars)  # fmt: skip

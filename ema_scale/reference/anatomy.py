@@ -125,6 +125,16 @@ class Anatomy:
         caps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
         return Head(weight, bias[0] if bias else None, scale, next((cap for cap in caps if cap), None))
 
+    def make_leaves(self) -> None:
+        """Under ZeRO-3, have each decoder layer gathered and released whole, which moves fewest bytes; before the model
+        is prepared."""
+        from transformers.integrations import is_deepspeed_zero3_enabled
+
+        if is_deepspeed_zero3_enabled():
+            from deepspeed.utils import set_z3_leaf_modules
+
+            set_z3_leaf_modules(self.backbone, list({type(layer) for layer in self.layers}))
+
     def frozen(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the forward pass is the reference's: base model or frozen adapter, no dropout."""
         return switched(self.tuners, self.core.modules(), self.frozen_adapter)

@@ -41,6 +41,7 @@ class Reference(ABC):
 
     def __init__(self, anatomy: Anatomy) -> None:
         self.anatomy = anatomy
+        anatomy.make_leaves()
         self.watch = Stopwatch()
 
     @property

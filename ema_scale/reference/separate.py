@@ -27,6 +27,7 @@ class Separate(Reference):
         super().__init__(anatomy)
         self.model = model.eval().requires_grad_(False)
         self.other = Anatomy.of(model, adapters=False)
+        self.other.make_leaves()
         # Called whole, so that ZeRO-3's hooks on it run, but without its head, which the loss applies by pieces.
         self.logits, model.forward = model.forward, self._last_states
         ours, theirs = (_shape(a.head_parameters[0]) for a in (anatomy, self.other))

@@ -31,8 +31,7 @@ class TwoStream(Reference):
 
     Decoder layers and the final norm are patched; the patch acts only while `streams` runs, so a
     recomputation under gradient checkpointing, in backward, runs the policy alone. The reference goes first
-    in each layer, and the layers are made ZeRO-3 leaves (gathered and released whole): both are needed for
-    one gather a layer.
+    in each layer, and the layers are ZeRO-3 leaves: both are needed for one gather a layer.
 
     The first micro-batch is compared with `AdapterOff`: an architecture that does more between its layers
     than pass states on is refused, or with fall_back run as `AdapterOff` from then on. Build it before the
@@ -58,7 +57,6 @@ class TwoStream(Reference):
         self._stages: list[nn.Module] = [*anatomy.layers, norm]
         for index, stage in enumerate(self._stages):
             stage.forward = self._patched(index, stage)
-        _make_leaves(anatomy)
 
     @staticmethod
     def fits(anatomy: Anatomy) -> bool:
@@ -147,12 +145,3 @@ class TwoStream(Reference):
 def _final_norm(backbone: nn.Module) -> nn.Module | None:
     children = dict(backbone.named_children())
     return next((children[name] for name in _FINAL_NORMS if name in children), None)
-
-
-def _make_leaves(anatomy: Anatomy) -> None:
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    if is_deepspeed_zero3_enabled():
-        from deepspeed.utils import set_z3_leaf_modules
-
-        set_z3_leaf_modules(anatomy.backbone, list({type(layer) for layer in anatomy.layers}))
