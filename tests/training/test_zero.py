@@ -104,7 +104,8 @@ def test_zero3_on_two_processes_equals_one_process(world, one_process, tmp_path)
             sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/zero3_cpu.yaml",
             "--num_processes", "2", "--main_process_port", str(_free_port()),
             "-m", "ema_scale", "train", str(tmp_path / "recipe.yaml"),
-        ]
+        ],
+        EMA_CACHE=str(tmp_path / "cache"),  # where no test has cached the reference of these rows
     )  # fmt: skip
     run = RunDir(recipe.run_path)
     assert run.status()["state"] == "finished" and run.status()["processes"] == 2
