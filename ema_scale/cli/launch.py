@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ema_scale.cli.app import Overrides, RecipePath, app, console
+
+if TYPE_CHECKING:
+    from ema_scale.cluster.status import RunStatus
 
 
 @app.command()
@@ -51,26 +55,42 @@ def launch(
 
 @app.command()
 def status(
-    runs: Annotated[list[Path] | None, typer.Argument(help="run folders, or folders of them; default: runs/")] = None,
+    runs: Annotated[list[Path] | None, typer.Argument(help="runs, studies, or folders of them; default: runs/")] = None,
 ) -> None:
-    """Where launched runs are: state, step, time left, and what Slurm says of their jobs."""
-    from ema_scale.cluster.status import clock, launched_runs, statuses
+    """Where launched runs are: state, step, time left, and what Slurm says of their jobs. Of a study: how many runs
+    are in which state, and those that are running or failed."""
+    from ema_scale.cluster.status import launched_runs, statuses, study_status
 
-    for found in statuses([run for path in runs or [Path("runs")] for run in launched_runs(path)]):
+    alone: list[Path] = []
+    for path in [found for folder in runs or [Path("runs")] for found in launched_runs(folder)]:
+        of_study = study_status(path)
+        if of_study is None:
+            alone.append(path)
+            continue
+        console.print("  ".join([str(path), of_study.counts, *of_study.jobs]), markup=False)
+        shown = ("running", "failed", "stopped", "interrupted")
+        _print_runs([run for run in of_study.runs if run.state in shown], "  ")
+    _print_runs(statuses(alone))
+
+
+def _print_runs(runs: Sequence[RunStatus], indent: str = "") -> None:
+    from ema_scale.cluster.status import clock
+
+    for found in runs:
         step = f"step {found.step}" + (f"/{found.max_steps}" if found.max_steps else "") if found.step else ""
         left = f"{clock(found.left)} left" if found.left is not None else ""
         parts = [str(found.path), found.state, step, left, *found.jobs]
-        console.print("  ".join(part for part in parts if part), markup=False)
+        console.print(indent + "  ".join(part for part in parts if part), markup=False)
         if found.state in ("failed", "stopped") and found.reason:
-            console.print(f"    {found.reason}", markup=False)
+            console.print(f"{indent}    {found.reason}", markup=False)
 
 
 @app.command()
 def logs(
-    run: Annotated[Path, typer.Argument(help="a run folder")],
+    run: Annotated[Path, typer.Argument(help="a run's or a study's folder")],
     follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until the job has ended")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="of each log to begin with")] = 100,
-    what: Annotated[str | None, typer.Option("--job", help="train or eval; default: the newest job")] = None,
+    what: Annotated[str | None, typer.Option("--job", help="train, eval or report; default: the newest job")] = None,
 ) -> None:
     """What a launched run's newest job says; why it failed on top."""
     from ema_scale.cluster import logs as cluster_logs

@@ -10,17 +10,20 @@ from ema_scale.cluster import slurm
 from ema_scale.cluster.submit import jobs_of, log_of, ranks_log_of
 from ema_scale.errors import UserError
 from ema_scale.rundir import RunDir
+from ema_scale.study.runs import find_study
 
 
 def lines(run: RunDir, *, follow: bool = False, tail: int = 100, what: str | None = None) -> Iterator[str]:
     """tail: how many lines of each log to begin with. follow: go on until the job has ended.
 
-    Raises UserError if no such job was submitted for this run.
+    Raises UserError if no such job was submitted for this run, or there are many, as for a study's training.
     """
     jobs = [job for job in jobs_of(run) if what in (None, job["what"])]
     if not jobs:
         raise UserError(f"{run.path}: no {what or ''} job was submitted for this run; `ema launch` does that")
     job = jobs[-1]
+    if job["what"] == "train" and find_study(run.path):
+        raise UserError(f"{run.path}: its runs are trained by an array; one task's log: ema logs {run.path}/RUN")
     status = run.status()
     if status.get("state") == "failed" and job["what"] == "train":
         yield f"FAILED: {status.get('reason', '')}"

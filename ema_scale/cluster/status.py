@@ -1,8 +1,9 @@
-"""`ema status`: how runs are doing, from their folders and from Slurm's queue."""
+"""`ema status`: how runs and studies are doing, from their folders and from Slurm's queue."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ from ema_scale.cluster import slurm
 from ema_scale.cluster.submit import jobs_of
 from ema_scale.errors import UserError
 from ema_scale.rundir import RunDir, read_jsonl
-from ema_scale.study.runs import find_runs
+from ema_scale.study.runs import find_runs, find_study
 
 _RECENT = 20  # rows that the speed is read from
+_HELD = slurm.ACTIVE - {"RUNNING", "COMPLETING"}
 
 
 @dataclass(frozen=True)
@@ -27,25 +29,56 @@ class RunStatus:
     max_steps: int | None
     left: float | None
     jobs: tuple[str, ...]
+    evaluated: bool
+
+
+@dataclass(frozen=True)
+class StudyStatus:
+    """A study: its runs, in order, and what Slurm says of the jobs for all of them."""
+
+    path: Path
+    runs: tuple[RunStatus, ...]
+    jobs: tuple[str, ...]
+
+    @property
+    def counts(self) -> str:
+        """12 runs: 10 finished, 1 failed, 1 running; 8 evaluated"""
+        states = ", ".join(f"{n} {state}" for state, n in Counter(run.state for run in self.runs).most_common())
+        evaluated = sum(run.evaluated for run in self.runs)
+        return f"{len(self.runs)} runs: {states}" + (f"; {evaluated} evaluated" if evaluated else "")
+
+
+def study_status(path: Path) -> StudyStatus | None:
+    """How a study's runs and jobs are doing; None if `path` is no study's folder. Works without Slurm."""
+    study = find_study(path)
+    if study is None:
+        return None
+    jobs = _newest(RunDir(path))
+    submitted = {run: _newest(RunDir(run)) for run in (path / name for name in study.names())}
+    tasks = [job for of_run in submitted.values() for _, job in of_run]
+    known = _known([job for _, job in jobs] + tasks)
+    words = []
+    for what, job in jobs:
+        # Of an array, Slurm knows its tasks.
+        states = Counter(known[t].state for t in tasks if t.startswith(f"{job}_") and t in known)
+        told = ", ".join(f"{n} {state}" for state, n in states.most_common() if state != slurm.UNKNOWN)
+        words.append(f"{what} {job}" + (f" ({told})" if told else "") if what == "train" else _words(what, job, known))
+    return StudyStatus(path, tuple(_status(run, of_run, known) for run, of_run in submitted.items()), tuple(words))
 
 
 def statuses(runs: Sequence[Path]) -> list[RunStatus]:
     """One entry a run, in order. Works without Slurm: jobs then have no state."""
     submitted = {path: _newest(RunDir(path)) for path in runs}
-    ids = [job for jobs in submitted.values() for _, job in jobs]
-    try:
-        known = slurm.job_states(ids)
-    except UserError:
-        known = {}
+    known = _known([job for jobs in submitted.values() for _, job in jobs])
     return [_status(path, submitted[path], known) for path in runs]
 
 
 def launched_runs(folder: Path) -> list[Path]:
-    """`folder`, if it is a run, else the runs directly below it that were launched, or else all of them.
+    """`folder`, if it is a run or a study, else those directly below it that were launched, or else all runs.
 
     Raises UserError if there is none.
     """
-    if (folder / "slurm" / "jobs.jsonl").exists():
+    if (folder / "slurm" / "jobs.jsonl").exists() or find_study(folder):
         return [folder]
     return sorted(path.parents[1] for path in folder.glob("*/slurm/jobs.jsonl")) or find_runs([folder])
 
@@ -55,27 +88,44 @@ def _newest(run: RunDir) -> list[tuple[str, str]]:
     return list({row["what"]: row["job"] for row in jobs_of(run)}.items())
 
 
+def _known(jobs: Sequence[str]) -> dict[str, slurm.JobState]:
+    try:
+        return slurm.job_states(jobs)
+    except UserError:
+        return {}
+
+
+def _words(what: str, job: str, known: dict[str, slurm.JobState]) -> str:
+    found = known.get(job)
+    place = f" on {found.nodes}" if found and found.nodes else ""
+    reason = f" ({found.reason})" if found and found.state == "PENDING" else ""
+    return f"{what} {job} {found.state if found else ''}{reason}{place}".rstrip()
+
+
 def _status(path: Path, jobs: Sequence[tuple[str, str]], known: dict[str, slurm.JobState]) -> RunStatus:
     run = RunDir(path)
     status = run.status()
     rows = read_jsonl(run.metrics_path)
     step = int(status.get("step") or (rows[-1]["step"] if rows else 0))
     most = status.get("max_steps")
-    state = str(status.get("state", "not started"))
-    words = []
-    for what, job in jobs:
-        found = known.get(job)
-        place = f" on {found.nodes}" if found and found.nodes else ""
-        reason = f" ({found.reason})" if found and found.state == "PENDING" else ""
-        words.append(f"{what} {job} {found.state if found else ''}{reason}{place}".rstrip())
-        if what == "train" and state == "running" and found and found.state != "RUNNING":
-            state = "waiting" if found.active else "interrupted"
+    state, reason = str(status.get("state", "not started")), str(status.get("reason", ""))
+    training = known.get(dict(jobs).get("train", ""))
+    if training and state != "finished":
+        if training.state in _HELD:  # for the first time, or to go on
+            state = "waiting"
+        elif training.state == "RUNNING" and state != "running":
+            state = "starting"
+        elif not training.active and state == "running":
+            state = "interrupted"
+        elif not training.active and training.state != slurm.UNKNOWN and state == "not started":
+            state, reason = "failed", f"job {training.job} ended before it began: ema logs {path}"
     left = None
     recent = rows[-_RECENT:]
     if state == "running" and most and len(recent) > 1 and recent[-1]["step"] > recent[0]["step"]:
         pace = (recent[-1]["time"] - recent[0]["time"]) / (recent[-1]["step"] - recent[0]["step"])
         left = max(0.0, pace * (most - step) - (time.time() - recent[-1]["time"]))
-    return RunStatus(path, state, str(status.get("reason", "")), step, most, left, tuple(words))
+    words = tuple(_words(what, job, known) for what, job in jobs)
+    return RunStatus(path, state, reason, step, most, left, words, (run.eval_dir / "summary.json").exists())
 
 
 def clock(seconds: float) -> str:

@@ -7,10 +7,11 @@ import pytest
 
 from ema_scale.cluster import failure
 from ema_scale.cluster.logs import lines
-from ema_scale.cluster.status import clock, launched_runs, statuses
+from ema_scale.cluster.status import clock, launched_runs, statuses, study_status
 from ema_scale.cluster.submit import log_of, ranks_log_of
 from ema_scale.errors import UserError
 from ema_scale.rundir import RunDir, append_jsonl, atomic_write_text
+from ema_scale.study.grid import Study, write_study
 
 
 @pytest.fixture
@@ -79,6 +80,33 @@ def test_what_a_run_says_without_slurm(run, monkeypatch):
     assert list(lines(run, tail=2)) == ["FAILED: rank 1: why", "b", "c", "0: [31mred"]
     with pytest.raises(UserError, match="no eval job"):
         list(lines(run, what="eval"))
+
+
+def test_what_a_study_says_without_slurm(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    study = Study(
+        name="s", recipe="r.yaml", output=str(tmp_path), tasks={"a": {}}, defenses={"none": []}, seeds=[0, 1, 2]
+    )
+    write_study(study, study.path / "study.yaml")
+    RunDir(study.path / "a-none-s0").set_status("finished", step=2)
+    RunDir(study.path / "a-none-s2").set_status("failed", reason="why")
+    atomic_write_text(study.path / "a-none-s0" / "eval" / "summary.json", "{}")
+    append_jsonl(study.path / "slurm" / "jobs.jsonl", [{"what": "train", "job": "8"}, {"what": "report", "job": "9"}])
+    assert launched_runs(tmp_path) == launched_runs(study.path) == [study.path]
+    found = study_status(study.path)
+    assert found.counts == "3 runs: 1 finished, 1 not started, 1 failed; 1 evaluated"
+    assert found.jobs == ("train 8", "report 9") and found.runs[2].reason == "why"
+    row = {"what": "train", "job": "8_1", "logs": "../slurm"}
+    assert log_of(RunDir(study.path / "a-none-s1"), row) == study.path / "slurm" / "train-8_1.log"
+    with pytest.raises(UserError, match="trained by an array; one task's log: ema logs .*/s/RUN"):
+        list(lines(RunDir(study.path), what="train"))
+    assert study_status(tmp_path) is None
+
+
+def test_a_task_of_an_array_keeps_its_failures_under_its_own_name(run, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert failure.folder(run).name == "7_3.2"
 
 
 def test_files_of_failures_hold_everything(run, monkeypatch):

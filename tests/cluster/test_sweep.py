@@ -31,7 +31,7 @@ def study_file(world, folder, seeds, **changes):
         "name": "grid", "recipe": str(folder / "recipe.yaml"), "output": str(folder / "runs"), "seeds": seeds,
         "tasks": {"sums": {}}, "defenses": {"none": [], "kl": [{"kind": "kl"}]}, **changes,
     }  # fmt: skip
-    (folder / "grid.yaml").write_text(yaml.safe_dump(study))
+    (folder / "grid.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
     return folder / "grid.yaml"
 
 
