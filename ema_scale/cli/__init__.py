@@ -3,6 +3,7 @@
 from ema_scale.cli import (
     bench,  # noqa: F401
     bench_eval,  # noqa: F401
+    bench_plan,  # noqa: F401
     bench_selection,  # noqa: F401
     bench_training,  # noqa: F401
     cache,  # noqa: F401

@@ -7,6 +7,7 @@ allowances, stated as such.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ema_scale.planning.cluster import GIB
@@ -128,9 +129,12 @@ def backward_transients(setup: Setup) -> float:
 
 def logits_chunk(setup: Setup, *, cuda: bool = True) -> float:
     """Bytes of the float32 buffers of one chunk of the fused loss; its size is `training.loss.default_chunk`'s."""
-    chunk = max(16, (2**26 if cuda else 2**22) // setup.shape.vocab)
-    rows = min(chunk, setup.in_a_batch)
-    buffers: float = setup.buffers - (rows == setup.in_a_batch)
+    chunk = max(128, (2**26 if cuda else 2**22) // setup.shape.vocab)
+    learned = math.ceil(setup.learned * setup.in_a_batch)
+    # Tokens that only a divergence looks at come in chunks of their own.
+    others = setup.in_a_batch - learned if setup.buffers > CROSS_ENTROPY_BUFFERS else 0
+    rows = min(chunk, max(learned, others))
+    buffers: float = setup.buffers - (math.ceil(learned / chunk) + math.ceil(others / chunk) == 1)
     if setup.buffers == CROSS_ENTROPY_BUFFERS and setup.precision.weights == 2:
         buffers += 0.5  # its gradient once more, as the head is; a divergence is past its highest point by then
     return 4 * rows * setup.shape.vocab * buffers

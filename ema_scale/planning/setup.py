@@ -52,7 +52,8 @@ class Setup:
     drift_every: steps between drift readings, which run the reference too; 0: none. states: hidden states that
     penalties keep of each token from forward to backward. buffers: of the fused loss. optimizer: bytes of its state a
     trained parameter. zero: ZeRO's stage; live: parameters that ZeRO-3 keeps gathered. masked: attention takes a mask,
-    since rows are of different lengths or packed, and no flash attention reads their bounds.
+    since rows are of different lengths or packed, and no flash attention reads their bounds. learned: share of the
+    tokens with a cross-entropy; a plan takes all.
     """
 
     shape: Shape
@@ -74,6 +75,7 @@ class Setup:
     zero: int = 0
     live: int = 0
     masked: bool = True
+    learned: float = 1.0
 
     @property
     def adapter(self) -> int:

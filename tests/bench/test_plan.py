@@ -1,0 +1,35 @@
+"""`ema plan`'s memory is held against torch's allocator, case by case."""
+
+import json
+
+import torch
+from typer.testing import CliRunner
+
+from ema_scale.bench.plan import cases, held_bytes
+from ema_scale.bench.training_ways import Task
+from ema_scale.cli import app
+
+
+def test_plans_are_within_their_bar_of_what_is_measured(tmp_path):
+    out = tmp_path / "plan.json"
+    options = "--layers 2 --rows 2 --length 64 --only adapter_off".split()
+    done = CliRunner().invoke(app, ["bench", "plan", *options, "-o", str(out)])
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.read_text())
+    (case,), (bar,) = found["ways"], found["bars"]
+    assert case["name"] == bar["name"] == "KL, adapter_off"
+    # Weights alone are half of it, so a plan that forgot the step could not pass.
+    weights = 4 * (2 * 8192 * 512 + 2 * (2 * 512 * 512 + 2 * 512 * 128 + 3 * 512 * 2048))
+    assert weights < case["peak_bytes"] and bar["met"] and bar["value"] == abs(case["figures"]["off"])
+    assert case["figures"]["planned"] / case["peak_bytes"] - 1 == case["figures"]["off"]
+
+
+def test_every_case_changes_one_thing():
+    assert len({(way, task) for way, task in cases(Task()).values()}) == len(cases(Task()))
+
+
+def test_tensors_that_share_memory_count_once():
+    before = held_bytes()
+    whole = torch.zeros(1000)
+    parts = whole.split(100)
+    assert held_bytes() - before == 4000 and len(parts) == 10
