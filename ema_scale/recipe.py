@@ -93,6 +93,9 @@ class TrainingRecipe(_Section):
     accumulation: int = Field(4, ge=1)
     max_grad_norm: float = Field(1.0, gt=0)
     gradient_checkpointing: bool = False
+    activation_offload: bool = Field(
+        False, description="checkpointed activations wait in the machine's memory; needs gradient_checkpointing"
+    )
     packing: bool = Field(False, description="rows behind one another up to max_length; batch_size counts sequences")
     group_by_length: bool = True
     logging_steps: int = Field(1, ge=1)

@@ -41,7 +41,7 @@ def memory(setup: Setup, world: int = 1, *, cuda: bool = True) -> list[Line]:
     b = setup.precision.weights
     reference = Line("reference's states", hidden * b * (setup.reads_reference + setup.states))
     kept = layer_input(setup) if setup.checkpointing else layer_activations(setup)
-    stored = [Line("stored activations", setup.shape.layers * kept)]
+    stored = [] if setup.offload else [Line("stored activations", setup.shape.layers * kept)]
     loss = [
         # The final norm keeps float32; its output, and the gradient that the loss forms of it, are the model's.
         Line("last hidden states", hidden * (4 + 2 * b)),

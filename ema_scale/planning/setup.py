@@ -53,7 +53,7 @@ class Setup:
     penalties keep of each token from forward to backward. buffers: of the fused loss. optimizer: bytes of its state a
     trained parameter. zero: ZeRO's stage; live: parameters that ZeRO-3 keeps gathered. masked: attention takes a mask,
     since rows are of different lengths or packed, and no flash attention reads their bounds. learned: share of the
-    tokens with a cross-entropy; a plan takes all.
+    tokens with a cross-entropy; a plan takes all. offload: the layers' inputs wait in the machine's memory.
     """
 
     shape: Shape
@@ -76,6 +76,7 @@ class Setup:
     live: int = 0
     masked: bool = True
     learned: float = 1.0
+    offload: bool = False
 
     @property
     def adapter(self) -> int:
@@ -140,6 +141,7 @@ def setup_of(
         optimizer=2 if "8bit" in t.optimizer else 0 if t.optimizer == "sgd" else 8,
         zero=stage,
         live=live,
+        offload=t.activation_offload,
         masked=("flash" not in (recipe.model.attn_implementation or "")) and (packed or t.batch_size > 1),
     )
     found.adapter  # noqa: B018 - raises for unknown target modules, before anything is computed

@@ -51,6 +51,7 @@ def prepare_environment(deepspeed: str | None = None) -> None:
     """
     import torch
 
+    refuse_fsdp()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else every import of it warns
     if deepspeed is not None:
@@ -109,15 +110,27 @@ def timeout_seconds() -> int:
 
 
 def check_world(accelerator: Any) -> None:
-    """Raises UserError if Accelerate, torch and the launcher disagree on the number of processes."""
+    """Raises UserError if Accelerate, torch and the launcher disagree on the number of processes, and for FSDP."""
     import torch.distributed as dist
 
+    refuse_fsdp(accelerator)
     real = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     launched = launched_processes()
     if not accelerator.num_processes == real == launched:
         raise UserError(
             f"{launched} processes were launched, torch.distributed sees {real}, Accelerate sees "
             f"{accelerator.num_processes}: every process would train alone; see launch/README.md"
+        )
+
+
+def refuse_fsdp(accelerator: Any = None) -> None:
+    """Raises UserError if FSDP was asked for. On a CPU Accelerate drops the wish without a word, and the processes'
+    weights drift apart."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+    if asked or getattr(getattr(accelerator, "state", None), "fsdp_plugin", None) is not None:
+        raise UserError(
+            "FSDP is not supported: the loss reads the head's weight inside forward, where FSDP holds a part of it; "
+            "use ZeRO-3 (launch/accelerate/zero3.yaml), or DDP for a model that fits into one GPU"
         )
 
 

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 _NOT_TRAINING = ("name", "output", "evaluation", "reference")
 _NOT_TRAJECTORY = (
     "logging_steps", "save_steps", "keep_checkpoints", "report_to", "drift_every", "deepspeed",
-    "gradient_checkpointing", "batch_size", "accumulation",  # these two count as rows per step
+    "gradient_checkpointing", "activation_offload", "batch_size", "accumulation",  # these two count as rows per step
 )  # fmt: skip
 
 
@@ -207,7 +207,7 @@ def training_arguments(recipe: Recipe, run_dir: RunDir) -> Any:
         raise UserError(f"training.optimizer: {t.optimizer!r} needs the bitsandbytes package, which is not installed")
     half = torch.cuda.is_available() and pick_dtype(recipe.model.dtype) == torch.bfloat16
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(run_dir.checkpoints),
             seed=recipe.seed,
             num_train_epochs=t.epochs,
@@ -237,6 +237,8 @@ def training_arguments(recipe: Recipe, run_dir: RunDir) -> Any:
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"training: {error}") from None
+    arguments.activation_offloading = t.activation_offload  # type: ignore[attr-defined]  # as in TRL's SFTConfig
+    return arguments
 
 
 def _claim(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:

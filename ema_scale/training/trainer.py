@@ -36,6 +36,7 @@ from ema_scale.training.data import DataReport, check_vocabulary, prepare
 from ema_scale.training.distributed import check_world
 from ema_scale.training.forward import Ask, DefendedForward
 from ema_scale.training.monitor import Monitor
+from ema_scale.training.offload import check_offload, offloaded
 from ema_scale.training.padding import padding_last
 from ema_scale.training.references import Setting, Wanted
 from ema_scale.training.sampler import EpochSampler
@@ -106,8 +107,6 @@ class DefendedTrainer(Checkpointing, Trainer):
         kwargs.setdefault("data_collator", ChatCollator(tokenizer, one_sequence=one_sequence))
         super().__init__(model, args, train_dataset=train_dataset, processing_class=tokenizer, **kwargs)
         check_world(self.accelerator)
-        if self.is_fsdp_enabled:
-            raise UserError("FSDP is not supported: the head's weight cannot be read inside forward; use ZeRO-3")
         if self.is_deepspeed_enabled:
             acting = [d.kind for d in self.defenses if type(d).overrides("step")]
             if acting:
@@ -186,21 +185,17 @@ class DefendedTrainer(Checkpointing, Trainer):
         divergences = self._divergences
         if reading and not divergences:
             divergences = (Divergence("kl", 0.0),)
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=attention_of(inputs),
-            position_ids=inputs.get("position_ids"),
-            defended=Ask(
-                inputs["labels"],
-                num_items_in_batch,
-                float(self.accelerator.num_processes),
-                divergences,
-                self._penalties,
-                self._drift_layers if reading else (),
-                inputs.get("tags"),
-                inputs.get("template"),
-            ),
-        )
+        ask = Ask(
+            inputs["labels"], num_items_in_batch, float(self.accelerator.num_processes), divergences, self._penalties,
+            self._drift_layers if reading else (), inputs.get("tags"), inputs.get("template"),
+        )  # fmt: skip
+        with offloaded(self.args):
+            outputs = model(
+                input_ids=inputs["input_ids"],
+                attention_mask=attention_of(inputs),
+                position_ids=inputs.get("position_ids"),
+                defended=ask,
+            )
         if model.training:
             self.monitor.add(outputs["metrics"], step)
         return (outputs["loss"], {"loss": outputs["loss"]}) if return_outputs else outputs["loss"]
@@ -283,6 +278,7 @@ def _checked(args: TrainingArguments | None) -> TrainingArguments:
         if settings.get("use_reentrant"):
             raise UserError("gradient_checkpointing_kwargs: use_reentrant gives penalties no gradient; set it false")
         args.gradient_checkpointing_kwargs = {**settings, "use_reentrant": False}
+    check_offload(args)
     args.remove_unused_columns = False  # the collator drops what the model does not read
     args.logging_nan_inf_filter = False  # it would report an average in place of a NaN
     args.prediction_loss_only = True

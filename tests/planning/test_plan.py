@@ -43,6 +43,8 @@ def test_memory_by_hand():
         "last hidden states": 6 * 4 * 12,
         "logits chunk": 4 * 6 * 10 * 4,
     }
+    lines = memory(replace(BY_HAND, checkpointing=True, offload=True), cuda=False)
+    assert "stored activations" not in {line.name for line in lines}
 
 
 def test_operations_by_hand():

@@ -9,6 +9,7 @@ import pytest
 
 from ema_scale.errors import UserError
 from ema_scale.training.distributed import check_world, prepare_environment
+from tests.training.helpers import make_trainer
 
 
 def test_accelerate_that_sees_other_processes_than_were_launched(monkeypatch):
@@ -22,6 +23,13 @@ def test_use_cpu_with_deepspeed_would_be_ddp(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(UserError, match="would run DDP"):
         prepare_environment()
+
+
+def test_fsdp_is_refused_also_where_accelerate_would_ignore_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for refused in (prepare_environment, lambda: make_trainer(tmp_path)):
+        with pytest.raises(UserError, match="FSDP is not supported: .* use ZeRO-3"):
+            refused()
 
 
 def test_missing_deepspeed_config(monkeypatch):

@@ -296,6 +296,15 @@ def test_bfloat16_on_a_cpu(world, tmp_path):
     assert {t.dtype for t in weights(run).values()} == {torch.float32}
 
 
+def test_a_recipe_that_offloads(world, tmp_path):
+    with pytest.raises(UserError, match="activation offload needs gradient_checkpointing: true"):
+        train(recipe := recipe_of(world, tmp_path, activation_offload=True, max_steps=2), RunDir(recipe.run_path))
+    plain = recipe_of(world, tmp_path, "plain", gradient_checkpointing=True, max_steps=2)
+    moved = recipe_of(world, tmp_path, "moved", gradient_checkpointing=True, max_steps=2, activation_offload=True)
+    one, other = (train(r, RunDir(r.run_path)) for r in (plain, moved))
+    assert_same_weights(weights(one), weights(other))
+
+
 def test_two_writers_are_refused(world, tmp_path):
     recipe = recipe_of(world, tmp_path)
     run = RunDir(recipe.run_path)

@@ -33,6 +33,15 @@ def two_process_recipe(world, out, name, deepspeed=None, reference="auto", **tra
 
 # No dropout: its masks are drawn by each process.
 SHARED = {"max_steps": 6, "save_steps": 3, "dropout": 0.0}
+FOLDED = {"gradient_checkpointing": True, "activation_offload": True}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def empty_cache(tmp_path_factory):
+    """Of the reference: `auto` would take what another test of the same model left in the shared one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EMA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +113,7 @@ def test_zero3_on_two_processes_equals_one_process(world, one_process, tmp_path)
             sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/zero3_cpu.yaml",
             "--num_processes", "2", "--main_process_port", str(_free_port()),
             "-m", "ema_scale", "train", str(tmp_path / "recipe.yaml"),
-        ],
-        EMA_CACHE=str(tmp_path / "cache"),  # where no test has cached the reference of these rows
+        ]
     )  # fmt: skip
     run = RunDir(recipe.run_path)
     assert run.status()["state"] == "finished" and run.status()["processes"] == 2
@@ -131,8 +139,9 @@ def test_ddp_zero2_and_zero3_go_on_from_a_checkpoint_of_one_process(world, one_p
         two_process_recipe(world, tmp_path, "ddp"),
         two_process_recipe(world, tmp_path, "zero2", "zero2_cpu.json"),
         two_process_recipe(world, tmp_path, "zero3", "zero3_cpu.json", "adapter_off", gradient_checkpointing=True),
-        two_process_recipe(world, tmp_path, "zero3-two", "zero3_cpu.json", "two_stream", gradient_checkpointing=True),
-        two_process_recipe(world, tmp_path, "ddp-fresh"),
+        two_process_recipe(world, tmp_path, "zero3-two", "zero3_cpu.json", "two_stream", **FOLDED),
+        two_process_recipe(world, tmp_path, "ddp-fresh", None, "two_stream", **FOLDED),
+        two_process_recipe(world, tmp_path, "zero2-fresh", "zero2_cpu.json", "two_stream", **FOLDED),
     ]
     # Without any reference pass ZeRO-3 takes other paths through the model.
     plain = recipe_of(world, tmp_path, "fresh-plain", batch_size=2, accumulation=2, drift_every=0, **SHARED)
@@ -151,14 +160,14 @@ def test_ddp_zero2_and_zero3_go_on_from_a_checkpoint_of_one_process(world, one_p
         if "fresh" not in recipe.name:
             continued(one_process, recipe)
     run_workers(recipes, tmp_path)
-    for recipe in recipes[:5]:
+    for recipe in recipes[:6]:
         assert_same_run(one_process, RunDir(recipe.run_path))
     expected = train(plain, RunDir(plain.run_path))
-    for recipe in recipes[5:7]:
+    for recipe in recipes[6:8]:
         assert_same_run(expected, RunDir(recipe.run_path))
     expected = train(alone, RunDir(alone.run_path))
     assert read_jsonl(expected.metrics_path)[0]["kl"] > 1e-4  # of the steered policy
-    for recipe in recipes[7:]:
+    for recipe in recipes[8:]:
         assert_same_run(expected, RunDir(recipe.run_path))
 
 
