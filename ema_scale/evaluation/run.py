@@ -110,19 +110,21 @@ def is_complete(targets: Sequence[EvalTarget], model: ModelRecipe, settings: Eva
     The targets bring their suites. An `auto` sampler is taken to be the one that was used.
     """
     model = model.model_copy(update={"path": locate(model.path)})
+    by_sampler: dict[str, list[EvalTarget]] = {}
     for target in targets:
         folder = Path(target.out_dir)
-        name = settings.sampler
-        if name == "auto":
-            name = _described_before(folder / "summary.json").get("name", name)
         if not (folder / "summary.json").exists() or not was_asked(folder, _asked(target, model, (), settings)):
             return False
-        answers = {row["key"] for row in read_jsonl(folder / SAMPLES)}
-        judged = {(row["key"], row["judge"]) for row in read_jsonl(folder / JUDGEMENTS)}
-        for group in plan([target], (), model, settings, name):
-            if not all(key in answers and (key, group.judge.identity) in judged for key in group.keys):
-                return False
-    return True
+        used = str(_described_before(folder / "summary.json").get("name"))
+        by_sampler.setdefault(used if settings.sampler == "auto" else settings.sampler, []).append(target)
+    groups = [group for name, those in by_sampler.items() for group in plan(those, (), model, settings, name)]
+    answered = {t.name: {row["key"] for row in read_jsonl(Path(t.out_dir) / SAMPLES)} for t in targets}
+    judged = {t.name: {(r["key"], r["judge"]) for r in read_jsonl(Path(t.out_dir) / JUDGEMENTS)} for t in targets}
+    return all(
+        key in answered[g.target.name] and (key, g.judge.identity) in judged[g.target.name]
+        for g in groups
+        for key in g.keys
+    )
 
 
 def _asked(target: EvalTarget, model: ModelRecipe, suites: Sequence[Suite], settings: EvaluationRecipe) -> Asked:

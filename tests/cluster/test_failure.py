@@ -59,6 +59,12 @@ def test_a_finished_run_stays_finished(run):
     assert "without a word" in failure.explain(run) and run.status()["state"] == "finished"
 
 
+def test_a_run_that_never_got_as_far_as_a_status_has_failed(run):
+    run.status_path.unlink()
+    failure.explain(run)
+    assert run.status()["state"] == "failed" and "without a word" in run.status()["reason"]
+
+
 def test_what_a_run_says_without_slurm(run, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     now = time.time()

@@ -56,12 +56,14 @@ def test_twelve_runs_of_which_one_fails(slurm, world, tmp_path):
     )
     assert twice.returncode == 2 and "is on it already" in twice.stderr, twice.stderr
     told = ema("status", folder.path, env=env)
-    assert "  12 runs: " in told and f"eval {evaluation} PENDING (Dependency)" in told, told
+    assert "  12 runs: " in told and " waiting" in told and f"eval {evaluation} PENDING (Dependency)" in told, told
 
     assert watch(slurm, folder) == 2, everything(folder)
     states = {job: slurm.job(job)["JobState"] for job in (evaluation, report)}
     assert set(states.values()) == {"COMPLETED"}, (states, everything(folder))
     assert [run.status()["state"] for run in runs] == ["finished"] * 11 + ["failed"], everything(folder)
+    again = [run.path.name for run in runs if "attempt 1 " in everything(run)]
+    assert again == [failing.path.name], "a task that starts again takes no other with it"
 
     # The one that fails was tried twice, and every place says why.
     reason = "bad.jsonl:41: messages: found str, expected a list of turns"

@@ -11,6 +11,7 @@ from ema_scale.errors import UserError
 from ema_scale.rundir import RunDir, read_jsonl
 from ema_scale.study.grid import load_study
 from ema_scale.study.grid import write_study as keep_study
+from ema_scale.study.report.collect import collect
 from ema_scale.study.runs import find_runs
 from ema_scale.training.checkpoint_adapter import export_adapter
 
@@ -117,6 +118,27 @@ def test_find_runs(tmp_path):
     assert find_runs([tmp_path / "study" / "a", tmp_path / "study"])[0].name == "a"
     with pytest.raises(UserError, match="no such folder"):
         find_runs([tmp_path / "none"])
+
+
+def test_a_studys_folder_has_the_studys_runs(tmp_path, caplog):
+    caplog.set_level("INFO")
+    study = load_study(write_study(tmp_path, seeds=[1]))
+    keep_study(study, study.path / "study.yaml")
+    with pytest.raises(UserError, match="no run here"):
+        find_runs([study.path])
+    for name in ("medical-kl-s1", "an-older-one"):
+        (study.path / name).mkdir()
+        (study.path / name / "recipe.yaml").write_text("name: x\n")
+    RunDir(study.path / "law-none-s1").set_status("failed", reason="no GPU there")
+    (study.path / "law-kl-s1" / "slurm").mkdir(parents=True)
+    runs = find_runs([study.path])
+    assert [run.name for run in runs] == ["medical-none-s1", "medical-kl-s1", "law-none-s1", "law-kl-s1"]
+    assert "left out, for they are not of the study in study.yaml: an-older-one" in caplog.text
+    found = {p.run: f"{p.state}: {p.text}" for p in collect(runs).problems}
+    assert found["law-none-s1"] == "failed: No defense; no GPU there; no step logged"
+    assert found["medical-none-s1"].startswith("not started") and "ema logs" in found["law-kl-s1"]
+    study.path.rename(tmp_path / "copy")  # a folder of another name is any folder
+    assert [run.name for run in find_runs([tmp_path / "copy"])] == ["an-older-one", "medical-kl-s1"]
 
 
 @pytest.mark.slow
