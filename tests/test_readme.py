@@ -60,6 +60,8 @@ def test_commands(place):
             # Weights of a real model are not to be had in a test; everything up to loading them is.
             if command[1] == "train":
                 assert "Qwen/Qwen2.5-7B-Instruct" in run([*command, "--dry-run"], place)
+            if command[1] == "plan":
+                assert "fits: 22." in run(command, place)
             if command[1] == "launch":
                 script = run(command, place)
                 assert "#SBATCH --nodes=2" in script and "qwen2.5-7b-kl-0.1-eval" in script
