@@ -21,10 +21,15 @@ __all__ = ["world"]
 def watch(slurm, study, seconds=300):
     """Until the report job has ended; the most tasks that were seen running at once.
 
-    A requeued task is held for two minutes; here for three seconds.
+    Task 4 is warned, as before a time limit. A requeued task is held for two minutes; here for three seconds.
     """
     array, _, report = (row["job"] for row in jobs_of(study))
     end, most, hastened = time.monotonic() + seconds, 0, set()
+    while not (study.path / "slurm" / f"train-{array}_4.ranks.log").exists():
+        assert time.monotonic() < end, everything(study) + slurm.logs()
+        time.sleep(0.1)
+    # While other tasks wait, scancel has the signal delivered, is told "try again later", and does so for a minute.
+    slurm.run("timeout", "1", "scancel", "--signal=USR1", "--batch", f"{array}_4", check=False)
     while slurm.job(report)["JobState"] == "PENDING":
         rows = [line.split("|") for line in slurm.output("squeue", "-h", "--array", "-o", "%i|%T|%r").splitlines()]
         most = max(most, sum(job.startswith(f"{array}_") and state == "RUNNING" for job, state, _ in rows))
@@ -63,7 +68,8 @@ def test_twelve_runs_of_which_one_fails(slurm, world, tmp_path):
     assert set(states.values()) == {"COMPLETED"}, (states, everything(folder))
     assert [run.status()["state"] for run in runs] == ["finished"] * 11 + ["failed"], everything(folder)
     again = [run.path.name for run in runs if "attempt 1 " in everything(run)]
-    assert again == [failing.path.name], "a task that starts again takes no other with it"
+    assert again == [runs[4].path.name, failing.path.name], "a task that starts again takes no other with it"
+    assert f"job {array}_4: warned: saving a checkpoint" in everything(runs[4])
 
     # The one that fails was tried twice, and every place says why.
     reason = "bad.jsonl:41: messages: found str, expected a list of turns"
