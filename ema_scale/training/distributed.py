@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -14,6 +15,8 @@ from typing import Any
 from ema_scale.errors import UserError
 
 log = logging.getLogger(__name__)
+
+_leaving = False
 
 
 def is_main() -> bool:
@@ -121,6 +124,25 @@ def check_world(accelerator: Any) -> None:
             f"{launched} processes were launched, torch.distributed sees {real}, Accelerate sees "
             f"{accelerator.num_processes}: every process would train alone; see launch/README.md"
         )
+
+
+def leave_in_order() -> None:
+    """When this process ends, close its connections to the others first. Call it when a run has ended on all of them.
+
+    Without it threads of the process group may outlive it: some finished runs end by SIGABRT ("terminate called without
+    an active exception"), which a launcher and Slurm take for a failure.
+    """
+    global _leaving
+    if launched_processes() > 1 and not _leaving:
+        _leaving = True
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def refuse_fsdp(accelerator: Any = None) -> None:

@@ -20,6 +20,7 @@ from ema_scale.training.distributed import (
     device_arguments,
     is_main,
     launched_processes,
+    leave_in_order,
     prepare_environment,
     timeout_seconds,
 )
@@ -178,6 +179,7 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
             log.info("%s: going on from step %d", run_dir.path, step_of(checkpoint))
     with _stoppable(trainer):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    leave_in_order()
     early = trainer.stopped_early
     if early is None and trainer.stop_requested and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
