@@ -7,15 +7,15 @@ from typing import Annotated
 import typer
 
 from ema_scale.cli.bench import Out, Threads, bench
-from ema_scale.cli.bench_training import Device, Dtype
+from ema_scale.cli.bench_training import Device, Dtype, Layers, Length, Model
 
 
 @bench.command("plan")
 def plan_(
-    model: Annotated[str, typer.Option(help="a shape: small, qwen2.5-0.5b, ... llama-3.1-70b")] = "small",
-    layers: Annotated[int | None, typer.Option(min=1, help="cut to so many")] = None,
+    model: Model = "small",
+    layers: Layers = None,
     rows: Annotated[int, typer.Option(min=1, help="a micro-batch")] = 4,
-    length: Annotated[int, typer.Option(min=2, help="tokens a row")] = 128,
+    length: Length = 128,
     dtype: Dtype = Dtype.float32,
     device: Device = Device.cpu,
     only: Annotated[str, typer.Option(help="cases whose name contains this")] = "",

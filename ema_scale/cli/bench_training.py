@@ -11,6 +11,11 @@ import typer
 
 from ema_scale.cli.bench import Out, Repeats, Threads, bench
 
+Model = Annotated[str, typer.Option(help="a shape: small, qwen2.5-0.5b, ... llama-3.1-70b")]
+Layers = Annotated[int | None, typer.Option(min=1, help="cut to so many")]
+Length = Annotated[int, typer.Option(min=2, help="tokens a row")]
+Checkpointing = Annotated[bool, typer.Option(help="of gradients")]
+Strength = Annotated[float, typer.Option(min=0, help="0: without")]
 Ways = Annotated[list[str] | None, typer.Option("--way", help="only plain and these (the first words are enough)")]
 ZERO3_CPU = Path("launch/deepspeed/zero3_cpu.json")
 
@@ -61,16 +66,16 @@ def loss_(
 
 @bench.command("step")
 def step_(
-    model: Annotated[str, typer.Option(help="a shape: small, qwen2.5-0.5b, ... llama-3.1-70b")] = "small",
-    layers: Annotated[int | None, typer.Option(min=1, help="cut to so many")] = None,
+    model: Model = "small",
+    layers: Layers = None,
     rows: Annotated[int, typer.Option(min=1, help="a step")] = 2,
-    length: Annotated[int, typer.Option(min=2, help="tokens a row")] = 128,
+    length: Length = 128,
     steps: Annotated[int, typer.Option(min=1, help="timed steps a repeat")] = 5,
     dtype: Dtype = Dtype.float32,
     device: Device = Device.cpu,
-    checkpointing: Annotated[bool, typer.Option(help="of gradients")] = True,
-    kl: Annotated[float, typer.Option(min=0, help="strength; 0: without")] = 0.1,
-    ldifs: Annotated[float, typer.Option(min=0, help="strength, 5 layers; 0: without")] = 0.1,
+    checkpointing: Checkpointing = True,
+    kl: Strength = 0.1,
+    ldifs: Strength = 0.1,
     way: Ways = None,
     out: Out = None,
     repeats: Repeats = 3,
@@ -97,16 +102,16 @@ def step_(
 def reference_(
     processes: Annotated[int, typer.Option(min=2)] = 2,
     deepspeed: Annotated[Path, typer.Option(help="a ZeRO-3 config")] = ZERO3_CPU,
-    model: Annotated[str, typer.Option(help="a shape: small, qwen2.5-0.5b, ... llama-3.1-70b")] = "small",
-    layers: Annotated[int | None, typer.Option(min=1, help="cut to so many")] = None,
+    model: Model = "small",
+    layers: Layers = None,
     rows: Annotated[int, typer.Option(min=1, help="a step and process")] = 1,
-    length: Annotated[int, typer.Option(min=2, help="tokens a row")] = 128,
+    length: Length = 128,
     steps: Annotated[int, typer.Option(min=1, help="timed")] = 3,
     dtype: Dtype = Dtype.float32,
     device: Device = Device.cpu,
-    checkpointing: Annotated[bool, typer.Option(help="of gradients")] = True,
-    kl: Annotated[float, typer.Option(min=0, help="strength; 0: without")] = 0.1,
-    ldifs: Annotated[float, typer.Option(min=0, help="strength, 5 layers; 0: without")] = 0.1,
+    checkpointing: Checkpointing = True,
+    kl: Strength = 0.1,
+    ldifs: Strength = 0.1,
     way: Ways = None,
     out: Out = None,
     threads: Threads = 1,
