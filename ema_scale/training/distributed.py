@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import socket
+import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -127,10 +128,12 @@ def check_world(accelerator: Any) -> None:
 
 
 def leave_in_order() -> None:
-    """When this process ends, close its connections to the others first. Call it when a run has ended on all of them.
+    """When this process ends, close its connections to the others, and let gloo's threads finish, before the
+    interpreter goes. Call it when a run has ended on all of them.
 
-    Without it threads of the process group may outlive it: some finished runs end by SIGABRT ("terminate called without
-    an active exception"), which a launcher and Slurm take for a failure.
+    A thread of gloo drops the tensors of the last collective after that has returned, and takes the interpreter's lock
+    for it. If the interpreter is gone by then, the process aborts (SIGABRT, "terminate called without an active
+    exception"), which a launcher and Slurm take for a failure of a run that has finished.
     """
     global _leaving
     if launched_processes() > 1 and not _leaving:
@@ -141,8 +144,12 @@ def leave_in_order() -> None:
 def _leave() -> None:
     import torch.distributed as dist
 
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if not dist.is_initialized():
+        return
+    gloo = dist.get_backend() == "gloo"
+    dist.destroy_process_group()
+    if gloo:  # destroying does not wait for its threads
+        time.sleep(0.5)
 
 
 def refuse_fsdp(accelerator: Any = None) -> None:

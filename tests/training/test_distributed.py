@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from ema_scale.errors import UserError
-from ema_scale.training.distributed import check_world, prepare_environment
+from ema_scale.training.distributed import _free_port, check_world, prepare_environment
 from tests.training.helpers import make_trainer
 
 
@@ -52,3 +52,24 @@ def test_processes_that_each_train_alone_are_refused(tmp_path):
         text=True,
     )
     assert "REFUSED 2 processes were launched" in done.stdout, done.stderr[-2000:]
+
+
+def test_a_process_that_ends_right_after_a_collective_does_not_abort():
+    """gloo's threads still hold its tensors then, and DeepSpeed and DDP hold the group when it is destroyed."""
+    code = (
+        "import sys, torch, torch.distributed as dist\n"
+        "from ema_scale.training.distributed import leave_in_order\n"
+        "dist.init_process_group('gloo')\n"
+        "group = dist.group.WORLD\n"
+        "leave_in_order()\n"
+        "mine = torch.ones(200000)\n"
+        "sys.setswitchinterval(100)\n"  # the interpreter's lock is not handed over, as on a busy machine
+        "for _ in range(4): dist.all_gather([torch.empty_like(mine) for _ in range(2)], mine)\n"
+    )
+    world = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], env={**world, "RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
