@@ -134,6 +134,39 @@ def test_zero3_on_two_processes_equals_one_process(world, one_process, tmp_path)
     assert_same_run(one_process, train(alone, continued(run, alone)))
 
 
+LOADED = """
+import json, sys
+from ema_scale.recipe import load_recipe
+from ema_scale.rundir import RunDir
+from ema_scale.training.adapter import build_model
+from ema_scale.training.distributed import prepare_environment
+from ema_scale.training.run import training_arguments
+
+recipe = load_recipe(sys.argv[1])
+prepare_environment(recipe.training.deepspeed)
+arguments = training_arguments(recipe, RunDir(recipe.run_path))
+base = build_model(recipe.model, recipe.adapter).get_base_model()
+parts = [p for name, p in base.named_parameters() if "lora_" not in name]
+whole, held = (sum(p.numel() for p in parts), sum(p.ds_tensor.numel() for p in parts))
+print("LOADED", json.dumps([whole, held, sum(p.ds_numel for p in parts)]), flush=True)
+"""
+
+
+def test_under_zero3_a_model_that_was_loaded_is_nowhere_whole(world, tmp_path):
+    recipe = two_process_recipe(world, tmp_path, "loaded", "zero3_cpu.json")
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    (tmp_path / "load.py").write_text(LOADED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+    output = run_command(
+        [*launch, str(_free_port()), str(tmp_path / "load.py"), str(tmp_path / "recipe.yaml")], PYTHONPATH=str(ROOT)
+    )
+    found = [json.loads(line.split("LOADED ")[1]) for line in output.splitlines() if "LOADED" in line]
+    assert len(found) == 2
+    size = sum(t.numel() for t in load_file(world / "model" / "model.safetensors").values())
+    for whole, held, all_of_it in found:
+        assert (whole, all_of_it) == (0, size) and size / 2 <= held < size / 2 + 100  # parts are padded
+
+
 def test_ddp_zero2_and_zero3_go_on_from_a_checkpoint_of_one_process(world, one_process, tmp_path):
     recipes = [
         two_process_recipe(world, tmp_path, "ddp"),
