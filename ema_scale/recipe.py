@@ -104,7 +104,8 @@ class TrainingRecipe(_Section):
         2, ge=1, description="the newest of save_steps; the newest of all and evaluation.checkpoints are kept anyway"
     )
     report_to: list[str] = ["tensorboard"]
-    deepspeed: str | None = None
+    deepspeed: str | None = Field(None, description="a DeepSpeed JSON config, such as launch/deepspeed/zero3.json")
+    fsdp: bool = Field(False, description="shard the base, too, by torch's FSDP2, as ZeRO-3 does")
     drift_every: int = Field(10, ge=0, description="steps between per-layer drift readings; 0 turns them off")
 
     @field_validator("report_to", mode="before")

@@ -159,7 +159,7 @@ def test_dry_run_reads_the_stage_of_zero_from_the_config_and_not_from_its_name(e
         training = {"max_steps": 1, "batch_size": 1, "report_to": [], "deepspeed": str(tmp_path / "ds.json")}
         return ema("train", recipe(defenses=[{"kind": "kl"}], training=training), "--dry-run")
 
-    assert "by two_stream: ZeRO-3 gathers each layer once" in said(3)[1]
+    assert "by two_stream: each layer is gathered once" in said(3)[1]
     assert "by adapter_off: " in said(2)[1]
     assert_clear(said("many"), "ds.json: expected a DeepSpeed JSON config")
 

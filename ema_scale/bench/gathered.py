@@ -1,4 +1,5 @@
-"""The worker of `ema bench reference`: one way to train, on every process that torchrun started, under DeepSpeed.
+"""The worker of `ema bench reference`: one way to train, on every process that torchrun started, under ZeRO-3 or
+FSDP2.
 
 torchrun --nproc_per_node 2 -m ema_scale.bench.gathered RESULT.json WAY TASK
 """
@@ -17,12 +18,13 @@ from torch import Tensor
 
 from ema_scale.bench.harness import peak_rss, reset_peak_rss
 from ema_scale.bench.training_ways import WARMUP, Task, train
+from ema_scale.reference.sharding import uses_fsdp
 from ema_scale.rundir import atomic_write_json
 from ema_scale.training.distributed import is_main, prepare_environment
 
 
 class Gathers:
-    """Counts what DeepSpeed's backend gathers on this process: calls, and bytes of what comes out."""
+    """Counts what DeepSpeed's backend, or FSDP2, gathers on this process: calls, and bytes of what comes out."""
 
     def __init__(self) -> None:
         self.calls = self.bytes = 0
@@ -30,18 +32,28 @@ class Gathers:
 
     def install(self) -> None:
         """After DeepSpeed has made its backend."""
+        if uses_fsdp():
+            import torch.distributed as dist
+            import torch.distributed._functional_collectives as functional
+
+            # FSDP2 gathers groups by the first, which fills a tensor; `full_tensor` by the second, which returns one.
+            dist.all_gather_single = self._counted(dist.all_gather_single)
+            functional.all_gather_single = self._counted(functional.all_gather_single, returned=True)
+            return
         import deepspeed.comm.comm as comm
 
         for name in ("all_gather", "all_gather_into_tensor", "all_gather_base", "all_gather_coalesced"):
             setattr(comm.cdb, name, self._counted(getattr(comm.cdb, name)))
 
-    def _counted(self, gather: Any) -> Any:
+    def _counted(self, gather: Any, returned: bool = False) -> Any:
         def counted(*args: Any, **kwargs: Any) -> Any:
-            # The output comes first in all of them: a tensor, or a list of them.
-            out = args[0] if args else next(v for k, v in kwargs.items() if k.startswith(("output", "tensor_list")))
+            done = gather(*args, **kwargs)
+            out = done
+            if not returned:  # it comes first: a tensor, or a list of them
+                out = args[0] if args else next(v for k, v in kwargs.items() if k.startswith(("output", "tensor_list")))
             self.calls += 1
             self.bytes += sum(t.nbytes for t in ([out] if isinstance(out, Tensor) else out))
-            return gather(*args, **kwargs)
+            return done
 
         return counted
 
@@ -58,7 +70,7 @@ class Gathers:
 def main(result: str, way: str, given: str) -> None:
     task = Task(**json.loads(given))
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    prepare_environment(task.deepspeed)
+    prepare_environment(task.deepspeed, task.fsdp)
     gathers, cuda = Gathers(), task.device == "cuda"
     before = 0
 

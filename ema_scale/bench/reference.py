@@ -1,4 +1,5 @@
-"""What the reference costs under ZeRO-3: bytes gathered in a step, by every way to run it, beside plain fine-tuning."""
+"""What the reference costs under ZeRO-3 and FSDP2: bytes gathered in a step, by every way to run it, beside plain
+fine-tuning."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ def bench_reference(task: Task, *, processes: int, ways: tuple[str, ...] = WAYS)
     """Each way in processes of its own. Figures: `gathered`, bytes a step on one process; `calls` of all-gather;
     `traffic` and `memory`, of plain's. peak_bytes: of the first process, with its share of the weights.
 
-    task.deepspeed: a ZeRO-3 config. Raises UserError if a way fails, or the ways' losses differ.
+    task.deepspeed: a ZeRO-3 config, or task.fsdp. Raises UserError if a way fails, or the ways' losses differ.
     """
     measured, losses = [], {}
     with tempfile.TemporaryDirectory(prefix="ema-bench-") as folder:

@@ -28,8 +28,10 @@ from ema_scale.errors import UserError
 from ema_scale.recipe import AdapterRecipe, ModelRecipe
 from ema_scale.reference import Anatomy
 from ema_scale.reference.base import capture
+from ema_scale.reference.sharding import shard_frozen
 from ema_scale.training.adapter import load_base, lora_config
 from ema_scale.training.distributed import device_arguments, launched_processes
+from ema_scale.training.fsdp import FSDPAnywhere, shard_by_layer
 from ema_scale.training.sampler import EpochSampler
 from ema_scale.training.trainer import DefendedTrainer
 
@@ -59,6 +61,7 @@ class Task:
     kl: float = 0.1
     ldifs: float = 0.1
     deepspeed: str | None = None
+    fsdp: bool = False
     saved: str | None = None
 
     @property
@@ -79,7 +82,7 @@ class Task:
 
     def shown(self) -> dict[str, Any]:
         """What a table says above it."""
-        return {k: v for k, v in asdict(self).items() if v is not None and k != "saved"}
+        return {k: v for k, v in asdict(self).items() if v is not None and k != "saved" and (k, v) != ("fsdp", False)}
 
 
 def chosen(names: Sequence[str] | None, ways: tuple[str, ...]) -> tuple[str, ...]:
@@ -172,13 +175,15 @@ def _separate(trainer: DefendedTrainer, task: Task) -> None:
     trainer.defended = DefendedForward(Separate(trainer.defended.anatomy, other))
 
 
-class FullLogits(Trainer):
+class FullLogits(FSDPAnywhere, Trainer):
     """Plain fine-tuning by transformers' own loss, or with a reference's full logits beside the policy's."""
 
     def __init__(self, way: str, task: Task, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.way, self.task = way, task
         self.parts = Anatomy.of(kwargs["model"])
+        if self.is_fsdp_enabled:
+            shard_by_layer(self.accelerator, self.parts)
         self.other: Any = None
         if way == SECOND:
             self.other = task.base()
@@ -197,6 +202,8 @@ class FullLogits(Trainer):
             config = {k: v for k, v in config.items() if k not in ("optimizer", "scheduler")}
             self.other, *_ = deepspeed.initialize(model=self.other, config=config)
             self.other.eval()
+        elif self.other is not None and self.is_fsdp_enabled:
+            shard_frozen(self.other, self.other_parts.layers)
         return prepared
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -102,6 +102,7 @@ def step_(
 def reference_(
     processes: Annotated[int, typer.Option(min=2)] = 2,
     deepspeed: Annotated[Path, typer.Option(help="a ZeRO-3 config")] = ZERO3_CPU,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="FSDP2 in place of ZeRO-3")] = False,
     model: Model = "small",
     layers: Layers = None,
     rows: Annotated[int, typer.Option(min=1, help="a step and process")] = 1,
@@ -116,16 +117,17 @@ def reference_(
     out: Out = None,
     threads: Threads = 1,
 ) -> None:
-    """Bytes gathered in a ZeRO-3 step with KL + LDIFS, by every way to run the reference; also time and memory."""
+    """Bytes gathered in a step of KL + LDIFS under ZeRO-3 or FSDP2, by every way to run the reference; time, memory."""
     from ema_scale.bench.harness import finish, machine, mebibytes
     from ema_scale.bench.reference import WAYS, bench_reference
     from ema_scale.bench.training_ways import Task, chosen
     from ema_scale.errors import UserError
 
-    if not deepspeed.is_file():
+    if not fsdp and not deepspeed.is_file():
         raise UserError(f"--deepspeed: no file {deepspeed}; expected a DeepSpeed JSON config with ZeRO-3")
     machine(threads)
-    task = Task(model, layers, rows, length, steps, dtype.value, device.value, checkpointing, kl, ldifs, str(deepspeed))
+    task = Task(model, layers, rows, length, steps, dtype.value, device.value, checkpointing, kl, ldifs)
+    task = replace(task, fsdp=True) if fsdp else replace(task, deepspeed=str(deepspeed))
     measured, bars = bench_reference(task, processes=processes, ways=chosen(way, WAYS))
     columns = {
         "gathered": lambda v: f"{mebibytes(v)} gathered",

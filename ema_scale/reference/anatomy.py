@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ema_scale.defenses.residual import causal_lm, decoder_layers, first
 from ema_scale.errors import UserError
+from ema_scale.reference.sharding import whole
 
 __all__ = ["FROZEN_ADAPTER", "Anatomy", "Head", "first", "switched"]
 
@@ -113,8 +114,8 @@ class Anatomy:
         return [parameters[name] for name in ("weight", "bias") if parameters.get(name) is not None]
 
     def head(self) -> Head:
-        """The head as `fused_loss` wants it; call it where its parameters are gathered."""
-        weight, *bias = (p.detach() for p in self.head_parameters)
+        """The head as `fused_loss` wants it; call it where its parameters are `gathered`. Under FSDP2 a collective."""
+        weight, *bias = (whole(p) for p in self.head_parameters)
         config = self.core.config.get_text_config()
         scale = 1.0
         if getattr(config, "logits_scaling", None):  # Granite divides, HyperCLOVA X multiplies

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_scale.reference.anatomy import Anatomy, first
+from ema_scale.reference.sharding import under_zero3
 from ema_scale.reference.stopwatch import Stopwatch
 
 # (layer, policy states, reference states or None) -> whether to store both
@@ -107,7 +108,7 @@ class Reference(ABC):
         released before its own gradients are stored. The hook comes after DeepSpeed's, so the embeddings get
         no backward.
         """
-        if not torch.is_grad_enabled() or not hasattr(self.anatomy.head_parameters[0], "ds_id"):
+        if not torch.is_grad_enabled() or not under_zero3(self.anatomy.head_parameters[0]):
             yield
             return
 

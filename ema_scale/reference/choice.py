@@ -32,12 +32,12 @@ class Cost:
 
 
 def choose(*, needed: bool, sharded: bool, passes: float, cost: Cost | None = None) -> Choice:
-    """needed: whether any defense reads the reference. sharded: by ZeRO-3. passes: how often training sees each row.
-    cost: None if it is not known yet.
+    """needed: whether any defense reads the reference. sharded: by ZeRO-3 or FSDP2. passes: how often training sees a
+    row. cost: None if it is not known yet.
 
     A cache takes one forward a row to build and saves one whenever the row is seen; it may take half of the free disk.
     """
-    live = Choice("two_stream", "ZeRO-3 gathers each layer once for policy and reference")
+    live = Choice("two_stream", "each layer is gathered once for policy and reference")
     if not sharded:
         live = Choice("adapter_off", "a second forward of the same weights, no second model")
     if not needed:

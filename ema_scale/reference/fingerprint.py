@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from ema_scale.reference.anatomy import Anatomy
+from ema_scale.reference.sharding import gathered, whole, whole_shape
 
 # Of a config: what says where it came from, or how it is run, but not what it computes.
 _IRRELEVANT = ("_name_or_path", "transformers_version", "use_cache", "architectures", "torch_dtype", "dtype")
 
 
 def fingerprint(anatomy: Anatomy, model: Any, autocast: str | None = None) -> str:
-    """24 hex digits of a SHA-256 over every weight that is not trained; under ZeRO-3 a collective.
+    """24 hex digits of a SHA-256 over every weight that is not trained; under ZeRO-3 and FSDP2 a collective.
 
     model: the PeftModel. autocast: the dtype that forward is cast to, None if it is not. Which modules carry a trained
     adapter does not matter.
@@ -25,8 +26,9 @@ def fingerprint(anatomy: Anatomy, model: Any, autocast: str | None = None) -> st
     # Names without PEFT's wrappers, so that all adapters over one base share its states.
     named = {_bare(name): p for name, p in model.named_parameters() if not p.requires_grad}
     for name in sorted(named):
-        digest.update(f"{name} {_shape(named[name])}".encode())
-        digest.update(_bytes(named[name]))
+        digest.update(f"{name} {(str(named[name].dtype), *whole_shape(named[name]))}".encode())
+        with gathered([named[name]]):
+            digest.update(_raw(whole(named[name])))
     return digest.hexdigest()[:24]
 
 
@@ -42,18 +44,5 @@ def _bare(name: str) -> str:
     return ".".join(part for part in name.removeprefix("base_model.model.").split(".") if part not in hidden)
 
 
-def _shape(parameter: Any) -> tuple[Any, ...]:
-    return (str(parameter.dtype), *getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _bytes(parameter: Any) -> Any:
-    if not hasattr(parameter, "ds_id"):
-        return _raw(parameter)
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
-        return _raw(parameter.data.clone())
-
-
 def _raw(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()

@@ -13,6 +13,7 @@ from ema_scale.defenses.base import reference_pass
 from ema_scale.errors import UserError
 from ema_scale.reference.anatomy import Anatomy
 from ema_scale.reference.base import Keep, Reference, States, capture, for_attention
+from ema_scale.reference.sharding import shard_frozen, uses_fsdp, whole_shape
 
 
 class Separate(Reference):
@@ -28,14 +29,22 @@ class Separate(Reference):
         self.model = model.eval().requires_grad_(False)
         self.other = Anatomy.of(model, adapters=False)
         self.other.make_leaves()
-        # Called whole, so that ZeRO-3's hooks on it run, but without its head, which the loss applies by pieces.
-        self.logits, model.forward = model.forward, self._last_states
-        ours, theirs = (_shape(a.head_parameters[0]) for a in (anatomy, self.other))
+        # Called whole, so that ZeRO-3's and FSDP2's hooks on it run, but without its head, which the loss applies by
+        # pieces.
+        self._original, model.forward = model.forward, self._last_states
+        ours, theirs = (whole_shape(a.head_parameters[0]) for a in (anatomy, self.other))
         if ours[0] != theirs[0]:
             raise UserError(f"reference.model: found a head over {theirs[0]} tokens, expected the policy's {ours[0]}")
 
-    def _last_states(self, **inputs: Any) -> Tensor:
-        output = self.other.backbone(**for_attention(inputs), use_cache=False)
+    def with_logits(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The model's own logits [B, T, V] and last hidden states [B, T, H]."""
+        found: tuple[Tensor, Tensor] = self.model(**inputs, with_logits=True)
+        return found
+
+    def _last_states(self, with_logits: bool = False, **inputs: Any) -> Any:
+        if with_logits:
+            return self._original(**inputs).logits, self._last_states(**inputs)
+        output = self.other.backbone(**{**for_attention(inputs), "use_cache": False})
         return output[0] if isinstance(output, tuple) else output.last_hidden_state
 
     @property
@@ -61,10 +70,13 @@ class Separate(Reference):
         return [(a.core.config.get_text_config().hidden_size, len(a.layers)) for a in both]
 
     def prepare(self, accelerator: Any) -> None:
-        """Put the model on the device, or under ZeRO-3 into an engine of its own, which shards it and trains nothing.
-        A collective."""
+        """Put the model on the device; under ZeRO-3 into an engine of its own, which shards it and trains nothing;
+        under FSDP2 shard it by layer. A collective."""
         from transformers.integrations import is_deepspeed_zero3_enabled
 
+        if uses_fsdp():
+            shard_frozen(self.model, self.other.layers)
+            return
         if not is_deepspeed_zero3_enabled():
             self.model.to(accelerator.device)
             return
@@ -105,7 +117,3 @@ def check_tokenizer(policy: Any, reference: Any, where: str) -> None:
             raise UserError(
                 f"reference.model: {where} has another tokenizer: for {token!r} found {found}, expected {expected}"
             )
-
-
-def _shape(parameter: Any) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
+import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ema_scale.errors import UserError
 from ema_scale.reference import FROZEN_ADAPTER
+from ema_scale.reference.sharding import gathered, whole, whole_shape
 
 if TYPE_CHECKING:
     import torch
@@ -106,8 +107,8 @@ def _continued(base: Any, start: str) -> Any:
 
 def parameter_counts(model: Any) -> dict[str, int]:
     """`base`: parameters of the model without adapters; `trained`: those that training changes. Tied ones count once,
-    and what ZeRO-3 holds in parts counts whole."""
-    sizes = [(n, p.requires_grad, getattr(p, "ds_numel", p.numel())) for n, p in model.named_parameters()]
+    and what is held in parts counts whole."""
+    sizes = [(n, p.requires_grad, math.prod(whole_shape(p))) for n, p in model.named_parameters()]
     return {
         "base": sum(size for name, _, size in sizes if "lora_" not in name),
         "trained": sum(size for _, trained, size in sizes if trained),
@@ -190,18 +191,6 @@ def _has_conv1d(base: Any) -> bool:
     return any(isinstance(module, Conv1D) for module in base.modules())
 
 
-@contextlib.contextmanager
-def gathered(parameters: list[Any]) -> Iterator[None]:
-    """Whole parameters inside, also under ZeRO-3 (a collective: every process must enter). Read only."""
-    if not any(hasattr(p, "ds_id") for p in parameters):
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
-        yield
-
-
 def save_adapter(model: Any, folder: Path, *, main: bool = True) -> None:
     """Write `model`'s adapter as a PEFT folder; it appears whole or not at all. Every process must call it.
 
@@ -209,7 +198,7 @@ def save_adapter(model: Any, folder: Path, *, main: bool = True) -> None:
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     with gathered([p for _, p in trained]):
-        state = {name: p.detach().cpu().clone() for name, p in trained} if main else {}
+        state = _on_cpu(trained, main)
     if not main:
         return
     empty = [name for name, tensor in state.items() if tensor.numel() == 0]
@@ -225,3 +214,13 @@ def save_adapter(model: Any, folder: Path, *, main: bool = True) -> None:
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _on_cpu(trained: list[tuple[str, Any]], main: bool) -> dict[str, torch.Tensor]:
+    """Name -> whole weight; on other processes than the main one, which gather with it, nothing."""
+    state = {}
+    for name, parameter in trained:
+        weight = whole(parameter)
+        if main:
+            state[name] = weight.cpu().clone()
+    return state

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ema_scale.errors import UserError
+from ema_scale.reference.sharding import uses_fsdp
+from ema_scale.training.fsdp import ask_for_fsdp
 
 log = logging.getLogger(__name__)
 
@@ -47,15 +49,19 @@ def zero_stage(deepspeed: str | None) -> int:
         raise UserError(f"training.deepspeed: {deepspeed}: expected a DeepSpeed JSON config; {error}") from None
 
 
-def prepare_environment(deepspeed: str | None = None) -> None:
-    """Set what must stand before TrainingArguments is made: DeepSpeed's config, and its CPU pitfalls.
+def prepare_environment(deepspeed: str | None = None, fsdp: bool = False) -> None:
+    """Set what must stand before TrainingArguments is made: DeepSpeed's config and its CPU pitfalls, or FSDP2.
 
-    deepspeed: a DeepSpeed JSON config; None: as launched. Raises UserError if the file is missing, or a
-    launcher asked for the CPU as well, under which Accelerate silently runs DDP instead of DeepSpeed.
+    deepspeed: a DeepSpeed JSON config; fsdp: shard by FSDP2; neither: as launched. Raises UserError if the file is
+    missing, both are asked for, or a launcher asked for the CPU as well, under which Accelerate silently runs DDP
+    instead of DeepSpeed.
     """
     import torch
 
-    refuse_fsdp()
+    if fsdp:
+        ask_for_fsdp()
+    if uses_fsdp() and (deepspeed is not None or uses_deepspeed()):
+        raise UserError("both FSDP and DeepSpeed were asked for; leave one out")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else every import of it warns
     if deepspeed is not None:
@@ -114,10 +120,9 @@ def timeout_seconds() -> int:
 
 
 def check_world(accelerator: Any) -> None:
-    """Raises UserError if Accelerate, torch and the launcher disagree on the number of processes, and for FSDP."""
+    """Raises UserError if Accelerate, torch and the launcher disagree on the number of processes."""
     import torch.distributed as dist
 
-    refuse_fsdp(accelerator)
     real = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     launched = launched_processes()
     if not accelerator.num_processes == real == launched:
@@ -150,17 +155,6 @@ def _leave() -> None:
     dist.destroy_process_group()
     if gloo:  # destroying does not wait for its threads
         time.sleep(0.5)
-
-
-def refuse_fsdp(accelerator: Any = None) -> None:
-    """Raises UserError if FSDP was asked for. On a CPU Accelerate drops the wish without a word, and the processes'
-    weights drift apart."""
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
-    if asked or getattr(getattr(accelerator, "state", None), "fsdp_plugin", None) is not None:
-        raise UserError(
-            "FSDP is not supported: the loss reads the head's weight inside forward, where FSDP holds a part of it; "
-            "use ZeRO-3 (launch/accelerate/zero3.yaml), or DDP for a model that fits into one GPU"
-        )
 
 
 def _free_port() -> int:

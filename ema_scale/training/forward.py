@@ -7,7 +7,6 @@ ZeRO-3 hooks, autocast) see an ordinary forward. It is armed only by the argumen
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ from ema_scale.errors import UserError
 from ema_scale.reference import Anatomy, Head, Reference
 from ema_scale.reference.cached import Cached
 from ema_scale.reference.separate import Separate
+from ema_scale.reference.sharding import gathered
 from ema_scale.training.at_once import at_once
 from ema_scale.training.loss import Term, fused_loss, head_logits
 from ema_scale.training.packed import check_packing
@@ -126,7 +126,7 @@ class DefendedForward:
         dtype = torch.promote_types(states.policy.dtype, torch.float32)
         covered = {"assistant", *(d.cover for d in ask.divergences)}
         weights = {s: masks[s].to(dtype) / tokens[s].clamp_min(1) for s in covered}
-        with _gathered(self._head_parameters):
+        with gathered(self._head_parameters):
             head = self.anatomy.head()
             other = self.reference.head_of
             reference_head = head if other is self.anatomy else other.head()
@@ -180,13 +180,11 @@ class DefendedForward:
         """The models' own logits [1, t, V] and last hidden states [1, t, H] on the first few tokens: of the base, and
         of a reference with another head."""
         few = {"input_ids": inputs["input_ids"][:1, :8], "use_cache": False}
-        models = [(self.anatomy, self._original)]
-        if isinstance(self.reference, Separate):
-            models.append((self.reference.other, self.reference.logits))
-        found = []
-        for anatomy, logits in models:
-            with anatomy.frozen(), reference_pass():
-                found.append((logits(**few).logits, anatomy.backbone(**few)[0], type(anatomy.core).__name__))
+        core = self.anatomy.core
+        with self.anatomy.frozen(), reference_pass():
+            found = [(self._original(**few).logits, self.anatomy.backbone(**few)[0], type(core).__name__)]
+            if isinstance(self.reference, Separate):
+                found.append((*self.reference.with_logits(few), type(self.reference.other.core).__name__))
         return found
 
 
@@ -214,12 +212,3 @@ def _relative_distance(policy: Tensor, reference: Tensor) -> Tensor:
     policy, reference = policy.float(), reference.float()
     norm = torch.linalg.vector_norm(reference, dim=-1)
     return torch.linalg.vector_norm(policy - reference, dim=-1) / norm.clamp_min(1e-12)
-
-
-def _gathered(parameters: list[Any]) -> contextlib.AbstractContextManager[Any]:
-    """Under ZeRO-3, one gather of the head for forward, none in backward; otherwise nothing."""
-    if not any(hasattr(p, "ds_id") for p in parameters):
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=None)

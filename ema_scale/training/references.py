@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ema_scale.chat.collate import ChatCollator
 from ema_scale.chat.packing import texts
@@ -23,6 +22,7 @@ from ema_scale.reference.choice import START, WORTH_CACHING
 from ema_scale.reference.filling import Filled, fill, free_bytes
 from ema_scale.reference.fingerprint import fingerprint
 from ema_scale.reference.separate import Separate, check_tokenizer
+from ema_scale.reference.sharding import weights_are_sharded
 from ema_scale.reference.shelf import row_key
 from ema_scale.smallworld.world import cache_root
 from ema_scale.training.adapter import load_base
@@ -80,7 +80,7 @@ def make(wanted: Wanted, setting: Setting) -> tuple[Reference, Choice]:
 
 def _own(wanted: str, setting: Setting) -> tuple[Reference, Choice]:
     """A reference made of the policy's own weights."""
-    sharded = is_deepspeed_zero3_enabled()
+    sharded = weights_are_sharded()
     if wanted == "cached":
         return _cached(setting), Choice("cached", "asked for")
     if wanted != "auto":

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 # What a run can change and still be the same training.
 _NOT_TRAINING = ("name", "output", "evaluation", "reference")
 _NOT_TRAJECTORY = (
-    "logging_steps", "save_steps", "keep_checkpoints", "report_to", "drift_every", "deepspeed",
+    "logging_steps", "save_steps", "keep_checkpoints", "report_to", "drift_every", "deepspeed", "fsdp",
     "gradient_checkpointing", "activation_offload", "batch_size", "accumulation",  # these two count as rows per step
 )  # fmt: skip
 
@@ -89,7 +89,7 @@ def fill_cache(recipe: Recipe) -> Filled:
     Raises UserError as `train` does, for ZeRO-3, and if no defense reads the reference; KeyboardInterrupt after a
     signal, with what was computed kept.
     """
-    prepare_environment(recipe.training.deepspeed)
+    prepare_environment(recipe.training.deepspeed, recipe.training.fsdp)
     from ema_scale.training.references import prepare
 
     if not any(d.needs_reference for d in recipe.defenses):
@@ -153,7 +153,7 @@ def _trainer(recipe: Recipe, run_dir: RunDir, callbacks: list[Any]) -> tuple[Def
 
 
 def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
-    prepare_environment(recipe.training.deepspeed)
+    prepare_environment(recipe.training.deepspeed, recipe.training.fsdp)
     from ema_scale.training.adapter import parameter_counts
     from ema_scale.training.checkpointing import newest_complete, step_of
     from ema_scale.training.monitor import MetricsWriter, truncate_metrics

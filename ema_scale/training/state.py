@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ema_scale.errors import UserError
-from ema_scale.training.adapter import gathered
+from ema_scale.reference.sharding import gathered, shard_like, under_zero3, whole, whole_shape
 
 _WEIGHT = "weight"
 _SEPARATOR = "|"
@@ -49,7 +49,7 @@ class TrainedState:
         """Raises UserError unless the tensors are exactly those of this model's trained parameters."""
         for name, parameter in self.trained:
             found = tensors.get(f"{name}{_SEPARATOR}{_WEIGHT}")
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            shape = whole_shape(parameter)
             if found is None or tuple(found.shape) != shape:
                 shown = "nothing" if found is None else tuple(found.shape)
                 raise UserError(f"{origin}: found {shown} for {name}, expected {shape}; it is of another run")
@@ -61,20 +61,20 @@ class TrainedState:
     def _read_plain(self) -> dict[str, Tensor]:
         tensors = {}
         for name, parameter in self.trained:
-            tensors[f"{name}{_SEPARATOR}{_WEIGHT}"] = parameter
+            tensors[f"{name}{_SEPARATOR}{_WEIGHT}"] = whole(parameter)
             for key, value in self.inner.state.get(parameter, {}).items():
-                tensors[f"{name}{_SEPARATOR}{key}"] = torch.as_tensor(value)
+                tensors[f"{name}{_SEPARATOR}{key}"] = whole(torch.as_tensor(value))
         return tensors
 
     @torch.no_grad()
     def _write_plain(self, tensors: dict[str, Tensor]) -> None:
         for name, parameter in self.trained:
             mine = _of(tensors, name)
-            parameter.copy_(mine.pop(_WEIGHT))
+            parameter.copy_(shard_like(mine.pop(_WEIGHT), parameter))
             # As in torch's Optimizer.load_state_dict: moments live where the parameter lives, the count
             # stays.
             self.inner.state[parameter] = {
-                key: value.clone() if key == "step" else value.to(parameter.device) for key, value in mine.items()
+                key: value.clone() if key == "step" else shard_like(value, parameter) for key, value in mine.items()
             }
 
     # ---- DeepSpeed: state lives in flat float32 partitions ----
@@ -111,7 +111,7 @@ class TrainedState:
             self.zero._lazy_init_hp_params_optimizer_state()  # ZeRO 1 and 2: parameters learn where it is
         for name, parameter in self.trained:
             mine = _of(tensors, name)
-            with gathered_for_writing([parameter]):
+            with gathered([parameter], write=True):
                 parameter.data.copy_(mine[_WEIGHT])
             for key, value in mine.items():
                 if value.dim() > 0:
@@ -119,7 +119,7 @@ class TrainedState:
 
 
 def _set_partition(parameter: Any, value: Tensor, key: str | None) -> None:
-    if not hasattr(parameter, "ds_id"):
+    if not under_zero3(parameter):
         parameter.set_full_hp_param(value.to(parameter.device), key)
         return
     zero = parameter._z3_optimizer
@@ -128,15 +128,6 @@ def _set_partition(parameter: Any, value: Tensor, key: str | None) -> None:
     rank = zero._get_param_partition_rank(parameter)
     flat = torch.nn.functional.pad(value.flatten(), (0, size * (rank + 1)))
     zero.set_local_hp_param(flat.narrow(0, size * rank, size).to(parameter.device), parameter, key)
-
-
-def gathered_for_writing(parameters: list[Any]) -> Any:
-    """Whole parameters that every process overwrites with the same values."""
-    if not any(hasattr(p, "ds_id") for p in parameters):
-        return gathered(parameters)
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
 
 
 def _of(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -35,6 +35,7 @@ from ema_scale.training.checkpointing import Checkpointing
 from ema_scale.training.data import DataReport, check_vocabulary, prepare
 from ema_scale.training.distributed import check_world
 from ema_scale.training.forward import Ask, DefendedForward
+from ema_scale.training.fsdp import FSDPAnywhere, shard_by_layer
 from ema_scale.training.monitor import Monitor
 from ema_scale.training.offload import check_offload, offloaded
 from ema_scale.training.padding import padding_last
@@ -48,7 +49,7 @@ log = logging.getLogger(__name__)
 DRIFT_LAYERS = 8
 
 
-class DefendedTrainer(Checkpointing, Trainer):
+class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
     """A Trainer for a LoRA adapter under any number of defenses.
 
     model: a PeftModel, or a causal LM that gets `peft_config` (default: the paper's LoRA). train_dataset: see
@@ -107,15 +108,16 @@ class DefendedTrainer(Checkpointing, Trainer):
         kwargs.setdefault("data_collator", ChatCollator(tokenizer, one_sequence=one_sequence))
         super().__init__(model, args, train_dataset=train_dataset, processing_class=tokenizer, **kwargs)
         check_world(self.accelerator)
-        if self.is_deepspeed_enabled:
-            acting = [d.kind for d in self.defenses if type(d).overrides("step")]
-            if acting:
-                raise UserError(
-                    f"{', '.join(acting)}: acts on the gradient before the optimizer step, which DeepSpeed "
-                    "does not show; train without DeepSpeed"
-                )
+        acting = [d.kind for d in self.defenses if type(d).overrides("step")]
+        if acting and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise UserError(
+                f"{', '.join(acting)}: acts on the gradient before the optimizer step, which DeepSpeed does not show "
+                "and FSDP shows in parts; train without them"
+            )
         made, self.reference_choice = references.make(reference, self._setting())
         self.defended = DefendedForward(made)
+        if self.is_fsdp_enabled:
+            shard_by_layer(self.accelerator, self.defended.anatomy)
         if self.accelerator.is_main_process:
             log.info("reference: %s", self.reference_choice)
         self._utilisation = utilisation_per_token(model, self.train_dataset, self.accelerator.num_processes)

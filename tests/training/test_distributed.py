@@ -9,6 +9,7 @@ import pytest
 
 from ema_scale.errors import UserError
 from ema_scale.training.distributed import _free_port, check_world, prepare_environment
+from ema_scale.training.fsdp import _enable
 from tests.training.helpers import make_trainer
 
 
@@ -25,11 +26,33 @@ def test_use_cpu_with_deepspeed_would_be_ddp(monkeypatch):
         prepare_environment()
 
 
-def test_fsdp_is_refused_also_where_accelerate_would_ignore_it(monkeypatch, tmp_path):
+def test_fsdp_on_one_process_would_shard_nothing(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    for refused in (prepare_environment, lambda: make_trainer(tmp_path)):
-        with pytest.raises(UserError, match="FSDP is not supported: .* use ZeRO-3"):
-            refused()
+    with pytest.raises(UserError, match="FSDP was asked for on one process"):
+        make_trainer(tmp_path)
+
+
+def test_fsdp_and_deepspeed_are_two_wishes(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="both FSDP and DeepSpeed"):
+        prepare_environment("launch/deepspeed/zero3_cpu.json")
+
+
+@pytest.mark.parametrize(
+    "field, value, said",
+    [
+        ("fsdp_version", 1, "fsdp_version: 2"),
+        ("cpu_ram_efficient_loading", True, "empty weights"),
+        ("activation_checkpointing", True, "training.gradient_checkpointing"),
+    ],
+)
+def test_settings_of_fsdp_that_would_train_wrongly_are_refused(field, value, said):
+    plugin = SimpleNamespace(
+        fsdp_version=2, cpu_ram_efficient_loading=False, activation_checkpointing=False, cpu_offload=None
+    )
+    setattr(plugin, field, value)
+    with pytest.raises(UserError, match=said):
+        _enable(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), num_processes=2))
 
 
 def test_missing_deepspeed_config(monkeypatch):

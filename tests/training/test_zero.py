@@ -119,7 +119,7 @@ def test_zero3_on_two_processes_equals_one_process(world, one_process, tmp_path)
     assert run.status()["state"] == "finished" and run.status()["processes"] == 2
     assert "using adapter_off" not in output  # ZeRO-3 chooses two_stream, and it fits
     chosen = json.loads(run.provenance_path.read_text())["reference"]
-    assert chosen["way"] == "two_stream" and "ZeRO-3 gathers each layer once" in chosen["why"]
+    assert chosen["way"] == "two_stream" and "each layer is gathered once" in chosen["why"]
     assert "reference: the base model, by two_stream" in output
     assert_same_run(one_process, run)
     base = AutoModelForCausalLM.from_pretrained(world / "model")

@@ -10,7 +10,6 @@ from ema_scale.training.run import train
 if __name__ == "__main__":
     for path in sys.argv[1:]:
         recipe = load_recipe(path)
-        if recipe.training.deepspeed is None:  # the recipe before this one may have asked for it
-            for name in [n for n in os.environ if n.startswith("ACCELERATE_")]:
-                del os.environ[name]
+        for name in [n for n in os.environ if n.startswith(("ACCELERATE_", "FSDP_"))]:
+            del os.environ[name]  # the recipe before this one may have asked for something else
         train(recipe, RunDir(recipe.run_path))
