@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
-COMPONENTS = {"vllm": "vllm", "zero3": "deepspeed"}
+COMPONENTS = {"vllm": "vllm", "zero3": "deepspeed", "liger": "liger_kernel"}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

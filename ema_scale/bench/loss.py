@@ -1,8 +1,9 @@
 """The fused loss against full logits and against Liger's fused linear losses: time, memory, agreement with float64.
 
 All compute mean_t CE_t + 0.1 mean_t D(policy_t, reference_t) and the gradient by the policy's hidden states, with one
-frozen head and all tokens labelled. Liger (optional: `pip install liger-kernel`) also computes the head's gradient,
-which it cannot be told to leave out.
+frozen head and all tokens labelled. Agreement is also read of each part alone: in the sum, cross-entropy hides what a
+divergence is off by. Liger (optional: `pip install ema-scale[liger]`) also computes the head's gradient, which it
+cannot be told to leave out.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 import importlib.util
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +28,12 @@ from ema_scale.training.loss import Term, fused_loss
 STRENGTH = 0.1
 BETA = {"reference_policy": 0.0, "jensen_shannon": 0.5, "policy_reference": 1.0}  # Liger's names for directions
 NAIVE, CHUNKED, TRITON, OURS = "full logits", "Liger, chunked torch", "Liger, Triton", "ema_scale, fused"
+CE = "cross-entropy"
+PARTS = (CE, *BETA)
 MEMORY_BAR, ERROR_BAR = 2e9, 1e-6
+IN_BAR = (f"gradient, {CE}", *(f"value, {name}" for name in PARTS))
+# A divergence's gradient is of the difference of two logits, and float32's products have lost more of that than 1e-6.
+OVER, OVER_BAR = "error of the divergences' gradients, of float64's on float32's logits", 1.1
 
 
 @dataclass(frozen=True)
@@ -47,13 +53,16 @@ FULL = Shape(8192, 152_000, 3584, "bfloat16")  # Qwen2.5-7B's head, as the memor
 
 @dataclass(frozen=True)
 class Problem:
-    """policy, reference: [N, H]; weight: [V, H]; labels: [N]."""
+    """policy, reference: [N, H]; weight: [V, H]; labels: [N]. hard, soft: what cross-entropy and divergence are
+    multiplied by."""
 
     policy: Tensor
     reference: Tensor
     weight: Tensor
     labels: Tensor
     direction: str
+    hard: float = 1.0
+    soft: float = STRENGTH
 
     @classmethod
     def of(cls, shape: Shape) -> Problem:
@@ -69,15 +78,28 @@ class Problem:
     def first(self, tokens: int, dtype: torch.dtype | None = None) -> Problem:
         """The same with fewer tokens, in another dtype."""
         policy, reference = self.policy[:tokens].to(dtype), self.reference[:tokens].to(dtype)
-        return Problem(policy, reference, self.weight.to(dtype), self.labels[:tokens], self.direction)
+        return replace(
+            self, policy=policy, reference=reference, weight=self.weight.to(dtype), labels=self.labels[:tokens]
+        )
+
+    def part(self, name: str) -> Problem:
+        """Cross-entropy alone, or the divergence of one direction."""
+        if name == CE:
+            return replace(self, soft=0.0)
+        return replace(self, direction=name, hard=0.0, soft=1.0)
 
 
 def naive(problem: Problem, policy: Tensor) -> Tensor:
     """Logits of both, as float32 (float64), then losses of torch."""
     dtype = torch.promote_types(policy.dtype, torch.float32)
-    log_p = F.log_softmax((policy @ problem.weight.T).to(dtype), -1)
     with torch.no_grad():
-        log_q = F.log_softmax((problem.reference @ problem.weight.T).to(dtype), -1)
+        reference = (problem.reference @ problem.weight.T).to(dtype)
+    return on_logits(problem, (policy @ problem.weight.T).to(dtype), reference)
+
+
+def on_logits(problem: Problem, policy: Tensor, reference: Tensor) -> Tensor:
+    """The definition, of logits [N, V]."""
+    log_p, log_q = F.log_softmax(policy, -1), F.log_softmax(reference, -1)
     if problem.direction == "policy_reference":
         apart = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
     elif problem.direction == "reference_policy":
@@ -86,14 +108,14 @@ def naive(problem: Problem, policy: Tensor) -> Tensor:
         log_m = ((log_p.exp() + log_q.exp()) / 2).log()
         halves = [F.kl_div(log_m, one, reduction="batchmean", log_target=True) for one in (log_p, log_q)]
         apart = (halves[0] + halves[1]) / 2
-    return F.nll_loss(log_p, problem.labels) + STRENGTH * apart
+    return problem.hard * F.nll_loss(log_p, problem.labels) + problem.soft * apart
 
 
 def liger_chunked(problem: Problem, policy: Tensor) -> Tensor:
     """Liger's torch form, which runs on a CPU, at the chunk of 1,024 tokens it has by default, uncompiled."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    loss = LigerFusedLinearJSDLoss(1.0, STRENGTH, BETA[problem.direction], compiled=False)
+    loss = LigerFusedLinearJSDLoss(problem.hard, problem.soft, BETA[problem.direction], compiled=False)
     return loss(policy, problem.weight, problem.reference, problem.weight, problem.labels)
 
 
@@ -103,17 +125,18 @@ def liger_triton(problem: Problem, policy: Tensor) -> Tensor:
 
     weight, labels = problem.weight, problem.labels
     apart = LigerFusedLinearJSD(jsd_beta=BETA[problem.direction])
-    return LigerFusedLinearCrossEntropyLoss()(weight, policy, labels) + STRENGTH * apart(
-        policy, weight, problem.reference, weight, labels
-    )
+    hard = LigerFusedLinearCrossEntropyLoss()(weight, policy, labels)
+    return problem.hard * hard + problem.soft * apart(policy, weight, problem.reference, weight, labels)
 
 
 def ours(problem: Problem, policy: Tensor) -> Tensor:
     """`fused_loss` as the trainer calls it."""
     each = torch.full((len(policy),), 1 / len(policy), device=policy.device, dtype=torch.float64)
     each = each.to(torch.promote_types(policy.dtype, torch.float32))
-    term = Term(STRENGTH * each, torch.ones_like(each, dtype=torch.bool), problem.direction)  # type: ignore[arg-type]
-    return fused_loss(policy, problem.reference, Head(problem.weight), problem.labels, each, [term]).loss
+    every = torch.ones_like(each, dtype=torch.bool)
+    terms = [Term(problem.soft * each, every, problem.direction)] if problem.soft else []  # type: ignore[arg-type]
+    head, hard = Head(problem.weight), problem.hard * each
+    return fused_loss(policy, problem.reference, head, problem.labels, hard, terms).loss
 
 
 WAYS: dict[str, Callable[[Problem, Tensor], Tensor]] = {
@@ -131,26 +154,39 @@ def run(way: str, problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def measure(way: str, shape: dict[str, Any], exact_tokens: int = 128) -> dict[str, Any]:
-    """One way alone in its process: peak_bytes beyond states and head, seconds of that run, and `error`, relative to
-    float64 with full logits on the first tokens: the worse of |loss - exact| / |exact| and of the same for the gradient
-    in the Euclidean norm."""
+    """One way alone in its process: peak_bytes beyond states and head, seconds (cpu: of the processor) of that run, and
+    on the first tokens `error`, the worse of value's and gradient's; in float32 also `parts`: name -> `errors` of that part alone."""
     problem = Problem.of(Shape(**shape))
     run(way, problem.first(16))
-    taken = 0.0
+    taken = used = 0.0
 
     def once() -> None:
-        nonlocal taken
-        began = time.perf_counter()
+        nonlocal taken, used
+        began, before = time.perf_counter(), time.process_time()
         run(way, problem)
         if problem.policy.is_cuda:
             torch.cuda.synchronize()
-        taken = time.perf_counter() - began
+        taken, used = time.perf_counter() - began, time.process_time() - before
 
     peak = peak_bytes(once)
     few = problem.first(exact_tokens)
-    (loss, gradient), (exact, slope) = run(way, few), run(NAIVE, few.first(exact_tokens, torch.float64))
-    errors = (loss - exact).abs() / exact.abs(), (gradient - slope).norm() / slope.norm()
-    return {"peak_bytes": peak, "seconds": taken, "error": max(map(float, errors))}
+    found = {"peak_bytes": peak, "seconds": taken, "cpu": used, "error": max(errors(way, few)[:2]), "parts": {}}
+    if shape["dtype"] == "float32":
+        found["parts"] = {name: errors(way, few.first(32).part(name)) for name in PARTS}
+    return found
+
+
+def errors(way: str, problem: Problem) -> tuple[float, float, float]:
+    """To float64: |loss - exact| / |exact|, and the same of the gradient in the Euclidean norm; and how far that
+    gradient is off which float64 makes of logits that products in the problem's dtype have made."""
+    exact = problem.first(len(problem.labels), torch.float64)
+    (loss, gradient), (value, slope) = run(way, problem), run(NAIVE, exact)
+    logits = (problem.policy @ problem.weight.T).double().requires_grad_()
+    on_logits(exact, logits, (problem.reference @ problem.weight.T).double()).backward()
+    assert logits.grad is not None
+    products = logits.grad @ exact.weight
+    value_off, off, floor = (loss - value).abs() / value.abs(), gradient - slope, products - slope
+    return float(value_off), float(off.norm() / slope.norm()), float(floor.norm() / slope.norm())
 
 
 def missing(way: str, shape: Shape) -> str:
@@ -165,8 +201,8 @@ def missing(way: str, shape: Shape) -> str:
 def bench_loss(shape: Shape, *, repeats: int, each_alone: bool = False) -> tuple[list[Measured], list[Bar]]:
     """All ways; memory and error of each in its own process, times side by side in this one.
 
-    each_alone: times, too, are of one run in a process of its own, for shapes at which not all of them fit. Raises
-    UserError if a way computes something else.
+    each_alone: times, too, are of one run in a process of its own, for shapes at which not all of them fit. On a CPU
+    `cpu` is the processor's seconds. Raises UserError if a way computes something else.
     """
     notes = {way: missing(way, shape) for way in WAYS}
     found = {w: alone("ema_scale.bench.loss:measure", way=w, shape=asdict(shape)) for w in WAYS if not notes[w]}
@@ -177,6 +213,8 @@ def bench_loss(shape: Shape, *, repeats: int, each_alone: bool = False) -> tuple
             raise UserError(f"{way}: is {figures['error']:.2g} away from float64; it computes something else")
     if each_alone:
         measured = [Measured(w, [good[w]["seconds"]] if w in good else [], note=notes[w]) for w in WAYS]
+        for one in measured:
+            one.figures = {"cpu": good[one.name]["cpu"]} if one.name in good else {}
     else:
         problem = Problem.of(shape)
         runs = [Way(w, functools.partial(_timed, w, problem) if w in good else None, notes[w]) for w in WAYS]
@@ -184,24 +222,42 @@ def bench_loss(shape: Shape, *, repeats: int, each_alone: bool = False) -> tuple
     add_ratios(measured, OURS)
     for one in measured:
         if one.name in good:
-            one.peak_bytes, one.figures = good[one.name]["peak_bytes"], {"error": good[one.name]["error"]}
+            one.peak_bytes = good[one.name]["peak_bytes"]
+            one.figures |= _errors(good[one.name])
+        if shape.device != "cpu":
+            one.figures.pop("cpu", None)
     return measured, _bars({one.name: one for one in measured}, shape)
 
 
-def _timed(way: str, problem: Problem) -> None:
+def _errors(found: dict[str, Any]) -> dict[str, float]:
+    parts = found["parts"].items()
+    figures = {f"{kind}, {name}": each[i] for name, each in parts for i, kind in enumerate(("value", "gradient"))}
+    if parts:
+        figures[OVER] = max(each[1] / max(each[2], ERROR_BAR) for name, each in parts if name != CE)
+    return {"error": found["error"], **figures}
+
+
+def _timed(way: str, problem: Problem) -> dict[str, float]:
+    before = time.process_time()
     run(way, problem)
+    return {"cpu": time.process_time() - before}
 
 
 def _bars(measured: dict[str, Measured], shape: Shape) -> list[Bar]:
     mine, bars = measured[OURS], []
     if shape.dtype == "float32" and "error" in mine.figures:
         bars.append(Bar("error to float64", mine.figures["error"], ERROR_BAR, "{:.1e}"))
+        bars += [Bar(name, mine.figures[name], ERROR_BAR, "{:.1e}") for name in mine.figures if name in IN_BAR]
+        if OVER in mine.figures:
+            bars.append(Bar(OVER, mine.figures[OVER], OVER_BAR))
     large = (shape.tokens, shape.vocab, shape.hidden) == (FULL.tokens, FULL.vocab, FULL.hidden)
     if large and mine.peak_bytes is not None:
         bars.append(Bar("peak extra memory, GB", mine.peak_bytes / 1e9, MEMORY_BAR / 1e9, "{:.2f}"))
     for other in (measured[CHUNKED], measured[TRITON]):
         if other.median and mine.median:
-            bars.append(Bar(f"time, of {other.name}", mine.median / other.median, 1.0))
+            # Other work on the machine changes the processor's seconds less than the time that passes.
+            cpu = mine.figures["cpu"] / other.figures["cpu"] if "cpu" in mine.figures else None
+            bars.append(Bar(f"time, of {other.name}", cpu or mine.median / other.median, 1.0))
         if other.peak_bytes and mine.peak_bytes is not None:
             bars.append(Bar(f"memory, of {other.name}", mine.peak_bytes / other.peak_bytes, 1.0))
     return bars

@@ -113,13 +113,13 @@ def allocated(way: str, task: dict[str, Any], cache: str) -> dict[str, Any]:
 
     done = train(way, asked, ended=ended)
     now = highest = 0
-    for change in _changes(profiler):
+    for change in changes(profiler):
         now += change
         highest = max(highest, now)
     return {"bytes": held + highest, "seconds": done.seconds}
 
 
-def _changes(profiler: Any) -> Iterator[int]:
+def changes(profiler: Any) -> Iterator[int]:
     """Bytes given out (taken back: negative) by the CPU's allocator, in the order of time."""
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):

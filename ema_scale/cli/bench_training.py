@@ -60,7 +60,8 @@ def loss_(
     if full:
         shape = replace(FULL, direction=direction.value, device=device.value)
     measured, bars = bench_loss(shape, repeats=repeats, each_alone=full)
-    columns = {"error": lambda v: f"{v:.1e}"}
+    shown = ["error", *(name for one in measured[:1] for name in one.figures if name.startswith("value"))]
+    columns = {"cpu": lambda v: f"{v:.2f} s of CPU", **{name: lambda v: f"{v:.1e}" for name in shown}}
     finish("loss", measured, vars(shape), threads=threads, out=out, columns=columns, bars=bars)
 
 

@@ -11,7 +11,8 @@ import math
 from dataclasses import dataclass
 
 from ema_scale.planning.cluster import GIB
-from ema_scale.planning.setup import CROSS_ENTROPY_BUFFERS, Setup
+from ema_scale.planning.setup import Setup
+from ema_scale.training.chunks import CROSS_ENTROPY, chunk_tokens
 
 # The CUDA context with its kernels, cuBLAS's workspaces, what the driver keeps of the label's memory; NCCL's channels.
 CUDA_CONTEXT = int(1.5 * GIB)
@@ -128,16 +129,12 @@ def backward_transients(setup: Setup) -> float:
 
 
 def logits_chunk(setup: Setup, *, cuda: bool = True) -> float:
-    """Bytes of the float32 buffers of one chunk of the fused loss; its size is `training.loss.default_chunk`'s."""
-    chunk = max(128, (2**26 if cuda else 2**22) // setup.shape.vocab)
+    """Bytes of the float32 buffers of one chunk of the fused loss: of `training.chunks`' size, or all there is."""
     learned = math.ceil(setup.learned * setup.in_a_batch)
     # Tokens that only a divergence looks at come in chunks of their own.
-    others = setup.in_a_batch - learned if setup.buffers > CROSS_ENTROPY_BUFFERS else 0
-    rows = min(chunk, max(learned, others))
-    buffers: float = setup.buffers - (math.ceil(learned / chunk) + math.ceil(others / chunk) == 1)
-    if setup.buffers == CROSS_ENTROPY_BUFFERS and setup.precision.weights == 2:
-        buffers += 0.5  # its gradient once more, as the head is; a divergence is past its highest point by then
-    return 4 * rows * setup.shape.vocab * buffers
+    others = setup.in_a_batch - learned if setup.buffers > CROSS_ENTROPY else 0
+    rows = min(chunk_tokens(setup.shape.vocab, setup.buffers, cuda=cuda), max(learned, others))
+    return 4 * rows * setup.shape.vocab * setup.buffers
 
 
 def _gathered(setup: Setup) -> list[Line]:

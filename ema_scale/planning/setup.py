@@ -8,16 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ema_scale.defenses.base import Defense
+from ema_scale.defenses.base import Defense, Divergence
 from ema_scale.errors import UserError
 from ema_scale.planning.shapes import Shape, shape_of
 from ema_scale.recipe import Recipe
 from ema_scale.reference.choice import choose
-
-# Full-size float32 buffers of [chunk, vocabulary] that the fused loss holds at its highest point (counted by running
-# training/loss.py under torch's memory profiler; one of them is the next chunk's, so one fewer where there is but one).
-LOGITS_BUFFERS = {"policy_reference": 8, "ceiling": 8, "reference_policy": 10, "jensen_shannon": 12}
-CROSS_ENTROPY_BUFFERS = 5
+from ema_scale.training.chunks import CROSS_ENTROPY, live_buffers
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,7 @@ class Setup:
     other: Shape | None = None
     drift_every: int = 0
     states: int = 0
-    buffers: int = CROSS_ENTROPY_BUFFERS
+    buffers: int = CROSS_ENTROPY
     optimizer: int = 8
     zero: int = 0
     live: int = 0
@@ -155,11 +151,12 @@ def kept_states(defenses: Sequence[Defense], layers: int) -> int:
 
 
 def logits_buffers(defenses: Sequence[Defense], drift_every: int) -> int:
-    """Of LOGITS_BUFFERS the most that some step takes: drift readings measure a divergence where no defense has one."""
-    terms = [LOGITS_BUFFERS[term.direction] for d in defenses for term in d.divergences()]
+    """[chunk, vocabulary] buffers of the fused loss, at the most that some step takes: drift readings measure a
+    divergence where no defense has one."""
+    terms = [term for d in defenses for term in d.divergences()]
     if drift_every and not terms:
-        terms = [LOGITS_BUFFERS["policy_reference"]]
-    return max([CROSS_ENTROPY_BUFFERS, *terms])
+        terms = [Divergence("kl", 0.0)]
+    return live_buffers(terms)
 
 
 def _way(recipe: Recipe, sharded: bool, passes: float) -> tuple[str | None, str]:

@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from ema_scale.defenses.base import Direction
 from ema_scale.reference.anatomy import Head
+from ema_scale.training.chunks import chunk_tokens, live_buffers
+from ema_scale.training.divergence import divergence, softmax
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ def fused_loss(
 
     policy: [N, H]; reference: [N, H'] without a gradient, needed by terms; labels: [N], the token each position
     predicts, read only where ce_weights [N] is not 0 or a `ceiling` is active. Tokens with no weight and no active term
-    are skipped. reference_head: the reference's, where it is not the policy's. chunk: tokens a piece; None: sized to
-    the vocabulary and the device.
+    are skipped. reference_head: the reference's, where it is not the policy's. chunk: tokens a piece; None:
+    `default_chunk`.
 
     Raises ValueError if a term is given without a reference, or the head is trained (it would get no
     gradient).
@@ -75,7 +77,7 @@ def fused_loss(
         raise ValueError("a divergence needs the reference's hidden states")
     if head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad):
         raise ValueError("the fused loss gives the head no gradient; freeze it")
-    chunk = chunk or default_chunk(head.weight)
+    chunk = chunk or default_chunk(head.weight, terms)
     backward = torch.is_grad_enabled() and policy.requires_grad
     frozen = None if reference is None else reference.detach()
     return Fused(
@@ -83,11 +85,11 @@ def fused_loss(
     )
 
 
-def default_chunk(weight: Tensor) -> int:
-    """Tokens a chunk: a float32 logits buffer of about 256 MiB on a GPU, 16 MiB (near the cache) on a CPU; but at least
-    128, below which reading the head once a chunk takes longer than multiplying with it."""
-    elements = 2**22 if weight.device.type == "cpu" else 2**26
-    return max(128, elements // weight.shape[0])
+def default_chunk(weight: Tensor, terms: Sequence[Term] = ()) -> int:
+    """Tokens a chunk, by the head's vocabulary and device and by what the terms hold; see `chunks`."""
+    bytes_each = torch.promote_types(weight.dtype, torch.float32).itemsize
+    cuda = weight.device.type != "cpu"
+    return chunk_tokens(weight.shape[0], live_buffers(terms), cuda=cuda, bytes_each=bytes_each)
 
 
 class _Fused(torch.autograd.Function):
@@ -104,12 +106,7 @@ class _Fused(torch.autograd.Function):
         chunk: int,
         backward: bool,
     ) -> tuple[Tensor, ...]:
-        dtype = torch.promote_types(policy.dtype, torch.float32)
-        count = policy.shape[0]
-        ce = torch.zeros(count, dtype=dtype, device=policy.device)
-        correct, entropy = torch.zeros_like(ce), torch.zeros_like(ce)
-        divergences = torch.zeros(len(terms), count, dtype=dtype, device=policy.device)
-        gradient = torch.zeros_like(policy) if backward else None
+        walk = _Walk(policy, reference, head, reference_head, labels, ce_weights, terms, backward)
         with_ce = ce_weights != 0
         others = torch.zeros_like(with_ce)
         for term in terms:
@@ -120,48 +117,102 @@ class _Fused(torch.autograd.Function):
         # Autocast would silently choose another dtype for the products below.
         with torch.autocast(policy.device.type, enabled=False):
             for rows, labelled in pieces:
-                if rows.numel() == 0:
-                    continue
-                logits = head_logits(policy[rows], head, dtype)
-                log_p = logits - torch.logsumexp(logits, 1, keepdim=True)
-                p = log_p.exp()
-                slope: Tensor | None = None
-                if labelled:
-                    target = labels[rows].unsqueeze(1)
-                    ce[rows] = -log_p.gather(1, target).squeeze(1)
-                    correct[rows] = (log_p.argmax(1) == target.squeeze(1)).to(dtype)
-                    entropy[rows] = -torch.linalg.vecdot(p, log_p)
-                    if backward:
-                        weight = ce_weights[rows].to(dtype).unsqueeze(1)
-                        slope = (p * weight).scatter_add_(1, target, -weight)
-                if terms:
-                    assert reference is not None
-                    reference_logits = head_logits(reference[rows], reference_head, dtype)
-                for index, term in enumerate(terms):
-                    active = term.active[rows]
-                    factor = torch.where(active, term.weights[rows], 0).to(dtype).unsqueeze(1)
-                    if term.direction == "ceiling":
-                        seen = torch.where(active, labels[rows], 0).unsqueeze(1)
-                        value, local = _above(log_p, p, _log_softmax(reference_logits, 1.0), seen, backward)
-                    else:
-                        value, local = _divergence(logits, reference_logits, log_p, p, term, backward)
-                    divergences[index, rows] = torch.where(active, value, 0)
-                    if local is not None:
-                        slope = local.mul_(factor) if slope is None else slope.addcmul_(local, factor)
-                if gradient is not None and slope is not None:
-                    gradient[rows] = _to_hidden(slope, logits, head).to(gradient.dtype)
-        loss = (ce * ce_weights).sum()
+                if rows.numel():
+                    walk.piece(rows, labelled)
+        loss = (walk.ce * ce_weights).sum()
         for index, term in enumerate(terms):
-            loss = loss + (divergences[index] * torch.where(term.active, term.weights, 0)).sum()
-        ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(ce, divergences, correct, entropy)
-        return loss, ce, divergences, correct, entropy
+            loss = loss + (walk.divergences[index] * torch.where(term.active, term.weights, 0)).sum()
+        ctx.save_for_backward(walk.gradient, walk.scale)
+        ctx.mark_non_differentiable(walk.ce, walk.divergences, walk.correct, walk.entropy)
+        return loss, walk.ce, walk.divergences, walk.correct, walk.entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * upstream.to(gradient.dtype), *(None,) * 8)
+        gradient, scale = ctx.saved_tensors
+        return ((gradient * (scale * upstream).unsqueeze(1)).to(gradient.dtype), *(None,) * 8)
+
+
+class _Walk:
+    """What the chunks of one call share: they read the inputs and write results. What one chunk has made is gone before
+    the next begins.
+
+    gradient [N, H] is without `scale` [N], a power of two about as large as the row's weights: a weight of one in
+    thousands of tokens would vanish in float16 before a gradient scaler could help.
+    """
+
+    def __init__(
+        self,
+        policy: Tensor,
+        reference: Tensor | None,
+        head: Head,
+        reference_head: Head,
+        labels: Tensor,
+        ce_weights: Tensor,
+        terms: tuple[Term, ...],
+        backward: bool,
+    ) -> None:
+        self.policy, self.reference, self.labels = policy, reference, labels
+        self.head, self.reference_head = head, reference_head
+        self.ce_weights, self.terms = ce_weights, terms
+        self.dtype = torch.promote_types(policy.dtype, torch.float32)
+        self.ce = torch.zeros(policy.shape[0], dtype=self.dtype, device=policy.device)
+        self.correct, self.entropy, self.scale = (torch.zeros_like(self.ce) for _ in range(3))
+        self.divergences = torch.zeros(len(terms), *self.ce.shape, dtype=self.dtype, device=policy.device)
+        self.gradient = torch.zeros_like(policy) if backward else None
+
+    def piece(self, rows: Tensor, labelled: bool) -> None:
+        """Rows [C] of the batch, with a cross-entropy if `labelled`, and with all terms. `chunks.live_buffers` counts
+        the [C, V] tensors that are alive here."""
+        backward = self.gradient is not None
+        logits = head_logits(self.policy[rows], self.head, self.dtype)
+        p, normaliser = softmax(logits)
+        actives = [term.active[rows] for term in self.terms]
+        factors = [torch.where(a, t.weights[rows], 0).to(self.dtype) for a, t in zip(actives, self.terms, strict=True)]
+        weight = self.ce_weights[rows].to(self.dtype)
+        scale = self._scale([weight, *factors])
+        self.scale[rows] = scale
+        if labelled:
+            target = self.labels[rows].unsqueeze(1)
+            self.ce[rows] = (normaliser - logits.gather(1, target)).squeeze(1)
+            self.correct[rows] = (logits.argmax(1) == target.squeeze(1)).to(self.dtype)
+            self.entropy[rows] = normaliser.squeeze(1) - (p * logits).sum(1)
+        other = None
+        if self.terms:
+            assert self.reference is not None
+            other = head_logits(self.reference[rows], self.reference_head, self.dtype)
+        slope: Tensor | None = None
+        for index, (term, active, factor) in enumerate(zip(self.terms, actives, factors, strict=True)):
+            assert other is not None
+            if term.direction == "ceiling":
+                seen = torch.where(active, self.labels[rows], 0).unsqueeze(1)
+                value, local = _above(logits, other, p, normaliser, seen, backward)
+            else:
+                value, local = divergence(
+                    logits, other, term.direction, term.temperature, (p, normaliser), backward=backward,
+                    overwrite=index == len(self.terms) - 1,
+                )  # fmt: skip
+            self.divergences[index, rows] = torch.where(active, value, 0)
+            if local is not None:
+                factor = (factor / scale).unsqueeze(1)
+                slope = local.mul_(factor) if slope is None else slope.addcmul_(local, factor)
+            del local
+        if self.gradient is None:
+            return
+        if labelled:
+            weight = (weight / scale).unsqueeze(1)
+            slope = p.mul_(weight) if slope is None else slope.addcmul_(p, weight)
+            slope.scatter_add_(1, target, -weight)
+        if slope is not None:
+            del p, other
+            self.gradient[rows] = _to_hidden(slope, logits, self.head).to(self.gradient.dtype)
+
+    def _scale(self, weights: list[Tensor]) -> Tensor:
+        """[C], powers of two, by which nothing is rounded."""
+        exponent = torch.frexp(torch.stack(weights).abs().amax(0)).exponent
+        if self.head.weight.dtype == torch.float16:
+            exponent = exponent - 8  # room below, for small probabilities
+        return torch.ldexp(torch.ones_like(weights[0]), exponent)
 
 
 def head_logits(hidden: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
@@ -183,52 +234,22 @@ def head_logits(hidden: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
 
 
 def _to_hidden(slope: Tensor, logits: Tensor, head: Head) -> Tensor:
-    """Gradient with respect to the hidden states [C, H], from that with respect to the logits [C, V]."""
+    """Gradient with respect to the hidden states [C, H], from that with respect to the logits [C, V]; writes to
+    both."""
     if head.softcap is not None:
-        slope = slope * (1 - (logits / head.softcap) ** 2)
+        slope.mul_(logits.div_(head.softcap).square_().neg_().add_(1))
     if head.scale != 1.0:
-        slope = slope * head.scale
+        slope.mul_(head.scale)
     return torch.mm(slope.to(head.weight.dtype), head.weight)
 
 
-def _divergence(
-    logits: Tensor, reference_logits: Tensor, log_p: Tensor, p: Tensor, term: Term, backward: bool
+def _above(
+    logits: Tensor, other: Tensor, p: Tensor, normaliser: Tensor, labels: Tensor, backward: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """D per token [C] and its gradient by the policy's logits [C, V]; both exactly 0 if p = q."""
-    temperature = term.temperature
-    log_q = _log_softmax(reference_logits, temperature)
-    if temperature != 1.0:
-        log_p = _log_softmax(logits, temperature)
-        p = log_p.exp()
-    if term.direction == "reference_policy":
-        q = log_q.exp()
-        value = torch.linalg.vecdot(q, log_q - log_p)
-        local = torch.sub(p, q, out=q).div_(temperature) if backward else None
-    elif term.direction == "policy_reference":
-        ratio = torch.sub(log_p, log_q, out=log_q)
-        value = torch.linalg.vecdot(p, ratio)
-        local = ratio.sub_(value.unsqueeze(1)).mul_(p).div_(temperature) if backward else None
-    else:
-        # log(p/m) = -log1p(expm1(log q - log p) / 2) for m = (p + q) / 2: exactly 0 at p = q. Beyond e^80 the
-        # clamp changes only terms multiplied by less than e^-80.
-        gap = (log_q - log_p).clamp_(-80, 80)
-        over_p = -torch.log1p(torch.expm1(gap) / 2)
-        over_q = -torch.log1p(torch.expm1(-gap) / 2)
-        forward = torch.linalg.vecdot(p, over_p)
-        value = 0.5 * (forward + torch.linalg.vecdot(log_q.exp(), over_q))
-        local = over_p.sub_(forward.unsqueeze(1)).mul_(p).mul_(0.5 / temperature) if backward else None
-    return value, local
-
-
-def _above(log_p: Tensor, p: Tensor, log_q: Tensor, labels: Tensor, backward: bool) -> tuple[Tensor, Tensor | None]:
     """max(0, log p - log q) of the labels [C, 1], per token [C], and its gradient by the policy's logits [C, V]."""
-    gap = (log_p.gather(1, labels) - log_q.gather(1, labels)).squeeze(1)
+    gap = logits.gather(1, labels) - other.gather(1, labels) - (normaliser - softmax(other)[1])
+    value = gap.squeeze(1).clamp_min(0)
     if not backward:
-        return gap.clamp_min(0), None
-    rises = (gap > 0).to(p.dtype).unsqueeze(1)
-    return gap.clamp_min(0), (p * -rises).scatter_add_(1, labels, rises)
-
-
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    scaled = logits / temperature if temperature != 1.0 else logits
-    return scaled - torch.logsumexp(scaled, 1, keepdim=True)
+        return value, None
+    rises = (gap > 0).to(p.dtype)
+    return value, (p * -rises).scatter_add_(1, labels, rises)
