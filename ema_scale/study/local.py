@@ -10,6 +10,8 @@ from ema_scale.study.evaluate import check_references, evaluate_runs
 from ema_scale.study.grid import Study, write_study
 from ema_scale.study.queue import default_jobs, listed, train_all
 from ema_scale.study.runs import STUDY
+from ema_scale.training.distributed import launched_processes
+from ema_scale.training.identity import refuse_other_runs
 
 
 def run_study(study: Study, overrides: tuple[str, ...] = (), jobs: int | None = None) -> Path:
@@ -18,9 +20,10 @@ def run_study(study: Study, overrides: tuple[str, ...] = (), jobs: int | None = 
     jobs: how many runs are trained side by side; None: one a GPU, else one. Finished runs are recognised and kept. A
     run that fails is tried again `study.retries` times; the others go on. Raises UserError naming the runs that
     failed and why, when the others are evaluated and the report is written; or, before any is trained, if a
-    recipe's gate refuses its base model.
+    recipe's gate refuses its base model, or runs are there that were trained otherwise.
     """
     recipes = study.runs(overrides)
+    refuse_other_runs(recipes, launched_processes(), f"study {study.name}")
     study.path.mkdir(parents=True, exist_ok=True)
     write_study(study, study.path / STUDY)
     check_references(recipes, study.path / "base")
