@@ -25,6 +25,7 @@ from ema_scale.cluster.submit import (
 )
 from ema_scale.recipe import Recipe
 from ema_scale.rundir import RunDir, append_jsonl, atomic_write_text
+from ema_scale.study.evaluate import refuse_known
 from ema_scale.study.grid import Study, write_study
 from ema_scale.study.remaining import Remaining, remaining
 from ema_scale.study.runs import STUDY
@@ -46,10 +47,11 @@ def plan_sweep(
 ) -> Sweep:
     """Look what is to be done; nothing is written. at_once: how many runs train side by side; None: no limit.
 
-    Raises UserError if runs are there already that were trained otherwise.
+    Raises UserError if runs are there already that were trained otherwise, or on a base model that the gate refused.
     """
     recipes = tuple(study.runs(overrides))
     refuse_other_runs(recipes, processes_of(site, size), f"study {study.name}")
+    refuse_known(recipes, study.path / "base")
     left = remaining(study, recipes)
     jobs = []
     if left.train:

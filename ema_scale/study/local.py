@@ -32,13 +32,16 @@ def run_study(study: Study, overrides: tuple[str, ...] = (), jobs: int | None = 
     finished = [r for r in recipes if r.name not in failed]
     if not finished:
         raise UserError(f"study {study.name}: every run failed{after}:\n{listed(failed)}")
-    evaluate_runs([RunDir(r.run_path) for r in finished], study.path / "base")
+    wrong = []
+    try:
+        evaluate_runs([RunDir(r.run_path) for r in finished], study.path / "base")
+    except UserError as error:
+        wrong.append(str(error))
     from ema_scale.study.report import write_report
 
     report = write_report([r.run_path for r in recipes], study.path / "report", title=study.heading)
     if failed:
-        raise UserError(
-            f"study {study.name}: {len(failed)} of {len(recipes)} runs failed{after}; the others are evaluated and "
-            f"in {report}:\n{listed(failed)}"
-        )
+        wrong.append(f"{len(failed)} of {len(recipes)} runs failed{after}:\n{listed(failed)}")
+    if wrong:
+        raise UserError(f"study {study.name}: " + "\n".join([*wrong, f"what is there is in {report}"]))
     return report

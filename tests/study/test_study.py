@@ -164,7 +164,7 @@ def test_a_study_end_to_end_and_again_for_nothing(tmp_path, tiny_world):
         "evaluation.samples_per_question=2", "evaluation.max_tokens=12", "evaluation.sampler=vllm",
         "training.save_steps=2", "evaluation.checkpoints=true",
     )  # fmt: skip
-    with pytest.raises(UserError, match=r"2 of 4 runs failed; the others .*\n  broken-none-s0: .*missing.jsonl"):
+    with pytest.raises(UserError, match=r"2 of 4 runs failed:\n  broken-none-s0: .*missing.jsonl"):
         run_study(study, overrides, jobs=2)
     report = study.path / "report" / "report.html"
     assert len(list((study.path / "logs").glob("worker-*.log"))) == 2
