@@ -15,6 +15,8 @@ A study file:
 from __future__ import annotations
 
 import itertools
+import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -90,7 +92,12 @@ class Study(BaseModel):
             values = merge(values, {"name": name, "seed": seed, "output": str(self.path)})
             values["defenses"] = self.defenses[defense]
             recipes.append(build_recipe(apply_overrides(values, overrides), where=f"study {self.name}, run {name}"))
-        return recipes
+        readers = Counter(shared for recipe in recipes if (shared := _reference(recipe)) is not None)
+        return [
+            recipe if (shared := _reference(recipe)) is None
+            else recipe.model_copy(update={"reference_runs": readers[shared]})
+            for recipe in recipes
+        ]  # fmt: skip
 
     def names(self) -> list[str]:
         """The runs' names, in order, which are their folders' below `path`."""
@@ -107,6 +114,17 @@ class Study(BaseModel):
             for part in self.only or [Part()]
         )
         return list(dict.fromkeys(itertools.chain.from_iterable(cells)))
+
+
+def _reference(recipe: Recipe) -> str | None:
+    """What runs must have alike to read one cached reference; None if this one reads none. Rows that a defense mixes in
+    may differ: most rows are the task's."""
+    if not any(defense.needs_reference for defense in recipe.defenses):
+        return None
+    # Which layers are read, told on a model of some depth.
+    layers = sorted({layer for defense in recipe.defenses for layer in defense.layers(48)})
+    whole = recipe.to_dict()
+    return json.dumps([whole["model"], whole["data"], whole["adapter"]["start"], whole["reference"], layers])
 
 
 def _each(name: str, specs: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ema_scale.recipe import Recipe
 
 # What a run can change and still be the same training.
-_NOT_TRAINING = ("name", "output", "evaluation", "reference")
+_NOT_TRAINING = ("name", "output", "evaluation", "reference", "reference_runs")
 _NOT_TRAJECTORY = (
     "logging_steps", "save_steps", "keep_checkpoints", "report_to", "drift_every", "deepspeed", "fsdp",
     "gradient_checkpointing", "activation_offload", "batch_size", "accumulation",  # these two count as rows per step

@@ -116,6 +116,7 @@ def _trainer(recipe: Recipe, run_dir: RunDir, callbacks: list[Any]) -> tuple[Def
         data.max_length,
         packing=recipe.training.packing,
         drift_every=recipe.training.drift_every,
+        reference_runs=recipe.reference_runs,
         on_bad=data.on_bad,
         callbacks=[*callbacks, *([PlainProgress()] if arguments.disable_tqdm else [])],
     )

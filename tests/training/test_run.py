@@ -18,7 +18,7 @@ from ema_scale.errors import UserError
 from ema_scale.recipe import build_recipe
 from ema_scale.rundir import RunDir, read_jsonl
 from ema_scale.training.checkpointing import is_complete, list_checkpoints, newest_complete, step_of
-from ema_scale.training.identity import refuse_other_data
+from ema_scale.training.identity import is_finished, refuse_other_data
 from ema_scale.training.run import train
 from tests.tiny import save_tiny
 
@@ -345,6 +345,18 @@ def test_starting_over(world, tmp_path):
     train(other, run, resume=False)
     assert [row["step"] for row in read_jsonl(run.metrics_path)] == [1, 2]
     assert any((weights(run)[n] - t).abs().max() > 0 for n, t in first.items())
+
+
+def test_runs_that_share_a_reference_take_the_cache_though_each_sees_rows_once(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("EMA_CACHE", str(tmp_path / "cache"))
+    ways = {}
+    for count in (1, 2):
+        recipe = recipe_of(world, tmp_path, f"of-{count}", max_steps=-1, epochs=1)
+        recipe = recipe.model_copy(update={"reference_runs": count})
+        run = train(recipe, RunDir(recipe.run_path))
+        ways[count] = json.loads(run.provenance_path.read_text())["reference"]["way"]
+    assert ways == {1: "adapter_off", 2: "cached"}
+    assert is_finished(recipe.model_copy(update={"reference_runs": 5}), run), "how it is computed is not what it is"
 
 
 def test_the_python_interface_in_ten_lines(world, tmp_path):
