@@ -10,6 +10,7 @@ A study file:
     seeds: [0, 1, 2]
     retries: 1                                                                 # of a run that fails; without it: none
     only: [{tasks: [medical]}, {defenses: [none, kl-0.3], seeds: [0]}]         # optional; without it: the whole grid
+    prepare: [{run: [ema, train, ../recipes/x.yaml], makes: runs/x/adapter}]   # run first, where it is not there yet
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ema_scale.errors import UserError, explain
 from ema_scale.recipe import Recipe, apply_overrides, build_recipe, merge, read_layers
+from ema_scale.study.prepare import Preparation
 
 
 class Part(BaseModel):
@@ -54,6 +56,7 @@ class Study(BaseModel):
     seeds: list[int] = Field([0], min_length=1)
     retries: int = Field(0, ge=0, description="how often a run that fails is tried again, from its newest checkpoint")
     only: list[Part] = []
+    prepare: list[Preparation] = []
 
     @field_validator("defenses")
     @classmethod

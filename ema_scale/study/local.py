@@ -8,6 +8,7 @@ from ema_scale.errors import UserError
 from ema_scale.rundir import RunDir
 from ema_scale.study.evaluate import check_references, evaluate_runs
 from ema_scale.study.grid import Study, write_study
+from ema_scale.study.prepare import missing, prepare
 from ema_scale.study.queue import default_jobs, listed, train_all
 from ema_scale.study.runs import STUDY
 from ema_scale.training.distributed import launched_processes
@@ -24,6 +25,9 @@ def run_study(study: Study, overrides: tuple[str, ...] = (), jobs: int | None = 
     """
     recipes = study.runs(overrides)
     refuse_other_runs(recipes, launched_processes(), f"study {study.name}")
+    if missing(study.prepare):
+        prepare(study.prepare, f"study {study.name}")
+        refuse_other_runs(recipes, launched_processes(), f"study {study.name}")  # they may read what was made
     study.path.mkdir(parents=True, exist_ok=True)
     write_study(study, study.path / STUDY)
     check_references(recipes, study.path / "base")
