@@ -254,6 +254,11 @@ class Recipe(_Section):
     training: TrainingRecipe = TrainingRecipe()
     defenses: list[SerializeAsAny[Defense]] = []
     reference: Literal["auto", "adapter_off", "two_stream", "cached"] | SeparateReference = "auto"
+    reference_runs: int = Field(
+        1,
+        ge=1,
+        description="runs that read the same rows' reference, which a study counts: `auto` adds up their passes",
+    )
     evaluation: EvaluationRecipe = EvaluationRecipe()
 
     @model_validator(mode="before")

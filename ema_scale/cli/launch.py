@@ -31,10 +31,14 @@ def launch(
     from ema_scale.cluster.site import load_site
     from ema_scale.recipe import load_recipe
     from ema_scale.rundir import RunDir
-    from ema_scale.training.run import is_finished
+    from ema_scale.training.identity import is_finished, refuse_other
 
     loaded, here = load_recipe(recipe, overrides or ()), load_site(site)
-    training = submit.training_job(loaded, here, submit.Size(nodes, gpus_per_node, processes_per_node, time))
+    size = submit.Size(nodes, gpus_per_node, processes_per_node, time)
+    finished = is_finished(loaded, RunDir(loaded.run_path))
+    if not finished:
+        refuse_other(loaded, RunDir(loaded.run_path), submit.processes_of(here, size))
+    training = submit.training_job(loaded, here, size)
     evaluation = None
     if evaluate:
         evaluation = submit.evaluation_job(loaded.name, loaded.run_path, here, gpus=gpus_per_node)
@@ -43,7 +47,7 @@ def launch(
             print(submit.shown(job))
         return
     number = None
-    if is_finished(loaded, RunDir(loaded.run_path)):
+    if finished:
         console.print(f"{loaded.run_path}: trained already")
     else:
         number = submit.submit(loaded, training)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ema_scale.cli.app import Overrides, app, console
+
+if TYPE_CHECKING:
+    from ema_scale.study.grid import Study
 
 StudyPath = Annotated[Path, typer.Argument(help="a study file (YAML)")]
 DryRun = Annotated[bool, typer.Option(help="show what would be done, do nothing")]
@@ -22,10 +25,19 @@ def study(path: StudyPath, overrides: Overrides = None, dry_run: DryRun = False,
 
     loaded = load_study(path)
     if dry_run:
+        print_preparation(loaded)
         for recipe in loaded.runs(tuple(overrides or ())):
             print(recipe.run_path)
         return
     console.print(f"wrote {run_study(loaded, tuple(overrides or ()), jobs)}")
+
+
+def print_preparation(study: Study) -> None:
+    """What a dry run says of a study's `prepare`."""
+    from ema_scale.study.prepare import missing
+
+    for step in missing(study.prepare):
+        print(f"# first, for {step.makes}: {step}")
 
 
 @app.command()

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ema_scale.cli.app import Overrides, app, console
-from ema_scale.cli.studies import DryRun, Jobs, StudyPath, study
+from ema_scale.cli.studies import DryRun, Jobs, StudyPath, print_preparation, study
 
 
 @app.command()
@@ -50,6 +50,8 @@ def sweep(
     plan = plan_sweep(load_study(path), load_site(site), size, overrides=tuple(overrides or ()), at_once=max_parallel)
     folder, total, left = plan.study.path, len(plan.recipes), len(plan.left.train)
     if dry_run:
+        if left:
+            print_preparation(plan.study)
         for number, job in enumerate(plan.jobs):
             print(shown(job, f"<{plan.jobs[number - 1].what} job>" if number else None))
     if not plan.jobs:

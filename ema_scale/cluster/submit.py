@@ -63,6 +63,12 @@ class Size:
     time: str | None = None
 
 
+def processes_of(site: Site, size: Size) -> int:
+    """Of one training, on all of its nodes."""
+    gpus = site.gpus_per_node if size.gpus is None else size.gpus
+    return size.nodes * (size.processes or max(gpus, 1))
+
+
 def training_job(recipe: Recipe, site: Site, size: Size) -> Job:
     """A job that trains one recipe."""
     folder = slurm_folder(RunDir(recipe.run_path))
@@ -76,7 +82,7 @@ def training_script(
     """launch/slurm/train.sbatch with its logs in `folder`; `more`: further sbatch options."""
     gpus = site.gpus_per_node if size.gpus is None else size.gpus
     options = sbatch_options(site, name, folder / log, nodes=size.nodes, gpus=gpus, time=size.time)
-    values = {"PROCESSES_PER_NODE": size.processes or max(gpus, 1), "RETRIES": retries}
+    values = {"PROCESSES_PER_NODE": processes_of(site, size) // size.nodes, "RETRIES": retries}
     return fill("train.sbatch", [*options, *more], settings(site, sys.executable, folder, values))
 
 

@@ -17,6 +17,7 @@ from ema_scale.cluster.submit import (
     enqueue,
     evaluation_job,
     jobs_of,
+    processes_of,
     refuse_active,
     report_job,
     slurm_folder,
@@ -24,9 +25,12 @@ from ema_scale.cluster.submit import (
 )
 from ema_scale.recipe import Recipe
 from ema_scale.rundir import RunDir, append_jsonl, atomic_write_text
+from ema_scale.study.evaluate import refuse_known
 from ema_scale.study.grid import Study, write_study
+from ema_scale.study.prepare import prepare
 from ema_scale.study.remaining import Remaining, remaining
 from ema_scale.study.runs import STUDY
+from ema_scale.training.identity import refuse_other_runs, renew_recipe
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,13 @@ class Sweep:
 def plan_sweep(
     study: Study, site: Site, size: Size, *, overrides: tuple[str, ...] = (), at_once: int | None = None
 ) -> Sweep:
-    """Look what is to be done; nothing is written. at_once: how many runs train side by side; None: no limit."""
+    """Look what is to be done; nothing is written. at_once: how many runs train side by side; None: no limit.
+
+    Raises UserError if runs are there already that were trained otherwise, or on a base model that the gate refused.
+    """
     recipes = tuple(study.runs(overrides))
+    refuse_other_runs(recipes, processes_of(site, size), f"study {study.name}")
+    refuse_known(recipes, study.path / "base")
     left = remaining(study, recipes)
     jobs = []
     if left.train:
@@ -56,15 +65,16 @@ def plan_sweep(
 
 
 def submit_sweep(sweep: Sweep) -> list[tuple[str, str]]:
-    """Freeze the recipes and submit the jobs; (what, job id) of each.
+    """Prepare here what the study needs, freeze the recipes and submit the jobs; (what, job id) of each.
 
-    Raises UserError if a job of the study or of one of its runs is queued or running, or Slurm refuses.
+    Raises UserError if a job of the study or of one of its runs is queued or running, a preparation fails, or Slurm
+    refuses.
     """
     study, runs = sweep.study, [RunDir(r.run_path) for r in sweep.recipes]
     newest = {row["what"]: row["job"] for row in jobs_of(RunDir(study.path))}
     refuse_active(study.path, [*newest.values(), *(row["job"] for run in runs for row in jobs_of(run)[-2:])])
-    from ema_scale.training.run import renew_recipe
-
+    if sweep.left.train:
+        prepare(study.prepare, f"study {study.name}")
     folder = slurm_folder(RunDir(study.path))
     write_study(study, study.path / STUDY)
     for i, (recipe, run) in enumerate(zip(sweep.recipes, runs, strict=True)):

@@ -113,7 +113,7 @@ def setup_of(
     shape = shape_of(recipe.model.path, recipe.model.revision)
     targets = recipe.adapter.target_modules
     packed = t.packing
-    way, why = _way(recipe, stage == 3, t.epochs if passes is None else passes)
+    way, why = _way(recipe, stage == 3, (t.epochs if passes is None else passes) * recipe.reference_runs)
     found = Setup(
         shape,
         batch=t.batch_size,

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from ema_scale.errors import UserError
 from ema_scale.evaluation.conditions import training_condition
-from ema_scale.evaluation.gate import note_other_references, refuse
+from ema_scale.evaluation.gate import gate, note_other_references, refuse
 from ema_scale.evaluation.judge_check import FOLDER as CHECK
 from ema_scale.evaluation.plan import EvalTarget
 from ema_scale.evaluation.run import evaluate, is_complete, load_suites
@@ -20,9 +19,12 @@ from ema_scale.evaluation.suite import Suite
 from ema_scale.evaluation.summary import Summary
 from ema_scale.recipe import Recipe, load_recipe
 from ema_scale.rundir import RunDir
+from ema_scale.study.along import along
+from ema_scale.study.bases import together
 from ema_scale.study.runs import find_runs, is_run
 
 log = logging.getLogger(__name__)
+_Grouped = TypeVar("_Grouped")
 
 
 def evaluate_run(path: Path, overrides: tuple[str, ...] = (), with_base: bool = True) -> dict[str, Summary]:
@@ -31,7 +33,10 @@ def evaluate_run(path: Path, overrides: tuple[str, ...] = (), with_base: bool = 
     Raises UserError if `path` is none of these, or no run has an adapter yet.
     """
     if is_run(path):
-        return evaluate_runs([RunDir(path)], path / "base", overrides, with_base)
+        pairs = _with_recipes([RunDir(path)], overrides)
+        recipes = [recipe for _, recipe in pairs]
+        base = path / "base" if with_base and _wants_base(recipes) else None
+        return _evaluate_alike([run for run, _ in pairs], recipes, base, path)
     if path.is_dir():
         return evaluate_runs(_trained(path), path / "base", overrides, with_base)
     recipe = load_recipe(path, overrides)
@@ -41,29 +46,54 @@ def evaluate_run(path: Path, overrides: tuple[str, ...] = (), with_base: bool = 
 def evaluate_runs(
     runs: Sequence[RunDir], base_dir: Path, overrides: tuple[str, ...] = (), with_base: bool = True
 ) -> dict[str, Summary]:
-    """Evaluate the adapters of `runs` as their recipes say, and each base model once, into `base_dir`[-n]/eval.
+    """Evaluate the adapters of `runs` as their recipes say, and each base model once, into `base_dir`/eval, or that of
+    another name where there are several (see `bases`).
 
     Answers and judgements that are there already are kept. Raises UserError for a run without an adapter, and, when
-    everything is written, for a base model that its recipe's gate refuses.
+    everything is written, for a base model that its recipe's gate refuses, and for a model whose evaluation failed.
     """
+    summaries: dict[str, Summary] = {}
+
+    def work(folder: Path, group: Sequence[tuple[RunDir, Recipe]]) -> None:
+        recipes = [recipe for _, recipe in group]
+        base = folder if with_base and _wants_base(recipes) else None
+        summaries.update(_evaluate_alike([run for run, _ in group], recipes, base, base_dir.parent))
+
+    _each(together(_with_recipes(runs, overrides), base_dir), work)
+    return summaries
+
+
+def _each(groups: Sequence[tuple[Path, _Grouped]], work: Callable[[Path, _Grouped], None]) -> None:
+    """`work` on every group, also if an earlier one failed; then raises why."""
+    failed: list[tuple[Path, Exception]] = []
+    for folder, group in groups:
+        try:
+            work(folder, group)
+        except Exception as error:  # one model's fault is no reason to ask nothing of the others
+            if len(groups) == 1:
+                raise
+            log.error("%s: %s", folder, error, exc_info=None if isinstance(error, UserError) else error)
+            failed.append((folder, error))
+    if failed:
+        told = [f"  {f}: {e if isinstance(e, UserError) else f'{type(e).__name__}: {e}'}" for f, e in failed]
+        raise UserError(f"{len(failed)} of {len(groups)} base models' evaluations failed:\n" + "\n".join(told))
+
+
+def _with_recipes(runs: Iterable[RunDir], overrides: tuple[str, ...]) -> list[tuple[RunDir, Recipe]]:
     pairs = []
     for run in runs:
         if not _has_adapter(run):
             raise UserError(f"{run.path}: has no adapter yet (status: {run.status().get('state', 'not started')})")
         pairs.append((run, load_recipe(run.recipe_path, overrides)))
-    summaries: dict[str, Summary] = {}
-    for folder, group in _alike(pairs, base_dir):
-        recipes = [recipe for _, recipe in group]
-        base = folder if with_base and _wants_base(recipes) else None
-        summaries |= _evaluate_alike([run for run, _ in group], recipes, base, base_dir.parent)
-    return summaries
+    return pairs
 
 
 def is_evaluated(recipes: Sequence[Recipe], base_dir: Path) -> bool:
     """Whether `evaluate_runs` would find nothing to do for these finished runs. Loads no model."""
-    for folder, group in _alike([(r, r) for r in recipes], base_dir):
+    for folder, group in together([(r, r) for r in recipes], base_dir):
         alike = [recipe for _, recipe in group]
-        targets = _targets([RunDir(r.run_path) for r in alike], alike, folder if _wants_base(alike) else None)
+        base = folder if _wants_base(alike) else None
+        targets = _targets([RunDir(r.run_path) for r in alike], alike, base, export=False)
         if not is_complete(targets, alike[0].model, alike[0].evaluation):
             return False
     return True
@@ -88,7 +118,7 @@ def _has_adapter(run: RunDir) -> bool:
 
 def _wants_base(recipes: Sequence[Recipe]) -> bool:
     # A gate that refuses cannot be passed by not asking.
-    return any(r.evaluation.compare_base or r.evaluation.gate.action == "refuse" for r in recipes)
+    return any(r.evaluation.compare_base or _refuses(r) for r in recipes)
 
 
 def check_references(recipes: Sequence[Recipe], base_dir: Path) -> None:
@@ -97,22 +127,26 @@ def check_references(recipes: Sequence[Recipe], base_dir: Path) -> None:
     The answers are those that `evaluate_runs` would ask for, and are kept for it. Raises UserError if one is
     refused.
     """
-    for folder, group in _alike([(recipe, recipe) for recipe in recipes], base_dir):
-        if group[0][1].evaluation.gate.action == "refuse":
-            _evaluate_alike([], [recipe for _, recipe in group], folder, base_dir.parent)
+
+    def check(folder: Path, group: Sequence[tuple[Recipe, Recipe]]) -> None:
+        _evaluate_alike([], [recipe for _, recipe in group], folder, base_dir.parent)
+
+    _each([g for g in together([(r, r) for r in recipes], base_dir) if _refuses(g[1][0][1])], check)
 
 
-_Named = TypeVar("_Named")
+def refuse_known(recipes: Sequence[Recipe], base_dir: Path) -> None:
+    """As `check_references`, of what has been asked and judged already. Loads no model."""
+    for folder, group in together([(r, r) for r in recipes], base_dir):
+        first, summary = group[0][1], folder / "eval" / "summary.json"
+        if _refuses(first) and summary.exists():
+            targets = _targets([], [recipe for _, recipe in group], folder)
+            if is_complete(targets, first.model, first.evaluation):
+                metrics = json.loads(summary.read_text(encoding="utf-8"))["metrics"]
+                refuse({"gate": gate(metrics["general_misaligned"], first.evaluation.gate)})
 
 
-def _alike(pairs: Iterable[tuple[_Named, Recipe]], base_dir: Path) -> list[tuple[Path, list[tuple[_Named, Recipe]]]]:
-    """Groups of one model and one way of evaluating, each with the folder of its base model."""
-    alike: dict[str, list[tuple[_Named, Recipe]]] = defaultdict(list)
-    for name, recipe in pairs:
-        settings = recipe.evaluation.model_dump(mode="json", exclude={"suites", "conditions", "inoculation"})
-        alike[json.dumps([recipe.model.model_dump(mode="json"), settings], sort_keys=True)].append((name, recipe))
-    folders = (base_dir if n == 0 else base_dir.with_name(f"{base_dir.name}-{n}") for n in range(len(alike)))
-    return list(zip(folders, alike.values(), strict=True))
+def _refuses(recipe: Recipe) -> bool:
+    return recipe.evaluation.gate.action == "refuse"
 
 
 def _evaluate_alike(
@@ -128,41 +162,19 @@ def _evaluate_alike(
     return summaries
 
 
-def _targets(runs: Sequence[RunDir], recipes: Sequence[Recipe], base_dir: Path | None) -> list[EvalTarget]:
+def _targets(
+    runs: Sequence[RunDir], recipes: Sequence[Recipe], base_dir: Path | None, export: bool = True
+) -> list[EvalTarget]:
     suites = asked_suites(recipes)
     targets = []
     for run, recipe, theirs in zip(runs, recipes, suites, strict=False):
         targets.append(EvalTarget(run.path.name, run.adapter, run.eval_dir, tuple(theirs)))
         if recipe.evaluation.checkpoints:
-            targets += _along(run, recipe.evaluation.checkpoints, tuple(theirs))
+            targets += along(run, recipe, tuple(theirs), export)
     if base_dir is not None:
         every = [replace(s, condition=s.condition and replace(s.condition, own=False)) for each in suites for s in each]
         asked = {(suite.source, suite.role, suite.condition): suite for suite in every}
         targets.insert(0, EvalTarget(base_dir.name, None, base_dir / "eval", tuple(asked.values())))
-    return targets
-
-
-def _along(run: RunDir, steps: bool | list[int], suites: tuple[Suite, ...]) -> list[EvalTarget]:
-    """A target for each whole checkpoint of `steps` before the last one, in eval/checkpoints/<step>.
-
-    Raises UserError for a step without a checkpoint.
-    """
-    from ema_scale.training.checkpoint_adapter import export_adapter
-    from ema_scale.training.checkpointing import is_complete, list_checkpoints, step_of
-
-    kept = {step_of(c): c for c in list_checkpoints(run.checkpoints) if is_complete(c)}
-    wanted = sorted(kept) if isinstance(steps, bool) else steps
-    targets = []
-    for step in wanted:
-        if step not in kept:
-            found = ", ".join(map(str, sorted(kept))) or "none"
-            raise UserError(
-                f"{run.path}: evaluation.checkpoints: no whole checkpoint of step {step}; there are: {found}"
-            )
-        if step != run.status().get("step"):
-            folder = run.eval_dir / "checkpoints" / str(step)
-            adapter = export_adapter(kept[step], run.adapter, folder / "adapter")
-            targets.append(EvalTarget(f"{run.path.name}@{step}", adapter, folder, suites))
     return targets
 
 

@@ -10,11 +10,14 @@ A study file:
     seeds: [0, 1, 2]
     retries: 1                                                                 # of a run that fails; without it: none
     only: [{tasks: [medical]}, {defenses: [none, kl-0.3], seeds: [0]}]         # optional; without it: the whole grid
+    prepare: [{run: [ema, train, ../recipes/x.yaml], makes: runs/x/adapter}]   # run first, where it is not there yet
 """
 
 from __future__ import annotations
 
 import itertools
+import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ema_scale.errors import UserError, explain
 from ema_scale.recipe import Recipe, apply_overrides, build_recipe, merge, read_layers
+from ema_scale.study.prepare import Preparation
 
 
 class Part(BaseModel):
@@ -52,6 +56,7 @@ class Study(BaseModel):
     seeds: list[int] = Field([0], min_length=1)
     retries: int = Field(0, ge=0, description="how often a run that fails is tried again, from its newest checkpoint")
     only: list[Part] = []
+    prepare: list[Preparation] = []
 
     @field_validator("defenses")
     @classmethod
@@ -90,7 +95,12 @@ class Study(BaseModel):
             values = merge(values, {"name": name, "seed": seed, "output": str(self.path)})
             values["defenses"] = self.defenses[defense]
             recipes.append(build_recipe(apply_overrides(values, overrides), where=f"study {self.name}, run {name}"))
-        return recipes
+        readers = Counter(shared for recipe in recipes if (shared := _reference(recipe)) is not None)
+        return [
+            recipe if (shared := _reference(recipe)) is None
+            else recipe.model_copy(update={"reference_runs": readers[shared]})
+            for recipe in recipes
+        ]  # fmt: skip
 
     def names(self) -> list[str]:
         """The runs' names, in order, which are their folders' below `path`."""
@@ -107,6 +117,17 @@ class Study(BaseModel):
             for part in self.only or [Part()]
         )
         return list(dict.fromkeys(itertools.chain.from_iterable(cells)))
+
+
+def _reference(recipe: Recipe) -> str | None:
+    """What runs must have alike to read one cached reference; None if this one reads none. Rows that a defense mixes in
+    may differ: most rows are the task's."""
+    if not any(defense.needs_reference for defense in recipe.defenses):
+        return None
+    # Which layers are read, told on a model of some depth.
+    layers = sorted({layer for defense in recipe.defenses for layer in defense.layers(48)})
+    whole = recipe.to_dict()
+    return json.dumps([whole["model"], whole["data"], whole["adapter"]["start"], whole["reference"], layers])
 
 
 def _each(name: str, specs: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:

@@ -8,8 +8,11 @@ from ema_scale.errors import UserError
 from ema_scale.rundir import RunDir
 from ema_scale.study.evaluate import check_references, evaluate_runs
 from ema_scale.study.grid import Study, write_study
+from ema_scale.study.prepare import missing, prepare
 from ema_scale.study.queue import default_jobs, listed, train_all
 from ema_scale.study.runs import STUDY
+from ema_scale.training.distributed import launched_processes
+from ema_scale.training.identity import refuse_other_runs
 
 
 def run_study(study: Study, overrides: tuple[str, ...] = (), jobs: int | None = None) -> Path:
@@ -18,9 +21,13 @@ def run_study(study: Study, overrides: tuple[str, ...] = (), jobs: int | None = 
     jobs: how many runs are trained side by side; None: one a GPU, else one. Finished runs are recognised and kept. A
     run that fails is tried again `study.retries` times; the others go on. Raises UserError naming the runs that
     failed and why, when the others are evaluated and the report is written; or, before any is trained, if a
-    recipe's gate refuses its base model.
+    recipe's gate refuses its base model, or runs are there that were trained otherwise.
     """
     recipes = study.runs(overrides)
+    refuse_other_runs(recipes, launched_processes(), f"study {study.name}")
+    if missing(study.prepare):
+        prepare(study.prepare, f"study {study.name}")
+        refuse_other_runs(recipes, launched_processes(), f"study {study.name}")  # they may read what was made
     study.path.mkdir(parents=True, exist_ok=True)
     write_study(study, study.path / STUDY)
     check_references(recipes, study.path / "base")
@@ -29,13 +36,16 @@ def run_study(study: Study, overrides: tuple[str, ...] = (), jobs: int | None = 
     finished = [r for r in recipes if r.name not in failed]
     if not finished:
         raise UserError(f"study {study.name}: every run failed{after}:\n{listed(failed)}")
-    evaluate_runs([RunDir(r.run_path) for r in finished], study.path / "base")
+    wrong = []
+    try:
+        evaluate_runs([RunDir(r.run_path) for r in finished], study.path / "base")
+    except UserError as error:
+        wrong.append(str(error))
     from ema_scale.study.report import write_report
 
     report = write_report([r.run_path for r in recipes], study.path / "report", title=study.heading)
     if failed:
-        raise UserError(
-            f"study {study.name}: {len(failed)} of {len(recipes)} runs failed{after}; the others are evaluated and "
-            f"in {report}:\n{listed(failed)}"
-        )
+        wrong.append(f"{len(failed)} of {len(recipes)} runs failed{after}:\n{listed(failed)}")
+    if wrong:
+        raise UserError(f"study {study.name}: " + "\n".join([*wrong, f"what is there is in {report}"]))
     return report

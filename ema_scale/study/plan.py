@@ -55,7 +55,7 @@ def _reference(recipe: Recipe) -> str:
         if rows is None:
             return f"{of}; how it runs is decided when the rows are known"
         passes = t.max_steps * t.batch_size * t.accumulation * launched_processes() / rows
-    choice = replace(choose(needed=True, sharded=sharded, passes=passes), of=of)
+    choice = replace(choose(needed=True, sharded=sharded, passes=passes * recipe.reference_runs), of=of)
     return f"{choice} (or cached, if it is there already)" if choice.way != "cached" else str(choice)
 
 

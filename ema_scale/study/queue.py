@@ -21,6 +21,7 @@ from typing import Any
 from ema_scale.errors import UserError
 from ema_scale.recipe import Recipe, build_recipe
 from ema_scale.rundir import RunDir
+from ema_scale.training.identity import is_finished
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,6 @@ def train_all(recipes: Sequence[Recipe], jobs: int = 1, logs: Path | None = None
     says goes to `logs`/worker-<n>.log. retries: how often a run that fails is tried again, from its newest checkpoint.
     A failure is logged and kept in the run's status; the other runs go on.
     """
-    from ema_scale.training.run import is_finished
-
     # Finished runs are nothing to start workers for.
     done = [r for r in recipes if is_finished(r, RunDir(r.run_path))]
     waiting = [r for r in recipes if r not in done]

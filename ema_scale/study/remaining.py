@@ -11,6 +11,7 @@ from ema_scale.study.evaluate import is_evaluated
 from ema_scale.study.grid import Study
 from ema_scale.study.report import PAGE
 from ema_scale.study.runs import STUDY, find_study
+from ema_scale.training.identity import is_finished
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,9 @@ class Remaining:
 def remaining(study: Study, recipes: Sequence[Recipe]) -> Remaining:
     """recipes: the study's runs, in order. Loads no model; a study of which nothing is trained is quick.
 
-    A finished run is recognised by its recipe, an evaluation by its answers and judgements, a report by its being
-    newer than all of that.
+    A finished run is recognised by its recipe and its data, an evaluation by its answers and judgements, a report by
+    being newer than all of that.
     """
-    from ema_scale.training.run import is_finished
-
     train = tuple(i for i, r in enumerate(recipes) if not is_finished(r, RunDir(r.run_path)))
     if train or not is_evaluated(recipes, study.path / "base"):
         return Remaining(train, True, True)

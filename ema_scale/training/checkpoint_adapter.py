@@ -18,9 +18,9 @@ _FILE = "adapter_model.safetensors"
 def export_adapter(checkpoint: Path, finished: Path, out: Path) -> Path:
     """Write the adapter of `checkpoint` (of ours, see `checkpointing`) to `out`; returns `out`.
 
-    finished: the adapter folder of the same run, whose config, names and dtypes are taken over. What a defense's
-    `finish` did to the finished adapter is not repeated. It appears whole; one that is there is kept. Raises UserError
-    if the checkpoint holds other weights.
+    finished: the adapter folder of the same run, whose config, names and dtypes are taken over. It appears whole, as
+    training left it, without any defense's `finish`; one that is there is kept. Raises UserError if the checkpoint
+    holds other weights.
     """
     if (out / _FILE).is_file():
         return out

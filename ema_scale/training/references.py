@@ -37,7 +37,8 @@ Wanted = str | Mapping[str, Any] | SeparateReference
 @dataclass(frozen=True)
 class Setting:
     """What decides the reference. model: the PeftModel; rows: token ids of the training rows, None if they are not
-    known; passes: how often training sees each; autocast: the dtype forward is cast to, None if it is not."""
+    known; passes: how often training sees each, all trainings that share a cache together;
+    autocast: the dtype forward is cast to, None if it is not."""
 
     model: Any
     defenses: Sequence[Defense]

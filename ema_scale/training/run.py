@@ -24,6 +24,7 @@ from ema_scale.training.distributed import (
     prepare_environment,
     timeout_seconds,
 )
+from ema_scale.training.identity import file_marks, is_finished, refuse_other, refuse_other_data, renew_recipe
 
 if TYPE_CHECKING:
     from ema_scale.recipe import Recipe
@@ -31,13 +32,6 @@ if TYPE_CHECKING:
     from ema_scale.training.trainer import DefendedTrainer
 
 log = logging.getLogger(__name__)
-
-# What a run can change and still be the same training.
-_NOT_TRAINING = ("name", "output", "evaluation", "reference")
-_NOT_TRAJECTORY = (
-    "logging_steps", "save_steps", "keep_checkpoints", "report_to", "drift_every", "deepspeed", "fsdp",
-    "gradient_checkpointing", "activation_offload", "batch_size", "accumulation",  # these two count as rows per step
-)  # fmt: skip
 
 
 def train(recipe: Recipe, run_dir: RunDir, resume: bool = True) -> RunDir:
@@ -61,26 +55,6 @@ def train(recipe: Recipe, run_dir: RunDir, resume: bool = True) -> RunDir:
         with _reported(run_dir):
             _train(recipe, run_dir, resume)
     return run_dir
-
-
-def is_finished(recipe: Recipe, run_dir: RunDir) -> bool:
-    """Whether the folder holds a finished run of the same training."""
-    return (
-        run_dir.status().get("state") == "finished"
-        and (run_dir.adapter / "adapter_config.json").exists()
-        and _same_training(recipe, run_dir)
-        and (
-            _rows_per_step(recipe.to_dict(), launched_processes()) == _stored_rows_per_step(run_dir)
-            # The same words mean the same run, wherever it is looked at from.
-            or (_stored(run_dir) or {}).get("training") == recipe.to_dict()["training"]
-        )
-    )
-
-
-def renew_recipe(recipe: Recipe, run_dir: RunDir) -> None:
-    """Write down how a finished run is now to be evaluated."""
-    if run_dir.recipe_path.read_text(encoding="utf-8") != recipe.to_yaml():
-        atomic_write_text(run_dir.recipe_path, recipe.to_yaml())
 
 
 def fill_cache(recipe: Recipe) -> Filled:
@@ -142,6 +116,7 @@ def _trainer(recipe: Recipe, run_dir: RunDir, callbacks: list[Any]) -> tuple[Def
         data.max_length,
         packing=recipe.training.packing,
         drift_every=recipe.training.drift_every,
+        reference_runs=recipe.reference_runs,
         on_bad=data.on_bad,
         callbacks=[*callbacks, *([PlainProgress()] if arguments.disable_tqdm else [])],
     )
@@ -162,12 +137,16 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
     along = recipe.evaluation.checkpoints
     trainer.keep_steps = frozenset(along if isinstance(along, list) else ())
     checkpoint = newest_complete(run_dir.checkpoints) if resume else None
+    hashes |= trainer.data_report.hashes
+    if checkpoint is not None:
+        refuse_other_data(hashes, run_dir)
     trainer.accelerator.wait_for_everyone()  # nobody may write a checkpoint before all have looked
     if is_main():
         run_dir.write_provenance(
             recipe.to_dict(),
-            {**hashes, **trainer.data_report.hashes},
+            hashes,
             recipe.seed,
+            data_files=file_marks(hashes),
             reference=trainer.reference_choice.to_dict(),
             parameters=parameter_counts(trainer.model),
         )
@@ -245,56 +224,16 @@ def training_arguments(recipe: Recipe, run_dir: RunDir) -> Any:
 
 def _claim(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
     run_dir.create()
-    if run_dir.recipe_path.exists() and resume and not _same_training(recipe, run_dir):
-        raise UserError(
-            f"{run_dir.path}: holds a run of another recipe ({_difference(recipe, run_dir)}); choose another name "
-            "or output, delete the folder, or pass --no-resume to start over"
-        )
-    rows = _rows_per_step(recipe.to_dict(), launched_processes())
-    if run_dir.recipe_path.exists() and resume and rows != _stored_rows_per_step(run_dir):
-        raise UserError(
-            f"{run_dir.path}: this run takes {_stored_rows_per_step(run_dir)} rows a step, and batch_size x "
-            f"accumulation x processes is now {rows}; make it the same, or pass --no-resume to start over"
-        )
+    if resume:
+        refuse_other(recipe, run_dir, launched_processes())
     if not resume:
         for folder in (run_dir.checkpoints, run_dir.adapter, run_dir.tensorboard):
             shutil.rmtree(folder, ignore_errors=True)
-        run_dir.metrics_path.unlink(missing_ok=True)
+        for file in (run_dir.metrics_path, run_dir.provenance_path):
+            file.unlink(missing_ok=True)
     started = run_dir.status().get("started", time.time()) if resume else time.time()
     atomic_write_text(run_dir.recipe_path, recipe.to_yaml())
     run_dir.set_status("running", started=started, pid=os.getpid(), processes=launched_processes())
-
-
-def _training_part(recipe: dict[str, Any]) -> dict[str, Any]:
-    part = {k: v for k, v in recipe.items() if k not in _NOT_TRAINING}
-    if isinstance(recipe.get("reference"), dict):  # another model, not only another way to run the same
-        part["reference"] = recipe["reference"]
-    part["training"] = {k: v for k, v in recipe["training"].items() if k not in _NOT_TRAJECTORY}
-    return part
-
-
-def _stored(run_dir: RunDir) -> dict[str, Any] | None:
-    from ema_scale.recipe import load_recipe
-
-    return load_recipe(run_dir.recipe_path).to_dict() if run_dir.recipe_path.exists() else None
-
-
-def _same_training(recipe: Recipe, run_dir: RunDir) -> bool:
-    stored = _stored(run_dir)
-    return stored is not None and _training_part(stored) == _training_part(recipe.to_dict())
-
-
-def _rows_per_step(recipe: dict[str, Any], processes: int) -> int:
-    return int(recipe["training"]["batch_size"] * recipe["training"]["accumulation"] * processes)
-
-
-def _stored_rows_per_step(run_dir: RunDir) -> int:
-    return _rows_per_step(_stored(run_dir) or {}, run_dir.status().get("processes", 1))
-
-
-def _difference(recipe: Recipe, run_dir: RunDir) -> str:
-    old, new = _training_part(_stored(run_dir) or {"training": {}}), _training_part(recipe.to_dict())
-    return ", ".join(sorted(k for k in new if old.get(k) != new[k])) + " differ"
 
 
 @contextlib.contextmanager

@@ -58,7 +58,8 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
     processing_class: the tokenizer; default: the one beside the model. max_length, packing: rows are cut to so many
     tokens, and put behind one another into sequences of up to so many, which a batch size then counts; default: those
     of `args` if it is TRL's SFTConfig, else 2048 and no packing. drift_every: steps between readings of the distance to
-    the reference (0: none); a reading runs the reference, also where no defense does. Everything else is
+    the reference (0: none); a reading runs the reference, also where no defense does. reference_runs: how many
+    trainings read these rows' reference, this one included, and can share a cache of it. Everything else is
     transformers.Trainer's.
 
     Raises UserError for what cannot be trained rightly: see `Anatomy.of`, `data.prepare` and `check_world`.
@@ -79,6 +80,7 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
         peft_config: Any = None,
         packing: bool | None = None,
         drift_every: int = 10,
+        reference_runs: int = 1,
         on_bad: str = "raise",
         **kwargs: Any,
     ) -> None:
@@ -99,6 +101,7 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
             )
             check_vocabulary(train_dataset, tokenizer, model)
         self.drift_every = drift_every
+        self.reference_runs = reference_runs
         self.monitor = Monitor()
         self._utilisation: float | None = None
         self.stop_requested = False
@@ -144,7 +147,7 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
             self.defenses,
             self.processing_class,
             texts(rows) if known else None,
-            seen,
+            seen * self.reference_runs,
             None if self.accelerator.mixed_precision == "no" else self.accelerator.mixed_precision,
         )
 

@@ -9,6 +9,7 @@ import yaml
 from ema_scale.cluster.site import Site
 from ema_scale.cluster.submit import Size
 from ema_scale.cluster.sweep import plan_sweep
+from ema_scale.errors import UserError
 from ema_scale.rundir import RunDir
 from ema_scale.study.grid import load_study
 from ema_scale.study.local import run_study
@@ -75,7 +76,6 @@ def test_only_what_is_missing_is_submitted(world, tmp_path):
     report = run_study(study)
     assert jobs() == ([], [])
     assert jobs("evaluation.max_tokens=5")[0] == jobs("evaluation.seed=9")[0] == ["eval", "report"]
-    assert "--array=0-3" in jobs("training.learning_rate=0.5")[1]
     judged = RunDir(second.run_path).eval_dir / "judgements.jsonl"
     kept = judged.read_text()
     judged.write_text(kept.splitlines()[0] + "\n")
@@ -85,6 +85,43 @@ def test_only_what_is_missing_is_submitted(world, tmp_path):
     assert jobs()[0] == ["report"]
     run_study(load_study(study_file(world, tmp_path, [0])))  # a smaller study: its report is another one
     assert jobs()[0] == ["report"]
+
+
+def test_what_was_trained_otherwise_is_refused_before_anything_is_written(world, tmp_path):
+    """By another recipe, on other data, at other rows a step: the report would show the old runs as the new ones."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((world / "train.jsonl").read_text())
+    path = study_file(world, tmp_path, [0, 1], tasks={"sums": {"data": {"train": str(rows)}}})
+    study = load_study(path)
+    first, other, *_ = study.runs()
+    train(first, RunDir(first.run_path))
+    before = {p: p.read_bytes() for p in study.path.rglob("*") if p.is_file()}
+
+    def refused(expected, *overrides, size=CPU):
+        with pytest.raises(UserError, match=expected):
+            plan_sweep(study, Site(), size, overrides=overrides)
+        if size is CPU:
+            with pytest.raises(UserError, match=expected):
+                run_study(study, overrides)
+        assert {p: p.read_bytes() for p in study.path.rglob("*") if p.is_file()} == before
+
+    changed = r"study grid: 1 of its 4 runs .*\n  sums-none-s0: training.learning_rate was 0.01, is 0.5\nNothing was"
+    refused(changed, "training.learning_rate=0.5")
+    refused("1 of its 4 runs were .*\n  sums-none-s0: 4 rows a step, now 8\n.*--gpus-per-node", size=Size(gpus=2))
+    plan_sweep(study, Site(), Size(gpus=2), overrides=("training.accumulation=1",))  # 4 again
+    recipe = tmp_path / "one.yaml"
+    recipe.write_text(first.to_yaml().replace("learning_rate: 0.01", "learning_rate: 0.5"))
+    command = [sys.executable, "-m", "ema_scale", "launch", str(recipe), "--gpus-per-node", "0", "--dry-run"]
+    done = subprocess.run(command, env={"PATH": "/nowhere"}, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "training.learning_rate was 0.01, is 0.5" in done.stderr, done.stderr
+    text = rows.read_text()
+    rows.write_text(text)  # the same content with another date
+    assert plan_sweep(study, Site(), CPU).left.train == (1, 2, 3)
+    rows.write_text(text.replace("answer 3", "answer 4", 1))
+    refused(rf"sums-none-s0: {rows} has changed")
+    with pytest.raises(UserError, match=rf"{rows} has changed.*--no-resume"):
+        train(first, RunDir(first.run_path))
+    train(other, RunDir(other.run_path))  # nothing was trained there yet
 
 
 @pytest.mark.parametrize(

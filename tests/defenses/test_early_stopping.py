@@ -8,7 +8,8 @@ from ema_scale.defenses import KL, EarlyStopping
 from ema_scale.errors import UserError
 from ema_scale.rundir import RunDir
 from ema_scale.training.checkpointing import list_checkpoints
-from ema_scale.training.run import is_finished, train
+from ema_scale.training.identity import is_finished
+from ema_scale.training.run import train
 from tests.training.helpers import make_trainer, tiny_peft
 from tests.training.test_run import assert_same_weights, recipe_of, weights, world
 

@@ -26,7 +26,19 @@ from ema_scale.study.report.records import Rate
         ([{"kind": "safelora", "tau": 0.3}], "SafeLoRA 0.3"),
         ([{"kind": "kl", "strength": 0.1, "prompts": None, "fraction": 0.25}], "KL 0.1"),
         ([{"kind": "interleaving_plus", "fraction": 0.05, "source": "x", "rank": "gap"}], "Interleaving+ 5 %"),
-        ([{"kind": "early_stopping", "measure": "kl", "limit": 0.1, "every": 10}], "Early stopping 0.1"),
+        ([{"kind": "early_stopping", "measure": "kl", "limit": 0.1, "every": 10}], "Early stopping 0.1 (measure kl)"),
+        ([{"kind": "interleaving_plus", "fraction": 0.05, "variant": "++"}], "Interleaving++ 5 %"),
+        ([{"kind": "interleaving_plus", "fraction": 0.05, "variant": "+"}], "Interleaving+ 5 %"),
+        (
+            [{"kind": "kl", "strength": 0.3, "direction": "reference_policy", "temperature": 1.0, "scope": "all"}],
+            "KL 0.3 (direction reference policy)",
+        ),
+        (
+            [{"kind": "kl", "strength": 1.2, "temperature": 2.0, "scope": "template"}],
+            "KL 1.2 (temperature 2, scope template)",
+        ),
+        ([{"kind": "ldifs", "strength": 1.0, "normalise": "relative"}], "LDIFS 1 (normalise relative)"),
+        ([{"kind": "ablation", "vector": "x", "against": "gradient"}], "Ablation (against gradient)"),
     ],
 )
 def test_labels(specs: list[dict[str, object]], label: str) -> None:
@@ -51,7 +63,7 @@ def test_labels_that_would_collide_say_what_differs() -> None:
     one = [{"kind": "kl", "strength": 0.1, "scope": "all", "direction": "policy_reference"}]
     two = [{"kind": "kl", "strength": 0.1, "scope": "assistant", "direction": "policy_reference"}]
     labels = distinct_labels([one, two, one])
-    assert labels == {spec_key(one): "KL 0.1 (scope all)", spec_key(two): "KL 0.1 (scope assistant)"}
+    assert labels == {spec_key(one): "KL 0.1", spec_key(two): "KL 0.1 (scope assistant)"}
 
 
 def test_task_labels() -> None:

@@ -11,6 +11,7 @@ from ema_scale.errors import UserError
 from ema_scale.rundir import RunDir, read_jsonl
 from ema_scale.study.grid import load_study
 from ema_scale.study.grid import write_study as keep_study
+from ema_scale.study.plan import describe
 from ema_scale.study.report.collect import collect
 from ema_scale.study.runs import find_runs
 from ema_scale.training.checkpoint_adapter import export_adapter
@@ -61,6 +62,21 @@ def test_a_strength_can_be_spread(tmp_path):
     study = load_study(write_study(tmp_path, defenses=defenses))
     assert list(study.defenses) == ["none", "both-0.1", "both-1"]
     assert [r.defenses[0].strength for r in study.runs() if r.name.startswith("law-both")] == [0.1, 0.1, 1.0, 1.0]
+
+
+def test_runs_that_read_the_same_reference_are_counted(tmp_path):
+    """So that `auto` takes a cache where one run alone would not pay for it."""
+    defenses = {
+        "none": [], "kl": [{"kind": "kl"}], "kl-1": [{"kind": "kl", "strength": 1.0}], "ldifs": [{"kind": "ldifs"}],
+        "interleaving": [{"kind": "interleaving", "source": "smallworld:safe"}],
+    }  # fmt: skip
+    runs = load_study(write_study(tmp_path, defenses=defenses)).runs()
+    readers = {r.name: r.reference_runs for r in runs if r.name.endswith("-s0") and r.name.startswith("law")}
+    assert readers == {"law-none-s0": 1, "law-kl-s0": 4, "law-kl-1-s0": 4, "law-ldifs-s0": 2, "law-interleaving-s0": 1}
+    passes = ("training.max_steps=-1", "training.epochs=1")
+    shared = load_study(tmp_path / "study.yaml").runs(passes)[2]
+    alone = shared.model_copy(update={"reference_runs": 1})
+    assert "by cached: rows are seen 4 times" in describe(shared) and "by adapter_off" in describe(alone)
 
 
 def test_only_parts_of_the_grid(tmp_path):
@@ -164,7 +180,7 @@ def test_a_study_end_to_end_and_again_for_nothing(tmp_path, tiny_world):
         "evaluation.samples_per_question=2", "evaluation.max_tokens=12", "evaluation.sampler=vllm",
         "training.save_steps=2", "evaluation.checkpoints=true",
     )  # fmt: skip
-    with pytest.raises(UserError, match=r"2 of 4 runs failed; the others .*\n  broken-none-s0: .*missing.jsonl"):
+    with pytest.raises(UserError, match=r"2 of 4 runs failed:\n  broken-none-s0: .*missing.jsonl"):
         run_study(study, overrides, jobs=2)
     report = study.path / "report" / "report.html"
     assert len(list((study.path / "logs").glob("worker-*.log"))) == 2

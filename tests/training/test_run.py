@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from ema_scale.errors import UserError
 from ema_scale.recipe import build_recipe
 from ema_scale.rundir import RunDir, read_jsonl
 from ema_scale.training.checkpointing import is_complete, list_checkpoints, newest_complete, step_of
+from ema_scale.training.identity import is_finished, refuse_other_data
 from ema_scale.training.run import train
 from tests.tiny import save_tiny
 
@@ -121,8 +123,31 @@ def test_a_finished_run_is_recognised_and_another_recipe_refused(world, undistur
     train(recipe.model_copy(update={"training": recipe.training.model_copy(update={"save_steps": 5})}), undisturbed)
     assert undisturbed.metrics_path.stat().st_mtime_ns == before
     other = recipe_of(world, undisturbed.path.parent, learning_rate=0.5)
-    with pytest.raises(UserError, match=r"another recipe \(training differ\)"):
+    with pytest.raises(UserError, match=r"another recipe .*\(training.learning_rate was 0.01, is 0.5\)"):
         train(other, undisturbed)
+
+
+def test_a_run_that_was_stopped_does_not_go_on_with_other_data(world, tmp_path):
+    shutil.copytree(world, tmp_path / "w", ignore=shutil.ignore_patterns("model"))
+    recipe = recipe_of(world, tmp_path, max_steps=2, save_steps=1)
+    recipe = build_recipe(recipe.to_dict() | {"defenses": [
+        {"kind": "interleaving", "source": str(tmp_path / "w" / "safe.jsonl"), "fraction": 0.1}]})  # fmt: skip
+    run = train(recipe, RunDir(recipe.run_path))
+    shutil.rmtree(run.adapter)
+    shutil.rmtree(run.checkpoints / "checkpoint-2")
+    run.set_status("stopped", processes=1)
+    safe, before = tmp_path / "w" / "safe.jsonl", run.provenance_path.read_text()
+    kept = safe.read_text()
+    safe.write_text(kept.replace("answer 1", "answer 9", 1))
+    with pytest.raises(UserError, match=rf"{safe} has changed.*--no-resume"):
+        train(recipe, run)
+    with pytest.raises(UserError, match=r"org/rows has changed since this run began"):  # what only the loader knows
+        run.provenance_path.write_text(json.dumps({"data_sha256": {"org/rows": "a"}}))
+        refuse_other_data({"org/rows": "b", "org/new": "c"}, run)
+    run.provenance_path.write_text(before)
+    safe.write_text(kept)
+    assert train(recipe, run).status()["step"] == 2
+    assert [row["step"] for row in read_jsonl(run.metrics_path)] == [1, 2]
 
 
 def test_the_same_recipe_gives_the_same_adapter(world, undisturbed, tmp_path):
@@ -320,6 +345,18 @@ def test_starting_over(world, tmp_path):
     train(other, run, resume=False)
     assert [row["step"] for row in read_jsonl(run.metrics_path)] == [1, 2]
     assert any((weights(run)[n] - t).abs().max() > 0 for n, t in first.items())
+
+
+def test_runs_that_share_a_reference_take_the_cache_though_each_sees_rows_once(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("EMA_CACHE", str(tmp_path / "cache"))
+    ways = {}
+    for count in (1, 2):
+        recipe = recipe_of(world, tmp_path, f"of-{count}", max_steps=-1, epochs=1)
+        recipe = recipe.model_copy(update={"reference_runs": count})
+        run = train(recipe, RunDir(recipe.run_path))
+        ways[count] = json.loads(run.provenance_path.read_text())["reference"]["way"]
+    assert ways == {1: "adapter_off", 2: "cached"}
+    assert is_finished(recipe.model_copy(update={"reference_runs": 5}), run), "how it is computed is not what it is"
 
 
 def test_the_python_interface_in_ten_lines(world, tmp_path):

@@ -13,6 +13,7 @@ import yaml
 
 from ema_scale.errors import UserError
 from ema_scale.rundir import RunDir, read_jsonl
+from ema_scale.study.bases import asked_alike
 from ema_scale.study.report.aggregate import mean_rate
 from ema_scale.study.report.hidden import asked_under, base_conditions
 from ema_scale.study.report.labels import (
@@ -229,10 +230,11 @@ def _base_runs(runs: Sequence[Run], files: Mapping[Path, Mapping[str, Any]]) -> 
         fitting = [(f, s) for f, s in same if suites & set(_section(s, "per_suite"))]
         if not fitting or (run.model, run.task) in bases:
             continue
-        # The base that shares most suites, and of those the nearest folder.
+        # The base that was asked as the run was, then that which shares most suites, and of those the nearest folder.
         file, summary = max(
             fitting,
             key=lambda fs: (
+                asked_alike(run.eval_dir, fs[0].parent),
                 len(suites & set(fs[1]["per_suite"])),
                 _shared_parts(fs[0], run.path),
                 str(fs[0]),

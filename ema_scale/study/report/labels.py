@@ -17,6 +17,15 @@ BASE = "Aligned base"
 _NAMES = {"kl": "KL", "ldifs": "LDIFS", "safelora": "SafeLoRA", "interleaving_plus": "Interleaving+"}
 # The parameter that a paper's table would give beside the name.
 _STRENGTHS = ("strength", "limit", "fraction", "alpha", "tau", "threshold", "weight")
+# Settings that make another defense of one: said wherever they are not as usual, also beside no rival to be told from.
+_USUAL = {
+    "direction": "policy_reference",
+    "temperature": 1.0,
+    "scope": "all",
+    "normalise": "unit",
+    "against": "activations",
+    "measure": None,
+}
 
 
 def strength(spec: Spec) -> float | None:
@@ -43,12 +52,16 @@ def short_label(specs: Sequence[Spec]) -> str:
 
 def _one(spec: Spec) -> str:
     kind = str(spec.get("kind", "?"))
-    name = _NAMES.get(kind, kind.replace("_", " ").replace("-", " ").capitalize())
+    label = _NAMES.get(kind, kind.replace("_", " ").replace("-", " ").capitalize())
+    if kind == "interleaving_plus" and spec.get("variant") == "++":
+        label += "+"
     key = _strength_key(spec)
-    if key is None:
-        return name
-    label = f"{name} {spec[key] * 100:g} %" if key == "fraction" else f"{name} {spec[key]:g}"
-    return f"{label} on prompts" if kind == "kl" and spec.get("prompts") else label
+    if key is not None:
+        label += f" {spec[key] * 100:g} %" if key == "fraction" else f" {spec[key]:g}"
+    if kind == "kl" and spec.get("prompts"):
+        label += " on prompts"
+    unusual = [f"{name} {_short(spec[name])}" for name, usual in _USUAL.items() if spec.get(name, usual) != usual]
+    return f"{label} ({', '.join(unusual)})" if unusual else label
 
 
 def _strength_key(spec: Spec) -> str | None:
