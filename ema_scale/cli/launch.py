@@ -28,6 +28,7 @@ def launch(
 ) -> None:
     """Train a recipe as a Slurm job that survives preemption and dead nodes."""
     from ema_scale.cluster import submit
+    from ema_scale.cluster.rows import refuse_missing_rows
     from ema_scale.cluster.site import load_site
     from ema_scale.recipe import load_recipe
     from ema_scale.rundir import RunDir
@@ -37,19 +38,24 @@ def launch(
     training = submit.training_job(loaded, here, submit.Size(nodes, gpus_per_node, processes_per_node, time))
     evaluation = None
     if evaluate:
-        evaluation = submit.evaluation_job(loaded.name, loaded.run_path, here, gpus=gpus_per_node)
-    if dry_run:
-        for job in [training] + ([evaluation] if evaluation else []):
-            print(submit.shown(job))
-        return
-    number = None
-    if is_finished(loaded, RunDir(loaded.run_path)):
+        evaluation = submit.evaluation_job(loaded.name, loaded.run_path, here, [loaded], gpus=gpus_per_node)
+    trained = is_finished(loaded, RunDir(loaded.run_path))
+    if trained:
         console.print(f"{loaded.run_path}: trained already")
-    else:
+    if dry_run:
+        if not trained:
+            print(submit.shown(training))
+        if evaluation:
+            print(submit.shown(evaluation, [] if trained else submit.after_success("<train job>")))
+        return
+    waits: list[str] = []
+    if not trained:
+        refuse_missing_rows([loaded])
         number = submit.submit(loaded, training)
+        waits = submit.after_success(number)
         console.print(f"{loaded.run_path}: train job {number}")
     if evaluation:
-        console.print(f"{loaded.run_path}: eval job {submit.submit(loaded, evaluation, after=number)}")
+        console.print(f"{loaded.run_path}: eval job {submit.submit(loaded, evaluation, waits)}")
     console.print(f"follow it: ema logs {loaded.run_path} -f")
 
 

@@ -10,18 +10,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from ema_scale.cluster.rows import refuse_missing_rows
 from ema_scale.cluster.site import Site
 from ema_scale.cluster.submit import (
     Job,
     Size,
+    after_end,
     enqueue,
     evaluation_job,
     jobs_of,
     refuse_active,
     report_job,
     slurm_folder,
+    submitting,
     training_script,
 )
+from ema_scale.errors import UserError
 from ema_scale.recipe import Recipe
 from ema_scale.rundir import RunDir, append_jsonl, atomic_write_text
 from ema_scale.study.grid import Study, write_study
@@ -49,7 +53,7 @@ def plan_sweep(
     if left.train:
         jobs.append(_training(study, left.train, site, size, at_once))
     if left.evaluate:
-        jobs.append(evaluation_job(study.name, study.path, site, gpus=size.gpus))
+        jobs.append(evaluation_job(study.name, study.path, site, recipes, gpus=size.gpus))
     if left.report:
         jobs.append(report_job(study.name, study.path, site, study.heading))
     return Sweep(study, recipes, left, tuple(jobs))
@@ -58,8 +62,15 @@ def plan_sweep(
 def submit_sweep(sweep: Sweep) -> list[tuple[str, str]]:
     """Freeze the recipes and submit the jobs; (what, job id) of each.
 
-    Raises UserError if a job of the study or of one of its runs is queued or running, or Slurm refuses.
+    Raises UserError if a job of the study or of one of its runs is queued or running, rows that a run will read are
+    not there, or Slurm refuses; it then says what is queued already.
     """
+    refuse_missing_rows(sweep.recipes[i] for i in sweep.left.train)
+    with submitting(sweep.study.path):
+        return _submit(sweep)
+
+
+def _submit(sweep: Sweep) -> list[tuple[str, str]]:
     study, runs = sweep.study, [RunDir(r.run_path) for r in sweep.recipes]
     newest = {row["what"]: row["job"] for row in jobs_of(RunDir(study.path))}
     refuse_active(study.path, [*newest.values(), *(row["job"] for run in runs for row in jobs_of(run)[-2:])])
@@ -74,8 +85,16 @@ def submit_sweep(sweep: Sweep) -> list[tuple[str, str]]:
             renew_recipe(recipe, run)
     submitted: list[tuple[str, str]] = []
     for job in sweep.jobs:
-        options = [f"--dependency=afterany:{submitted[-1][1]}"] if submitted else []
-        number = enqueue(study.path, job, options)
+        try:
+            number = enqueue(study.path, job, after_end(submitted[-1][1]) if submitted else [])
+        except UserError as error:
+            if not submitted:
+                raise
+            queued = ", ".join(f"{what} {'array' if what == 'train' else 'job'} {job}" for what, job in submitted)
+            raise UserError(
+                f"{error}\n{study.path}: queued already: {queued}; when that has ended, the same command does the "
+                f"rest (or end it: scancel {' '.join(job for _, job in submitted)})"
+            ) from None
         submitted.append((job.what, number))
         if job.what == "train":
             for i in sweep.left.train:
