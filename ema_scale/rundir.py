@@ -113,6 +113,10 @@ def _git_commit() -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
+class FolderInUse(UserError):
+    """Another process writes to this run folder: whatever is the matter here, it is not with that run."""
+
+
 class RunDir:
     """The folder of one run; see ARCHITECTURE.md for its layout."""
 
@@ -196,13 +200,13 @@ class RunDir:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold this folder for one writing process. Raises UserError if another process holds it."""
+        """Hold this folder for one writing process. Raises FolderInUse if another process does."""
         self.create()
         lock = FileLock(str(self.path / ".lock"))
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(
+            raise FolderInUse(
                 f"{self.path}: another process is writing to this run folder; wait or choose another name"
             ) from None
         try:

@@ -15,7 +15,7 @@ from ema_scale.errors import UserError
 from ema_scale.rundir import file_sha256
 
 _LIBRARY_FORMATS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-_FILE_SUFFIXES = {".jsonl", ".json", *_LIBRARY_FORMATS}
+FILE_SUFFIXES = {".jsonl", ".json", *_LIBRARY_FORMATS}
 
 # Which part of a mix a row is: the user's own rows, rows mixed in to be learned too, rows that only a penalty reads,
 # and rows whose answers must not be learned.
@@ -82,7 +82,7 @@ def load_rows(
         digest = hashlib.sha256(json.dumps(list(source), sort_keys=True, default=str).encode()).hexdigest()
         return _read(((f"row {i}", r) for i, r in enumerate(source)), "rows", digest, limit, on_bad, columns)
     path = Path(source)
-    if path.suffix in _FILE_SUFFIXES or path.exists():
+    if path.suffix in FILE_SUFFIXES or path.exists():
         if not path.is_file():
             raise UserError(f"{path}: no such file; expected training rows (.jsonl, .json, .csv, .parquet) or a hub id")
         return _read(_file_records(path), str(path), file_sha256(path), limit, on_bad, columns)

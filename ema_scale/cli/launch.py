@@ -28,6 +28,7 @@ def launch(
 ) -> None:
     """Train a recipe as a Slurm job that survives preemption and dead nodes."""
     from ema_scale.cluster import submit
+    from ema_scale.cluster.rows import refuse_missing_rows
     from ema_scale.cluster.site import load_site
     from ema_scale.recipe import load_recipe
     from ema_scale.rundir import RunDir
@@ -41,19 +42,23 @@ def launch(
     training = submit.training_job(loaded, here, size)
     evaluation = None
     if evaluate:
-        evaluation = submit.evaluation_job(loaded.name, loaded.run_path, here, gpus=gpus_per_node)
-    if dry_run:
-        for job in [training] + ([evaluation] if evaluation else []):
-            print(submit.shown(job))
-        return
-    number = None
+        evaluation = submit.evaluation_job(loaded.name, loaded.run_path, here, [loaded], gpus=gpus_per_node)
     if finished:
         console.print(f"{loaded.run_path}: trained already")
-    else:
+    if dry_run:
+        if not finished:
+            print(submit.shown(training))
+        if evaluation:
+            print(submit.shown(evaluation, [] if finished else submit.after_success("<train job>")))
+        return
+    waits: list[str] = []
+    if not finished:
+        refuse_missing_rows([loaded])
         number = submit.submit(loaded, training)
+        waits = submit.after_success(number)
         console.print(f"{loaded.run_path}: train job {number}")
     if evaluation:
-        console.print(f"{loaded.run_path}: eval job {submit.submit(loaded, evaluation, after=number)}")
+        console.print(f"{loaded.run_path}: eval job {submit.submit(loaded, evaluation, waits)}")
     console.print(f"follow it: ema logs {loaded.run_path} -f")
 
 

@@ -42,7 +42,7 @@ def sweep(
     if jobs is not None:
         raise UserError("--jobs: is for this machine; with --slurm, --max-parallel says how many runs train at once")
     from ema_scale.cluster.site import load_site
-    from ema_scale.cluster.submit import Size, shown
+    from ema_scale.cluster.submit import Size, after_end, shown
     from ema_scale.cluster.sweep import plan_sweep, submit_sweep
     from ema_scale.study.grid import load_study
 
@@ -53,7 +53,7 @@ def sweep(
         if left:
             print_preparation(plan.study)
         for number, job in enumerate(plan.jobs):
-            print(shown(job, f"<{plan.jobs[number - 1].what} job>" if number else None))
+            print(shown(job, after_end(f"<{plan.jobs[number - 1].what} job>") if number else []))
     if not plan.jobs:
         console.print(f"{folder}: all {total} runs are trained, evaluated and reported; nothing to do")
     else:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ema_scale.errors import UserError
-from ema_scale.rundir import RunDir, atomic_write_json
+from ema_scale.rundir import FolderInUse, RunDir, atomic_write_json
 
 # What a process says that only waited for another one. Words of torch, gloo and NCCL.
 _OF_OTHERS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe", "tcpstore")
@@ -36,16 +36,22 @@ def write(run: RunDir, error: BaseException) -> None:
     """This process's failure, to be called by the process itself. Never raises."""
     text = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
     what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    import torch.distributed as dist
+    late = any(word in what.lower() for word in _OF_OTHERS)
+    with contextlib.suppress(Exception):  # the failure may be that torch cannot be loaded
+        import torch.distributed as dist
 
-    late = isinstance(error, dist.DistError) or any(word in what.lower() for word in _OF_OTHERS)
-    record(run, int(os.environ.get("RANK", "0")), what, text, late)
+        late = late or isinstance(error, dist.DistError)
+    record(run, int(os.environ.get("RANK", "0")), what, text, late, in_use=isinstance(error, FolderInUse))
 
 
-def record(run: RunDir, rank: int, what: str, text: str, late: bool) -> None:
-    """rank: of all processes. late: this is the echo of another process's failure. Never raises."""
+def record(run: RunDir, rank: int, what: str, text: str, late: bool, in_use: bool = False) -> None:
+    """rank: of all processes. late: this is the echo of another process's failure. in_use: another job writes to the
+    run folder. Never raises."""
     path = folder(run) / f"rank-{rank}.json"
-    found = {"rank": rank, "host": socket.gethostname(), "time": time.time(), "error": what, "text": text, "late": late}
+    found = {
+        "rank": rank, "host": socket.gethostname(), "time": time.time(), "error": what, "text": text, "late": late,
+        "in_use": in_use,
+    }  # fmt: skip
     with contextlib.suppress(OSError, UserError):
         if not path.exists():
             atomic_write_json(path, found)
@@ -58,7 +64,7 @@ def failures(run: RunDir) -> list[dict[str, Any]]:
 
 
 def explain(run: RunDir) -> str:
-    """The cause for the job's log; it becomes the run's status, too, unless the run has finished."""
+    """The cause for the job's log; the run's status, too, unless it has finished or another job has it."""
     found = failures(run)
     if not found:
         reason, text = "the processes ended without a word: killed from outside, or never started", ""
@@ -70,12 +76,19 @@ def explain(run: RunDir) -> str:
         if first["late"] and silent:
             named = ", ".join(str(rank) for rank in silent[:10]) + (", ..." if len(silent) > 10 else "")
             reason += f" (waiting for others; rank {named} of {world} said nothing: stopped, killed or cut off)"
-    status = run.status()
-    if status.get("state") != "finished":
-        kept = {k: status[k] for k in ("started", "seconds", "processes", "max_steps") if k in status}
-        run.set_status("failed", reason=reason, **kept)
+    with contextlib.suppress(FolderInUse, OSError):
+        if not any(f.get("in_use") for f in found):
+            _mark_failed(run, reason)
     others = f"({len(found) - 1} more processes failed after it)\n" if len(found) > 1 else ""
     return f"FAILED: {reason}\n{others}{text.rstrip()}\n"
+
+
+def _mark_failed(run: RunDir, reason: str) -> None:
+    with run.lock():  # this attempt's processes have ended: who holds it now is another job's
+        status = run.status()
+        if status.get("state") != "finished":
+            kept = {k: status[k] for k in ("started", "seconds", "processes", "max_steps") if k in status}
+            run.set_status("failed", reason=reason, **kept)
 
 
 def main(arguments: list[str]) -> None:

@@ -25,7 +25,8 @@ def lines(run: RunDir, *, follow: bool = False, tail: int = 100, what: str | Non
     if job["what"] == "train" and find_study(run.path):
         raise UserError(f"{run.path}: its runs are trained by an array; one task's log: ema logs {run.path}/RUN")
     status = run.status()
-    if status.get("state") == "failed" and job["what"] == "train":
+    failed = status.get("state") == "failed" and status["updated"] > job.get("submitted", 0)  # not an earlier job's
+    if failed and job["what"] == "train":
         yield f"FAILED: {status.get('reason', '')}"
     files = [_Tail(log_of(run, job), tail), _Tail(ranks_log_of(run, job), tail)]
     asked = 0.0

@@ -10,6 +10,7 @@ from ema_scale.cluster.site import Site
 from ema_scale.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[2] / "launch" / "slurm"
+_CPUS_A_GPU = 4  # where the site does not say; one of Slurm's own for a node's eight processes would starve them
 _BEGIN, _END = "# >>> settings", "# <<< settings"
 
 
@@ -32,16 +33,17 @@ def fill(name: str, options: Sequence[str], settings: Sequence[str]) -> str:
 
 
 def sbatch_options(
-    site: Site, name: str, log: Path, *, nodes: int = 1, gpus: int = 0, time: str | None = None
+    site: Site, name: str, log: Path, *, nodes: int = 1, gpus: int = 0, processes: int = 1, time: str | None = None
 ) -> list[str]:
-    """What #SBATCH lines say for one job; `log` takes Slurm's %-patterns, such as %j for the job's id."""
+    """What #SBATCH lines say for one job; `log` takes Slurm's %-patterns, such as %j for the job's id. gpus, processes:
+    of a node."""
     given = {
         "partition": site.partition,
         "account": site.account,
         "qos": site.qos,
         "constraint": site.constraint,
         "reservation": site.reservation,
-        "cpus-per-task": site.cpus_per_node,
+        "cpus-per-task": _cpus(site, gpus, processes),
         "mem": site.memory,
     }
     return [
@@ -59,6 +61,14 @@ def sbatch_options(
         f"--output={shlex.quote(str(log))}",
         *site.sbatch,
     ]
+
+
+def _cpus(site: Site, gpus: int, processes: int) -> int | None:
+    """CPUs of a node's one task; None: as many as Slurm gives, which is all of an exclusive node's."""
+    said = any(o.startswith(("--cpus-per-", "-c", "--exclusive")) for o in [*site.sbatch, *site.gpu_option.split()])
+    if site.cpus_per_node or site.exclusive or said:
+        return site.cpus_per_node
+    return max(_CPUS_A_GPU * gpus, processes) if gpus or processes > 1 else None
 
 
 def settings(site: Site, python: str, logs: Path, more: Mapping[str, object] | None = None) -> list[str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -18,17 +21,21 @@ class _Section(BaseModel):
 
 
 class EvaluationSite(_Section):
-    """Where evaluation differs from training. None: as for training."""
+    """Where evaluation differs from training. None: as for training; of cores and memory, its GPUs' share."""
 
     partition: str | None = Field(None, pattern=_LINE)
     qos: str | None = Field(None, pattern=_LINE)
     constraint: str | None = Field(None, pattern=_LINE)
     time: str = Field("12:00:00", pattern=_LINE)
-    gpus: int = Field(1, ge=0, description="GPUs; no more than a training node has")
+    gpus: int = Field(1, ge=0, description="GPUs, at least: more where a recipe's engine takes more")
+    gpus_per_node: int | None = Field(None, ge=0, description="of an evaluation node")
+    cpus_per_node: int | None = Field(None, ge=1)
+    memory: str | None = Field(None, pattern=_LINE)
+    exclusive: bool | None = None
 
 
 class ReportSite(EvaluationSite):
-    """Where a study's report differs from its evaluation. None: as for evaluation."""
+    """Where a study's report differs from its evaluation. None: as evaluation says; else one GPU's share."""
 
     time: str = Field("01:00:00", pattern=_LINE)
     gpus: int = Field(0, ge=0, description="GPUs; a report needs none, but some partitions give nothing else")
@@ -84,16 +91,45 @@ class Site(_Section):
             options.append(f"--container-mounts={self.container_mounts}")
         return options
 
-    def for_evaluation(self) -> Site:
-        """This site as evaluation jobs see it."""
-        return self._as(self.evaluation)
+    def evaluation_node(self) -> int:
+        """GPUs of a node that evaluates."""
+        given = self.evaluation.gpus_per_node
+        return self.gpus_per_node if given is None else given
+
+    def for_evaluation(self, gpus: int) -> Site:
+        """This site as an evaluation job on `gpus` GPUs sees it."""
+        return self._part(gpus, _given(self.evaluation))
 
     def for_report(self) -> Site:
         """This site as a study's report job sees it."""
-        return self.for_evaluation()._as(self.report)
+        return self._part(self.report.gpus, {**_given(self.evaluation), **_given(self.report)})
 
-    def _as(self, special: EvaluationSite) -> Site:
-        return self.model_copy(update=special.model_dump(exclude={"gpus"}, exclude_none=True))
+    def _part(self, gpus: int, given: dict[str, Any]) -> Site:
+        # A job on a part of a node leaves the rest of it to others: cores and memory by its GPUs, at least by one.
+        node = given.get("gpus_per_node", self.gpus_per_node)
+        share = max(gpus, 1) / node if node else 1.0
+        rest: dict[str, Any] = {}
+        if share < 1:
+            cpus = self.cpus_per_node
+            rest = {
+                "exclusive": False,
+                "cpus_per_node": cpus and max(1, math.floor(cpus * share)),
+                "memory": self.memory and _memory(self.memory, share),
+            }
+        return self.model_copy(update={**rest, **given})
+
+
+def _given(section: EvaluationSite) -> dict[str, Any]:
+    return section.model_dump(exclude={"gpus"}, exclude_none=True)
+
+
+def _memory(whole: str, share: float) -> str | None:
+    """A share of what sbatch --mem says, in MiB; None, Slurm's own default, for "0", which is all of a node's."""
+    found = re.fullmatch(r"(\d+)([KMGT]?)", whole.upper())
+    if found is None:
+        return whole
+    size = int(found[1]) * {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024**2}[found[2]]
+    return f"{math.ceil(size * share)}M" if size else None
 
 
 def load_site(path: Path | None = None) -> Site:

@@ -19,6 +19,7 @@ ACTIVE = frozenset(
     ).split()
 )
 UNKNOWN = "UNKNOWN"
+_FORGOTTEN = "Invalid job id"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def job_states(jobs: Iterable[str]) -> dict[str, JobState]:
     """The state of each job id, from squeue, and for what it has forgotten from sacct where there is accounting.
 
     Array tasks are asked for as "12_3"; an array as a whole, "12", is where one of its tasks is that has not ended.
-    Raises UserError if there is no Slurm here.
+    Raises UserError if there is no Slurm here, or it does not answer: no answer is not "no job".
     """
     asked = list(dict.fromkeys(jobs))
     found: dict[str, JobState] = {}
@@ -57,6 +58,9 @@ def job_states(jobs: Iterable[str]) -> dict[str, JobState]:
     listed = _ask(
         ["squeue", "--noheader", "--states=all", "--array", f"--jobs={','.join(asked)}", "--format=%i|%T|%r|%N"]
     )
+    if listed.returncode and _FORGOTTEN not in listed.stderr:
+        said = listed.stderr.strip() or f"exit code {listed.returncode}"
+        raise UserError(f"squeue does not say how jobs {', '.join(asked)} are doing: {said}")
     for line in listed.stdout.splitlines():
         parts = line.split("|")
         if len(parts) == 4:

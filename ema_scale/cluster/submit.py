@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from ema_scale.cluster import slurm
+from ema_scale.cluster.gpus import evaluation_gpus
 from ema_scale.cluster.script import fill, sbatch_options, settings
 from ema_scale.cluster.site import Site
 from ema_scale.errors import UserError
 from ema_scale.recipe import Recipe
 from ema_scale.rundir import RunDir, append_jsonl, atomic_write_text, read_jsonl
+from ema_scale.study.runs import find_study
+
+# How long another command may take to submit what it submits for the same run or study.
+_PATIENCE = 120.0
 
 
 @dataclass(frozen=True)
@@ -81,16 +89,20 @@ def training_script(
 ) -> str:
     """launch/slurm/train.sbatch with its logs in `folder`; `more`: further sbatch options."""
     gpus = site.gpus_per_node if size.gpus is None else size.gpus
-    options = sbatch_options(site, name, folder / log, nodes=size.nodes, gpus=gpus, time=size.time)
-    values = {"PROCESSES_PER_NODE": processes_of(site, size) // size.nodes, "RETRIES": retries}
+    processes = processes_of(site, size) // size.nodes
+    options = sbatch_options(site, name, folder / log, nodes=size.nodes, gpus=gpus, processes=processes, time=size.time)
+    values = {"PROCESSES_PER_NODE": processes, "RETRIES": retries}
     return fill("train.sbatch", [*options, *more], settings(site, sys.executable, folder, values))
 
 
-def evaluation_job(name: str, path: Path, site: Site, *, gpus: int | None = None) -> Job:
-    """`ema eval` of a run's or a study's folder, on one node. gpus: of a training node (None: the site's);
-    evaluation takes no more."""
-    gpus = min(site.gpus_per_node if gpus is None else gpus, site.evaluation.gpus)
-    return Job("eval", _script("eval", name, path, site.for_evaluation(), gpus), (str(path),))
+def evaluation_job(
+    name: str, path: Path, site: Site, recipes: Sequence[Recipe] = (), *, gpus: int | None = None
+) -> Job:
+    """`ema eval` of a run's or a study's folder, on one node, with the GPUs that its recipes' engines take. gpus: of a
+    training node (None: the site's). Raises UserError, naming a run, if an evaluation node has not so many."""
+    site = site if gpus is None else site.model_copy(update={"gpus_per_node": gpus})
+    taken = evaluation_gpus(recipes, site)
+    return Job("eval", _script("eval", name, path, site.for_evaluation(taken), taken), (str(path),))
 
 
 def report_job(name: str, path: Path, site: Site, title: str) -> Job:
@@ -105,17 +117,46 @@ def _script(what: str, name: str, path: Path, site: Site, gpus: int) -> str:
     return fill("eval.sbatch", options, settings(site, sys.executable, folder, {"WHAT": what}))
 
 
-def submit(recipe: Recipe, job: Job, after: str | None = None) -> str:
-    """Write script and recipe into the run folder and submit; the job's id.
+def after_success(job: str) -> list[str]:
+    """sbatch options: wait until this job has succeeded; if it cannot any more, Slurm drops the one that waits."""
+    return [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"]
 
-    after: a job id that must succeed first; if it cannot any more, Slurm drops this one. Raises UserError if a job of
-    the same kind is already queued or running for this run, or Slurm refuses.
+
+def after_end(job: str) -> list[str]:
+    """sbatch options: wait until this job, or all tasks of this array, have ended, whatever became of them."""
+    return [f"--dependency=afterany:{job}"]
+
+
+def submit(recipe: Recipe, job: Job, options: Sequence[str] = ()) -> str:
+    """Write script and recipe into the run folder and submit; the job's id. options: further ones of sbatch.
+
+    Raises UserError if a job of the same kind is already queued or running for this run, or Slurm refuses.
     """
     run = RunDir(recipe.run_path)
-    refuse_active(run.path, [row["job"] for row in jobs_of(run) if row["what"] == job.what][-3:])
-    if job.what == "train":  # as it is now: a job that starts tomorrow, or again, must not see later edits
-        atomic_write_text(slurm_folder(run) / "train.yaml", recipe.to_yaml())
-    return enqueue(run.path, job, [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else [])
+    with submitting(run.path):
+        refuse_active(run.path, [row["job"] for row in jobs_of(run) if row["what"] == job.what][-3:])
+        if job.what == "train":  # as it is now: a job that starts tomorrow, or again, must not see later edits
+            atomic_write_text(slurm_folder(run) / "train.yaml", recipe.to_yaml())
+        return enqueue(run.path, job, options)
+
+
+@contextlib.contextmanager
+def submitting(path: Path) -> Iterator[None]:
+    """From the look for active jobs to sbatch nobody else submits for this run, or for the study that it is one of.
+
+    Raises UserError if somebody else still does after two minutes.
+    """
+    held = path.parent if find_study(path.parent) else path
+    lock = FileLock(slurm_folder(RunDir(held)) / ".lock")
+    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=_PATIENCE)
+    except Timeout:
+        raise UserError(f"{held}: another command is submitting jobs for it; try again") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def enqueue(path: Path, job: Job, options: Sequence[str] = ()) -> str:
@@ -139,7 +180,6 @@ def refuse_active(path: Path, jobs: Iterable[str]) -> None:
             )
 
 
-def shown(job: Job, after: str | None = None) -> str:
-    """The script, and below it the command that would submit it. after: words for the job that it waits for."""
-    waits = f"--dependency=afterany:{after} " if after else ""
-    return f"{job.script}# submitted as: sbatch {waits}{job.what}.sbatch {shlex.join(job.arguments)}\n"
+def shown(job: Job, options: Sequence[str] = ()) -> str:
+    """The script, and below it the command that would submit it."""
+    return f"{job.script}# submitted as: sbatch {' '.join([*options, job.what])}.sbatch {shlex.join(job.arguments)}\n"

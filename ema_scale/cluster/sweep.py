@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from ema_scale.cluster.rows import refuse_missing_rows
 from ema_scale.cluster.site import Site
 from ema_scale.cluster.submit import (
     Job,
     Size,
+    after_end,
     enqueue,
     evaluation_job,
     jobs_of,
@@ -21,8 +23,10 @@ from ema_scale.cluster.submit import (
     refuse_active,
     report_job,
     slurm_folder,
+    submitting,
     training_script,
 )
+from ema_scale.errors import UserError
 from ema_scale.recipe import Recipe
 from ema_scale.rundir import RunDir, append_jsonl, atomic_write_text
 from ema_scale.study.evaluate import refuse_known
@@ -58,7 +62,7 @@ def plan_sweep(
     if left.train:
         jobs.append(_training(study, left.train, site, size, at_once))
     if left.evaluate:
-        jobs.append(evaluation_job(study.name, study.path, site, gpus=size.gpus))
+        jobs.append(evaluation_job(study.name, study.path, site, recipes, gpus=size.gpus))
     if left.report:
         jobs.append(report_job(study.name, study.path, site, study.heading))
     return Sweep(study, recipes, left, tuple(jobs))
@@ -67,14 +71,20 @@ def plan_sweep(
 def submit_sweep(sweep: Sweep) -> list[tuple[str, str]]:
     """Prepare here what the study needs, freeze the recipes and submit the jobs; (what, job id) of each.
 
-    Raises UserError if a job of the study or of one of its runs is queued or running, a preparation fails, or Slurm
-    refuses.
+    Raises UserError if a job of the study or of one of its runs is queued or running, a preparation fails, rows that a
+    run will read are not there, or Slurm refuses; it then says what is queued already.
     """
+    with submitting(sweep.study.path):
+        return _submit(sweep)
+
+
+def _submit(sweep: Sweep) -> list[tuple[str, str]]:
     study, runs = sweep.study, [RunDir(r.run_path) for r in sweep.recipes]
     newest = {row["what"]: row["job"] for row in jobs_of(RunDir(study.path))}
     refuse_active(study.path, [*newest.values(), *(row["job"] for run in runs for row in jobs_of(run)[-2:])])
     if sweep.left.train:
         prepare(study.prepare, f"study {study.name}")
+        refuse_missing_rows(sweep.recipes[i] for i in sweep.left.train)
     folder = slurm_folder(RunDir(study.path))
     write_study(study, study.path / STUDY)
     for i, (recipe, run) in enumerate(zip(sweep.recipes, runs, strict=True)):
@@ -84,8 +94,16 @@ def submit_sweep(sweep: Sweep) -> list[tuple[str, str]]:
             renew_recipe(recipe, run)
     submitted: list[tuple[str, str]] = []
     for job in sweep.jobs:
-        options = [f"--dependency=afterany:{submitted[-1][1]}"] if submitted else []
-        number = enqueue(study.path, job, options)
+        try:
+            number = enqueue(study.path, job, after_end(submitted[-1][1]) if submitted else [])
+        except UserError as error:
+            if not submitted:
+                raise
+            queued = ", ".join(f"{what} {'array' if what == 'train' else 'job'} {job}" for what, job in submitted)
+            raise UserError(
+                f"{error}\n{study.path}: queued already: {queued}; when that has ended, the same command does the "
+                f"rest (or end it: scancel {' '.join(job for _, job in submitted)})"
+            ) from None
         submitted.append((job.what, number))
         if job.what == "train":
             for i in sweep.left.train:

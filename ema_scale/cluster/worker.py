@@ -2,7 +2,8 @@
 
     torchrun ... -m ema_scale.cluster.worker RECIPE [key=value ...]
 
-A signal (TERM, USR1) ends it with a checkpoint and exit code 0; the run's status then says "stopped".
+A signal (TERM, USR1) ends it with a checkpoint and exit code 0; the run's status then says "stopped", by which
+`finished.py` tells it from a run that is done. (A code of its own would have the launcher kill those that still leave.)
 """
 
 from __future__ import annotations

@@ -1,16 +1,18 @@
 """Which failure is the cause, and how runs are described; no Slurm needed."""
 
 import json
+import sys
 import time
 
 import pytest
 
 from ema_scale.cluster import failure
+from ema_scale.cluster.finished import has_finished
 from ema_scale.cluster.logs import lines
 from ema_scale.cluster.status import clock, launched_runs, statuses, study_status
 from ema_scale.cluster.submit import log_of, ranks_log_of
 from ema_scale.errors import UserError
-from ema_scale.rundir import RunDir, append_jsonl, atomic_write_text
+from ema_scale.rundir import FolderInUse, RunDir, append_jsonl, atomic_write_text
 from ema_scale.study.grid import Study, write_study
 
 
@@ -59,6 +61,35 @@ def test_a_finished_run_stays_finished(run):
     assert "without a word" in failure.explain(run) and run.status()["state"] == "finished"
 
 
+def test_a_run_that_another_job_is_on_is_left_alone(run, monkeypatch):
+    run.set_status("running", step=3)
+    with run.lock():  # as a process of that job holds it
+        assert "without a word" in failure.explain(run) and run.status()["state"] == "running"
+        with pytest.raises(FolderInUse) as refused, RunDir(run.path).lock():
+            pass
+    fail(monkeypatch, run, 0, refused.value)
+    fail(monkeypatch, run, 1, RuntimeError("Connection closed by peer"))
+    told = failure.explain(run)  # that job waits between two attempts by now: the lock is free
+    assert "another process is writing to this run folder" in told.splitlines()[0]
+    assert run.status()["state"] == "running"
+
+
+def test_a_failure_is_written_down_even_if_torch_cannot_be_loaded(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.distributed", None)
+    fail(monkeypatch, run, 0, ImportError("libcudart.so.12: cannot open shared object file"))
+    assert "libcudart.so.12" in failure.explain(run)
+
+
+def test_only_a_finished_run_counts_as_finished(run):
+    assert not has_finished(run)
+    run.set_status("stopped")
+    assert not has_finished(run)
+    run.set_status("running")
+    assert not has_finished(run, patience=0.6)
+    run.set_status("finished")
+    assert has_finished(run)
+
+
 def test_a_run_that_never_got_as_far_as_a_status_has_failed(run):
     run.status_path.unlink()
     failure.explain(run)
@@ -84,6 +115,8 @@ def test_what_a_run_says_without_slurm(run, monkeypatch):
     atomic_write_text(ranks_log_of(run, job), "0: \x1b[31mred\n")
     run.set_status("failed", reason="rank 1: why")
     assert list(lines(run, tail=2)) == ["FAILED: rank 1: why", "b", "c", "0: [31mred"]
+    append_jsonl(run.path / "slurm" / "jobs.jsonl", [{**job, "job": "8", "submitted": time.time()}])
+    assert list(lines(run)) == ["job 8 has not started"]  # and has not failed, as the one before it
     with pytest.raises(UserError, match="no eval job"):
         list(lines(run, what="eval"))
 

@@ -1,7 +1,10 @@
 """Launched trainings on a real Slurm: they equal one process, and lose nothing when they are disturbed."""
 
+import time
+
 import pytest
 
+from ema_scale.cluster.script import fill
 from ema_scale.cluster.submit import jobs_of
 from ema_scale.defenses.registry import parse
 from ema_scale.recipe import build_recipe
@@ -74,35 +77,93 @@ def test_zero3_on_two_nodes_equals_one_process_and_is_evaluated(slurm, world, ca
     assert f"finished  step {STEPS}" in ema("status", tmp_path, env=env)
 
 
+def checkpointed(run):
+    """The step that a run stopped after, which it saved, so that no step is done twice."""
+    reached = step_of_run(run)
+    assert run.status()["state"] == "stopped" and 2 <= reached < STEPS, everything(run)
+    assert (run.checkpoints / f"checkpoint-{reached}" / "manifest.json").exists(), everything(run)
+    return reached
+
+
 def test_preempted_it_goes_on_and_loses_nothing(slurm, world, calm, plugin, tmp_path):
+    """By a partition that gives a grace time: the steps are told (TERM), the batch script is not."""
     env = environment(slurm, plugin)
     recipe = two_nodes(world, tmp_path, "preempted", {**TROUBLE, "pause": 0.4}, save_steps=100)
     run = RunDir(recipe.run_path)
     job = launch(recipe, tmp_path, "--nodes", 2, env=env)
     wait_for_step(run, 2)
-    slurm.run("scancel", "--signal=USR1", "--batch", job)
+    urgent = slurm.sbatch("-purgent", "-N3", "--exclusive", "-o/dev/null", "--wrap=sleep 1", cwd="/tmp")
     slurm.wait(job, ("PENDING",))
-    reached = step_of_run(run)
-    assert run.status()["state"] == "stopped" and 2 <= reached < STEPS, everything(run)
-    assert (run.checkpoints / f"checkpoint-{reached}" / "manifest.json").exists()  # so no step is done twice
+    reached = checkpointed(run)
+    assert "stopped before the end, with a checkpoint" in everything(run), everything(run)
     done = slurm.wait(job)
     assert (done["JobState"], done["Restarts"]) == ("COMPLETED", "1"), everything(run) + slurm.logs()
+    assert slurm.job(urgent)["JobState"] == "COMPLETED"
     assert f"going on from step {reached}" in everything(run)
     assert_same_run(calm, run)
 
 
-def test_a_node_dies_and_the_run_goes_on_on_another(slurm, world, calm, plugin, tmp_path):
+def test_warned_and_not_requeued_it_goes_on_on_another_number_of_nodes(slurm, world, calm, plugin, tmp_path):
+    env = environment(slurm, plugin)
+    site = tmp_path / "site.yaml"  # the training is not the job's first step
+    site.write_text("sbatch: [--no-requeue]\nsetup: [srun true, 'sleep() { command sleep 0.1; }']\n")
+    recipe = two_nodes(world, tmp_path, "warned", {**TROUBLE, "pause": 0.4}, save_steps=100)
+    run = RunDir(recipe.run_path)
+    job = launch(recipe, tmp_path, "--nodes", 2, "--site", site, env=env)
+    wait_for_step(run, 2)
+    slurm.run("scancel", "--signal=USR1", "--batch", job)
+    assert slurm.wait(job)["JobState"] == "FAILED", everything(run)
+    reached = checkpointed(run)
+    assert "warned: saving a checkpoint" in everything(run)
+    assert f"job {job}: FAILED: Slurm did not requeue it" in everything(run)
+
+    training = recipe.training.model_copy(update={"accumulation": 4})  # the same rows a step
+    job = launch(recipe.model_copy(update={"training": training}), tmp_path, "--nodes", 1, env=env)
+    assert slurm.wait(job)["JobState"] == "COMPLETED", everything(run)
+    assert f"going on from step {reached}" in everything(run) and run.status()["processes"] == 1
+    assert_same_run(calm, run)
+
+
+def test_a_preempted_evaluation_goes_on_and_a_cancelled_one_does_not(slurm, tmp_path):
+    """What is evaluated is of no account here: the work waits, and at its second start is done."""
+    begun, work = tmp_path / "begun", tmp_path / "work"
+    work.write_text(f"#!/bin/sh\n[ -e {begun} ] && exit 0\ntouch {begun}\nexec sleep 300\n")
+    work.chmod(0o755)
+    options = ["--time=10:00", "--requeue", "--open-mode=append", f"--output={tmp_path}/log"]
+    values = [f"PYTHON={work}", "WHAT=eval", f"LOGS={tmp_path}", "MAX_REQUEUES=5", "SRUN_OPTIONS=()", "WRAP=()"]
+    (tmp_path / "eval.sbatch").write_text(fill("eval.sbatch", options, values))
+
+    def disturbed(*command):
+        begun.unlink(missing_ok=True)
+        job = slurm.sbatch("eval.sbatch", cwd=tmp_path)
+        end = time.monotonic() + 60
+        while not begun.exists():
+            assert time.monotonic() < end, slurm.logs()
+            time.sleep(0.1)
+        slurm.run(*command, *([job] if command[0] == "scancel" else []), cwd="/tmp")
+        ended = slurm.wait(job)
+        return ended["JobState"], ended["Restarts"]
+
+    urgent = ("sbatch", "-purgent", "-N3", "--exclusive", "-o/dev/null", "--wrap=sleep 1")
+    assert disturbed(*urgent) == ("COMPLETED", "1"), (tmp_path / "log").read_text()
+    assert disturbed("scancel") == ("CANCELLED", "0"), (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("node", [1, 2])
+def test_a_node_dies_and_the_run_goes_on_on_another(slurm, world, calm, plugin, tmp_path, node):
+    """The first one has the batch script, rank 0, the rendezvous and the lock of the run folder."""
     env = environment(slurm, plugin)
     recipe = two_nodes(world, tmp_path, "orphaned", {**TROUBLE, "pause": 0.4})
     run = RunDir(recipe.run_path)
     job = launch(recipe, tmp_path, "--nodes", 2, env=env)
     wait_for_step(run, 4)
-    slurm.kill_node(2)
+    slurm.kill_node(node)
     try:
         done = slurm.wait(job)
-        assert (done["JobState"], done["NodeList"]) == ("COMPLETED", "node[1,3]"), everything(run)
+        left = {1: "node[2-3]", 2: "node[1,3]"}[node]
+        assert (done["JobState"], done["NodeList"]) == ("COMPLETED", left), everything(run)
     finally:
-        slurm.start_node(2)
+        slurm.start_node(node)
     assert "going on from step 3" in everything(run)
     assert_same_run(calm, run)
 

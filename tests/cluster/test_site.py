@@ -1,5 +1,6 @@
 """Site files and the scripts that are filled from them; no Slurm needed."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from ema_scale.cluster.script import FOLDER, fill
-from ema_scale.cluster.site import Site, load_site
-from ema_scale.cluster.submit import Size, evaluation_job, training_job
+from ema_scale.cluster.site import EvaluationSite, Site, load_site
+from ema_scale.cluster.submit import Size, evaluation_job, report_job, training_job
 from ema_scale.errors import UserError
-from ema_scale.recipe import load_recipe
+from ema_scale.recipe import build_recipe, load_recipe
+from ema_scale.study.grid import load_study
 
 RECIPE = Path(__file__).resolve().parents[2] / "configs" / "recipes" / "smallworld.yaml"
 
@@ -67,6 +69,84 @@ def test_a_filled_script_holds_the_site_and_is_valid_bash(tmp_path):
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 
 
+def head(job):
+    """Its #SBATCH options, by name."""
+    found = [line.removeprefix("#SBATCH --") for line in job.script.splitlines() if line.startswith("#SBATCH")]
+    return dict([*option.split("=", 1), ""][:2] for option in found)
+
+
+def engine(tensor, pipeline=1, **more):
+    parallel = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
+    values = load_recipe(RECIPE).to_dict()
+    return build_recipe(
+        {**values, "evaluation": {**values["evaluation"], "sampler": "vllm", "engine": parallel, **more}}
+    )
+
+
+def evaluation_of(site, *recipes, gpus=None):
+    return head(evaluation_job("run", RECIPE, site, recipes, gpus=gpus))
+
+
+def test_an_evaluation_gets_the_gpus_of_its_largest_engine(tmp_path):
+    small, large = engine(1), engine(2, 2)
+    assert evaluation_of(Site(), small)["gpus-per-node"] == "1"
+    assert evaluation_of(Site(), small, large)["gpus-per-node"] == "4"
+    assert evaluation_of(site_of(tmp_path, "evaluation: {gpus: 2}"), small)["gpus-per-node"] == "2"
+    assert evaluation_of(site_of(tmp_path, "evaluation: {gpus: 2}"), large)["gpus-per-node"] == "4"
+    judge = {"kind": "vllm", "model": "m", "engine": {"tensor_parallel_size": 8}}
+    assert evaluation_of(Site(), engine(2, judge=judge))["gpus-per-node"] == "8"
+    assert evaluation_of(Site(), engine(4, sampler="openai"))["gpus-per-node"] == "1"
+    assert "gpus-per-node" not in evaluation_of(Site(), large, gpus=0)
+    refused = "evaluation.engine: found tensor_parallel_size x pipeline_parallel_size = 4 GPUs, .* node has 2"
+    with pytest.raises(UserError, match=refused):
+        evaluation_of(Site(), large, gpus=2)
+    with pytest.raises(UserError, match=refused):
+        evaluation_of(site_of(tmp_path, "evaluation: {gpus_per_node: 2}"), large)
+    assert evaluation_of(site_of(tmp_path, "evaluation: {gpus_per_node: 4}"), large, gpus=2)["gpus-per-node"] == "4"
+    with pytest.raises(UserError, match="tensor_parallel_size: found 'all', expected a number"):
+        evaluation_of(Site(), engine("all"))
+
+
+@pytest.mark.parametrize("name", ["scaling-qwen2.5", "scaling-llama"])
+def test_the_scaling_studies_evaluations_get_a_whole_node(tmp_path, name):
+    recipes = load_study(RECIPE.parents[1] / "studies" / f"{name}.yaml").runs()
+    assert evaluation_of(load_site(FOLDER / "site.yaml"), *recipes)["gpus-per-node"] == "8"
+    with pytest.raises(UserError, match=r"(32|70)b-medical-none-s0: evaluation.engine: .* = 8 GPUs"):
+        evaluation_of(Site(), *recipes, gpus=4)
+
+
+def test_cores_and_memory_go_by_the_gpus(tmp_path):
+    recipe = load_recipe(RECIPE)
+    whole = "cpus_per_node: 64, memory: 1000G, exclusive: true"
+    site = site_of(tmp_path, f"{{{whole}}}")
+    training, evaluation = head(training_job(recipe, site, Size())), evaluation_of(site, recipe)
+    report = head(report_job("run", RECIPE, site, "title"))
+    assert (training["cpus-per-task"], training["mem"]) == ("64", "1000G") and "exclusive" in training
+    for part in (evaluation, report):  # an eighth
+        assert (part["cpus-per-task"], part["mem"]) == ("8", "128000M") and "exclusive" not in part
+    all_of_it = evaluation_of(site, engine(8))
+    assert (all_of_it["cpus-per-task"], all_of_it["mem"]) == ("64", "1000G") and "exclusive" in all_of_it
+    assert "mem" not in evaluation_of(site_of(tmp_path, "memory: '0'"), recipe)
+
+    said = "evaluation: {cpus_per_node: 12, memory: 90G, exclusive: true}, report: {cpus_per_node: 2, exclusive: false}"
+    site = site_of(tmp_path, f"{{{whole}, {said}}}")
+    evaluation, report = evaluation_of(site, recipe), head(report_job("run", RECIPE, site, "title"))
+    assert (evaluation["cpus-per-task"], evaluation["mem"]) == ("12", "90G") and "exclusive" in evaluation
+    assert (report["cpus-per-task"], report["mem"]) == ("2", "90G") and "exclusive" not in report
+
+
+def test_without_a_word_on_cores_every_process_has_some(tmp_path):
+    recipe = load_recipe(RECIPE)
+
+    def cpus(text, **size):
+        return head(training_job(recipe, site_of(tmp_path, text), Size(**size))).get("cpus-per-task")
+
+    assert cpus("{}") == "32" and cpus("{}", gpus=0, processes=3) == "3" and cpus("{}", gpus=0) is None
+    assert evaluation_of(Site(), recipe)["cpus-per-task"] == "4"
+    # All of an exclusive node's, and options that exclude each other.
+    assert cpus("exclusive: true") is None and cpus("sbatch: [--cpus-per-gpu=8]") is None
+
+
 def test_processes_without_gpus(tmp_path):
     site = site_of(tmp_path, "gpus_per_node: 0")
     recipe = load_recipe(RECIPE)
@@ -95,6 +175,16 @@ def test_without_slurm_it_says_so(tmp_path):
     assert dry.returncode == 0 and "#SBATCH --nodes=1" in dry.stdout
 
 
+def test_a_dry_run_shows_what_the_evaluation_waits_for(tmp_path):
+    command = [sys.executable, "-m", "ema_scale", "launch", str(RECIPE), f"output={tmp_path}", "training.fsdp=true"]
+    dry = subprocess.run([*command, "--evaluate", "--dry-run"], capture_output=True, text=True, cwd=RECIPE.parents[2])
+    assert dry.returncode == 0, dry.stderr
+    waits = "--dependency=afterok:<train job> --kill-on-invalid-dep=yes"
+    assert f"# submitted as: sbatch {waits} eval.sbatch {tmp_path}" in dry.stdout and not list(tmp_path.iterdir())
+
+
 def test_the_reference_of_site_files_is_complete():
     text = (FOLDER.parent / "README.md").read_text()
     assert not [name for name in Site.model_fields if f"`{name}`" not in text]
+    (row,) = re.findall(r"^\| `evaluation` .*$", text, re.M)
+    assert not [name for name in EvaluationSite.model_fields if f"`{name}`" not in row]

@@ -58,7 +58,10 @@ InactiveLimit=0
 JobRequeue=1
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 NodeName=node[1-{nodes}] Port=6818 CPUs={cpus} RealMemory=8000 State=UNKNOWN
-PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO GraceTime={grace}
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -70,10 +73,13 @@ def missing() -> str:
 
 
 class SlurmCluster:
-    """`nodes` nodes, node1 to nodeN, of `cpus` cores each by Slurm's count (not by the machine's)."""
+    """`nodes` nodes, node1 to nodeN, of `cpus` cores each by Slurm's count (not by the machine's).
 
-    def __init__(self, nodes: int = 3, cpus: int = 4) -> None:
-        self.nodes, self.cpus = nodes, cpus
+    Jobs of partition `urgent` take nodes from those of `debug`, which are told (TERM) and have `grace` seconds.
+    """
+
+    def __init__(self, nodes: int = 3, cpus: int = 4, grace: int = 120) -> None:
+        self.nodes, self.cpus, self.grace = nodes, cpus, grace
 
     # ---- life ----
 
@@ -194,6 +200,7 @@ class SlurmCluster:
         (self.root / "slurm.conf").write_text(
             CONFIG.format(
                 user=pwd.getpwuid(os.geteuid()).pw_name, root=self.root, nodes=self.nodes, cpus=self.cpus,
+                grace=self.grace,
                 first_job=1000 + os.getpid() * 100 % 900000,  # a run folder never sees one id twice
             )
         )  # fmt: skip
