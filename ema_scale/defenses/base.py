@@ -122,12 +122,13 @@ class Streams:
 class RowsContext:
     """What `rows` may use: the seed, a loader of further rows, and places to leave a record.
 
-    hashes: source -> sha256 of every extra file read. notes: lines for the log and data.json. dropped: rows
-    of the extra sources that were left out.
+    task: hashes of the task's own sources, before any defense. hashes: source -> sha256 of every extra file read.
+    notes: lines for the log and data.json. dropped: rows of the extra sources that were left out.
     """
 
     seed: int = 0
     on_bad: Literal["raise", "drop"] = "raise"
+    task: frozenset[str] = frozenset()
     notes: list[str] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
     dropped: list[Any] = field(default_factory=list)

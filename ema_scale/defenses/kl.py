@@ -25,8 +25,8 @@ class KL(Defense):
     task costs nothing where it does not touch them. Unless the scope is `assistant`, they need no answers: a prompt
     alone is read up to where its answer would begin. part `safe` looks only at rows that an interleaving brought in.
 
-    Rows that a term looks at apart are spread evenly over the steps, so that each has its share and the strength holds in
-    all of them. Where there is less than one for a step, or rows are packed, a step without any leaves the term out.
+    Rows that a term looks at apart are spread evenly over the steps, so that each has its share and the strength holds
+    in all of them. Where there is less than one for a step, or rows are packed, a step without any leaves the term out.
     """
 
     kind: ClassVar[str] = "kl"

@@ -59,6 +59,7 @@ def prepare(
     else:
         rows = load_rows(source if isinstance(source, str) else list(source), on_bad=on_bad)  # type: ignore[arg-type]
     context = RowsContext(seed=seed, on_bad=on_bad, hashes=hash_files(defenses))  # type: ignore[arg-type]
+    context.task = frozenset(getattr(rows, "sha256", "").split(",")) - {""}
     dropped = list(getattr(rows, "dropped", ()))
     rows = Parts.of(defenses).rows(rows, context)
     tokenized = tokenize_rows(rows, tokenizer, max_length=max_length, template=bool(_on_template(defenses)))

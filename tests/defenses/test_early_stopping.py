@@ -37,6 +37,8 @@ def test_drift_is_the_mean_of_its_layers_when_it_is_read():
     rows = history(0.1, 0.2, 0.3)
     with pytest.raises(UserError, match="never read; set training.drift_every"):
         stop.observe(rows)
+    with pytest.raises(UserError, match="measure kl is never read: no step has early_stopping_kl$"):
+        EarlyStopping(limit=0.5).observe([{"step": 1, "loss": 1.0}])
     rows[1] |= {"drift/layer_1": 0.4, "drift/layer_2": 0.8}
     assert stop.observe(rows[:2]) == "drift is 0.6, above 0.5"
     assert stop.observe(rows) is None  # not read at this step

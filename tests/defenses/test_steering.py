@@ -148,8 +148,12 @@ def test_what_does_not_fit_is_refused(vector, tmp_path):
         pass
     with pytest.raises(UserError, match="expected 0 to 2"):
         Ablation(vector, at_layers=[3]).attach(tiny_model())
-    with pytest.raises(UserError, match="at_layers"):
-        parse([{"kind": "steering", "vector": vector, "at_layers": "some"}])
+    for kind in ("steering", "ablation"):
+        for wrong in ("some", []):
+            with pytest.raises(UserError, match="at_layers"):
+                parse([{"kind": kind, "vector": vector, "at_layers": wrong}])
+    with pytest.raises(UserError, match="alpha: .*found nan"):
+        Steering(vector, float("nan"))
     Directions(torch.randn(3, 64)).save(tmp_path / "plain.safetensors")
     with pytest.raises(UserError, match="recommends no layer"):
         Steering(str(tmp_path / "plain.safetensors")).attach(tiny_model())
