@@ -82,7 +82,7 @@ def count_tokens(batches: Iterable[dict[str, Any]], known: Sequence[str] = TAGS)
     names = covers(known)
     total = torch.zeros(len(names), dtype=torch.int64)
     for batch in batches:
-        others = (batch.get(name) for name in ("tags", "position_ids", "template"))
-        masks = scope_masks(attention_of(batch), batch["labels"], *others, known=known)
+        tags, positions, template = (batch.get(name) for name in ("tags", "position_ids", "template"))
+        masks = scope_masks(attention_of(batch), batch["labels"], tags, positions, template, known)
         total += torch.stack([masks[name].sum() for name in names]).cpu()
     return total
