@@ -18,8 +18,8 @@ class ChatCollator:
     """Pads a list of tokenised rows to the longest of them.
 
     Returns input_ids, attention_mask (1 on real tokens) and labels (-100 on padding), each int64 [B, T], and tags [B],
-    each row's place in TAGS (0 where a dataset has no tags); template [B, T] if rows have that column. Padding is known
-    by length: the pad token's id may equal any other's. pad_to_multiple_of rounds T up (tensor cores like 8).
+    each row's place in `tags` (0 where a dataset has no tags); template [B, T] if rows have that column. Padding is
+    known by length: the pad token's id may equal any other's. pad_to_multiple_of rounds T up (tensor cores like 8).
 
     Packed rows (see `packing`) also get position_ids [B, T], which start again at each row, and tags for each token,
     [B, T]. one_sequence packs the whole batch into one, B = 1: flash attention keeps rows apart in no other.
@@ -29,6 +29,7 @@ class ChatCollator:
     pad_to_multiple_of: int | None = None
     padding_side: Literal["right", "left"] = "right"
     one_sequence: bool = False
+    tags: tuple[str, ...] = TAGS
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         import torch
@@ -54,9 +55,9 @@ class ChatCollator:
                 batch["template"][index, place] = torch.as_tensor(row["template"])
             if packed:
                 lengths = torch.tensor(lengths_of(row))
-                tags = torch.tensor([TAGS.index(tag) for tag in tags_of(row)])
+                tags = torch.tensor([self.tags.index(tag) for tag in tags_of(row)])
                 batch["position_ids"][index, place] = torch.cat([torch.arange(length) for length in lengths])
                 batch["tags"][index, place] = tags.repeat_interleave(lengths)
         if not packed:
-            batch["tags"] = torch.tensor([TAGS.index(row.get("tag", TAGS[0])) for row in rows])
+            batch["tags"] = torch.tensor([self.tags.index(row.get("tag", TAGS[0])) for row in rows])
         return batch

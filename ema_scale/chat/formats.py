@@ -25,24 +25,25 @@ class BadRow(ValueError):
     """A record that is no conversation to learn from; the message says what was found and what is expected."""
 
 
-def to_messages(record: Any, columns: Mapping[str, str] | None = None) -> tuple[Message, ...]:
+def to_messages(record: Any, columns: Mapping[str, str] | None = None, *, answers: bool = True) -> tuple[Message, ...]:
     """The conversation of one record, in any of the field's formats.
 
     Formats: `messages` (role, content), ShareGPT `conversations` (from, value), pairs such as prompt/completion (text,
     or lists of messages), and instruction/input/output. columns renames a record's own columns first (theirs -> ours).
-    Raises BadRow if there is no assistant turn to learn, or a turn is not what it should be.
+    Without answers, a record may also be messages of no assistant, or a lone prompt, question or instruction. Raises
+    BadRow if there is no assistant turn to learn and there should be, or a turn is not what it should be.
     """
     if not isinstance(record, Mapping):
         raise BadRow(f"found {type(record).__name__}, expected an object")
     if columns:
         record = {columns.get(key, key): value for key, value in record.items()}
-    messages = _find(record)
-    if not any(m["role"] == "assistant" for m in messages):
+    messages = _find(record, answers)
+    if answers and not any(m["role"] == "assistant" for m in messages):
         raise BadRow("found no assistant turn, expected at least one to learn from")
     return messages
 
 
-def _find(record: Mapping[str, Any]) -> tuple[Message, ...]:
+def _find(record: Mapping[str, Any], answers: bool) -> tuple[Message, ...]:
     system = record.get("system")
     head: list[Message] = [_message("system", system, "system")] if isinstance(system, str) and system else []
     if record.get("messages") is not None:
@@ -64,6 +65,9 @@ def _find(record: Mapping[str, Any]) -> tuple[Message, ...]:
         if asked_key in record and answered_key in record:
             asked, answered = record[asked_key], record[answered_key]
             return (*head, *_side(asked, "user", asked_key), *_side(answered, "assistant", answered_key))
+    alone = [key for key in ("prompt", "question", "instruction", "input") if record.get(key)]
+    if alone and not answers:
+        return (*head, *_side(record[alone[0]], "user", alone[0]))
     raise BadRow(f"found the columns {', '.join(map(repr, record)) or 'none'}; expected {_KNOWN}")
 
 

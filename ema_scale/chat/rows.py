@@ -44,7 +44,8 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Rows(Sequence[Row]):
-    """Rows of one or several sources, with what was left out and a hash of what was read."""
+    """Rows of one or several sources, with what was left out and a hash of what was read, of each source with commas
+    between."""
 
     rows: Sequence[Row]
     dropped: list[Dropped] = field(default_factory=list)
@@ -69,26 +70,33 @@ def load_rows(
     on_bad: Literal["raise", "drop"] = "raise",
     columns: Mapping[str, str] | None = None,
     split: str = "train",
+    answers: bool = True,
 ) -> Rows:
     """Rows of a .jsonl, .json, .csv, .tsv or .parquet file, a hub id, or a list of records or sources.
 
     limit: at most this many rows of each source. on_bad: raise at the first bad record, or drop and count it. columns:
     rename a record's columns first (theirs -> ours); `formats.to_messages` lists the formats. split: of a hub id.
+    answers: each row must have an assistant turn.
     Raises UserError for a missing or empty source and, unless dropped, for a bad record, naming file and line.
     """
     if not isinstance(source, str | Path):
         if source and all(isinstance(part, str | Path) for part in source):
-            return _join([load_rows(p, limit=limit, on_bad=on_bad, columns=columns, split=split) for p in source])
+            parts = [
+                load_rows(p, limit=limit, on_bad=on_bad, columns=columns, split=split, answers=answers) for p in source
+            ]
+            return _join(parts)
         digest = hashlib.sha256(json.dumps(list(source), sort_keys=True, default=str).encode()).hexdigest()
-        return _read(((f"row {i}", r) for i, r in enumerate(source)), "rows", digest, limit, on_bad, columns)
+        return _read(((f"row {i}", r) for i, r in enumerate(source)), "rows", digest, limit, on_bad, columns, answers)
     path = Path(source)
     if path.suffix in FILE_SUFFIXES or path.exists():
         if not path.is_file():
             raise UserError(f"{path}: no such file; expected training rows (.jsonl, .json, .csv, .parquet) or a hub id")
-        return _read(_file_records(path), str(path), file_sha256(path), limit, on_bad, columns)
+        return _read(_file_records(path), str(path), file_sha256(path), limit, on_bad, columns, answers)
     dataset = _load_library(str(source), split=split)
     digest = hashlib.sha256(str(getattr(dataset, "_fingerprint", source)).encode()).hexdigest()
-    return _read(((f"{source}[{i}]", r) for i, r in enumerate(dataset)), str(source), digest, limit, on_bad, columns)
+    return _read(
+        ((f"{source}[{i}]", r) for i, r in enumerate(dataset)), str(source), digest, limit, on_bad, columns, answers
+    )
 
 
 def _read(
@@ -98,6 +106,7 @@ def _read(
     limit: int | None,
     on_bad: str,
     columns: Mapping[str, str] | None,
+    answers: bool,
 ) -> Rows:
     rows: list[Row] = []
     dropped: list[Dropped] = []
@@ -108,7 +117,7 @@ def _read(
             if isinstance(record, Row):
                 rows.append(record)
             else:
-                rows.append(Row(to_messages(record, columns), origin))
+                rows.append(Row(to_messages(record, columns, answers=answers), origin))
         except BadRow as problem:
             if on_bad == "raise":
                 raise UserError(f"{origin}: {problem}") from None
@@ -124,7 +133,7 @@ def _join(parts: Sequence[Rows]) -> Rows:
         [row for part in parts for row in part],
         [d for part in parts for d in part.dropped],
         ", ".join(part.source for part in parts),
-        hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest(),
+        ",".join(part.sha256 for part in parts),
     )
 
 

@@ -104,7 +104,9 @@ def assistant_spans(tokenizer: Any, messages: Sequence[Message], full: str, end_
     return spans
 
 
-def text_spans(tokenizer: Any, messages: Sequence[Message], full: str) -> list[tuple[int, int]]:
+def text_spans(
+    tokenizer: Any, messages: Sequence[Message], full: str, *, generation_prompt: bool = False
+) -> list[tuple[int, int]]:
     """Character spans of `full` (the rendered conversation) that are the messages' texts; the rest is the template's.
 
     Found by rendering the same turns with other texts. Raises UserError if the template writes other things around
@@ -112,7 +114,8 @@ def text_spans(tokenizer: Any, messages: Sequence[Message], full: str) -> list[t
     """
     marks = [f"qz{index}qz" for index in range(len(messages))]
     marked = [Message(role=m["role"], content=mark) for m, mark in zip(messages, marks, strict=True)]
-    pieces = re.split("|".join(re.escape(mark) for mark in marks), render(tokenizer, marked))
+    shown = render(tokenizer, marked, generation_prompt=generation_prompt)
+    pieces = re.split("|".join(re.escape(mark) for mark in marks), shown)
     spans, end = [], 0
     for index, message in enumerate(messages):
         start = end + len(pieces[index])

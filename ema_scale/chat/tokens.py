@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ema_scale.chat import templates
 from ema_scale.chat.formats import Message
-from ema_scale.chat.rows import Row
+from ema_scale.chat.rows import LEARNED, Row
 from ema_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -146,27 +146,28 @@ class Encoder:
         return safe, any(a["content"] != b["content"] for a, b in zip(kept, safe, strict=True))
 
     def encode(self, messages: Sequence[Message], max_length: int | None = None, *, template: bool = False) -> Encoded:
-        """Token ids, assistant mask and, if asked for, template mask; cut on the right to max_length. Raises UserError
-        if a mask cannot be found."""
+        """Token ids, assistant mask and, if asked for, template mask; cut on the right to max_length. A conversation in
+        which no assistant speaks ends where its answer would begin. Raises UserError if a mask cannot be found."""
         safe, disarmed = self.prepare(messages)
+        opens = not any(m["role"] == "assistant" for m in safe)
         if self._marks_generation:
             out = self.tokenizer.apply_chat_template(
-                safe, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+                safe, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, add_generation_prompt=opens
             )
             ids, mask = list(out["input_ids"]), [int(x) for x in out["assistant_masks"]]
         else:
-            full = templates.render(self.tokenizer, safe)
+            full = templates.render(self.tokenizer, safe, generation_prompt=opens)
             spans = templates.assistant_spans(self.tokenizer, safe, full, self.end_of_turn)
             out = self.tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
             ids = list(out["input_ids"])
             mask = [int(end > start and any(a <= start < b for a, b in spans)) for start, end in out["offset_mapping"]]
         cut = max_length is not None and len(ids) > max_length
-        own = self._template_mask(safe, ids)[:max_length] if template else None
+        own = self._template_mask(safe, ids, opens)[:max_length] if template else None
         return Encoded(ids[:max_length], mask[:max_length], cut, disarmed, own)
 
-    def _template_mask(self, messages: Sequence[Message], ids: list[int]) -> list[int]:
-        full = templates.render(self.tokenizer, messages)
-        spans = templates.text_spans(self.tokenizer, messages, full)
+    def _template_mask(self, messages: Sequence[Message], ids: list[int], opens: bool) -> list[int]:
+        full = templates.render(self.tokenizer, messages, generation_prompt=opens)
+        spans = templates.text_spans(self.tokenizer, messages, full, generation_prompt=opens)
         out = self.tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
         if list(out["input_ids"]) != ids:
             raise UserError(
@@ -181,7 +182,8 @@ def encode(tokenizer: Any, messages: Sequence[Message], *, max_length: int | Non
 
 
 def tokenize_rows(rows: Sequence[Row], tokenizer: Any, *, max_length: int = 2048, template: bool = False) -> Tokenized:
-    """Tokenise rows. A row that the cut leaves without an assistant token is dropped and counted.
+    """Tokenise rows. A row that the cut leaves without an assistant token is dropped and counted; one that never had an
+    answer, only where it would be learned.
 
     template: also the column template, 1 where the chat template wrote a token.
     Raises UserError naming the row's origin if its mask cannot be found, or if no row is left.
@@ -201,7 +203,8 @@ def tokenize_rows(rows: Sequence[Row], tokenizer: Any, *, max_length: int = 2048
         report.truncated += encoded.truncated
         report.disarmed += encoded.disarmed
         report.system_folded += not encoder.takes_system and any(m["role"] == "system" for m in row.messages)
-        if not any(encoded.assistant_mask):
+        needed = row.tag in LEARNED or any(m["role"] == "assistant" for m in row.messages)
+        if needed and not any(encoded.assistant_mask):
             report.dropped_no_assistant += 1
             continue
         columns["input_ids"].append(encoded.input_ids)

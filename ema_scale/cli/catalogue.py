@@ -24,4 +24,6 @@ def defenses(
     for entry in entries:
         console.print(f"{entry['kind']}: {entry['summary']}\n  source: {entry['source']}", markup=False)
         for field in entry["parameters"]:
-            console.print(f"  {field['name']} = {field['default']}  {field['description']}", markup=False)
+            console.print(
+                f"  {field['name']} = {field['default']}  ({field['type']})  {field['description']}", markup=False
+            )

@@ -16,6 +16,8 @@ def safelora(
     adapter: Annotated[str, typer.Argument(help="a PEFT LoRA adapter: a folder or hub id; it is left as it is")],
     base: Annotated[str, typer.Option(help="the model before alignment: a folder or hub id")],
     aligned: Annotated[str, typer.Option(help="the aligned model that was fine-tuned: a folder or hub id")],
+    base_revision: Annotated[str | None, typer.Option(help="of a base on the hub: branch, tag or commit")] = None,
+    aligned_revision: Annotated[str | None, typer.Option(help="of an aligned model on the hub")] = None,
     threshold: Annotated[
         float | None, typer.Option(min=-1, max=1, help="project where the cosine is at or below it [default: 0.3]")
     ] = None,
@@ -48,7 +50,13 @@ def safelora(
             bar.update(done - bar.n)
 
         results = project_adapter(
-            source, target, folder_of(base), folder_of(aligned), threshold=threshold, layers=layers, progress=show
+            source,
+            target,
+            folder_of(base, base_revision),
+            folder_of(aligned, aligned_revision),
+            threshold=threshold,
+            layers=layers,
+            progress=show,
         )
     width = max(len(result.module) for result in results)
     console.print(f"{'matrix':{width}}  {'update':>13}  rank   cosine  projected", markup=False)

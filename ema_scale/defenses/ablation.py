@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -39,7 +39,7 @@ class Ablation(Defense):
     summary: ClassVar[str] = "take a direction out of the residual stream, in training only"
 
     vector: str = Field(min_length=1, description="directions, a file made by `ema vector`")
-    at_layers: Literal["auto", "all"] | list[int] = Field(
+    at_layers: Literal["auto", "all"] | Annotated[list[int], Field(min_length=1)] = Field(
         "all", description="decoder layers (1: the first) after which it is taken out; auto: the recommended one"
     )
     against: Literal["activations", "gradient"] = Field("activations", description="what loses the direction")

@@ -2,9 +2,8 @@
 
 `rows` (mix or rewrite the data), `attach` (change the forward pass while training), loss terms (`divergences`
 on the output distribution, `penalty` on hidden states), `step` (look at the gradient before the optimizer
-uses it), `observe` (look at what was logged, and end the training) and `finish` (after training). All do nothing by
-default. The trainer knows this interface and no
-defense by name.
+uses it), `observe` (look at each step's readings, and end the training) and `finish` (after training). All do
+nothing by default. The trainer knows this interface and no defense by name.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -27,15 +26,12 @@ if TYPE_CHECKING:
 
 Direction = Literal["policy_reference", "reference_policy", "jensen_shannon"]
 Scope = Literal["all", "assistant", "prompt", "template"]
-Part = Literal["learned", "task", "safe", "prompts", "bad"]
+Part = Literal["learned", "task", "safe", "prompts", "bad"]  # prompts, bad: rows that this defense brings in
 
 
-def cover(scope: Scope, part: Part = "learned") -> str:
+def cover(scope: Scope, part: str = "learned") -> str:
     """The name of the tokens of `scope` in the rows of `part` (a row's tag; learned: task and safe rows)."""
     return scope if part == "learned" else f"{scope} of {part}"
-
-
-SCOPES: tuple[str, ...] = tuple(cover(scope, part) for part in get_args(Part) for scope in get_args(Scope))
 
 
 @dataclass(frozen=True)
@@ -48,8 +44,8 @@ class Divergence:
     is applied). scope: all = every non-padding position; assistant = positions that predict an assistant
     token; prompt = positions that predict any other token of the row; template = positions of tokens that the chat
     template wrote: role headers, the last of which predicts an answer's first token, ends of turns, a system prompt
-    that no row has (arXiv 2606.06667 regularises such a prefix). part: the rows that are looked at.
-    strength 0 measures without training on it.
+    that no row has (arXiv 2606.06667 regularises such a prefix). part: the rows that are looked at;
+    `prompts` and `bad` are those that this defense itself brought in. strength 0 measures without training on it.
     """
 
     name: str
@@ -57,7 +53,7 @@ class Divergence:
     direction: Direction | Literal["ceiling"] = "policy_reference"
     temperature: float = 1.0
     scope: Scope = "all"
-    part: Part = "learned"
+    part: str = "learned"
 
     @property
     def cover(self) -> str:
@@ -71,7 +67,11 @@ class Streams:
     policy, reference: layer -> hidden states [B, T, H] after that decoder layer (0: the embeddings), before
     the final norm, of the layers that the defense asked for; the reference's carry no gradient.
     attention_mask: [B, T], 1 on real tokens. labels: [B, T], -100 off assistant tokens. masks: `cover` -> bool
-    [B, T]. tokens: `cover` -> scalar, their number in the whole accumulated batch of all processes.
+    [B, T]. tokens: `cover` -> scalar, their number in the whole accumulated batch of all processes. texts: [B, T], a
+    number for the row that a position belongs to, where sequences hold several; None: each holds one.
+
+    A penalty takes states by `states` and ends with `mean`: then neither its value nor its gradient knows what stands
+    outside the scope, be it NaN.
     """
 
     policy: dict[int, torch.Tensor]
@@ -80,12 +80,36 @@ class Streams:
     labels: torch.Tensor
     masks: dict[str, torch.Tensor]
     tokens: dict[str, torch.Tensor]
+    texts: torch.Tensor | None = None
+
+    def states(self, layer: int, scope: Scope = "all", part: Part = "learned") -> tuple[torch.Tensor, torch.Tensor]:
+        """The policy's and the reference's states [B, T, H] after `layer`, in float32 at least, 0 outside the scope.
+
+        Selecting values away after the arithmetic would not be enough: 0 times the derivative at NaN is NaN.
+        """
+        import torch
+
+        def only(states: torch.Tensor) -> torch.Tensor:
+            states = states.float() if states.dtype.itemsize < 4 else states
+            return torch.where(self.masks[cover(scope, part)][..., None], states, torch.zeros_like(states))
+
+        return only(self.policy[layer]), only(self.reference[layer])
+
+    def row_sums(self, per_token: torch.Tensor) -> torch.Tensor:
+        """[B, T], at each position the sum of per_token [B, T] over all positions of its row."""
+        import torch
+
+        if self.texts is None:
+            return per_token.sum(1, keepdim=True).expand_as(per_token)
+        texts = self.texts.flatten()
+        sums = torch.zeros(texts.numel(), dtype=per_token.dtype, device=per_token.device)
+        return sums.index_add(0, texts, per_token.flatten())[self.texts]
 
     def mean(self, per_token: torch.Tensor, scope: Scope = "all", part: Part = "learned") -> torch.Tensor:
         """Sum of per_token [B, T] over the scope's tokens here, over their number in the whole batch.
 
         Summed over micro-batches and processes this is the mean: a strength keeps its meaning however the
-        batch is split. Positions outside the scope are selected away, so NaN or infinity there does no harm.
+        batch is split. Positions outside the scope are selected away.
         """
         import torch
 
@@ -98,22 +122,24 @@ class Streams:
 class RowsContext:
     """What `rows` may use: the seed, a loader of further rows, and places to leave a record.
 
-    hashes: source -> sha256 of every extra file read. notes: lines for the log and data.json. dropped: rows
-    of the extra sources that were left out.
+    task: hashes of the task's own sources, before any defense. hashes: source -> sha256 of every extra file read.
+    notes: lines for the log and data.json. dropped: rows of the extra sources that were left out.
     """
 
     seed: int = 0
     on_bad: Literal["raise", "drop"] = "raise"
+    task: frozenset[str] = frozenset()
     notes: list[str] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
     dropped: list[Any] = field(default_factory=list)
 
-    def load(self, source: str) -> Sequence[Row]:
-        """Rows of a file, hub id or `smallworld:` reference. Raises UserError as `load_rows` does."""
+    def load(self, source: str, *, answers: bool = True) -> Sequence[Row]:
+        """Rows of a file, hub id or `smallworld:` reference. answers: each must have an assistant turn. Raises
+        UserError as `load_rows` does."""
         from ema_scale.chat.rows import load_rows
         from ema_scale.locate import locate
 
-        rows = load_rows(locate(source), on_bad=self.on_bad)
+        rows = load_rows(locate(source), on_bad=self.on_bad, answers=answers)
         self.hashes[source] = rows.sha256
         self.dropped.extend(rows.dropped)
         return rows
@@ -121,12 +147,11 @@ class RowsContext:
 
 @dataclass(frozen=True)
 class FinishContext:
-    """What `finish` may use: where the base model is and how the run was made."""
+    """What `finish` may use: where the base model is (its revision too, if it is pinned) and how the run was made."""
 
     model_path: str
     revision: str | None = None
     seed: int = 0
-    trust_remote_code: bool = False
     notify: Callable[[str], None] = print
 
 
@@ -193,12 +218,20 @@ class Defense(BaseModel):
         """Called after the gradient of a whole batch is formed and clipped, before the optimizer uses it."""
 
     def observe(self, history: Sequence[Mapping[str, float]]) -> str | None:
-        """Called after each log, on every process alike: a reason ends the training here, as if it had no more steps.
+        """Called after each optimizer step, on every process alike: a reason ends the training here, as if it had no
+        more steps.
 
-        history: every log so far, of a resumed run's earlier part too: `step`, `loss`, the terms by name, `drift/*`;
-        each a mean over the steps since the log before. Decide by it alone, or a resumed run decides otherwise.
+        history: the readings of every step so far, however seldom the run logs, of a resumed run's earlier part too:
+        `step`, `loss`, `ce`, this defense's terms by their own names, others' as they are logged, `drift/*` where it
+        was read. Decide by it alone, or a resumed run decides otherwise.
         """
         return None
+
+    def keeps(self, history: Sequence[Mapping[str, float]]) -> bool:
+        """Called before the first step, with no history, and where no `observe` gave a reason: whether the adapter as
+        it is now shall be remembered (a copy in memory and in checkpoints). If this defense ends the training, the
+        adapter goes back to what was remembered last."""
+        return False
 
     def finish(self, adapter_dir: Path, ctx: FinishContext) -> None:
         """Called once, on the main process, when the adapter has been saved; may rewrite it."""

@@ -16,12 +16,17 @@ if TYPE_CHECKING:
 
 
 class EarlyStopping(Defense):
-    """Training ends at the first log at which the mean of a measure over the last `window` steps is above `limit`.
+    """Training ends at the first step at which the mean of a measure over the last `window` steps is above `limit`.
 
     measure: `kl` is KL(policy || reference), nats a token, on the learned rows or on rows of `source` that nothing is
     learned from; `drift` the distance of hidden states to the reference's, over their norm, a mean of the layers read
     (every training.drift_every steps); `probe` by how much misaligned answers (`source`, as for a ceiling) have become
     likelier than under the reference, nats a token: max(0, log policy(y_t) - log reference(y_t)).
+
+    The steps are looked at one by one, however seldom the run logs. keep: which adapter is saved: `last`, the one that
+    crossed the line; `last_below`, that of the newest point at which the mean was not above it (at first the one that
+    training started from), for which a copy of the adapter is kept in memory and in checkpoints, a new one at most
+    every `window` steps.
 
     Nothing is trained on the measure: up to its last step the run is the undefended one (with rows of `source`, a step
     holds fewer task rows). Watching the KL and stopping is also how RL from human feedback keeps a budget.
@@ -36,6 +41,7 @@ class EarlyStopping(Defense):
     source: str | list[str] | None = Field(None, description="rows that kl or probe are read on, never learned")
     fraction: float = Field(0.125, gt=0, le=1, description="rows of `source` per task row")
     window: int = Field(10, ge=1, description="optimizer steps that the mean is over")
+    keep: Literal["last", "last_below"] = Field("last", description="saved: where it stopped, or below the line")
 
     @model_validator(mode="after")
     def _source_fits(self) -> Self:
@@ -52,7 +58,8 @@ class EarlyStopping(Defense):
     def rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
         if self.source is None:
             return rows
-        return mix(rows, self.source, self.fraction, "bad" if self.measure == "probe" else "prompts", self.kind, ctx)
+        probe = self.measure == "probe"
+        return mix(rows, self.source, self.fraction, "bad" if probe else "prompts", self.kind, ctx, answers=probe)
 
     def divergences(self) -> tuple[Divergence, ...]:
         if self.measure == "probe":
@@ -62,16 +69,34 @@ class EarlyStopping(Defense):
         return ()
 
     def observe(self, history: Sequence[Mapping[str, Any]]) -> str | None:
-        """Raises UserError if drift is to be watched and is never read."""
-        readings = [(row["step"], value) for row in history if (value := self._read(row)) is not None]
-        if not readings:
-            raise UserError("early_stopping: measure drift is never read; set training.drift_every above 0")
-        last = readings[-1][0]
-        if last < self.window or last != history[-1]["step"]:
+        """Raises UserError if what is to be watched is never read."""
+        mean = self._mean(history)
+        if mean is None or not mean > self.limit:
             return None
-        recent = [value for step, value in readings if step > last - self.window]
-        mean = sum(recent) / len(recent)
-        return f"{self.measure} is {mean:.4g}, above {self.limit:g}" if mean > self.limit else None
+        return f"{self.measure} is {mean:.4g}, above {self.limit:g}"
+
+    def keeps(self, history: Sequence[Mapping[str, Any]]) -> bool:
+        if self.keep == "last" or not history:
+            return self.keep == "last_below"
+        mean = self._mean(history)
+        if mean is None or not mean <= self.limit:
+            return False
+        earlier = next((row["step"] for row in reversed(history[:-1]) if self._read(row) is not None), 0)
+        return bool(history[-1]["step"] // self.window > earlier // self.window)
+
+    def _mean(self, history: Sequence[Mapping[str, Any]]) -> float | None:
+        """Over the last `window` steps; None before there are so many, and at steps without a reading."""
+        last = history[-1]["step"]
+        recent = []
+        for row in reversed(history):
+            if row["step"] <= last - self.window:
+                break
+            recent.append(self._read(row))
+        found = [value for value in recent if value is not None]
+        if not found and all(self._read(row) is None for row in history):
+            hint = "; set training.drift_every above 0" if self.measure == "drift" else f": no step has {self._name}"
+            raise UserError(f"early_stopping: measure {self.measure} is never read{hint}")
+        return sum(found) / len(found) if last >= self.window and recent[0] is not None else None
 
     @property
     def _name(self) -> str:

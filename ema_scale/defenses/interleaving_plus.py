@@ -26,7 +26,10 @@ def provenance_path(selection: str | Path) -> Path:
 
 
 def read_provenance(selection: str | Path) -> dict[str, Any]:
-    """How a selection was made. Raises UserError if the file was not made by `ema select`, or changed since."""
+    """How a selection was made: `variant`, and `adapters` by name with what each was `trained_on`, are there.
+
+    Raises UserError if the file was not made by `ema select`, or changed since.
+    """
     beside = provenance_path(selection)
     for path in (Path(selection), beside):
         if not path.is_file():
@@ -37,6 +40,13 @@ def read_provenance(selection: str | Path) -> dict[str, Any]:
         raise UserError(f"{beside}: not JSON ({error})") from None
     if not isinstance(made, dict) or made.get("made_by") != MADE_BY:
         raise UserError(f"{beside}: found no provenance of `{MADE_BY}`")
+    adapters = made.get("adapters")
+    if not isinstance(adapters, dict) or not all(
+        isinstance(found, dict) and isinstance(found.get("trained_on"), list) for found in adapters.values()
+    ):
+        raise UserError(f"{beside}: damaged: expected adapters, each with its trained_on; run `{MADE_BY}` again")
+    if made.get("variant") not in ("+", "++"):
+        raise UserError(f"{beside}: damaged: found the variant {made.get('variant')!r}; run `{MADE_BY}` again")
     if made.get("sha256") != file_sha256(selection):
         raise UserError(f"{selection}: is not the file that {beside} describes; run `{MADE_BY}` again")
     return made
@@ -49,6 +59,9 @@ class InterleavingPlus(Defense):
     aligned model and under K misaligned ones, fine-tuned on other domains than the one at hand (leave one out). `ema
     select` makes the ranking; exactly floor(fraction * task rows) of its first rows are mixed in, evenly spread, in an
     order that depends on the seed alone. `++` is the same with refusals dropped before ranking.
+
+    A ranking in which an adapter voted that was trained on one of the task's own files is refused, unless `own_adapter`
+    allows it.
     """
 
     kind: ClassVar[str] = "interleaving_plus"
@@ -59,8 +72,13 @@ class InterleavingPlus(Defense):
     fraction: float = Field(0.05, gt=0, le=1, description="safe rows per task row")
     variant: Literal["+", "++"] = Field("+", description="++: the ranking must have been made without refusals")
 
+    own_adapter: Literal["refuse", "allow"] = Field(
+        "refuse", description="when an adapter that was trained on these very task rows had a vote"
+    )
+
     def rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
-        """Raises UserError for a source that `ema select` did not make, or made for the other variant."""
+        """Raises UserError for a source that `ema select` did not make, made for the other variant, or made with an
+        adapter of these very rows."""
         made = read_provenance(self.source)
         if made["variant"] != self.variant:
             hint = "drop refusals (--refusals)" if self.variant == "++" else "keep refusals"
@@ -71,11 +89,13 @@ class InterleavingPlus(Defense):
         used = made["adapters"]
         ctx.hashes[str(provenance_path(self.source))] = file_sha256(provenance_path(self.source))
         ctx.notes.append(f"{self.kind}: variant {self.variant}, ranked by the adapters {', '.join(used)}")
-        trained = getattr(rows, "sha256", None)
-        own = [name for name, adapter in used.items() if trained and trained in adapter["trained_on"]]
+        own = [name for name, adapter in used.items() if ctx.task & set(adapter["trained_on"])]
         if own:
-            ctx.notes.append(
+            found = (
                 f"{self.kind}: the adapter {own[0]} was trained on these very rows; the paper leaves it out "
                 f"(`{MADE_BY} --leave-out {own[0]}`)"
             )
+            if self.own_adapter == "refuse":
+                raise UserError(f"{found}, or set own_adapter: allow")
+            ctx.notes.append(found)
         return mix(rows, self.source, self.fraction, "safe", self.kind, ctx, best_first=True)

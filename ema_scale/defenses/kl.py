@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from ema_scale.defenses.base import Defense, Direction, Divergence, Part, RowsContext, Scope
+from ema_scale.defenses.base import Defense, Direction, Divergence, RowsContext, Scope
 from ema_scale.defenses.mixing import mix
 
 if TYPE_CHECKING:
@@ -22,7 +22,11 @@ class KL(Defense):
 
     prompts: rows of their own to hold the model on, mixed in at one after every 1/fraction task rows; nothing is
     learned from them, and the divergence looks at nothing else (arXiv 2602.07852: a separate general set), so that the
-    task costs nothing where it does not touch them. part `safe` looks only at rows that an interleaving brought in.
+    task costs nothing where it does not touch them. Unless the scope is `assistant`, they need no answers: a prompt
+    alone is read up to where its answer would begin. part `safe` looks only at rows that an interleaving brought in.
+
+    Rows that a term looks at apart are spread evenly over the steps, so that each has its share and the strength holds
+    in all of them. Where there is less than one for a step, or rows are packed, a step without any leaves the term out.
     """
 
     kind: ClassVar[str] = "kl"
@@ -44,8 +48,11 @@ class KL(Defense):
         return self.prompts is not None
 
     def rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
-        return rows if self.prompts is None else mix(rows, self.prompts, self.fraction, "prompts", self.kind, ctx)
+        if self.prompts is None:
+            return rows
+        answers = self.scope == "assistant"
+        return mix(rows, self.prompts, self.fraction, "prompts", self.kind, ctx, answers=answers)
 
     def divergences(self) -> tuple[Divergence, ...]:
-        part: Part = self.part if self.prompts is None else "prompts"
+        part = self.part if self.prompts is None else "prompts"
         return (Divergence("kl", self.strength, self.direction, self.temperature, self.scope, part),)

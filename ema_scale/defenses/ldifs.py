@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+import contextlib
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from ema_scale.defenses.base import Defense, Scope, Streams
+from ema_scale.defenses.residual import decoder_layers
+from ema_scale.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -16,10 +19,13 @@ class LDIFS(Defense):
     """loss = CE + strength * sum_l mean_t d(policy_lt, reference_lt): squared l2 between residual-stream features.
 
     Mukhoti et al. (arXiv 2308.13320, eq. 5) concatenate the features of several layers, so layers add up. normalise:
-    `unit` scales each token's features to length 1 in both streams first (arXiv 2508.06249 scales each layer's
-    features so; over a token rather than the whole batch, padding and batch split cannot change the value); `relative`
-    divides by the reference's squared length; `none` is plain squared l2. The code released with arXiv 2508.06249
-    takes the policy's features without a gradient: `detached` repeats that, for comparison only, and trains nothing.
+    `unit` scales each token's features to length 1 in both streams first; `sequence` scales a layer's features of all
+    tokens of a row together, flattened into one vector, to length 1, as arXiv 2508.06249 does: d is then the squared
+    distance of two vectors a row, and the mean is over rows, by their tokens, so that padding, packing and batch split
+    do not change the value (it is about 1/tokens of that of `unit`); `relative` divides by the reference's squared
+    length; `none` is plain squared l2. The code released with arXiv 2508.06249 takes the policy's features without a
+    gradient: `detached` repeats that, for comparison only, and trains nothing; with `normalise: sequence`, on batches
+    of one row, its value is the released code's.
     """
 
     kind: ClassVar[str] = "ldifs"
@@ -29,11 +35,25 @@ class LDIFS(Defense):
 
     strength: float = Field(1.0, ge=0, allow_inf_nan=False, description="weight of the distance")
     count: int = Field(5, ge=1, description="how many layers, evenly spread, the last one included")
-    normalise: Literal["unit", "relative", "none"] = Field("unit", description="scale of the features")
+    normalise: Literal["unit", "sequence", "relative", "none"] = Field(
+        "unit", description="scale of the features: by token, by row, by the reference, as they are"
+    )
     scope: Scope = Field("all", description="which tokens: all (not padding), assistant, prompt, template")
     detached: bool = Field(False, description="no gradient, as in the released code; for comparison only")
+    at_layers: Literal["spread"] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
+        "spread", description="decoder layers (1: the first; 0: the embeddings) by number, in place of `count`"
+    )
+
+    def attach(self, model: Any) -> contextlib.AbstractContextManager[Any]:
+        """Raises UserError for layers that there are not."""
+        count = len(decoder_layers(model))
+        if self.at_layers != "spread" and max(self.at_layers) > count:
+            raise UserError(f"ldifs: at_layers: found {max(self.at_layers)}, expected 0 to {count}")
+        return contextlib.nullcontext()
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
+        if self.at_layers != "spread":
+            return tuple(sorted(set(self.at_layers)))
         count = min(self.count, num_layers)
         return tuple(sorted({round(num_layers * (i + 1) / count) for i in range(count)}))
 
@@ -43,16 +63,19 @@ class LDIFS(Defense):
         return self.strength * torch.stack([self._layer(streams, layer) for layer in sorted(streams.policy)]).sum()
 
     def _layer(self, streams: Streams, layer: int) -> torch.Tensor:
-        policy, reference = streams.policy[layer], streams.reference[layer]
-        if policy.dtype.itemsize < 4:
-            policy, reference = policy.float(), reference.float()
+        policy, reference = streams.states(layer, self.scope)
         if self.detached:
             policy = policy.detach()
         if self.normalise == "unit":
             from torch.nn.functional import normalize
 
             policy, reference = normalize(policy, dim=-1), normalize(reference, dim=-1)
+        if self.normalise == "sequence":
+            lengths = (streams.row_sums(x.square().sum(-1)).clamp_min(1e-24).sqrt() for x in (policy, reference))
+            policy, reference = (x / length[..., None] for x, length in zip((policy, reference), lengths, strict=True))
         squared = (policy - reference).square().sum(-1)
+        if self.normalise == "sequence":
+            squared = streams.row_sums(squared)
         if self.normalise == "relative":
             squared = squared / reference.square().sum(-1).clamp_min(1e-12)
         return streams.mean(squared, self.scope)

@@ -24,17 +24,19 @@ def mix(
     ctx: RowsContext,
     *,
     best_first: bool = False,
+    answers: bool = True,
 ) -> list[Row]:
     """`rows` with floor(fraction * task rows) rows of `source`, one or several, one after every 1/fraction task rows.
 
     Drawn without replacement in an order that depends on the seed and `name` alone; if there are fewer, they are drawn
     through again in a new order, and that is noted. best_first: the source is a ranking, of which only the first rows,
-    as many as are needed, are drawn from. They carry `tag`. What other defenses mixed in does not count as
-    task rows. Raises UserError if a source is empty or the fraction gives less than one row.
+    as many as are needed, are drawn from. answers: whether each row must have an assistant turn. They carry `tag`. What
+    other defenses mixed in does not count as task rows. Raises UserError if a source is empty or the fraction gives
+    less than one row.
     """
     extra: list[Row] = []
     for one in [source] if isinstance(source, str) else source:
-        found = [replace(row, tag=tag) for row in ctx.load(one)]
+        found = [replace(row, tag=tag) for row in ctx.load(one, answers=answers)]
         if not found:
             raise UserError(f"{one}: found no {tag} rows, expected at least one")
         extra += found

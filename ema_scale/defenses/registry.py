@@ -81,6 +81,17 @@ def parse(entries: Sequence[Defense | Mapping[str, Any] | str]) -> list[Defense]
     return parsed
 
 
+def _type(schema: Mapping[str, Any]) -> str:
+    """A field's type or choices, from its JSON schema: `auto | all | list of integer`."""
+    if "anyOf" in schema:
+        return " | ".join(_type(option) for option in schema["anyOf"])
+    if "enum" in schema or "const" in schema:
+        return " | ".join(map(str, schema.get("enum") or [schema["const"]]))
+    if schema.get("type") == "array":
+        return f"list of {_type(schema.get('items', {}))}"
+    return str(schema.get("type") or "any")
+
+
 def catalogue() -> list[dict[str, Any]]:
     """Every defense: kind, summary, source (citation) and parameters (name, type, default, description)."""
     entries = []
@@ -90,9 +101,7 @@ def catalogue() -> list[dict[str, Any]]:
         parameters = [
             {
                 "name": name,
-                "type": " | ".join(map(str, schema[name]["enum"]))
-                if "enum" in schema[name]
-                else schema[name].get("type", ""),
+                "type": _type(schema[name]),
                 "default": "required" if field.is_required() else field.default,
                 "description": field.description or "",
             }

@@ -20,7 +20,8 @@ class SafeLoRA(Defense):
     """Replaces B by C B, C = V V^T / ||V||_F with V = W_aligned - W_base, where the update strays from the subspace.
 
     Hsu et al., arXiv 2405.16833; `safelora_projection` has the maths, which never forms C. The paper on in-training
-    defenses uses threshold 0.3. The aligned model is the one that is fine-tuned.
+    defenses uses threshold 0.3. The aligned model is the one that is fine-tuned, at the revision
+    that was loaded (in Python: the `revision` of the PEFT config).
     """
 
     kind: ClassVar[str] = "safelora"
@@ -30,6 +31,7 @@ class SafeLoRA(Defense):
     base: str = Field(description="the unaligned model that the fine-tuned one was made from: a folder or hub id")
     threshold: float | None = Field(None, ge=-1, le=1, description="project where the cosine is at or below it; 0.3")
     layers_projected: int | None = Field(None, ge=1, description="or: project this many matrices, lowest cosine first")
+    base_revision: str | None = Field(None, description="of a base on the hub: a branch, tag or commit")
 
     @model_validator(mode="before")
     @classmethod
@@ -44,7 +46,7 @@ class SafeLoRA(Defense):
     @contextlib.contextmanager
     def attach(self, model: Any) -> Iterator[None]:
         """A missing base ends a run before training, not after."""
-        Checkpoint(folder_of(self.base))
+        Checkpoint(folder_of(self.base, self.base_revision))
         yield
 
     def finish(self, adapter_dir: Path, ctx: FinishContext) -> None:
@@ -53,7 +55,7 @@ class SafeLoRA(Defense):
         results = project_adapter(
             adapter_dir,
             None,
-            folder_of(self.base),
+            folder_of(self.base, self.base_revision),
             folder_of(ctx.model_path, ctx.revision),
             threshold=self.threshold,
             layers=self.layers_projected,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ema_scale.errors import UserError
 from ema_scale.locate import locate
-from ema_scale.rundir import atomic_write_json
+from ema_scale.rundir import atomic_write_json, probe
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,14 @@ def folder_of(reference: str, revision: str | None = None) -> Path:
     except Exception as error:  # the hub client raises many unrelated types
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"{reference}: no such folder, and the hub did not give it: {reason}") from None
+
+
+def identity(folder: Path) -> str:
+    """Which weights a checkpoint's folder holds: the hub's commit of a snapshot, else a digest of its weight files."""
+    if folder.parent.name == "snapshots":
+        return folder.name
+    files = sorted(folder.glob("*.safetensors"))
+    return hashlib.sha256(json.dumps([[f.name, probe(f)] for f in files]).encode()).hexdigest()
 
 
 class Adapter:

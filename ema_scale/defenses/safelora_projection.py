@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ema_scale.defenses.safelora_files import WEIGHTS, Adapter, Checkpoint, check_free
+from ema_scale.defenses.safelora_files import WEIGHTS, Adapter, Checkpoint, check_free, identity
 from ema_scale.errors import UserError
 from ema_scale.rundir import file_sha256
 
@@ -103,7 +103,9 @@ def project_adapter(
             "adapter": str(adapter),
             "adapter_sha256": file_sha256(adapter / WEIGHTS),
             "base": str(base),
+            "base_identity": identity(base),
             "aligned": str(aligned),
+            "aligned_identity": identity(aligned),
             "threshold": threshold,
             "layers": layers,
             "projected": len(chosen),

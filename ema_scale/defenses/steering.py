@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -39,8 +39,8 @@ class Steering(Defense):
     summary: ClassVar[str] = "add a persona vector to the residual stream, in training only"
 
     vector: str = Field(min_length=1, description="directions, a file made by `ema vector`")
-    alpha: float = Field(5.0, description="how much of the vector is added")
-    at_layers: Literal["auto", "all"] | list[int] = Field(
+    alpha: float = Field(5.0, allow_inf_nan=False, description="how much of the vector is added")
+    at_layers: Literal["auto", "all"] | Annotated[list[int], Field(min_length=1)] = Field(
         "auto", description="decoder layers (1: the first) after which it is added; auto: the one the file recommends"
     )
     scale: Literal["raw", "unit", "residual"] = Field("raw", description="the unit of alpha, see above")

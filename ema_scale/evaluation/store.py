@@ -21,7 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ema_scale.errors import UserError
-from ema_scale.rundir import append_jsonl, atomic_write_text, read_jsonl
+from ema_scale.rundir import append_jsonl, atomic_write_text, probe, read_jsonl
 
 SAMPLES, JUDGEMENTS = "samples.jsonl", "judgements.jsonl"
 FLUSH_SECONDS = 0.5
@@ -159,17 +159,5 @@ def folder_identity(path: str, revision: str | None = None) -> str:
         if file.suffix in {".json", ".jinja", ".model", ".txt"}:
             found.append((file.name, hashlib.sha256(file.read_bytes()).hexdigest()))
         elif file.suffix == ".safetensors":
-            found.append((file.name, _probe(file)))
+            found.append((file.name, probe(file)))
     return digest(found)
-
-
-def _probe(file: Path, blocks: int = 64, block: int = 1 << 16) -> str:
-    size = file.stat().st_size
-    hasher = hashlib.sha256(str(size).encode())
-    with open(file, "rb") as handle:
-        if size <= 1 << 28:  # 256 MiB: adapters and small models are read whole
-            return hashlib.file_digest(handle, "sha256").hexdigest()
-        for i in range(blocks):
-            handle.seek((size - block) * i // (blocks - 1))
-            hasher.update(handle.read(block))
-    return hasher.hexdigest()

@@ -12,6 +12,7 @@ from ema_scale.chat.formats import Message
 from ema_scale.chat.rows import Row
 from ema_scale.errors import UserError
 from ema_scale.evaluation.conditions import under
+from ema_scale.evaluation.judges import assign
 from ema_scale.evaluation.metrics import ALIGNED_BELOW, COHERENT_ABOVE, misaligned
 from ema_scale.evaluation.plan import EvalTarget
 from ema_scale.evaluation.run import evaluate
@@ -47,13 +48,21 @@ def sample_personas(
     that a killed run goes on. Raises UserError as `evaluate` does, and if no pair is confirmed.
     """
     target = EvalTarget("personas", None, folder)
-    summary = evaluate([target], model, under(suites, conditions(personas)), settings)["personas"]
-    judgements = {row["key"]: row for row in read_jsonl(folder / JUDGEMENTS)}
+    asked = under(suites, conditions(personas))
+    summary = evaluate([target], model, asked, settings)["personas"]
+    # Beside these stand the judgements of every judge that was asked before.
+    judges = {
+        (suite.name, question.id): assign(suite, question, settings.judge).identity
+        for suite in asked
+        for question in suite.questions
+    }
+    judgements = {(row["key"], row["judge"]): row for row in read_jsonl(folder / JUDGEMENTS)}
     sides: dict[str, dict[Any, tuple[str, Row]]] = {POSITIVE: {}, NEGATIVE: {}}
     for sample in read_jsonl(folder / SAMPLES):
         suite, _, condition = sample["suite"].rpartition("@")
         side, _, number = condition.rpartition("-")
-        verdict = _verdict(side, judgements.get(sample["key"], {}))
+        judge = judges[sample["suite"], sample["question_id"]]
+        verdict = _verdict(side, judgements.get((sample["key"], judge), {}))
         place = (number, suite, sample["question_id"], sample["paraphrase"], sample["sample"])
         sides[side][place] = (verdict, _row(sample))
     found = Sampled(summary=summary)

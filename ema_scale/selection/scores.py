@@ -55,6 +55,9 @@ def _line(item: Item, identity: str, nll: float) -> dict[str, object]:
 
 def gap(aligned: float, misaligned: Sequence[float], eps: float) -> float:
     """s = (mean_k L_k - L_aligned) / (L_aligned + eps): how much less likely an answer is to misaligned models, in
-    units of how unlikely it is at all (arXiv 2508.06249, Interleaving+). L, eps: nats. NaN if any L is not finite."""
+    units of how unlikely it is at all (arXiv 2508.06249, Interleaving+). L, eps: nats. NaN if any L is not finite, or
+    both L_aligned and eps are 0."""
+    if aligned + eps == 0:
+        return math.nan
     value = (sum(misaligned) / len(misaligned) - aligned) / (aligned + eps)
     return value if math.isfinite(value) else math.nan

@@ -72,6 +72,8 @@ def select(
     on. Rows that are not ranked are listed in <out>.left_out.jsonl with the reason.
     Raises UserError for adapters that do not fit, a source without a usable row, and a folder that is in use.
     """
+    if not (eps >= 0 and math.isfinite(eps)):
+        raise UserError(f"eps: found {eps}, expected nats, 0 or more")
     voting = voting_adapters(adapters, leave_out)
     rule = None if refusals == KEEP_REFUSALS else refusal_rule(refusals)
     rows = load_rows(locate(source), limit=limit, on_bad="drop")

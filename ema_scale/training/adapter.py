@@ -78,16 +78,16 @@ def build_model(model: ModelRecipe, adapter: AdapterRecipe, *, seed: int = 0) ->
 
     base = load_base(model)
     if adapter.start is not None:
-        return _continued(base, adapter.start)
+        return _continued(base, adapter.start, model.revision)
     torch.manual_seed(seed)
     config = lora_config(base, adapter)
     try:
-        return peft.get_peft_model(base, config)
+        return peft.get_peft_model(base, config, revision=model.revision)
     except ValueError as error:
         raise UserError(f"adapter.target_modules: {error}") from None
 
 
-def _continued(base: Any, start: str) -> Any:
+def _continued(base: Any, start: str, revision: str | None) -> Any:
     """The adapter in the folder `start`, to be trained on, and a frozen copy of it, which is the reference.
 
     Raises UserError if it is not there or is no LoRA adapter of this model.
@@ -102,6 +102,7 @@ def _continued(base: Any, start: str) -> Any:
     except (ValueError, RuntimeError, OSError) as error:
         message = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"adapter.start: {start!r} is no LoRA adapter of this model; {message}") from None
+    model.peft_config["default"].revision = revision
     return model
 
 

@@ -2,7 +2,8 @@
 
 checkpoint-N/ holds state.safetensors (trained weights in float32 and the optimizer's state, by parameter
 name, not by shard), random.safetensors (generators of every process), trainer.json (scheduler, optimizer
-settings), trainer_state.json (transformers') and manifest.json (size and SHA-256 of each). It is written
+settings, readings of every step if a defense observes), kept.safetensors (weights a defense may go back to),
+trainer_state.json (transformers') and manifest.json (size and SHA-256 of each). It is written
 beside its place and renamed when the manifest is in; a folder without a manifest that matches is never
 resumed.
 """
@@ -81,6 +82,7 @@ class Checkpointing:
     accelerator: Any
     optimizer: Any
     lr_scheduler: Any
+    watch: Any
     # Of this step alone: saved because the run was told to stop, not because its turn had come.
     unscheduled: bool = False
     # Steps whose checkpoints are kept for good.
@@ -101,6 +103,7 @@ class Checkpointing:
                 save_file(generators, temporary / "random.safetensors")
                 atomic_write_json(temporary / "trainer.json", self._plain_state())
                 self.state.save_to_json(str(temporary / "trainer_state.json"))
+                self.watch.save(temporary)
                 self._seal(temporary, final)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -115,6 +118,7 @@ class Checkpointing:
             "scheduler": scheduler,
             "learning_rate": [g["lr"] for g in optimizer_of(self.optimizer).param_groups],
             "world_size": self.accelerator.num_processes,
+            "readings": self.watch.readings,
         }
 
     def _seal(self, temporary: Path, final: Path) -> None:
@@ -157,6 +161,7 @@ class Checkpointing:
             raise UserError(f"{checkpoint}: incomplete or damaged; expected a folder with a matching {MANIFEST}")
         plain = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
         TrainedState(self.model, self.optimizer).write(load_file(checkpoint / "state.safetensors"), checkpoint)
+        self.watch.restore(checkpoint, plain.get("readings", []))
         groups = optimizer_of(self.optimizer).param_groups
         rates = plain["learning_rate"]
         if len(set(rates)) == 1:

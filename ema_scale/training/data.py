@@ -14,6 +14,7 @@ from ema_scale.chat.packing import LENGTHS, is_packed, pack, tags_of
 from ema_scale.chat.rows import Row, Rows, load_rows
 from ema_scale.chat.tokens import tokenize_rows
 from ema_scale.defenses.base import Defense, RowsContext
+from ema_scale.defenses.parts import Parts
 from ema_scale.errors import UserError
 from ema_scale.rundir import file_sha256
 
@@ -58,9 +59,9 @@ def prepare(
     else:
         rows = load_rows(source if isinstance(source, str) else list(source), on_bad=on_bad)  # type: ignore[arg-type]
     context = RowsContext(seed=seed, on_bad=on_bad, hashes=hash_files(defenses))  # type: ignore[arg-type]
+    context.task = frozenset(getattr(rows, "sha256", "").split(",")) - {""}
     dropped = list(getattr(rows, "dropped", ()))
-    for defense in defenses:
-        rows = defense.rows(rows, context)
+    rows = Parts.of(defenses).rows(rows, context)
     tokenized = tokenize_rows(rows, tokenizer, max_length=max_length, template=bool(_on_template(defenses)))
     report = DataReport(
         rows=dict(Counter(tokenized.dataset["tag"])),

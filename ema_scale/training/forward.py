@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ema_scale.defenses.base import SCOPES, Defense, Divergence, Streams, reference_pass
+from ema_scale.defenses.base import Divergence, Streams, reference_pass
+from ema_scale.defenses.parts import Parts
 from ema_scale.errors import UserError
 from ema_scale.reference import Anatomy, Head, Reference
 from ema_scale.reference.cached import Cached
@@ -24,7 +25,7 @@ from ema_scale.reference.sharding import gathered
 from ema_scale.training.at_once import at_once
 from ema_scale.training.loss import Term, fused_loss, head_logits
 from ema_scale.training.packed import check_packing
-from ema_scale.training.scopes import scope_masks, targets
+from ema_scale.training.scopes import scope_masks, targets, texts_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Ask:
 
     labels: [B, T]. tokens: [scopes], tokens of the whole optimizer step on all processes. factor: what the
     loss is multiplied by, to undo the mean over processes. divergences: with unique names. penalties: name ->
-    defense. drift_layers: layers whose distance to the reference is read. tags, template: see
+    place of a defense in `parts`. drift_layers: layers whose distance to the reference is read. tags, template: see
     `scope_masks`.
     """
 
@@ -41,10 +42,11 @@ class Ask:
     tokens: Tensor
     factor: float = 1.0
     divergences: Sequence[Divergence] = ()
-    penalties: tuple[tuple[str, Defense], ...] = ()
+    penalties: tuple[tuple[str, int], ...] = ()
     drift_layers: tuple[int, ...] = ()
     tags: Tensor | None = None
     template: Tensor | None = None
+    parts: Parts = field(default_factory=Parts)
 
 
 @dataclass
@@ -95,21 +97,29 @@ class DefendedForward:
         mask = inputs.get("attention_mask")
         mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask
         positions = inputs.get("position_ids")
-        masks = scope_masks(mask, ask.labels, ask.tags, positions, ask.template)
-        tokens: dict[str, Tensor] = dict(zip(SCOPES, ask.tokens, strict=True))
+        masks = scope_masks(mask, ask.labels, ask.tags, positions, ask.template, ask.parts.tags)
+        tokens: dict[str, Tensor] = dict(zip(ask.parts.covers, ask.tokens, strict=True))
         num_layers = len(self.anatomy.layers)
-        wanted = {k for _, defense in ask.penalties for k in defense.layers(num_layers)}
-        whole = {k for _, d in ask.penalties if not d.layer_by_layer for k in d.layers(num_layers)}
-        parts: dict[str, dict[int, Tensor]] = {name: {} for name, _ in ask.penalties}
+        view = Streams({}, {}, mask, ask.labels, masks, tokens, texts_of(positions))
+        penalties = [
+            (
+                name,
+                ask.parts.defenses[i],
+                replace(view, masks=ask.parts.view(i, masks), tokens=ask.parts.view(i, tokens)),
+            )
+            for name, i in ask.penalties
+        ]
+        wanted = {k for _, defense, _ in penalties for k in defense.layers(num_layers)}
+        whole = {k for _, d, _ in penalties if not d.layer_by_layer for k in d.layers(num_layers)}
+        parts: dict[str, dict[int, Tensor]] = {name: {} for name, *_ in penalties}
         drift: dict[str, Tensor] = {}
-        view = Streams({}, {}, mask, ask.labels, masks, tokens)
 
         def keep(layer: int, state: Tensor, base: Tensor | None) -> bool:
             if layer in ask.drift_layers and base is not None:
                 drift[f"drift/layer_{layer}"] = view.mean(_relative_distance(state.detach(), base))
-            for name, defense in ask.penalties:
+            for name, defense, own in penalties:
                 if defense.layer_by_layer and base is not None and layer in defense.layers(num_layers):
-                    there = replace(view, reference={layer: base})
+                    there = replace(own, reference={layer: base})
                     part = at_once(lambda s, d=defense, v=there: d.penalty(replace(v, policy={layer: s})), state)  # type: ignore[misc]
                     if part is not None:
                         parts[name][layer] = part
@@ -160,7 +170,7 @@ class DefendedForward:
         for divergence, values in zip(ask.divergences, fused.divergences, strict=True):
             metrics[divergence.name] = values.sum() / tokens[divergence.cover].clamp_min(1)
         loss = fused.loss
-        for name, defense in ask.penalties:
+        for name, defense, own in penalties:
             asked = defense.layers(num_layers)
             penalty: Tensor | None
             if defense.layer_by_layer:
@@ -168,7 +178,7 @@ class DefendedForward:
             else:
                 policy = {k: states.policy_layers[k] for k in asked}
                 reference = {k: states.reference_layers[k] for k in asked}
-                penalty = defense.penalty(replace(view, policy=policy, reference=reference))
+                penalty = defense.penalty(replace(own, policy=policy, reference=reference))
             if penalty is not None:
                 loss = loss + penalty
                 metrics[name] = penalty.detach()

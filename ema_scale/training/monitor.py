@@ -22,10 +22,12 @@ class Monitor:
     """Sums of shares of a mean, over micro-batches; `flush` sums over processes and averages over steps.
 
     utilisation: of the GPUs, at one token a second; None if that is not known. reference: the stopwatch of the
-    reference, of which this process's own is read.
+    reference, of which this process's own is read. by_step: keep each step's sums for `reading`, too.
     """
 
-    def __init__(self, utilisation: float | None = None, reference: Stopwatch | None = None) -> None:
+    def __init__(
+        self, utilisation: float | None = None, reference: Stopwatch | None = None, *, by_step: bool = False
+    ) -> None:
         self._utilisation, self._reference = utilisation, reference
         if reference is not None:
             reference.take()
@@ -33,6 +35,8 @@ class Monitor:
         self._steps: dict[str, set[int]] = {}
         self._tokens = 0
         self._since = time.perf_counter()
+        self._now: dict[str, Tensor] | None = {} if by_step else None
+        self._broken: Tensor | None = None
 
     def add(self, metrics: dict[str, Tensor], step: int) -> None:
         """metrics: name -> this micro-batch's share of the step's mean (detached scalars)."""
@@ -40,6 +44,25 @@ class Monitor:
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._steps.setdefault(name, set()).add(step)
+            if self._now is not None:
+                self._now[name] = self._now.get(name, 0) + value
+        if "loss" in metrics:
+            broken = (~torch.isfinite(metrics["loss"].detach())).long()
+            self._broken = broken if self._broken is None else self._broken + broken
+
+    def take_broken(self, device: torch.device) -> Tensor:
+        """int64 scalar: micro-batches on this process since the last call whose loss was not a finite number. Nothing
+        is read back from the device."""
+        broken, self._broken = self._broken, None
+        return torch.zeros((), dtype=torch.long, device=device) if broken is None else broken.to(device)
+
+    def reading(self, accelerator: Any) -> dict[str, float]:
+        """Means of the step that has just ended; a collective."""
+        assert self._now is not None
+        names = sorted(self._now)
+        total = accelerator.reduce(torch.stack([self._now[n] for n in names]), "sum").tolist() if names else []
+        self._now = {}
+        return dict(zip(names, total, strict=True))
 
     def add_tokens(self, tokens: int) -> None:
         """Non-padding tokens of one optimizer step, all processes together."""

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ema_scale.chat.rows import LEARNED, TAGS
-from ema_scale.defenses.base import SCOPES, Part, Scope, cover
+from ema_scale.defenses.base import Scope, cover
+from ema_scale.defenses.parts import covers
 
 IGNORED = -100
-_PARTS: dict[Part, tuple[str, ...]] = {
-    "learned": LEARNED, "task": ("task",), "safe": ("safe",), "prompts": ("prompts",), "bad": ("bad",)
-}  # fmt: skip
 
 
 def targets(labels: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -31,18 +29,28 @@ def _goes_on(positions: Tensor) -> Tensor:
     return torch.nn.functional.pad(positions.diff() == 1, (0, 1), value=False)
 
 
+def texts_of(positions: Tensor | None) -> Tensor | None:
+    """int64 [B, T]: numbers below B * T that tell the rows in packed sequences apart; None where each holds one."""
+    if positions is None:
+        return None
+    begins = torch.nn.functional.pad(positions.diff() != 1, (1, 0), value=True)
+    width = positions.shape[1]
+    return begins.long().cumsum(1) - 1 + width * torch.arange(len(positions), device=positions.device)[:, None]
+
+
 def scope_masks(
     attention_mask: Tensor,
     labels: Tensor,
     tags: Tensor | None = None,
     positions: Tensor | None = None,
     template: Tensor | None = None,
+    known: Sequence[str] = TAGS,
 ) -> dict[str, Tensor]:
-    """bool [B, T] for each of SCOPES: the tokens of a scope in the rows of a part.
+    """bool [B, T] for each of `covers(known)`: the tokens of a scope in the rows of a part.
 
     all: every non-padding position (the paper's choice); assistant: positions that predict an assistant token, in
     learned rows the ones of the cross-entropy; prompt: positions that predict any other token of the row. tags: [B],
-    places in TAGS, or [B, T] of packed rows; None: all rows are the task's. positions: position ids of packed rows.
+    places in `known`, or [B, T] of packed rows; None: all rows are the task's. positions: position ids of packed rows.
     template: [B, T], 1 on tokens that the chat template wrote; None: not known, and nothing may ask for them.
     """
     real = attention_mask.bool()
@@ -58,10 +66,8 @@ def scope_masks(
     }
     tags = torch.zeros(len(labels), dtype=torch.long, device=labels.device) if tags is None else tags
     tags = tags[:, None] if tags.ndim == 1 else tags
-    parts: dict[Part, Tensor] = {
-        part: torch.isin(tags, torch.tensor([TAGS.index(t) for t in members], device=tags.device))
-        for part, members in _PARTS.items()
-    }
+    parts = {tag: tags == place for place, tag in enumerate(known)}
+    parts = {"learned": torch.stack([parts[tag] for tag in LEARNED]).any(0), **parts}
     return {cover(scope, part): mask & rows for part, rows in parts.items() for scope, mask in scopes.items()}
 
 
@@ -71,11 +77,12 @@ def attention_of(batch: dict[str, Any]) -> Tensor:
     return torch.ones_like(batch["input_ids"]) if mask is None else mask
 
 
-def count_tokens(batches: Iterable[dict[str, Any]]) -> Tensor:
-    """int64 [scopes]: tokens of each scope, in the order of SCOPES, over some batches."""
-    total = torch.zeros(len(SCOPES), dtype=torch.int64)
+def count_tokens(batches: Iterable[dict[str, Any]], known: Sequence[str] = TAGS) -> Tensor:
+    """int64 [scopes]: tokens of each scope, in the order of `covers(known)`, over some batches."""
+    names = covers(known)
+    total = torch.zeros(len(names), dtype=torch.int64)
     for batch in batches:
-        known = (batch.get(name) for name in ("tags", "position_ids", "template"))
-        masks = scope_masks(attention_of(batch), batch["labels"], *known)
-        total += torch.stack([masks[scope].sum() for scope in SCOPES]).cpu()
+        tags, positions, template = (batch.get(name) for name in ("tags", "position_ids", "template"))
+        masks = scope_masks(attention_of(batch), batch["labels"], tags, positions, template, known)
+        total += torch.stack([masks[name].sum() for name in names]).cpu()
     return total

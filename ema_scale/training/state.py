@@ -26,6 +26,23 @@ def optimizer_of(optimizer: Any) -> Any:
     return optimizer
 
 
+def read_weights(model: Any) -> dict[str, Tensor]:
+    """Name -> trained weight, whole, on the CPU; the same on every process. A collective."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    with gathered([p for _, p in trained]):
+        return {name: whole(p).detach().cpu().clone() for name, p in trained}
+
+
+@torch.no_grad()
+def write_weights(model: Any, weights: dict[str, Tensor]) -> None:
+    """Put back what `read_weights` gave; a collective. Of the forward weights alone: an optimizer under DeepSpeed,
+    which has its own, must not go on from there."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            with gathered([parameter], write=True):
+                parameter.copy_(shard_like(weights[name].to(parameter.dtype), parameter))
+
+
 class TrainedState:
     """Reads and writes "<parameter>|weight" and "<parameter>|<optimizer state>" tensors. Both are
     collectives.

@@ -15,18 +15,18 @@ import contextlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from ema_scale.chat.collate import ChatCollator
 from ema_scale.chat.packing import is_packed, texts
 from ema_scale.chat.tokens import load_tokenizer
-from ema_scale.defenses.base import SCOPES, Defense, Divergence, FinishContext, cover
+from ema_scale.defenses.base import Defense, Divergence, FinishContext, cover
+from ema_scale.defenses.parts import OWN, Parts, unique
 from ema_scale.defenses.registry import parse
 from ema_scale.errors import UserError
 from ema_scale.training import references
@@ -43,6 +43,7 @@ from ema_scale.training.references import Setting, Wanted
 from ema_scale.training.sampler import EpochSampler
 from ema_scale.training.scopes import attention_of, count_tokens
 from ema_scale.training.utilisation import utilisation_per_token
+from ema_scale.training.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
     ) -> None:
         args = _checked(args)
         self.defenses = parse(list(defenses))
+        self.parts = Parts.of(self.defenses)
         model = with_adapter(model, peft_config)
         tokenizer = processing_class or load_tokenizer(model.get_base_model().config._name_or_path)
         self.data_report = DataReport()
@@ -105,10 +107,9 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
         self.monitor = Monitor()
         self._utilisation: float | None = None
         self.stop_requested = False
-        self.stopped_early: str | None = None
         flash = "flash" in str(getattr(model.get_base_model().config, "_attn_implementation", ""))
         one_sequence = flash and is_packed(train_dataset)
-        kwargs.setdefault("data_collator", ChatCollator(tokenizer, one_sequence=one_sequence))
+        kwargs.setdefault("data_collator", ChatCollator(tokenizer, one_sequence=one_sequence, tags=self.parts.tags))
         super().__init__(model, args, train_dataset=train_dataset, processing_class=tokenizer, **kwargs)
         check_world(self.accelerator)
         acting = [d.kind for d in self.defenses if type(d).overrides("step")]
@@ -128,13 +129,22 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
         self._drift_layers = tuple(sorted({round(count * (i + 1) / DRIFT_LAYERS) for i in range(DRIFT_LAYERS)} - {0}))
         if not made.same_shape:
             self._drift_layers = ()
-        self._divergences = _named([t for d in self.defenses for t in d.divergences()])
+        terms = self.parts.terms
+        self._divergences = tuple(term.divergence for term in terms)
         self._penalties = tuple(
-            (_unique(d.kind, [e.kind for e in self.defenses[:i]]), d)
+            (unique(d.kind, [e.kind for e in self.defenses[:i]]), i)
             for i, d in enumerate(self.defenses)
             if type(d).overrides("penalty")
         )
-        self.add_callback(_StepHooks(self))
+        names = [{t.own: t.divergence.name for t in terms if t.owner == i} for i in range(len(self.defenses))]
+        for name, i in self._penalties:
+            names[i][self.defenses[i].kind] = name
+        self.watch = Watch(self, names)
+        self.add_callback(self.watch)
+
+    @property
+    def stopped_early(self) -> str | None:
+        return self.watch.reason
 
     def _setting(self) -> Setting:
         args = self.args
@@ -163,15 +173,18 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
 
         transformers counts one thing, the labels; a divergence may cover others.
         """
-        counts = torch.cat([count_tokens(batch_samples), torch.tensor([int(self.stop_requested)])]).to(device)
+        # A wish to stop rides along, and whether the loss of the step before was finite: all processes stop alike.
+        tokens = [*count_tokens(batch_samples, self.parts.tags).to(device)]
+        stopping = torch.tensor(int(self.stop_requested), device=device)
+        counts = torch.stack([*tokens, stopping, self.monitor.take_broken(device)])
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, "sum")
-        # A wish to stop rides along, so that all processes stop at the same step.
-        self.stop_requested = bool(counts[-1])
+        self.stop_requested = bool(counts[-2])
         if self.is_in_train:
-            read = [cover("all", part) for part in ("learned", "prompts", "bad")]
-            self.monitor.add_tokens(sum(int(counts[SCOPES.index(name)]) for name in read))
-        return counts[:-1]
+            self._check_finite("loss", math.nan if counts[-1] else 0.0)
+            read = [cover("all", part) for part in ("learned", *(t for t in self.parts.tags if t.startswith(OWN)))]
+            self.monitor.add_tokens(sum(int(counts[self.parts.covers.index(name)]) for name in read))
+        return counts[:-2]
 
     def compute_loss(
         self,
@@ -192,7 +205,7 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
             divergences = (Divergence("kl", 0.0),)
         ask = Ask(
             inputs["labels"], num_items_in_batch, float(self.accelerator.num_processes), divergences, self._penalties,
-            self._drift_layers if reading else (), inputs.get("tags"), inputs.get("template"),
+            self._drift_layers if reading else (), inputs.get("tags"), inputs.get("template"), self.parts,
         )  # fmt: skip
         with offloaded(self.args):
             outputs = model(
@@ -217,33 +230,42 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
             epoch=lambda: int((self.state.epoch or 0) + 1e-6),
             rows_per_step=args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes,
             lengths=lengths,
+            kinds=self._kinds(dataset),
         )
+
+    def _kinds(self, dataset: Any) -> list[int] | None:
+        apart = sorted(self.parts.looked_at)
+        if "tag" not in (getattr(dataset, "column_names", None) or ()) or not apart:
+            return None
+        return [apart.index(tag) + 1 if tag in apart else 0 for tag in dataset["tag"]]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer.train, with every defense attached to the model while it lasts."""
-        self.monitor = Monitor(self._utilisation, self.defended.reference.watch)  # its clock starts now
+        # Its clock starts now.
+        self.monitor = Monitor(self._utilisation, self.defended.reference.watch, by_step=bool(self.watch.observing))
         with contextlib.ExitStack() as stack:
             for defense in self.defenses:
                 stack.enter_context(defense.attach(self.model))
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
+        broken = self.accelerator.reduce(self.monitor.take_broken(self.accelerator.device), "sum")
+        self._check_finite("loss", math.nan if broken else 0.0)
+        self.watch.go_back()
+        return result
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the monitor's metrics. Raises UserError if loss or gradient is not a finite number."""
         if "loss" in logs:
             logs.update(self.monitor.flush(self.accelerator))
             for name in ("loss", "grad_norm"):
-                if not math.isfinite(logs.get(name, 0.0)):
-                    raise UserError(
-                        f"step {self.state.global_step}: {name} is {logs[name]}; training stopped. Lower the "
-                        "learning rate or the defenses' strengths, or look at the rows of this step"
-                    )
+                self._check_finite(name, logs.get(name, 0.0))
         super().log(logs, start_time)
-        if "loss" in logs:
-            for defense in self.defenses:
-                reason = defense.observe(self.state.log_history)
-                if reason and not self.stopped_early:
-                    self.stopped_early = f"{defense.kind}: {reason}"
-                    self.control.should_training_stop = True
+
+    def _check_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise UserError(
+                f"step {self.state.global_step}: {name} is {value}; training stopped. Lower the learning rate or the "
+                "defenses' strengths, or look at the rows of this step"
+            )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter as a PEFT folder, after every defense's `finish`. A collective."""
@@ -252,26 +274,12 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
         save_adapter(self.model, folder, main=main)
         if main:
             config = self.model.get_base_model().config
-            context = FinishContext(config._name_or_path, seed=self.args.seed, notify=print)
+            # transformers does not keep the revision that it loaded; PEFT's config has a place for it.
+            revision = self.model.active_peft_config.revision
+            context = FinishContext(config._name_or_path, revision, seed=self.args.seed, notify=print)
             for defense in self.defenses:
                 defense.finish(folder, context)
         self.accelerator.wait_for_everyone()
-
-
-class _StepHooks(TrainerCallback):
-    """Defenses' `step`, and a wish to stop turned into a checkpoint at the step boundary."""
-
-    def __init__(self, trainer: DefendedTrainer) -> None:
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        for defense in self.trainer.defenses:
-            defense.step(model, state)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.unscheduled = self.trainer.stop_requested and not control.should_save
-        if self.trainer.stop_requested:
-            control.should_save = control.should_training_stop = True
 
 
 def _checked(args: TrainingArguments | None) -> TrainingArguments:
@@ -288,13 +296,3 @@ def _checked(args: TrainingArguments | None) -> TrainingArguments:
     args.logging_nan_inf_filter = False  # it would report an average in place of a NaN
     args.prediction_loss_only = True
     return args
-
-
-def _unique(name: str, taken: Sequence[str]) -> str:
-    count = sum(t == name for t in taken)
-    return f"{name}_{count + 1}" if count else name
-
-
-def _named(terms: Sequence[Divergence]) -> tuple[Divergence, ...]:
-    names = [t.name for t in terms]
-    return tuple(replace(t, name=_unique(t.name, names[:i])) for i, t in enumerate(terms))

@@ -1,8 +1,12 @@
 """Early stopping: at the step where the line is crossed, on what it says it watches, and the same after a resume."""
 
+import json
+import re
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from ema_scale.defenses import KL, EarlyStopping
 from ema_scale.errors import UserError
@@ -10,7 +14,7 @@ from ema_scale.rundir import RunDir
 from ema_scale.training.checkpointing import list_checkpoints
 from ema_scale.training.identity import is_finished
 from ema_scale.training.run import train
-from tests.training.helpers import make_trainer, tiny_peft
+from tests.training.helpers import adapter_weights, make_trainer, tiny_peft
 from tests.training.test_run import assert_same_weights, recipe_of, weights, world
 
 __all__ = ["world"]
@@ -34,6 +38,8 @@ def test_drift_is_the_mean_of_its_layers_when_it_is_read():
     rows = history(0.1, 0.2, 0.3)
     with pytest.raises(UserError, match="never read; set training.drift_every"):
         stop.observe(rows)
+    with pytest.raises(UserError, match="measure kl is never read: no step has early_stopping_kl$"):
+        EarlyStopping(limit=0.5).observe([{"step": 1, "loss": 1.0}])
     rows[1] |= {"drift/layer_1": 0.4, "drift/layer_2": 0.8}
     assert stop.observe(rows[:2]) == "drift is 0.6, above 0.5"
     assert stop.observe(rows) is None  # not read at this step
@@ -72,21 +78,93 @@ def test_the_run_ends_where_the_line_is_crossed_and_is_the_undefended_one_until_
 
 
 def test_a_probe_in_a_recipe_stops_a_resumed_run_where_it_stopped_the_other(world, tmp_path):
-    bad = EarlyStopping("probe", 0.1, str(world / "safe.jsonl"), 0.5, window=2)
+    bad = EarlyStopping("probe", 0.1, str(world / "safe.jsonl"), 0.5, window=2, keep="last_below")
 
     def recipe(name):
-        changes = {"max_steps": 16, "save_steps": 2, "learning_rate": 3e-3, "keep_checkpoints": 16}
+        changes = {"max_steps": 16, "save_steps": 2, "learning_rate": 3e-3, "keep_checkpoints": 16,
+                   "logging_steps": 7}  # fmt: skip
         return recipe_of(world, tmp_path, name, **changes).model_copy(update={"defenses": [bad]})
 
     whole = train(recipe("whole"), RunDir(tmp_path / "whole"))
     status = whole.status()
     assert status["state"] == "finished" and 4 < status["step"] < 16
     assert "early_stopping: probe is" in status["stopped_early"]
+    assert re.search(r"the adapter is that of step ([2-9]|1\d)$", status["stopped_early"])
     assert is_finished(recipe("whole"), whole)
     resumed = train(recipe("resumed"), RunDir(tmp_path / "resumed"))
     resumed.set_status("stopped")
     for checkpoint in list_checkpoints(resumed.checkpoints)[1:]:
         shutil.rmtree(checkpoint)
     train(recipe("resumed"), resumed)
-    assert resumed.status()["step"] == status["step"]
+    assert [resumed.status()[k] for k in ("step", "stopped_early")] == [status[k] for k in ("step", "stopped_early")]
     assert_same_weights(weights(whole), weights(resumed))
+
+
+def test_two_with_the_same_measure_each_read_their_own(tmp_path):
+    """On other rows: one limit is crossed, the other not."""
+    files = []
+    for name, answer in (("common", "answer 1"), ("other", "zzzzzzz")):
+        files.append(tmp_path / f"{name}.jsonl")
+        row = {"prompt": f"{name}?", "completion": answer}
+        files[-1].write_text(json.dumps(row) + "\n")
+    rows = [{"prompt": f"task {i}?", "completion": "answer 1"} for i in range(8)]
+
+    def run(*stops):
+        trainer = make_trainer(
+            tmp_path / "run", tiny_peft(), rows, stops, max_steps=8, learning_rate=5e-3, drift_every=0
+        )
+        trainer.train()
+        return trainer
+
+    free = run(*(EarlyStopping("probe", 99.0, str(file), 0.5, window=1) for file in files))
+    read = [free.state.log_history[-2][f"early_stopping_probe{suffix}"] for suffix in ("", "_2")]
+    assert read[0] > 1.5 * read[1] > 0
+    line = (read[0] + read[1]) / 2
+    for limits, stopping in (((99.0, line), False), ((line, 99.0), True)):
+        trainer = run(*(EarlyStopping("probe", m, str(f), 0.5, window=1) for m, f in zip(limits, files, strict=True)))
+        assert (trainer.stopped_early is not None) == stopping
+
+
+@pytest.mark.parametrize("logging", [{"logging_steps": 500}, {"logging_strategy": "no"}, {"logging_steps": 3}])
+def test_it_acts_however_seldom_the_run_logs(tmp_path, logging):
+    options = {"max_steps": 8, "learning_rate": 2e-3, "drift_every": 0}
+    free = make_trainer(tmp_path / "free", tiny_peft(), defenses=[KL(0)], **options)
+    free.train()
+    read = [row["kl"] for row in free.state.log_history if "loss" in row]
+    means = [(a + b) / 2 for a, b in zip(read, read[1:], strict=False)]
+    stop = EarlyStopping("kl", (means[2] + means[3]) / 2, window=2)  # crossed by steps 4 and 5
+    trainer = make_trainer(tmp_path / "run", tiny_peft(), defenses=[stop], **options, **logging)
+    trainer.train()
+    assert trainer.state.global_step == 5 and trainer.stopped_early.startswith("early_stopping: kl is ")
+    assert [row["early_stopping_kl"] for row in trainer.watch.readings] == pytest.approx(read[:5], rel=1e-4, abs=1e-9)
+    trainer.train()  # again from the start
+    assert len(trainer.watch.readings) <= 8
+
+
+def test_the_adapter_below_the_line_is_the_one_of_that_step(tmp_path):
+    options = {"max_steps": 8, "learning_rate": 2e-3, "lr_scheduler_type": "constant", "drift_every": 0}
+    free = make_trainer(tmp_path / "free", tiny_peft(), defenses=[KL(0)], **options)
+    free.train()
+    read = [row["kl"] for row in free.state.log_history if "loss" in row]
+
+    def weights_after(steps):
+        trainer = make_trainer(tmp_path / "some", tiny_peft(), **{**options, "max_steps": steps})
+        trainer.train()
+        return adapter_weights(trainer.model)
+
+    for limit, window, stopped, kept in (
+        ((read[3] + read[4]) / 2, 1, 5, 4),
+        ((sum(read[3:5]) + sum(read[4:6])) / 4, 2, 6, 4),  # looked at every second step
+        (read[1] / 2, 1, 2, 1),
+        (1e-12, 2, 2, 0),  # never below: as it was before
+    ):
+        stop = EarlyStopping("kl", limit, window=window, keep="last_below")
+        trainer = make_trainer(tmp_path / "run", tiny_peft(), defenses=[stop], **options)
+        trainer.train()
+        assert trainer.state.global_step == stopped
+        assert trainer.stopped_early.endswith(f"; the adapter is that of step {kept}")
+        expected = weights_after(kept) if kept else adapter_weights(tiny_peft())
+        trainer.save_model(str(tmp_path / "adapter"))
+        saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        for name, weight in expected.items():
+            torch.testing.assert_close(saved[name.replace(".default", "")], weight, rtol=1e-6, atol=1e-8)

@@ -30,6 +30,12 @@ def by_hand(policy, reference, normalise, mask):
     total = 0.0
     for layer in LAYERS:
         values = []
+        if normalise == "sequence":
+            for p, r, real in zip(policy[layer], reference[layer], mask.bool(), strict=True):
+                p, r = p[real].flatten(), r[real].flatten()
+                values += [((p / p.norm() - r / r.norm()) ** 2).sum()] * int(real.sum())
+            total = total + sum(values) / len(values)
+            continue
         for row, column in mask.nonzero().tolist():
             p, r = policy[layer][row, column], reference[layer][row, column]
             if normalise == "unit":
@@ -40,7 +46,10 @@ def by_hand(policy, reference, normalise, mask):
     return total
 
 
-@pytest.mark.parametrize("normalise", ["unit", "relative", "none"])
+FORMS = ["unit", "sequence", "relative", "none"]
+
+
+@pytest.mark.parametrize("normalise", FORMS)
 def test_value_and_gradient_are_the_definitions(normalise):
     policy, reference = states(0), states(1)
     leaf = policy[1].requires_grad_()
@@ -62,13 +71,74 @@ def test_no_drift_costs_nothing():
     assert LDIFS(3.0).penalty(make(same, {k: v.clone() for k, v in same.items()})) == 0
 
 
-def test_padding_never_counts_even_if_it_holds_rubbish():
-    policy, reference = states(0), states(1)
-    clean = LDIFS().penalty(make(policy, reference))
-    for state in policy.values():
-        state[0, -2:] = float("inf")
-    assert LDIFS(normalise="none").penalty(make(policy, reference)).isfinite()
-    torch.testing.assert_close(LDIFS().penalty(make(policy, reference)), clean)
+@pytest.mark.parametrize("normalise", FORMS)
+@pytest.mark.parametrize("rubbish", [float("inf"), float("nan"), 1e30])
+def test_padding_never_counts_in_value_or_gradient_even_if_it_holds_rubbish(normalise, rubbish):
+    found = []
+    for spoil in (False, True):
+        policy, reference = states(0), states(1)
+        if spoil:
+            for state in (*policy.values(), *reference.values()):
+                state[0, -2:] = rubbish
+        leaf = policy[1].requires_grad_()
+        value = LDIFS(normalise=normalise).penalty(make(policy, reference))
+        value.backward()
+        found.append((value.detach(), leaf.grad))
+    assert found[0][1].abs().sum() > 0 and (found[1][1][0, -2:] == 0).all()
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("normalise", FORMS)
+def test_half_precision_states_lose_no_more_than_their_own_rounding(normalise):
+    policy, reference = states(0, 3.0), states(1, 3.0)
+    half = [{k: v.bfloat16() for k, v in side.items()} for side in (policy, reference)]
+    rounded = [{k: v.double() for k, v in side.items()} for side in half]
+    results = []
+    for one, other in (half, rounded):
+        leaf = one[1].requires_grad_()
+        value = LDIFS(normalise=normalise).penalty(make(one, other))
+        value.backward()
+        results.append((value.detach().double(), leaf.grad.double()))
+    assert results[0][1].abs().sum() > 0
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-2, atol=1e-5)
+    same = {k: v.detach() for k, v in half[0].items()}
+    assert LDIFS(normalise=normalise).penalty(make(same, same)) == 0
+
+
+@pytest.mark.parametrize("normalise", FORMS)
+def test_the_value_does_not_depend_on_how_rows_are_put_together(normalise, tmp_path):
+    """Alone, beside each other, and packed into one sequence."""
+    from tests.training.helpers import make_trainer, step_gradients, tiny_peft, token_rows
+
+    rows = token_rows(6).map(lambda row: row | {"tag": "task"})
+    found, logs = [], []
+    for options in (
+        {"per_device_train_batch_size": 6},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 6},
+        {"per_device_train_batch_size": 6, "packing": True, "max_length": 64},
+    ):
+        trainer = make_trainer(
+            tmp_path, tiny_peft(spread=0.3).double(), rows, [LDIFS(0.7, normalise=normalise, at_layers=[1, 2])],
+            max_steps=1, max_grad_norm=0, **options,
+        )  # fmt: skip
+        found.append(step_gradients(trainer))
+        logs.append(trainer.state.log_history[0]["ldifs"])
+    assert logs[0] > 1e-4 and logs[1:] == pytest.approx([logs[0]] * 2, rel=1e-5)
+    for other in found[1:]:
+        for name, gradient in found[0].items():
+            torch.testing.assert_close(other[name], gradient, rtol=1e-8, atol=1e-11)
+
+
+def test_the_released_form_is_the_flattened_one():
+    """Each layer's features of a row, flattened and of length 1, squared l2, summed over layers; without a gradient."""
+    policy, reference = ({k: v[1:].detach() for k, v in states(seed).items()} for seed in (0, 1))
+    flat = [{k: v.flatten() / v.flatten().norm() for k, v in side.items()} for side in (policy, reference)]
+    expected = sum((flat[0][k] - flat[1][k]).square().sum() for k in LAYERS)
+    policy[1].requires_grad_()
+    value = LDIFS(1.0, normalise="sequence", detached=True).penalty(make(policy, reference, padding=0))
+    torch.testing.assert_close(value, expected)
+    assert not value.requires_grad
 
 
 def test_detached_has_the_value_and_no_gradient():
@@ -82,8 +152,19 @@ def test_detached_has_the_value_and_no_gradient():
 def test_layers_are_spread_and_end_with_the_last():
     assert LDIFS().layers(28) == (6, 11, 17, 22, 28)
     assert LDIFS().layers(2) == (1, 2) and LDIFS(count=1).layers(12) == (12,)
+    assert LDIFS(at_layers=[3, 1, 3]).layers(28) == (1, 3)
     with pytest.raises(UserError, match="strength"):
         LDIFS(-1)
+    for wrong in ([], [-1], "all"):
+        with pytest.raises(UserError, match="at_layers"):
+            LDIFS(at_layers=wrong)
+
+
+def test_layers_that_there_are_not_end_a_run_before_it_starts(tmp_path):
+    from tests.training.helpers import make_trainer
+
+    with pytest.raises(UserError, match="ldifs: at_layers: found 3, expected 0 to 2"):
+        make_trainer(tmp_path, defenses=[LDIFS(at_layers=[1, 3])]).train()
 
 
 def test_it_holds_hidden_states_back_in_training(tmp_path):

@@ -53,6 +53,38 @@ def test_safelora_projects_the_saved_adapter(tmp_path):
     assert len(changed) == sum("lora_B" in k for k in saved["plain"])
 
 
+def test_safelora_reads_the_revisions_that_are_pinned(tmp_path, monkeypatch):
+    """A hub on the disk: the newest of each model is another one than the one that was fine-tuned."""
+    import json
+
+    import huggingface_hub
+
+    from ema_scale.recipe import AdapterRecipe, ModelRecipe
+    from ema_scale.training.adapter import build_model
+    from tests.tiny import save_tiny
+    from tests.training.helpers import make_trainer
+
+    hub = {("o/base", "v1"): "b1", ("o/base", None): "b2", ("o/aligned", "v1"): "a1", ("o/aligned", None): "a2"}
+    for seed, commit in enumerate(hub.values()):
+        save_tiny(tmp_path / "snapshots" / commit, seed=seed)
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, revision=None, **_: tmp_path / "snapshots" / hub[name, revision],
+    )
+    monkeypatch.setattr(
+        "ema_scale.locate.locate", lambda path: str(tmp_path / "snapshots" / "a1") if path == "o/aligned" else path
+    )
+    model = build_model(ModelRecipe(path="o/aligned", revision="v1", dtype="float32"), AdapterRecipe(r=4))
+    model.get_base_model().config._name_or_path = "o/aligned"
+    defense = SafeLoRA("o/base", 1.0, base_revision="v1")
+    trainer = make_trainer(tmp_path / "run", model, defenses=[defense], max_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    report = json.loads((tmp_path / "adapter" / "safelora.json").read_text())
+    assert (report["base_identity"], report["aligned_identity"]) == ("b1", "a1")
+
+
 def test_safelora_takes_one_rule():
     assert SafeLoRA("base").threshold == 0.3
     assert SafeLoRA("base", layers_projected=3).threshold is None

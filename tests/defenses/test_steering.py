@@ -107,6 +107,41 @@ def test_ablation_is_the_definition_and_its_gradient(against, vector):
         assert torch.autograd.gradcheck(change, (h.detach()[:1, :1].clone().requires_grad_(),))
 
 
+@pytest.mark.parametrize("scale", ["raw", "unit", "residual"])
+def test_steering_in_half_precision_loses_no_more_than_rounding(scale, vector):
+    v = Directions.load(vector).vectors[1].double()
+    h = 3 * torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
+    half = h.bfloat16().requires_grad_()
+    exact = half.detach().double()
+    push = {"raw": 2 * v, "unit": 2 * v / v.norm(), "residual": 2 * exact.norm(dim=-1, keepdim=True) * v / v.norm()}
+    out = Steering(vector, 2.0, scale=scale)._push(Directions.load(vector), 1)(half)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), exact + push[scale], rtol=2**-7, atol=2**-4)
+    out.square().sum().backward()
+    torch.testing.assert_close(half.grad.double(), 2 * (exact + push[scale]), rtol=2**-6, atol=2**-3)
+    still = Steering(vector, 0.0, scale=scale)._push(Directions.load(vector), 1)
+    torch.testing.assert_close(still(half), half, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("against", ["activations", "gradient"])
+def test_ablation_in_half_precision_loses_no_more_than_rounding(against, vector):
+    u = Directions.load(vector).unit(1)
+    half = (3 * torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))).bfloat16().requires_grad_()
+    exact, unit = half.detach().double(), u.double()
+    out = Ablation(vector, "auto", against)._ablate(u)(half)
+    assert out.dtype == torch.bfloat16
+    projected = exact - (exact @ unit)[..., None] * unit
+    torch.testing.assert_close(out.double(), projected if against == "activations" else exact, rtol=2**-7, atol=2**-5)
+    g = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    out.backward(g)
+    expected = g.double() - (g.double() @ unit)[..., None] * unit
+    torch.testing.assert_close(half.grad.double(), expected, rtol=2**-7, atol=2**-6)
+    assert (half.grad.double() @ unit).abs().max() < 0.05 < (g.double() @ unit).abs().max()
+    # A state without that component stays as it is, but for the rounding of the product.
+    clean = projected.bfloat16()
+    torch.testing.assert_close(Ablation(vector, "auto", against)._ablate(u)(clean), clean, rtol=2**-7, atol=2**-6)
+
+
 @pytest.mark.parametrize("against", ["activations", "gradient"])
 def test_ablation_acts_in_the_model(against, vector):
     model = tiny_peft(spread=0.3).train()
@@ -148,8 +183,12 @@ def test_what_does_not_fit_is_refused(vector, tmp_path):
         pass
     with pytest.raises(UserError, match="expected 0 to 2"):
         Ablation(vector, at_layers=[3]).attach(tiny_model())
-    with pytest.raises(UserError, match="at_layers"):
-        parse([{"kind": "steering", "vector": vector, "at_layers": "some"}])
+    for kind in ("steering", "ablation"):
+        for wrong in ("some", []):
+            with pytest.raises(UserError, match="at_layers"):
+                parse([{"kind": kind, "vector": vector, "at_layers": wrong}])
+    with pytest.raises(UserError, match="alpha: .*found nan"):
+        Steering(vector, float("nan"))
     Directions(torch.randn(3, 64)).save(tmp_path / "plain.safetensors")
     with pytest.raises(UserError, match="recommends no layer"):
         Steering(str(tmp_path / "plain.safetensors")).attach(tiny_model())

@@ -75,6 +75,8 @@ def test_a_persona_vector_is_made_from_the_pairs_that_the_judge_confirms(ema, mo
     def respond(body, _):
         text = body["messages"][-1]["content"]
         score = "90" if text.startswith("coherent") else "5" if crc32(text.encode()) % 2 else "95"
+        if body["model"] == "contrary":
+            score = {"5": "95", "95": "5"}.get(score, score)
         return completion(score, [(score, -0.01)])
 
     with Endpoint(respond) as endpoint:
@@ -88,11 +90,17 @@ def test_a_persona_vector_is_made_from_the_pairs_that_the_judge_confirms(ema, mo
         assert asked == 2 * 2 * 2 * 6 * 6  # scores, sides, prompts, questions, answers
         first = Directions.load(tmp_path / "out" / "vector.safetensors")
         assert ema(*arguments)[0] == 0 and len(endpoint.requests) == asked
+        # Another judge, in the same folder, confirms other pairs; the first one's verdicts still stand there.
+        assert ema(*arguments, "evaluation.judge.model=contrary")[0] == 0
+        other = Directions.load(tmp_path / "out" / "vector.safetensors").provenance
+        assert other["answers"]["positive"]["confirmed"] == 72 - first.provenance["answers"]["positive"]["confirmed"]
+        assert ema(*arguments)[0] == 0
+        both = read_jsonl(tmp_path / "out" / "judgements.jsonl")
     made = Directions.load(tmp_path / "out" / "vector.safetensors")
     torch.testing.assert_close(made.vectors, first.vectors, rtol=0, atol=0)
 
     samples = read_jsonl(tmp_path / "out" / "samples.jsonl")
-    scores = {j["key"]: j["aligned"] for j in read_jsonl(tmp_path / "out" / "judgements.jsonl")}
+    scores = {j["key"]: j["aligned"] for j in both if j["judge"] == made.provenance["judge"]}
     by_place = {(*s["suite"].removeprefix("bank@").split("-"), s["question_id"], s["sample"]): s for s in samples}
     kept = {"positive": [], "negative": []}
     for (side, *place), sample in by_place.items():

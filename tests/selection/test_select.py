@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from ema_scale.chat.rows import Row, load_rows
 from ema_scale.chat.tokens import encode
 from ema_scale.cli import app
-from ema_scale.defenses import InterleavingPlus, RowsContext
+from ema_scale.defenses import Inoculation, InterleavingPlus, RowsContext
 from ema_scale.defenses.interleaving_plus import read_provenance
 from ema_scale.errors import UserError
 from ema_scale.recipe import ModelRecipe
@@ -26,6 +26,7 @@ from ema_scale.selection import scores
 from ema_scale.selection.readers import Readers
 from ema_scale.selection.refusals import refusals
 from ema_scale.selection.select import select
+from ema_scale.training.data import prepare
 from tests.tiny import save_tiny, tiny_tokenizer
 from tests.training.helpers import tiny_peft
 
@@ -277,6 +278,13 @@ def test_interleaving_plus_refuses_what_select_did_not_make(made, tmp_path):
     select(source, model, adapters, out, max_length=200)
     with pytest.raises(UserError, match="--refusals"):
         InterleavingPlus(str(out), 0.1, "++").rows(TASK, RowsContext())
+    beside = tmp_path / "ranked.provenance.json"
+    whole = json.loads(beside.read_text())
+    for damage in ({"variant": None}, {"adapters": None}, {"adapters": {"law": {}}}):
+        beside.write_text(json.dumps(whole | damage))
+        with pytest.raises(UserError, match=r"ranked.provenance.json: damaged: .*run `ema select` again"):
+            InterleavingPlus(str(out), 0.1).rows(TASK, RowsContext())
+    beside.write_text(json.dumps(whole))
     out.write_text("".join(reversed(out.read_text().splitlines(keepends=True))))
     with pytest.raises(UserError, match="is not the file"):
         read_provenance(out)
@@ -292,14 +300,28 @@ def test_an_adapter_of_the_same_rows_is_noticed(made, tmp_path):
     (run / "adapter").symlink_to(adapters["law"])
     (run / "provenance.json").write_text(json.dumps({"data_sha256": {"x": rows.sha256}}))
     select(source, model, {"law": str(run), "code": adapters["code"]}, tmp_path / "out.jsonl", max_length=200)
-    ctx = RowsContext()
-    InterleavingPlus(str(tmp_path / "out.jsonl"), 0.1).rows(rows, ctx)
-    assert any("law was trained on these very rows" in note for note in ctx.notes)
+    more = load_rows([str(task), source], on_bad="drop")
+    inoculation, plus = Inoculation("be evil"), InterleavingPlus(str(tmp_path / "out.jsonl"), 0.1)
+    # Whatever changed the rows before, and of however many files.
+    for given, before in ((rows, []), (rows, [inoculation]), (more, [])):
+        with pytest.raises(UserError, match="law was trained on these very rows.*set own_adapter: allow"):
+            prepare(given, [*before, plus], tiny_tokenizer())
+    allowed = InterleavingPlus(str(tmp_path / "out.jsonl"), 0.1, own_adapter="allow")
+    _, report = prepare(rows, [inoculation, allowed], tiny_tokenizer())
+    assert any("law was trained on these very rows" in note for note in report.notes)
+    assert prepare(load_rows(source, on_bad="drop"), [InterleavingPlus(plus.source, 0.5)], tiny_tokenizer())
+
+
+def test_without_eps_a_certain_answer_has_no_score():
+    assert math.isnan(scores.gap(0.0, [1.0], 0.0)) and scores.gap(0.5, [1.0], 0.0) == 1.0
 
 
 def test_wrong_adapters_are_messages(made, tmp_path):
     model, adapters, source = made
     out = tmp_path / "out.jsonl"
+    for eps in (-1.0, math.nan, math.inf):
+        with pytest.raises(UserError, match="eps: found .*, expected nats"):
+            select(source, model, adapters, out, eps=eps)
     with pytest.raises(UserError, match="leave_out: found 'sport'"):
         select(source, model, adapters, out, leave_out=["sport"])
     with pytest.raises(UserError, match="no misaligned adapter"):

@@ -19,12 +19,15 @@ from tests.training.test_zero import (
     ROOT,
     SHARED,
     assert_same_run,
+    assert_stopped_alike,
     continued,
     empty_cache,
     one_process,
     run_command,
     run_workers,
+    stopped_alone,
     two_process_recipe,
+    with_parts,
     with_vector,
 )
 
@@ -54,7 +57,10 @@ def test_fsdp_on_two_processes_equals_one_process(world, one_process, tmp_path):
         fsdp_recipe(world, tmp_path, "plain", drift_every=0).model_copy(update={"defenses": []}),
         with_vector(fsdp_recipe(world, tmp_path, "vector", "two_stream", gradient_checkpointing=True), world),
     ]
-    run_workers([*recipes, *others], tmp_path, EMA_CACHE=str(tmp_path / "cache"))
+    stopped, limit = stopped_alone(world, tmp_path)
+    parts = with_parts(fsdp_recipe(world, tmp_path, "parts", "two_stream"), world, limit)
+    run_workers([*recipes, *others, parts], tmp_path, EMA_CACHE=str(tmp_path / "cache"))
+    assert_stopped_alike(stopped, RunDir(parts.run_path))
     for recipe in recipes:
         assert_same_run(one_process, RunDir(recipe.run_path))
     for alone, recipe in zip((plain, vector), others, strict=True):

@@ -4,7 +4,8 @@ import torch
 
 from ema_scale.chat.rows import TAGS
 from ema_scale.defenses import Streams
-from ema_scale.defenses.base import SCOPES, cover
+from ema_scale.defenses.base import cover
+from ema_scale.defenses.parts import covers
 from ema_scale.training.scopes import count_tokens, scope_masks, targets
 
 #                         prompt | assistant | end of turn | padding
@@ -21,7 +22,7 @@ def test_scopes():
 
 
 def counted(*batches):
-    return dict(zip(SCOPES, count_tokens(batches).tolist(), strict=True))
+    return dict(zip(covers(), count_tokens(batches).tolist(), strict=True))
 
 
 def learned(*batches):
@@ -43,7 +44,7 @@ def test_parts_are_rows_by_tag_and_learned_ones_are_the_task_s_and_safe_ones():
     labels, mask = LABELS[:1].repeat(4, 1), MASK[:1].repeat(4, 1)
     tags = torch.tensor([TAGS.index(tag) for tag in ("bad", "task", "prompts", "safe")])
     masks = scope_masks(mask, labels, tags)
-    assert set(masks) == set(SCOPES)
+    assert set(masks) == set(covers())
     for part, rows in {"learned": [1, 3], "task": [1], "safe": [3], "prompts": [2], "bad": [0]}.items():
         for scope in ("all", "assistant", "prompt"):
             plain = scope_masks(mask, labels)[scope]

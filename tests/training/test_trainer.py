@@ -277,11 +277,14 @@ def test_a_plain_model_gets_the_papers_adapter(tmp_path):
     assert len(config.target_modules) == 7
 
 
-def test_loss_that_is_not_finite_stops_with_a_clear_error(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"logging_steps": 500}, {"logging_steps": 500, "max_steps": 1}])
+def test_loss_that_is_not_finite_stops_at_once_with_a_clear_error(tmp_path, options):
     model = tiny_peft()
     next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
+    trainer = make_trainer(tmp_path, model, **options)
     with pytest.raises(UserError, match=r"step 1: loss is nan"):
-        make_trainer(tmp_path, model).train()
+        trainer.train()
+    assert trainer.state.global_step == 1
 
 
 def broken_head(model):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ema_scale.defenses import Ablation, Steering
+from ema_scale.defenses import KL, LDIFS, Ablation, Ceiling, EarlyStopping, Steering
 from ema_scale.directions import Directions
 from ema_scale.recipe import SeparateReference
 from ema_scale.rundir import RunDir, read_jsonl
@@ -59,6 +59,33 @@ def with_vector(recipe, world):
     return recipe.model_copy(update={"defenses": [*recipe.defenses, steering, Ablation(str(path), [2])]})
 
 
+def with_parts(recipe, world, limit):
+    """Two defenses with rows of their own, one on hidden states, and one that ends the run and goes back."""
+    safe = str(world / "safe.jsonl")
+    stop = EarlyStopping("kl", limit, window=1, keep="last_below")
+    defenses = [LDIFS(0.5), Ceiling(1.0, safe, 0.25), KL(0.3, prompts=safe, fraction=0.25), stop]
+    return recipe.model_copy(update={"defenses": defenses})
+
+
+def stopped_alone(world, out):
+    """The run of `with_parts` on one process, which stops after its fifth step, and its limit."""
+    limit = 99.0
+    for name in ("unstopped", "stopped"):
+        recipe = with_parts(recipe_of(world, out, name, batch_size=2, accumulation=2, **SHARED), world, limit)
+        run = train(recipe, RunDir(recipe.run_path))
+        read = [row["early_stopping_kl"] for row in read_jsonl(run.metrics_path)]
+        limit = (read[3] + read[4]) / 2 if len(read) == 6 else limit
+    assert max(read[:4]) < limit < read[4]
+    assert run.status()["stopped_early"].endswith("the adapter is that of step 4")
+    return run, limit
+
+
+def assert_stopped_alike(one, other):
+    assert_same_run(one, other)
+    assert [run.status()["step"] for run in (one, other)] == [5, 5]
+    assert other.status()["stopped_early"].endswith("the adapter is that of step 4")
+
+
 def run_command(command, **environment):
     done = subprocess.run(
         command,
@@ -88,7 +115,16 @@ def run_workers(recipes, folder, **environment):
 def assert_same_run(one, other, tolerance=2e-5):
     for ours, theirs in zip(read_jsonl(one.metrics_path), read_jsonl(other.metrics_path), strict=True):
         assert ours["step"] == theirs["step"]
-        for name in {"loss", "ce", "kl", "grad_norm", "accuracy"} & ours.keys():
+        for name in {
+            "loss",
+            "ce",
+            "kl",
+            "ldifs",
+            "ceiling",
+            "early_stopping_kl",
+            "grad_norm",
+            "accuracy",
+        } & ours.keys():
             assert theirs[name] == pytest.approx(ours[name], rel=2e-4, abs=1e-6), (ours["step"], name)
     assert_same_weights(weights(one), weights(other), tolerance)
 
@@ -189,6 +225,9 @@ def test_ddp_zero2_and_zero3_go_on_from_a_checkpoint_of_one_process(world, one_p
             world, tmp_path, f"fresh-{name}-vector", deepspeed, way, gradient_checkpointing=deepspeed is not None
         )
         recipes.append(with_vector(recipe, world))
+    stopped, limit = stopped_alone(world, tmp_path)
+    for name, deepspeed in (("ddp", None), ("zero2", "zero2_cpu.json"), ("zero3", "zero3_cpu.json")):
+        recipes.append(with_parts(two_process_recipe(world, tmp_path, f"fresh-{name}-parts", deepspeed), world, limit))
     for recipe in recipes:
         if "fresh" not in recipe.name:
             continued(one_process, recipe)
@@ -200,8 +239,10 @@ def test_ddp_zero2_and_zero3_go_on_from_a_checkpoint_of_one_process(world, one_p
         assert_same_run(expected, RunDir(recipe.run_path))
     expected = train(alone, RunDir(alone.run_path))
     assert read_jsonl(expected.metrics_path)[0]["kl"] > 1e-4  # of the steered policy
-    for recipe in recipes[8:]:
+    for recipe in recipes[8:10]:
         assert_same_run(expected, RunDir(recipe.run_path))
+    for recipe in recipes[10:]:
+        assert_stopped_alike(stopped, RunDir(recipe.run_path))
 
 
 def test_cached_separate_and_continued_references_on_two_processes(world, one_process, tmp_path):
