@@ -107,18 +107,18 @@ def fill(
 
 def unusable(folder: Path) -> str | None:
     """Why a folder cannot hold a cache for all processes of this run, as a clause; None if it can. A collective."""
-    mark, problem = None, None
+    mark, problem = folder / f".seen-{of_main(uuid.uuid4().hex)}", None
     if is_first():
-        mark = folder / f".seen-{uuid.uuid4().hex}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             mark.touch()
         except OSError as error:
-            mark, problem = None, f"EMA_CACHE ({folder}) cannot be written: {error.strerror}"
-    name, problem = of_main((mark and mark.name, problem))
-    if problem is None and any_of(not any(_exists(folder / name, wait) for wait in (0.0, 0.5, 1.5))):
+            problem = f"EMA_CACHE ({folder}) cannot be written: {error.strerror}"
+    if problem := of_main(problem):
+        return problem
+    if any_of(not any(_exists(mark, wait) for wait in (0.0, 0.5, 1.5))):
         problem = f"EMA_CACHE ({folder}) is not a folder that all processes share"
-    if mark is not None:
+    if is_first():
         mark.unlink(missing_ok=True)
     return problem
 

@@ -93,7 +93,7 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
         model = with_adapter(model, peft_config)
         tokenizer = processing_class or load_tokenizer(model.get_base_model().config._name_or_path)
         self.data_report = DataReport()
-        self._preparing = {
+        self._preparing: dict[str, Any] = {
             "max_length": max_length or getattr(args, "max_length", None) or 2048, "seed": args.seed, "on_bad": on_bad
         }  # fmt: skip
         if train_dataset is not None:

@@ -19,11 +19,13 @@ from tests.training.test_zero import (
     ROOT,
     SHARED,
     assert_same_run,
+    assert_tied_equal_one_process,
     continued,
     empty_cache,
     one_process,
     run_command,
     run_workers,
+    tied,
     two_process_recipe,
     with_vector,
 )
@@ -54,11 +56,15 @@ def test_fsdp_on_two_processes_equals_one_process(world, one_process, tmp_path):
         fsdp_recipe(world, tmp_path, "plain", drift_every=0).model_copy(update={"defenses": []}),
         with_vector(fsdp_recipe(world, tmp_path, "vector", "two_stream", gradient_checkpointing=True), world),
     ]
-    run_workers([*recipes, *others], tmp_path, EMA_CACHE=str(tmp_path / "cache"))
+    heads = [
+        tied(fsdp_recipe(world, tmp_path, f"tied-{packing}", "two_stream"), world, packing) for packing in (False, True)
+    ]
+    run_workers([*recipes, *others, *heads], tmp_path, EMA_CACHE=str(tmp_path / "cache"))
     for recipe in recipes:
         assert_same_run(one_process, RunDir(recipe.run_path))
     for alone, recipe in zip((plain, vector), others, strict=True):
         assert_same_run(train(alone, RunDir(alone.run_path)), RunDir(recipe.run_path))
+    assert_tied_equal_one_process(world, tmp_path, heads)
     (cache,) = [p for p in (tmp_path / "cache" / "reference").iterdir() if p.is_dir()]
     assert len(list(cache.glob("last/*.json"))) == 2  # each process wrote its part
 
