@@ -22,9 +22,10 @@ from ema_scale.reference.cached import Cached, Texts
 from ema_scale.reference.separate import Separate
 from ema_scale.reference.sharding import gathered
 from ema_scale.training.at_once import at_once
-from ema_scale.training.loss import Term, fused_loss, head_logits
+from ema_scale.training.loss import Term, head_logits
 from ema_scale.training.packed import check_packing
 from ema_scale.training.scopes import scope_masks, targets
+from ema_scale.training.vocabulary import loss_over_shared
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class DefendedForward:
                 )
                 for d in ask.divergences
             ]
-            fused = fused_loss(
+            fused = loss_over_shared(
                 states.policy.flatten(0, 1),
                 None if states.reference is None else states.reference.flatten(0, 1),
                 head,

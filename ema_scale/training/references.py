@@ -194,6 +194,7 @@ def _separate(wanted: SeparateReference, setting: Setting) -> Separate:
     dtype = str(anatomy.head_parameters[0].dtype).removeprefix("torch.")
     base = load_base(ModelRecipe.model_construct(**_like(wanted, dtype)))
     reference = Separate(anatomy, base)
+    reference.check_vocabulary(max(setting.tokenizer.get_vocab().values()) + 1)
     reference.check_layers(setting.layers)
     return reference
 
