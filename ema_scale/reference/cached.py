@@ -7,6 +7,7 @@ distributions of them, at 1/50th of their size or less.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +21,19 @@ from ema_scale.reference.base import Keep, Reference, States
 from ema_scale.reference.shelf import Shelf, row_key
 
 LAST = "last"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Where every text of a batch is: (row of the batch, positions of its tokens, key). Not a list, so that nobody
+    moves the positions to a GPU."""
+
+    places: list[tuple[int, Tensor, str]]
+
+    @classmethod
+    def of(cls, batch: dict[str, Any]) -> Texts:
+        """On a GPU this waits for it."""
+        return cls(list(segments(batch)))
 
 
 class Cached(Reference):
@@ -36,6 +50,7 @@ class Cached(Reference):
         self.folder = folder
         self.layers = tuple(sorted(set(layers)))
         self.shelves = {kind: Shelf(folder / kind) for kind in (LAST, *(f"layer_{k}" for k in self.layers))}
+        self.texts: Texts | None = None  # of the next batch, if somebody has looked already
         self._plain = AdapterOff(anatomy)
         self._plain.watch = self.watch
 
@@ -47,11 +62,12 @@ class Cached(Reference):
         reference: bool = True,
         keep: Keep | None = None,
     ) -> States:
+        texts, self.texts = self.texts, None
         # Every process decides alike: a step's layers are the same on all, and so is what is trained on.
         if not reference or not self.anatomy.core.training or not set(layers) <= set(self.layers):
             return self._plain.streams(inputs, layers, reference=reference, keep=keep)
         with self.timed():
-            places = list(segments(inputs))
+            places = (texts or Texts.of(inputs)).places
         states = self.policy(inputs, layers, lambda k, _: self._read(f"layer_{k}", places, inputs["input_ids"]), keep)
         states.reference = self._read(LAST, places, inputs["input_ids"])
         return states

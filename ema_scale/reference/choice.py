@@ -31,9 +31,11 @@ class Cost:
     free: int
 
 
-def choose(*, needed: bool, sharded: bool, passes: float, cost: Cost | None = None) -> Choice:
+def choose(
+    *, needed: bool, sharded: bool, passes: float, cost: Cost | None = None, problem: str | None = None
+) -> Choice:
     """needed: whether any defense reads the reference. sharded: by ZeRO-3 or FSDP2. passes: how often training sees a
-    row. cost: None if it is not known yet.
+    row. cost: None if it is not known yet. problem: why there can be no cache, None if there can.
 
     A cache takes one forward a row to build and saves one whenever the row is seen; it may take half of the free disk.
     """
@@ -46,6 +48,8 @@ def choose(*, needed: bool, sharded: bool, passes: float, cost: Cost | None = No
         return Choice("cached", "every row's reference is on disk already")
     if passes < WORTH_CACHING:
         return Choice(live.way, f"{live.why}; rows are seen {passes:.2g} times, so a cache would not pay")
+    if problem is not None:
+        return Choice(live.way, f"{live.why}; no cache, since {problem}")
     if cost is not None and cost.missing > cost.free / 2:
         sizes = f"{cost.missing / 1e9:.2g} GB, {cost.free / 1e9:.2g} GB are free"
         return Choice(live.way, f"{live.why}; a cache would take more than half of the free disk ({sizes})")

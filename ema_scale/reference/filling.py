@@ -11,7 +11,8 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from tqdm import tqdm
 from ema_scale.errors import UserError
 from ema_scale.reference.cached import Cached
 from ema_scale.reference.shelf import Shelf, row_key
+from ema_scale.reference.together import any_of, is_first, of_main, processes
 
 log = logging.getLogger(__name__)
 
 SHARD_BYTES = 2**28
 SHARD_SECONDS = 60.0  # of work that a kill may cost
+SEEN_SECONDS = 60.0  # that NFS may keep an old listing of a folder
 Run = Callable[[list[list[int]]], dict[str, Tensor]]
 
 
@@ -48,59 +51,106 @@ def fill(
     run: Run,
     accelerator: Any,
     *,
-    batch_size: int,
-    bytes_a_token: int,
+    tokens_a_batch: int,
     stop: Callable[[], bool] = lambda: False,
 ) -> Filled:
     """Compute what the cache lacks of `rows` (token ids). A collective.
 
     run: one batch of rows -> kind -> states [B, T, H], row i in the first len(row) positions; under ZeRO-3 a
-    collective, so every process calls it equally often. bytes_a_token: of all kinds together. stop: asked between
-    batches.
+    collective, so every process calls it equally often. tokens_a_batch: with padding; at least one row is run. stop:
+    whether this process was told to; asked between batches and while another run is waited for.
 
-    Raises UserError, before anything is computed, if the disk is too small; KeyboardInterrupt after `stop`, with what
-    was computed kept.
+    Raises UserError, before anything is written, if the disk is too small; KeyboardInterrupt, on all processes alike,
+    after `stop` on any, with what was computed kept.
     """
     began = time.monotonic()
     keyed = {row_key(row): list(row) for row in rows}
     keys = list(keyed)
     main, world = accelerator.is_main_process, accelerator.num_processes
-    with _turn(cached.folder, accelerator):
+    written, stopped = 0, False
+    with _turn(cached.folder, main, stop):
         if main:
             for shelf in cached.shelves.values():
                 shelf.clean(keys)
         accelerator.wait_for_everyone()
         for shelf in cached.shelves.values():
             shelf.load()
-        missing = sorted(cached.missing(keys), key=lambda key: (-len(keyed[key]), key))
+        # Of the main process: where the others see less of the folder they would run more batches, and wait for it.
+        missing = of_main(sorted(cached.missing(keys), key=lambda key: (-len(keyed[key]), key)))
         tokens = sum(len(keyed[key]) for key in missing)
-        if missing:
-            problem = _too_large(cached.folder, tokens * bytes_a_token) if main else None
-            _raise_together(accelerator, problem)
-            if main:
-                log.info(
-                    "the reference of %d rows is computed once (%s): %s", len(missing),
-                    shown(tokens * bytes_a_token), cached.folder,
-                )  # fmt: skip
-            batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
-            bar = _bar(tokens, main)
-            with bar, _Writers(cached) as writers:
-                for first in range(0, len(batches), world):
-                    mine = first + accelerator.process_index
-                    # A process without a batch of its own repeats one: a sharded forward needs all of them.
-                    batch = batches[mine] if mine < len(batches) else batches[0]
-                    states = run([keyed[key] for key in batch])
-                    if mine < len(batches):
-                        writers.add({key: len(keyed[key]) for key in batch}, states)
-                    bar.update(sum(len(keyed[key]) for group in batches[first : first + world] for key in group))
-                    if stop():
-                        raise KeyboardInterrupt
+        batches = _batches(missing, keyed, tokens_a_batch)
+        with _bar(tokens, main and bool(missing)) as bar, _Writers(cached) as writers:
+            for first in range(0, len(batches), world):
+                mine = first + accelerator.process_index
+                # A process without a batch of its own repeats one: a sharded forward needs all of them.
+                batch = batches[mine] if mine < len(batches) else batches[0]
+                states = run([keyed[key] for key in batch])
+                if first == 0:  # what a token takes is known now: autocast decides on the dtype, too
+                    written = tokens * sum(s.shape[-1] * s.element_size() for s in states.values())
+                    _check_space(cached.folder, written)
+                    if main:
+                        log.info(
+                            "the reference of %d rows is computed once (%s): %s", len(missing), shown(written),
+                            cached.folder,
+                        )  # fmt: skip
+                if mine < len(batches):
+                    writers.add({key: len(keyed[key]) for key in batch}, states)
+                bar.update(sum(len(keyed[key]) for group in batches[first : first + world] for key in group))
+                if stopped := any_of(stop()):
+                    break
         accelerator.wait_for_everyone()
-    for shelf in cached.shelves.values():
-        shelf.load()
-    if cached.missing(keys):
-        raise UserError(f"{cached.folder}: not all rows are there; EMA_CACHE must name a folder all processes share")
-    return Filled(cached.folder, len(missing), tokens, tokens * bytes_a_token, time.monotonic() - began)
+    if stopped:
+        raise KeyboardInterrupt
+    _wait_until_seen(cached, keys)
+    return Filled(cached.folder, len(missing), tokens, written, time.monotonic() - began)
+
+
+def unusable(folder: Path) -> str | None:
+    """Why a folder cannot hold a cache for all processes of this run, as a clause; None if it can. A collective."""
+    mark, problem = folder / f".seen-{of_main(uuid.uuid4().hex)}", None
+    if is_first():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        except OSError as error:
+            problem = f"EMA_CACHE ({folder}) cannot be written: {error.strerror}"
+    if problem := of_main(problem):
+        return problem
+    if any_of(not any(_exists(mark, wait) for wait in (0.0, 0.5, 1.5))):
+        problem = f"EMA_CACHE ({folder}) is not a folder that all processes share"
+    if is_first():
+        mark.unlink(missing_ok=True)
+    return problem
+
+
+def _exists(path: Path, wait: float) -> bool:
+    time.sleep(wait)
+    return path.exists()
+
+
+def _batches(keys: Sequence[str], keyed: Mapping[str, Sequence[int]], tokens: int) -> list[list[str]]:
+    """Rows in batches of up to so many tokens, padded to the longest, which comes first."""
+    batches: list[list[str]] = []
+    for key in keys:
+        if not batches or (len(batches[-1]) + 1) * len(keyed[batches[-1][0]]) > tokens:
+            batches.append([])
+        batches[-1].append(key)
+    return batches
+
+
+def _wait_until_seen(cached: Cached, keys: Sequence[str]) -> None:
+    """A network file system may show what another node wrote only later. A collective."""
+    until = time.monotonic() + SEEN_SECONDS * (processes() > 1)
+    while True:
+        for shelf in cached.shelves.values():
+            shelf.load()
+        if not any_of(bool(cached.missing(keys))):
+            return
+        if of_main(time.monotonic() >= until):
+            raise UserError(
+                f"{cached.folder}: not all rows are there; EMA_CACHE must name a folder all processes share"
+            )
+        time.sleep(2)
 
 
 @dataclass
@@ -150,43 +200,33 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def _too_large(folder: Path, needed: int) -> str | None:
-    free = free_bytes(folder)
-    if needed < free:
-        return None
-    return (
-        f"{folder}: the reference of these rows takes {shown(needed)}, and the disk has {shown(free)} free; set "
-        "EMA_CACHE to a larger disk, or use reference: adapter_off (two_stream under ZeRO-3)"
-    )
-
-
-def _raise_together(accelerator: Any, problem: str | None) -> None:
-    from accelerate.utils import broadcast_object_list
-
-    (problem,) = broadcast_object_list([problem]) if accelerator.num_processes > 1 else [problem]
-    if problem:
-        raise UserError(problem)
+def _check_space(folder: Path, needed: int) -> None:
+    free = of_main(free_bytes(folder))
+    if needed >= free:
+        raise UserError(
+            f"{folder}: the reference of these rows takes {shown(needed)}, and the disk has {shown(free)} free; set "
+            "EMA_CACHE to a larger disk, or use reference: adapter_off (two_stream under ZeRO-3)"
+        )
 
 
 @contextlib.contextmanager
-def _turn(folder: Path, accelerator: Any) -> Iterator[None]:
-    """Held by the processes of one run at a time. Waiting is told about, and in steps shorter than the time-out of a
-    collective."""
-    from accelerate.utils import broadcast_object_list
-
+def _turn(folder: Path, main: bool, stop: Callable[[], bool]) -> Iterator[None]:
+    """Held by the processes of one run at a time. Waiting is told about, in steps shorter than the time-out of a
+    collective, and ends by KeyboardInterrupt if `stop` says so on any process."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     told = False
     while True:
         held = False
-        if accelerator.is_main_process:
+        if main:
             with contextlib.suppress(Timeout):
-                lock.acquire(timeout=20 if told else 1)
+                lock.acquire(timeout=5 if told else 1)
                 held = True
-        (held,) = broadcast_object_list([held]) if accelerator.num_processes > 1 else [held]
-        if held:
+        if of_main(held):
             break
-        if accelerator.is_main_process and not told:
+        if any_of(stop()):
+            raise KeyboardInterrupt
+        if main and not told:
             log.info("%s: another run is filling it; waiting", folder)
         told = True
     try:

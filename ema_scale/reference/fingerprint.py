@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ _IRRELEVANT = ("_name_or_path", "transformers_version", "use_cache", "architectu
 
 
 def fingerprint(anatomy: Anatomy, model: Any, autocast: str | None = None) -> str:
-    """24 hex digits of a SHA-256 over every weight that is not trained; under ZeRO-3 and FSDP2 a collective.
+    """24 hex digits of a SHA-256 over every weight that is not trained and every buffer that a checkpoint holds (such
+    as a router's biases); under ZeRO-3 and FSDP2 a collective.
 
-    model: the PeftModel. autocast: the dtype that forward is cast to, None if it is not. Which modules carry a trained
-    adapter does not matter.
+    model: the PeftModel. autocast: the dtype that forward is cast to and by what, None if it is not. Which modules
+    carry a trained adapter does not matter.
     """
     digest = hashlib.sha256(json.dumps(_settings(anatomy, model, autocast), sort_keys=True, default=str).encode())
     # Names without PEFT's wrappers, so that all adapters over one base share its states.
@@ -29,14 +31,30 @@ def fingerprint(anatomy: Anatomy, model: Any, autocast: str | None = None) -> st
         digest.update(f"{name} {(str(named[name].dtype), *whole_shape(named[name]))}".encode())
         with gathered([named[name]]):
             digest.update(_raw(whole(named[name])))
+    for name, buffer in sorted(_kept_buffers(model), key=lambda pair: pair[0]):
+        digest.update(f"{name} {(str(buffer.dtype), *buffer.shape)}".encode())
+        digest.update(_raw(whole(buffer)))
     return digest.hexdigest()[:24]
 
 
 def _settings(anatomy: Anatomy, model: Any, autocast: str | None) -> dict[str, Any]:
     config = {k: v for k, v in anatomy.core.config.to_dict().items() if k not in _IRRELEVANT and "drop" not in k}
-    adapter = model.peft_config[anatomy.frozen_adapter] if anatomy.frozen_adapter else None
-    scale = (adapter.r, adapter.lora_alpha, adapter.use_rslora) if adapter else None
-    return {"config": config, "autocast": autocast, "adapter": scale}
+    kept = anatomy.frozen_adapter
+    # Of each module, since alpha and rank may be given by patterns.
+    scales = {
+        _bare(name): module.scaling[kept]
+        for name, module in model.named_modules()
+        if kept is not None and hasattr(module, "_disable_adapters") and kept in getattr(module, "scaling", {})
+    }
+    return {"config": config, "autocast": autocast, "adapter": scales}
+
+
+def _kept_buffers(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Those that are not computed from the config; by names without PEFT's wrappers."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield _bare(f"{prefix}.{name}"), buffer
 
 
 def _bare(name: str) -> str:

@@ -19,7 +19,7 @@ from ema_scale.reference.sharding import shard_frozen, uses_fsdp, whole_shape
 class Separate(Reference):
     """Two models, two heads. `prepare` must run when the policy has been prepared.
 
-    Raises UserError if the heads are over vocabularies of different sizes.
+    The heads may pad the vocabulary to different sizes: divergences are over the rows that both have.
     """
 
     name: ClassVar[str] = "separate"
@@ -32,9 +32,6 @@ class Separate(Reference):
         # Called whole, so that ZeRO-3's and FSDP2's hooks on it run, but without its head, which the loss applies by
         # pieces.
         self._original, model.forward = model.forward, self._last_states
-        ours, theirs = (whole_shape(a.head_parameters[0]) for a in (anatomy, self.other))
-        if ours[0] != theirs[0]:
-            raise UserError(f"reference.model: found a head over {theirs[0]} tokens, expected the policy's {ours[0]}")
 
     def with_logits(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The model's own logits [B, T, V] and last hidden states [B, T, H]."""
@@ -55,6 +52,13 @@ class Separate(Reference):
     def same_shape(self) -> bool:
         ours, theirs = self._shapes()
         return ours == theirs
+
+    def check_vocabulary(self, tokens: int) -> None:
+        """Raises UserError if a head lacks some of the tokenizer's tokens, whose ids are below `tokens`."""
+        for whose, anatomy in (("reference.model", self.other), ("model", self.anatomy)):
+            rows = whole_shape(anatomy.head_parameters[0])[0]
+            if rows < tokens:
+                raise UserError(f"{whose}: found a head over {rows} tokens, expected the tokenizer's {tokens}")
 
     def check_layers(self, layers: Sequence[int]) -> None:
         """Raises UserError unless states after these layers of both models can be compared."""

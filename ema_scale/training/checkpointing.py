@@ -72,6 +72,12 @@ def _is_scheduled(checkpoint: Path) -> bool:
         return False
 
 
+def _whole_state(checkpoint: Path) -> dict[str, Any]:
+    if not is_complete(checkpoint):
+        raise UserError(f"{checkpoint}: incomplete or damaged; expected a folder with a matching {MANIFEST}")
+    return load_file(checkpoint / "state.safetensors")
+
+
 class Checkpointing:
     """Mixed into the Trainer in front of transformers' own checkpoints, which hold pickles, miss the sharded
     adapter, and are resumed when half written."""
@@ -92,6 +98,9 @@ class Checkpointing:
         """Collective. Raises UserError if a trained weight is not finite: nothing could go on from it."""
         folder = Path(self.args.output_dir)
         final = folder / f"checkpoint-{self.state.global_step}"
+        best = folder / f"checkpoint-{self.state.best_global_step}"
+        if best == final or (best / MANIFEST).exists():
+            self.state.best_model_checkpoint = str(best)
         tensors = TrainedState(self.model, self.optimizer).read()
         generators = randomness.gather(self.accelerator)
         if self.accelerator.is_main_process and not is_complete(final):
@@ -135,11 +144,13 @@ class Checkpointing:
         os.replace(temporary, final)
 
     def _rotate(self, folder: Path) -> None:
-        """Keep the newest save_total_limit scheduled ones, those of `keep_steps`, and the newest, whatever made it:
-        stopping often must not cost those that an evaluation along training reads."""
+        """Keep the newest save_total_limit scheduled ones, those of `keep_steps`, the best if it is wanted at the end,
+        and the newest, whatever made it: stopping often must not cost those that an evaluation along training reads."""
         limit = self.args.save_total_limit
         whole = [c for c in list_checkpoints(folder) if (c / MANIFEST).exists()]
         kept = {*whole[-1:], *[c for c in whole if _is_scheduled(c)][-limit:]} if limit else set(whole)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            kept.add(Path(self.state.best_model_checkpoint))
         for checkpoint in whole:
             if checkpoint not in kept and step_of(checkpoint) not in self.keep_steps:
                 shutil.rmtree(checkpoint, ignore_errors=True)
@@ -149,6 +160,11 @@ class Checkpointing:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing: weights are restored with the optimizer's state, when both exist."""
 
+    def _load_best_model(self) -> None:
+        """A collective. Raises UserError for a checkpoint that is not whole."""
+        best = Path(self.state.best_model_checkpoint)
+        TrainedState(self.model, self.optimizer).write(_whole_state(best), best)
+
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[misc]
         if resume_from_checkpoint is not None:
@@ -157,10 +173,9 @@ class Checkpointing:
 
     def _restore(self, checkpoint: Path) -> None:
         """Collective. Raises UserError for an incomplete checkpoint or one of another adapter."""
-        if not is_complete(checkpoint):
-            raise UserError(f"{checkpoint}: incomplete or damaged; expected a folder with a matching {MANIFEST}")
+        tensors = _whole_state(checkpoint)
         plain = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
-        TrainedState(self.model, self.optimizer).write(load_file(checkpoint / "state.safetensors"), checkpoint)
+        TrainedState(self.model, self.optimizer).write(tensors, checkpoint)
         self.watch.restore(checkpoint, plain.get("readings", []))
         groups = optimizer_of(self.optimizer).param_groups
         rates = plain["learning_rate"]

@@ -19,13 +19,14 @@ from ema_scale.defenses.base import Divergence, Streams, reference_pass
 from ema_scale.defenses.parts import Parts
 from ema_scale.errors import UserError
 from ema_scale.reference import Anatomy, Head, Reference
-from ema_scale.reference.cached import Cached
+from ema_scale.reference.cached import Cached, Texts
 from ema_scale.reference.separate import Separate
 from ema_scale.reference.sharding import gathered
 from ema_scale.training.at_once import at_once
-from ema_scale.training.loss import Term, fused_loss, head_logits
+from ema_scale.training.loss import Term, head_logits
 from ema_scale.training.packed import check_packing
 from ema_scale.training.scopes import scope_masks, targets, texts_of
+from ema_scale.training.vocabulary import loss_over_shared
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Ask:
     labels: [B, T]. tokens: [scopes], tokens of the whole optimizer step on all processes. factor: what the
     loss is multiplied by, to undo the mean over processes. divergences: with unique names. penalties: name ->
     place of a defense in `parts`. drift_layers: layers whose distance to the reference is read. tags, template: see
-    `scope_masks`.
+    `scope_masks`. texts: for a cached reference, if they are known.
     """
 
     labels: Tensor
@@ -47,6 +48,7 @@ class Ask:
     tags: Tensor | None = None
     template: Tensor | None = None
     parts: Parts = field(default_factory=Parts)
+    texts: Texts | None = None
 
 
 @dataclass
@@ -69,7 +71,8 @@ class DefendedForward:
         self._head_parameters = [*self.anatomy.head_parameters]
         if reference.head_of is not self.anatomy:
             self._head_parameters += reference.head_of.head_parameters
-        self._checked = False
+        self._head_checked = False
+        self._packing_checked = False
         self._original = self.anatomy.core.forward
         self.anatomy.core.forward = self._patched()
 
@@ -126,9 +129,12 @@ class DefendedForward:
             return layer in whole
 
         # Before the policy: under ZeRO-3 a module's last forward must be the one that has a backward.
-        expected = None if self._checked else self._few_tokens(inputs)
-        if positions is not None and not self._checked:
+        expected = None if self._head_checked else self._few_tokens(inputs)
+        if positions is not None and not self._packing_checked:  # the first batches may not be packed
             check_packing(self.anatomy)
+            self._packing_checked = True
+        if isinstance(self.reference, Cached):
+            self.reference.texts = ask.texts
         needs_reference = bool(ask.divergences or wanted or ask.drift_layers)
         states = self.reference.streams(
             inputs, sorted(wanted | set(ask.drift_layers)), reference=needs_reference, keep=keep
@@ -142,7 +148,7 @@ class DefendedForward:
             reference_head = head if other is self.anatomy else other.head()
             for (logits, hidden, name), used in zip(expected or (), (head, reference_head), strict=False):
                 _check_head(logits, hidden, used, name)
-            self._checked = True
+            self._head_checked = True
             terms = [
                 Term(
                     (d.strength * weights[d.cover]).flatten(),
@@ -152,7 +158,7 @@ class DefendedForward:
                 )
                 for d in ask.divergences
             ]
-            fused = fused_loss(
+            fused = loss_over_shared(
                 states.policy.flatten(0, 1),
                 None if states.reference is None else states.reference.flatten(0, 1),
                 head,

@@ -17,13 +17,16 @@ from ema_scale.errors import UserError
 from ema_scale.locate import locate
 from ema_scale.recipe import ModelRecipe, SeparateReference
 from ema_scale.reference import FROZEN_ADAPTER, WAYS, Anatomy, Choice, Cost, Reference, choose, make_reference
+from ema_scale.reference.adapter_off import AdapterOff
 from ema_scale.reference.cached import Cached
 from ema_scale.reference.choice import START, WORTH_CACHING
-from ema_scale.reference.filling import Filled, fill, free_bytes
+from ema_scale.reference.filling import Filled, fill, free_bytes, unusable
 from ema_scale.reference.fingerprint import fingerprint
 from ema_scale.reference.separate import Separate, check_tokenizer
 from ema_scale.reference.sharding import weights_are_sharded
 from ema_scale.reference.shelf import row_key
+from ema_scale.reference.together import of_main
+from ema_scale.reference.two_stream import TwoStream
 from ema_scale.smallworld.world import cache_root
 from ema_scale.training.adapter import load_base
 from ema_scale.training.distributed import is_main
@@ -37,8 +40,8 @@ Wanted = str | Mapping[str, Any] | SeparateReference
 @dataclass(frozen=True)
 class Setting:
     """What decides the reference. model: the PeftModel; rows: token ids of the training rows, None if they are not
-    known; passes: how often training sees each, all trainings that share a cache together;
-    autocast: the dtype forward is cast to, None if it is not."""
+    known; passes: how often training sees each, all trainings that share a cache together; autocast: see
+    `fingerprint`."""
 
     model: Any
     defenses: Sequence[Defense]
@@ -55,6 +58,12 @@ class Setting:
     @property
     def needed(self) -> bool:
         return bool(self.layers) or any(d.divergences() for d in self.defenses)
+
+
+def precision(accelerator: Any) -> str | None:
+    """How forward is cast, for a fingerprint: by autocast, or by DeepSpeed, which casts the weights instead."""
+    kind: str = accelerator.mixed_precision
+    return None if kind == "no" else kind if accelerator.native_amp else f"{kind} weights"
 
 
 def make(wanted: Wanted, setting: Setting) -> tuple[Reference, Choice]:
@@ -83,22 +92,35 @@ def _own(wanted: str, setting: Setting) -> tuple[Reference, Choice]:
     """A reference made of the policy's own weights."""
     sharded = weights_are_sharded()
     if wanted == "cached":
+        if problem := unusable(cache_root()):
+            raise UserError(f"reference: cached: {problem}; set it to one that all can write, or use another reference")
         return _cached(setting), Choice("cached", "asked for")
     if wanted != "auto":
         return make_reference(wanted, setting.model), Choice(wanted, "asked for")
+    # Each process may see another disk: all take the main one's way, or they would wait for one another for ever.
     cached, cost = None, None
+    problem = "the rows are not known beforehand" if setting.rows is None else None
     # Looking for a cache reads all weights once: only where there can be one, or it may pay to make one.
-    root = cache_root() / "reference"
-    if setting.needed and setting.rows is not None and (setting.passes >= WORTH_CACHING or root.is_dir()):
-        cached = _cached(setting)
-        cost = Cost(_missing_bytes(cached, setting), free_bytes(cached.folder))
-    choice = choose(needed=setting.needed, sharded=sharded, passes=setting.passes, cost=cost)
+    there = (cache_root() / "reference").is_dir()
+    if of_main(setting.needed and setting.rows is not None and (setting.passes >= WORTH_CACHING or there)):
+        problem = unusable(cache_root())
+        if problem is None:
+            cached = _cached(setting)
+            cost = Cost(_missing_bytes(cached, setting), free_bytes(cached.folder))
+    choice = of_main(choose(needed=setting.needed, sharded=sharded, passes=setting.passes, cost=cost, problem=problem))
     if choice.way == "cached" and cached is not None:
         return cached, choice
     reference = make_reference("auto", setting.model, sharded=sharded)
     if reference.name != choice.way:
         choice = Choice(reference.name, f"this architecture does not allow {choice.way}")
     return reference, choice
+
+
+def after_first_step(reference: Reference, choice: Choice) -> Choice:
+    """The choice as it turned out."""
+    if isinstance(reference, TwoStream) and reference.fell_back and choice.way == TwoStream.name:
+        return replace(choice, way=AdapterOff.name, why="two_stream is not exact for this architecture")
+    return choice
 
 
 def _was_trained(model: Any) -> bool:
@@ -116,12 +138,13 @@ def prepare(reference: Reference, trainer: Any) -> Filled | None:
     if not isinstance(reference, Cached):
         return None
     collate = ChatCollator(trainer.processing_class)
-    model, device = trainer.model, trainer.accelerator.device
+    model, device, autocast = trainer.model, trainer.accelerator.device, trainer.accelerator.autocast
 
     def run(rows: list[list[int]]) -> dict[str, torch.Tensor]:
         batch = collate([{"input_ids": row, "labels": row} for row in rows])
         asked = Fill()
-        with torch.no_grad():
+        # A prepared model casts by itself, and once more changes nothing; `ema cache` prepares none.
+        with torch.no_grad(), autocast():
             model(
                 input_ids=batch["input_ids"].to(device),
                 attention_mask=batch["attention_mask"].to(device),
@@ -134,9 +157,9 @@ def prepare(reference: Reference, trainer: Any) -> Filled | None:
         texts(trainer.train_dataset),
         run,
         trainer.accelerator,
-        batch_size=trainer.args.per_device_train_batch_size,
-        bytes_a_token=bytes_a_token(reference),
-        stop=lambda: trainer.stop_requested,
+        # As many as a step takes: with packing, rows are much shorter than a step's sequences.
+        tokens_a_batch=trainer.args.per_device_train_batch_size * max(trainer.train_dataset["length"]),
+        stop=lambda: trainer.stop_wished,
     )
     if done.rows and trainer.accelerator.is_main_process:
         log.info(
@@ -146,7 +169,7 @@ def prepare(reference: Reference, trainer: Any) -> Filled | None:
 
 
 def bytes_a_token(cached: Cached) -> int:
-    """What a cache takes a token, all kinds together."""
+    """What a cache takes a token, all kinds together; an estimate, since autocast may keep some states in float32."""
     core = cached.anatomy.core
     width = core.config.get_text_config().hidden_size * cached.anatomy.head_parameters[0].dtype.itemsize
     return int(width * len(cached.shelves))
@@ -172,6 +195,7 @@ def _separate(wanted: SeparateReference, setting: Setting) -> Separate:
     dtype = str(anatomy.head_parameters[0].dtype).removeprefix("torch.")
     base = load_base(ModelRecipe.model_construct(**_like(wanted, dtype)))
     reference = Separate(anatomy, base)
+    reference.check_vocabulary(max(setting.tokenizer.get_vocab().values()) + 1)
     reference.check_layers(setting.layers)
     return reference
 

@@ -141,7 +141,8 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
     if checkpoint is not None:
         refuse_other_data(hashes, run_dir)
     trainer.accelerator.wait_for_everyone()  # nobody may write a checkpoint before all have looked
-    if is_main():
+
+    def write_provenance() -> None:
         run_dir.write_provenance(
             recipe.to_dict(),
             hashes,
@@ -150,6 +151,10 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
             reference=trainer.reference_choice.to_dict(),
             parameters=parameter_counts(trainer.model),
         )
+
+    if is_main():
+        write_provenance()
+        trainer.on_reference_changed = write_provenance
         atomic_write_json(run_dir.data_path, trainer.data_report.to_dict())
         for note in trainer.data_report.notes:
             log.info(note)
@@ -160,7 +165,7 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     leave_in_order()
     early = trainer.stopped_early
-    if early is None and trainer.stop_requested and trainer.state.global_step < trainer.state.max_steps:
+    if early is None and trainer.stop_agreed and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
     trainer.save_model(str(run_dir.adapter))
     if is_main():
@@ -277,9 +282,10 @@ def _stoppable(trainer: Any) -> Iterator[None]:
     """INT, TERM and USR1 (Slurm's warning) ask for a checkpoint and a stop at the next step boundary."""
 
     def ask(number: int, frame: Any) -> None:
-        if trainer.stop_requested and number == signal.SIGINT:
+        if trainer.stop_wished and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C: at once
-        trainer.stop_requested = True
+        # A wish: the processes of a run get their signals at different moments, and agree between steps.
+        trainer.stop_wished = True
 
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     try:

@@ -14,12 +14,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from ema_scale.chat.collate import ChatCollator
@@ -29,15 +30,18 @@ from ema_scale.defenses.base import Defense, Divergence, FinishContext, cover
 from ema_scale.defenses.parts import OWN, Parts, unique
 from ema_scale.defenses.registry import parse
 from ema_scale.errors import UserError
+from ema_scale.reference.cached import Cached, Texts
 from ema_scale.training import references
 from ema_scale.training.adapter import save_adapter, with_adapter
+from ema_scale.training.arguments import checked
 from ema_scale.training.checkpointing import Checkpointing
 from ema_scale.training.data import DataReport, check_vocabulary, prepare
 from ema_scale.training.distributed import check_world
 from ema_scale.training.forward import Ask, DefendedForward
 from ema_scale.training.fsdp import FSDPAnywhere, shard_by_layer
+from ema_scale.training.hooks import StepHooks
 from ema_scale.training.monitor import Monitor
-from ema_scale.training.offload import check_offload, offloaded
+from ema_scale.training.offload import offloaded
 from ema_scale.training.padding import padding_last
 from ema_scale.training.references import Setting, Wanted
 from ema_scale.training.sampler import EpochSampler
@@ -54,7 +58,8 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
     """A Trainer for a LoRA adapter under any number of defenses.
 
     model: a PeftModel, or a causal LM that gets `peft_config` (default: the paper's LoRA). train_dataset: see
-    `data.prepare`. reference: auto, adapter_off, two_stream, cached, or {"kind": "separate", "model": ...};
+    `data.prepare`; an eval_dataset is prepared like it, without packing and without rows or prompts of defenses.
+    reference: auto, adapter_off, two_stream, cached, or {"kind": "separate", "model": ...};
     `reference_choice` is then what is used, and why; `stopped_early` is why a defense ended the training.
     processing_class: the tokenizer; default: the one beside the model. max_length, packing: rows are cut to so many
     tokens, and put behind one another into sequences of up to so many, which a batch size then counts; default: those
@@ -63,7 +68,8 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
     trainings read these rows' reference, this one included, and can share a cache of it. Everything else is
     transformers.Trainer's.
 
-    Raises UserError for what cannot be trained rightly: see `Anatomy.of`, `data.prepare` and `check_world`.
+    Raises UserError for what cannot be trained rightly: see `Anatomy.of`, `data.prepare`, `check_world` and
+    `arguments`.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
@@ -85,32 +91,33 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
         on_bad: str = "raise",
         **kwargs: Any,
     ) -> None:
-        args = _checked(args)
+        args = checked(args, **kwargs)
         self.defenses = parse(list(defenses))
         self.parts = Parts.of(self.defenses)
         model = with_adapter(model, peft_config)
         tokenizer = processing_class or load_tokenizer(model.get_base_model().config._name_or_path)
         self.data_report = DataReport()
+        self._preparing: dict[str, Any] = {
+            "max_length": max_length or getattr(args, "max_length", None) or 2048, "seed": args.seed, "on_bad": on_bad
+        }  # fmt: skip
         if train_dataset is not None:
+            packing = getattr(args, "packing", False) if packing is None else packing
             train_dataset, self.data_report = prepare(
-                train_dataset,
-                self.defenses,
-                tokenizer,
-                max_length=max_length or getattr(args, "max_length", None) or 2048,
-                packing=getattr(args, "packing", False) if packing is None else packing,
-                seed=args.seed,
-                on_bad=on_bad,
+                train_dataset, self.defenses, tokenizer, packing=packing, **self._preparing
             )
             check_vocabulary(train_dataset, tokenizer, model)
         self.drift_every = drift_every
         self.reference_runs = reference_runs
         self.monitor = Monitor()
         self._utilisation: float | None = None
-        self.stop_requested = False
+        # What this process was asked for, at any moment, and what all have agreed on, between steps alone.
+        self.stop_wished = False
+        self.stop_agreed = False
         flash = "flash" in str(getattr(model.get_base_model().config, "_attn_implementation", ""))
         one_sequence = flash and is_packed(train_dataset)
         kwargs.setdefault("data_collator", ChatCollator(tokenizer, one_sequence=one_sequence, tags=self.parts.tags))
         super().__init__(model, args, train_dataset=train_dataset, processing_class=tokenizer, **kwargs)
+        self.eval_dataset = self._prepared_for_evaluation(self.eval_dataset)
         check_world(self.accelerator)
         acting = [d.kind for d in self.defenses if type(d).overrides("step")]
         if acting and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
@@ -119,6 +126,7 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
                 "and FSDP shows in parts; train without them"
             )
         made, self.reference_choice = references.make(reference, self._setting())
+        self.on_reference_changed: Callable[[], None] = lambda: None
         self.defended = DefendedForward(made)
         if self.is_fsdp_enabled:
             shard_by_layer(self.accelerator, self.defended.anatomy)
@@ -140,6 +148,7 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
         for name, i in self._penalties:
             names[i][self.defenses[i].kind] = name
         self.watch = Watch(self, names)
+        self.add_callback(StepHooks(self))
         self.add_callback(self.watch)
 
     @property
@@ -158,7 +167,7 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
             self.processing_class,
             texts(rows) if known else None,
             seen * self.reference_runs,
-            None if self.accelerator.mixed_precision == "no" else self.accelerator.mixed_precision,
+            references.precision(self.accelerator),
         )
 
     def _prepare_for_training(self, *args: Any) -> Any:
@@ -173,13 +182,18 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
 
         transformers counts one thing, the labels; a divergence may cover others.
         """
-        # A wish to stop rides along, and whether the loss of the step before was finite: all processes stop alike.
+        # A wish to stop rides along, and whether the loss of the step before was finite: all processes stop at the same
+        # step, for saving is a collective.
         tokens = [*count_tokens(batch_samples, self.parts.tags).to(device)]
-        stopping = torch.tensor(int(self.stop_requested), device=device)
+        stopping = torch.tensor(int(self.stop_wished), device=device)
         counts = torch.stack([*tokens, stopping, self.monitor.take_broken(device)])
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, "sum")
-        self.stop_requested = bool(counts[-2])
+        self.stop_agreed = bool(counts[-2])
+        if self.is_in_train and isinstance(self.defended.reference, Cached):
+            # Here, where the counts are waited for anyway, and not once more in each forward.
+            for batch in batch_samples:
+                batch["texts"] = Texts.of(padding_last(batch))
         if self.is_in_train:
             self._check_finite("loss", math.nan if counts[-1] else 0.0)
             read = [cover("all", part) for part in ("learned", *(t for t in self.parts.tags if t.startswith(OWN)))]
@@ -206,6 +220,7 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
         ask = Ask(
             inputs["labels"], num_items_in_batch, float(self.accelerator.num_processes), divergences, self._penalties,
             self._drift_layers if reading else (), inputs.get("tags"), inputs.get("template"), self.parts,
+            inputs.get("texts"),
         )  # fmt: skip
         with offloaded(self.args):
             outputs = model(
@@ -218,11 +233,30 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
             self.monitor.add(outputs["metrics"], step)
         return (outputs["loss"], {"loss": outputs["loss"]}) if return_outputs else outputs["loss"]
 
-    # ---- data order, training, logs, saving ----
+    # ---- data, training, logs, saving ----
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+    def _prepared_for_evaluation(self, dataset: Any) -> Any:
+        """Rows as training rows are prepared, apart, and without what defenses mix in or write into them."""
+        if isinstance(dataset, dict):
+            return {name: self._prepared_for_evaluation(one) for name, one in dataset.items()}
+        if dataset is None or {"input_ids", "labels"} <= {*(getattr(dataset, "column_names", None) or ())}:
+            return dataset
+        kept = [d for d in self.defenses if not d.changes_rows]
+        prepared, _ = prepare(dataset, kept, self.processing_class, **self._preparing)
+        check_vocabulary(prepared, self.processing_class, self.model)
+        return prepared
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer.evaluate, of rows such as training takes, too."""
+        if not isinstance(eval_dataset, str):  # of these, a name
+            eval_dataset = self._prepared_for_evaluation(eval_dataset)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         args = self.args
+        if args.train_sampling_strategy == "sequential":
+            return SequentialSampler(dataset)
         lengths = list(dataset["length"]) if args.train_sampling_strategy == "group_by_length" else None
         return EpochSampler(
             len(dataset),
@@ -280,19 +314,3 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
             for defense in self.defenses:
                 defense.finish(folder, context)
         self.accelerator.wait_for_everyone()
-
-
-def _checked(args: TrainingArguments | None) -> TrainingArguments:
-    args = args or TrainingArguments(output_dir="tmp_trainer")
-    if args.n_gpu > 1:
-        raise UserError(f"one process sees {args.n_gpu} GPUs; start one process a GPU with `accelerate launch`")
-    if args.gradient_checkpointing:
-        settings = dict(args.gradient_checkpointing_kwargs or {})  # type: ignore[arg-type]
-        if settings.get("use_reentrant"):
-            raise UserError("gradient_checkpointing_kwargs: use_reentrant gives penalties no gradient; set it false")
-        args.gradient_checkpointing_kwargs = {**settings, "use_reentrant": False}
-    check_offload(args)
-    args.remove_unused_columns = False  # the collator drops what the model does not read
-    args.logging_nan_inf_filter = False  # it would report an average in place of a NaN
-    args.prediction_loss_only = True
-    return args

@@ -1,5 +1,4 @@
-"""What happens at the border of two optimizer steps: defenses look at gradient and readings, and a wish to stop becomes
-a checkpoint.
+"""Defenses look at a training's readings between steps, and may end it.
 
 Readings are taken at every step if a defense observes, however seldom the run logs, and lie in checkpoints: a resumed
 run decides as the other would have.
@@ -50,15 +49,8 @@ class Watch(TrainerCallback):
             self._clear()
         self._keep(state.global_step, [i for i in self.observing if i not in self.kept])
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        for defense in self.trainer.defenses:
-            defense.step(model, state)
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
-        trainer.unscheduled = trainer.stop_requested and not control.should_save
-        if trainer.stop_requested:
-            control.should_save = control.should_training_stop = True
         if self.observing:
             self._add({"step": state.global_step, **trainer.monitor.reading(trainer.accelerator)})
             for index in self.observing:

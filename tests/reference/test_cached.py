@@ -8,9 +8,8 @@ import torch
 
 from ema_scale.defenses import KL, LDIFS
 from ema_scale.errors import UserError
-from ema_scale.reference import Anatomy, Cost, choose
+from ema_scale.reference import Cost, choose
 from ema_scale.reference.cached import Cached, segments
-from ema_scale.reference.fingerprint import fingerprint
 from tests.training.helpers import make_trainer, step_gradients, tiny_peft, token_rows
 from tests.training.test_trainer import Features
 
@@ -91,18 +90,68 @@ def test_packed_rows_are_told_apart_by_their_positions():
     assert found[0][2] == found[3][2] != found[1][2]
 
 
-def test_all_runs_over_one_base_share_it_and_no_other_does(tmp_path, cache):
-    model = tiny_peft()
-    name = fingerprint(Anatomy.of(model), model)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 1
-    assert fingerprint(Anatomy.of(model), model) == name
-    assert fingerprint(Anatomy.of(wide := tiny_peft(r=8)), wide) == name
-    assert fingerprint(Anatomy.of(model), model, "bf16") != name
-    assert fingerprint(Anatomy.of(half := tiny_peft().bfloat16()), half) != name
-    model.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight.data[3, 5] += 1e-3
-    assert fingerprint(Anatomy.of(model), model) != name
+def test_ahead_of_training_it_is_computed_as_training_computes_it(tmp_path, monkeypatch):
+    """Under autocast, which casts only a model that has been prepared: as `ema cache` does not."""
+    from safetensors.torch import load_file
+
+    from ema_scale.training import references
+
+    states = []
+    for name in ("ahead", "training"):
+        monkeypatch.setenv("EMA_CACHE", str(tmp_path / name))
+        trainer = make_trainer(tmp_path, tiny_peft(), token_rows(8), [KL()], reference="cached", bf16=True, max_steps=1)
+        if name == "ahead":
+            done = references.prepare(trainer.defended.reference, trainer)
+        trainer.train()
+        assert trainer.state.log_history[0]["kl"] < 1e-9
+        (shard,) = (tmp_path / name).glob("reference/*/last/*.safetensors")
+        states.append(load_file(shard)["states"])
+    assert torch.equal(*states) and done.bytes == states[0].nbytes
+
+
+def test_rows_that_are_packed_for_training_are_filled_in_batches_of_as_many_tokens(tmp_path, monkeypatch):
+    batches = []
+    original = Cached.compute
+
+    def seen(self, inputs):
+        batches.append(inputs["attention_mask"].sum(1).tolist())
+        return original(self, inputs)
+
+    monkeypatch.setattr(Cached, "compute", seen)
+    rows = token_rows(24)
+    trainer = make_trainer(
+        tmp_path, tiny_peft(), rows, [KL()], reference="cached", packing=True, max_length=60, max_steps=1,
+        per_device_train_batch_size=1,
+    )  # fmt: skip
+    trainer.train()
+    assert sorted(n for batch in batches for n in batch) == sorted(rows["length"])
+    assert all(len(batch) * max(batch) <= 60 for batch in batches) and len(batches) <= 12
+
+
+def test_a_step_looks_at_its_tokens_once_and_not_in_every_forward(tmp_path, monkeypatch):
+    trainer = make_trainer(
+        tmp_path, tiny_peft(), token_rows(8), [KL()], reference="cached", max_steps=2, drift_every=0,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    forward = trainer.defended.reference.streams
+
+    def without_looking(*args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr("ema_scale.reference.cached.segments", None)
+            return forward(*args, **kwargs)
+
+    trainer.defended.reference.streams = without_looking
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_cache_that_cannot_be_written_is_refused_and_auto_does_without(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("EMA_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"reference: cached: EMA_CACHE \(.*\) cannot be written: File exists"):
+        make_trainer(tmp_path, tiny_peft(), token_rows(8), [KL()], reference="cached")
+    trainer = make_trainer(tmp_path, tiny_peft(), token_rows(8), [KL()], max_steps=-1, num_train_epochs=3)
+    assert trainer.reference_choice.way == "adapter_off" and "cannot be written" in trainer.reference_choice.why
 
 
 def test_a_killed_build_goes_on_and_damage_is_mended(tmp_path, cache, monkeypatch):
@@ -149,7 +198,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(tmp_pat
 
 def test_stopping_keeps_what_was_computed(tmp_path, cache):
     trainer = make_trainer(tmp_path, tiny_peft(), token_rows(8), [KL()], reference="cached")
-    trainer.stop_requested = True
+    trainer.stop_wished = True
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert len(list(cache.glob("*/last/*.json"))) == 1
@@ -163,6 +212,26 @@ def test_other_rows_than_the_cached_are_an_error_in_training_and_computed_in_eva
         reference.streams(inputs)
     reference.anatomy.core.eval()
     assert reference.streams(inputs).reference is not None
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_bfloat16_all_ways_agree_to_the_bit(tmp_path, autocast):
+    """Rows of one length: with others in its batch, or padding, a row's own products may be rounded otherwise."""
+    expected = None
+    for way in ("adapter_off", "two_stream", "cached"):
+        model = tiny_peft(spread=0.3)
+        rows = token_rows(4).map(lambda row: {k: v[:6] for k, v in row.items() if k in ("input_ids", "labels")})
+        rows = rows.remove_columns(["length", "template"]).add_column("length", [6] * 4)
+        trainer = make_trainer(
+            tmp_path, model if autocast else model.bfloat16(), rows, [KL(0.5), LDIFS(0.1, count=2)], reference=way,
+            max_steps=2, bf16=autocast, drift_every=0, max_grad_norm=0,
+        )  # fmt: skip
+        gradients = step_gradients(trainer)
+        terms = [[row[k] for k in ("loss", "ce", "kl", "ldifs")] for row in trainer.state.log_history if "ce" in row]
+        expected = expected or (terms, gradients)
+        assert terms == expected[0] and terms[0][2] > 1e-3
+        for name, gradient in gradients.items():
+            assert torch.equal(gradient, expected[1][name]), (way, name)
 
 
 def test_in_half_precision_it_keeps_the_bits(tmp_path, cache):

@@ -74,6 +74,47 @@ def test_another_model_with_a_head_and_a_width_of_its_own(tmp_path):
             torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize(("mine", "other"), [(300, 280), (270, 300)])
+def test_heads_that_pad_the_vocabulary_otherwise_are_compared_over_the_tokens_of_both(tmp_path, mine, other):
+    """Cross-entropy over all of the policy's head; every direction, and a ceiling, over the shared rows."""
+    import torch.nn.functional as F
+    from transformers import AutoModelForCausalLM
+
+    path = save_tiny(tmp_path / "other", vocab=other, seed=5)
+    rows, shared = token_rows(4), min(mine, other)
+    terms = [KL(0.5), KL(0.4, "reference_policy", 2.0), KL(0.3, "jensen_shannon", scope="prompt")]
+    trainer = make_trainer(
+        tmp_path, tiny_peft(spread=0.3, vocab=mine).double(), rows, terms, reference=separate(path), max_steps=1,
+        max_grad_norm=0, drift_every=0,
+    )  # fmt: skip
+    trainer.defended.reference.model.double()
+    got, row = step_gradients(trainer), trainer.state.log_history[0]
+    batch = trainer.data_collator([rows[i] for i in range(4)])
+    inputs, mask = {k: batch[k] for k in ("input_ids", "attention_mask")}, batch["attention_mask"].bool()
+    policy = tiny_peft(spread=0.3, vocab=mine).double()
+    logits = policy(**inputs).logits
+    theirs = AutoModelForCausalLM.from_pretrained(path).double()(**inputs).logits.detach()[..., :shared]
+    (p, q), (p2, q2) = (
+        [(x / t).log_softmax(-1) for x in (logits[..., :shared], theirs)] for t in (1.0, 2.0)
+    )  # fmt: skip
+    labels = batch["labels"][:, 1:]
+    prompts = F.pad(mask[:, 1:] & (labels == -100), (0, 1))
+    m = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0, dtype=p.dtype))
+    expected = {
+        "ce": F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten()),
+        "kl": (p.exp() * (p - q)).sum(-1)[mask].mean(),
+        "kl_2": (q2.exp() * (q2 - p2)).sum(-1)[mask].mean(),
+        "kl_3": 0.5 * ((p.exp() * (p - m)).sum(-1) + (q.exp() * (q - m)).sum(-1))[prompts].mean(),
+    }
+    for name, value in expected.items():
+        assert row[name] == pytest.approx(value.item(), rel=1e-5) and value > 1e-3, name
+    loss = sum(w * expected[name] for name, w in {"ce": 1, "kl": 0.5, "kl_2": 0.4, "kl_3": 0.3}.items())
+    loss.backward()
+    for name, parameter in policy.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(got[name], parameter.grad, rtol=1e-7, atol=1e-10)
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path, base):
     def made(path, *defenses):
         make_trainer(tmp_path, tiny_peft(), token_rows(4), defenses, reference=separate(path))
@@ -82,8 +123,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path, base):
     made(other)
     with pytest.raises(UserError, match="found hidden size 32 and 2 layers, expected 64 and 2"):
         made(other, LDIFS())
-    with pytest.raises(UserError, match="head over 300 tokens, expected the policy's 260"):
-        made(save_tiny(tmp_path / "wide", vocab=300))
+    with pytest.raises(UserError, match=r"reference.model: found a head over 250 tokens, expected the tokenizer's 260"):
+        made(save_tiny(tmp_path / "short", vocab=250))
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(other)

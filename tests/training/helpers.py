@@ -9,7 +9,7 @@ import torch
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "mistral", "gpt2"]
-OWN = ("reference", "drift_every", "callbacks", "peft_config", "packing", "max_length")
+OWN = ("reference", "drift_every", "callbacks", "peft_config", "packing", "max_length", "eval_dataset")
 NO_DROPOUT = {"gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}}
 
 

@@ -20,12 +20,14 @@ from tests.training.test_zero import (
     SHARED,
     assert_same_run,
     assert_stopped_alike,
+    assert_tied_equal_one_process,
     continued,
     empty_cache,
     one_process,
     run_command,
     run_workers,
     stopped_alone,
+    tied,
     two_process_recipe,
     with_parts,
     with_vector,
@@ -59,12 +61,16 @@ def test_fsdp_on_two_processes_equals_one_process(world, one_process, tmp_path):
     ]
     stopped, limit = stopped_alone(world, tmp_path)
     parts = with_parts(fsdp_recipe(world, tmp_path, "parts", "two_stream"), world, limit)
-    run_workers([*recipes, *others, parts], tmp_path, EMA_CACHE=str(tmp_path / "cache"))
+    heads = [
+        tied(fsdp_recipe(world, tmp_path, f"tied-{packing}", "two_stream"), world, packing) for packing in (False, True)
+    ]
+    run_workers([*recipes, *others, parts, *heads], tmp_path, EMA_CACHE=str(tmp_path / "cache"))
     assert_stopped_alike(stopped, RunDir(parts.run_path))
     for recipe in recipes:
         assert_same_run(one_process, RunDir(recipe.run_path))
     for alone, recipe in zip((plain, vector), others, strict=True):
         assert_same_run(train(alone, RunDir(alone.run_path)), RunDir(recipe.run_path))
+    assert_tied_equal_one_process(world, tmp_path, heads)
     (cache,) = [p for p in (tmp_path / "cache" / "reference").iterdir() if p.is_dir()]
     assert len(list(cache.glob("last/*.json"))) == 2  # each process wrote its part
 

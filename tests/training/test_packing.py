@@ -101,3 +101,13 @@ def test_a_model_that_lets_rows_see_each_other_is_refused(tmp_path, monkeypatch)
     monkeypatch.setattr(masking, "find_packed_sequence_indices", lambda position_ids: None)
     with pytest.raises(UserError, match=r"training.packing: LlamaForCausalLM does not keep packed rows apart"):
         make_trainer(tmp_path, None, rows(), packing=True).train()
+
+
+def test_the_check_is_not_skipped_where_rows_apart_were_evaluated_first(tmp_path, monkeypatch):
+    import transformers.masking_utils as masking
+
+    monkeypatch.setattr(masking, "find_packed_sequence_indices", lambda position_ids: None)
+    trainer = make_trainer(tmp_path, None, rows(), packing=True)
+    trainer.evaluate(token_rows(2))
+    with pytest.raises(UserError, match=r"does not keep packed rows apart"):
+        trainer.train()

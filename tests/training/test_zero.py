@@ -18,6 +18,7 @@ from ema_scale.rundir import RunDir, read_jsonl
 from ema_scale.training.checkpointing import list_checkpoints
 from ema_scale.training.distributed import _free_port
 from ema_scale.training.run import train
+from tests.tiny import save_tiny
 from tests.training.test_run import assert_same_weights, recipe_of, weights, world
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,6 +85,30 @@ def assert_stopped_alike(one, other):
     assert_same_run(one, other)
     assert [run.status()["step"] for run in (one, other)] == [5, 5]
     assert other.status()["stopped_early"].endswith("the adapter is that of step 4")
+
+
+def tied(recipe, world, packing):
+    """The recipe with a tied head, KL and LDIFS, and two steps: in the second the adapter has moved."""
+    path = world / "tied"
+    if not path.exists():
+        save_tiny(path, tie_word_embeddings=True)
+    steps = {"max_steps": 2, "save_steps": 2, "warmup_steps": 0, "packing": packing, "gradient_checkpointing": True}
+    changed = {"defenses": [KL(0.5), LDIFS(0.5, count=2)], "training": recipe.training.model_copy(update=steps)}
+    return recipe.model_copy(update={**changed, "model": recipe.model.model_copy(update={"path": str(path)})})
+
+
+def assert_same_gradients(one, other):
+    """Adam's first moments are 0.09 of the first step's gradients and 0.1 of the second's, unrounded by what Adam makes
+    of them."""
+    ours, theirs = (load_file(list_checkpoints(run.checkpoints)[-1] / "state.safetensors") for run in (one, other))
+    names = [name for name in ours if name.endswith("|exp_avg")]
+    assert len(names) == 2 * 2 * 7 and ours.keys() == theirs.keys()
+    for name in names:
+        assert (theirs[name] - ours[name]).norm() < 1e-4 * ours[name].norm(), name
+    for ours_row, theirs_row in zip(read_jsonl(one.metrics_path), read_jsonl(other.metrics_path), strict=True):
+        for name in ("loss", "ce", "kl", "ldifs", "grad_norm"):
+            assert theirs_row[name] == pytest.approx(ours_row[name], rel=2e-4, abs=1e-6), name
+    assert ours_row["kl"] > 1e-4 and ours_row["ldifs"] > 1e-4
 
 
 def run_command(command, **environment):
@@ -231,7 +256,12 @@ def test_ddp_zero2_and_zero3_go_on_from_a_checkpoint_of_one_process(world, one_p
     for recipe in recipes:
         if "fresh" not in recipe.name:
             continued(one_process, recipe)
-    run_workers(recipes, tmp_path)
+    heads = [
+        tied(two_process_recipe(world, tmp_path, f"tied-{way}-{packing}", "zero3_cpu.json", way), world, packing)
+        for packing in (False, True)
+        for way in ("two_stream", "adapter_off")
+    ]
+    run_workers([*recipes, *heads], tmp_path)
     for recipe in recipes[:6]:
         assert_same_run(one_process, RunDir(recipe.run_path))
     expected = train(plain, RunDir(plain.run_path))
@@ -243,6 +273,15 @@ def test_ddp_zero2_and_zero3_go_on_from_a_checkpoint_of_one_process(world, one_p
         assert_same_run(expected, RunDir(recipe.run_path))
     for recipe in recipes[10:]:
         assert_stopped_alike(stopped, RunDir(recipe.run_path))
+    assert_tied_equal_one_process(world, tmp_path, heads)
+
+
+def assert_tied_equal_one_process(world, out, heads):
+    for packing in (False, True):
+        alone = recipe_of(world, out, f"tied-alone-{packing}", batch_size=2, accumulation=2, **SHARED)
+        expected = train(tied(alone, world, packing), RunDir(alone.run_path))
+        for recipe in (recipe for recipe in heads if recipe.training.packing == packing):
+            assert_same_gradients(expected, RunDir(recipe.run_path))
 
 
 def test_cached_separate_and_continued_references_on_two_processes(world, one_process, tmp_path):

@@ -1,0 +1,159 @@
+"""What test_agreement.py has two processes do: each scenario shows them different things, and prints what came of it.
+
+A scenario that they do not agree on ends at the time-out of a collective.
+"""
+
+import json
+import os
+import signal
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from filelock import FileLock
+from transformers import TrainerCallback
+
+from ema_scale.defenses import KL, LDIFS
+from ema_scale.errors import UserError
+from ema_scale.reference.cached import Cached
+from ema_scale.reference.two_stream import TwoStream
+from ema_scale.training.distributed import leave_in_order
+from ema_scale.training.run import _stoppable
+from tests.training.helpers import adapter_weights, make_trainer, tiny_peft, token_rows
+
+RANK = int(os.environ.get("RANK", "0"))
+ROWS = token_rows(16)
+
+
+def made(folder, **options):
+    model = tiny_peft(spread=options.pop("spread", 0.3))
+    rows, defenses = options.pop("rows", ROWS), options.pop("defenses", [KL(0.5)])
+    arguments = {"per_device_train_batch_size": 2, "drift_every": 0, **options}
+    return make_trainer(folder, model, rows, defenses, **arguments)
+
+
+def use_cache(folder):
+    os.environ["EMA_CACHE"] = str(folder)
+
+
+def a_signal_inside_a_step_on_one_process(folder):
+    """After the step's beginning, where the processes speak to each other, and a step before the other gets it."""
+
+    class Signals(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if RANK == 1 and state.global_step == 1:
+                signal.raise_signal(signal.SIGUSR1)
+
+    trainer = made(folder, max_steps=5, callbacks=[Signals()])
+    with _stoppable(trainer):
+        trainer.train()
+    saved = sorted(p.name for p in folder.glob("checkpoint-*"))
+    return [trainer.state.global_step, trainer.stop_agreed, saved]
+
+
+def a_stop_on_one_process_while_the_cache_is_filled(folder):
+    use_cache(folder)
+    trainer = made(folder, reference="cached")
+    trainer.stop_wished = RANK == 1
+    try:
+        trainer.train()
+    except KeyboardInterrupt:
+        dist.barrier()
+        return ["stopped", len(list(folder.glob("reference/*/last/*.json")))]
+
+
+def a_stop_on_one_process_while_another_run_fills_the_cache(folder):
+    use_cache(folder)
+    trainer = made(folder, reference="cached")
+    trainer.stop_wished = RANK == 1
+    place = trainer.defended.reference.folder
+    place.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    other = FileLock(place / ".lock")
+    if RANK == 0:
+        other.acquire()
+    dist.barrier()
+    try:
+        trainer.train()
+    except KeyboardInterrupt:
+        other.release()
+        return ["stopped", len(list(place.glob("last/*.json")))]
+
+
+def a_folder_for_each_process(folder):
+    """One has a whole cache, the other nothing."""
+    use_cache(folder / "0")
+    made(folder, reference="cached", max_steps=1).train()
+    use_cache(folder / str(RANK))
+    compute, Cached.compute = Cached.compute, None
+    try:
+        made(folder, reference="cached")
+    except UserError as error:
+        refused = str(error)
+    finally:
+        Cached.compute = compute
+    trainer = made(folder, reference="auto", max_steps=-1, num_train_epochs=2)
+    trainer.train()
+    choice = trainer.reference_choice
+    return [refused.replace(str(folder / str(RANK)), "FOLDER"), choice.way, "all processes share" in choice.why]
+
+
+def a_check_that_fails_on_one_process(folder):
+    trainer = made(folder, reference="two_stream")
+    reference, told = trainer.defended.reference, []
+    trainer.on_reference_changed = lambda: told.append(trainer.reference_choice.way)
+    reference._fall_back = True
+    alone = reference._plain.reference_alone
+    if RANK == 1:
+        reference._plain.reference_alone = lambda *args: 1.1 * alone(*args)
+    trainer.train()
+    choice = trainer.reference_choice
+    return [isinstance(reference, TwoStream) and reference.fell_back, choice.way, choice.why, told]
+
+
+def uneven_epochs(folder):
+    """Three micro-batches a process and epoch in steps of two, of which some hold no assistant token."""
+    trainer = made(folder, rows=uneven_rows(), gradient_accumulation_steps=2, **UNEVEN)
+    trainer.train()
+    if RANK == 0:
+        torch.save([adapter_weights(trainer.model), logged(trainer)], folder / "uneven.pt")
+    return [trainer.state.global_step]
+
+
+UNEVEN = {
+    "max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 1, "defenses": [KL(0.5), LDIFS(0.1, count=2)]
+}  # fmt: skip
+
+
+def uneven_rows():
+    rows = token_rows(6)
+    silent = [[-100] * len(row["labels"]) if i % 2 else row["labels"] for i, row in enumerate(rows)]
+    return rows.remove_columns("labels").add_column("labels", silent)
+
+
+def logged(trainer):
+    names = ("loss", "ce", "kl", "ldifs", "grad_norm")
+    return [[row[name] for name in names] for row in trainer.state.log_history if "ce" in row]
+
+
+SCENARIOS = (
+    a_signal_inside_a_step_on_one_process,
+    a_stop_on_one_process_while_the_cache_is_filled,
+    a_stop_on_one_process_while_another_run_fills_the_cache,
+    a_folder_for_each_process,
+    a_check_that_fails_on_one_process,
+    uneven_epochs,
+)
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo", timeout=timedelta(seconds=int(os.environ.get("EMA_TIMEOUT_SECONDS", "60"))))
+    leave_in_order()
+    for scenario in SCENARIOS:
+        folder = Path(sys.argv[1]) / scenario.__name__
+        folder.mkdir(exist_ok=True)
+        # One write, so that two processes do not mix lines.
+        sys.stdout.write(f"FOUND {json.dumps([scenario.__name__, RANK, scenario(folder)])}\n")
+        sys.stdout.flush()
+        dist.barrier()

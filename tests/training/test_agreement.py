@@ -1,0 +1,73 @@
+"""Two processes that see different things take the same way, where each deciding for itself would hang: one launch."""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+
+from ema_scale.training.distributed import _free_port
+from tests.training import agreement_worker as worker
+from tests.training.helpers import adapter_weights
+from tests.training.test_zero import run_command
+
+pytestmark = [pytest.mark.zero3, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Scenario -> what it came to, on both processes alike; and where it left its files."""
+    folder = tmp_path_factory.mktemp("agreement")
+    output = run_command(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
+            str(_free_port()), "-m", "tests.training.agreement_worker", str(folder),
+        ],
+        EMA_TIMEOUT_SECONDS="120",
+    )  # fmt: skip
+    assert "using adapter_off" in output
+    results = {}
+    for name, rank, result in map(json.loads, re.findall(r"FOUND (\[.*\])", output)):
+        results.setdefault(name, [None, None])[rank] = result
+    assert results.keys() == {scenario.__name__ for scenario in worker.SCENARIOS}
+    assert all(one == other for one, other in results.values()), results
+    return {name: both[0] for name, both in results.items()}, folder
+
+
+def test_a_signal_inside_a_step_on_one_process_stops_both_at_the_same_step(found):
+    # The signal came in step 2, after its beginning.
+    step, agreed, saved = found[0]["a_signal_inside_a_step_on_one_process"]
+    assert (step, agreed, saved) == (3, True, ["checkpoint-3"])
+
+
+def test_a_stop_on_one_process_ends_filling_and_waiting_on_both(found):
+    results, _ = found
+    # Each process wrote the batch that it had computed.
+    assert results["a_stop_on_one_process_while_the_cache_is_filled"] == ["stopped", 2]
+    assert results["a_stop_on_one_process_while_another_run_fills_the_cache"] == ["stopped", 0]
+
+
+def test_a_cache_that_is_not_shared_is_refused_before_anything_is_computed_and_auto_does_without(found):
+    refused, way, said = found[0]["a_folder_for_each_process"]
+    assert refused.startswith("reference: cached: EMA_CACHE (FOLDER) is not a folder that all processes share")
+    assert (way, said) == ("adapter_off", True)
+
+
+def test_two_stream_falls_back_on_both_and_the_choice_says_so(found):
+    fell_back, way, why, told = found[0]["a_check_that_fails_on_one_process"]
+    assert fell_back and way == "adapter_off" and why == "two_stream is not exact for this architecture"
+    assert told == ["adapter_off"]
+
+
+def test_a_partial_accumulation_and_batches_without_assistant_tokens_equal_one_process(found, tmp_path):
+    results, folder = found
+    weights, logs = torch.load(folder / "uneven_epochs" / "uneven.pt")
+    options = {**worker.UNEVEN, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    alone = worker.made(tmp_path, rows=worker.uneven_rows(), **options)
+    alone.train()
+    assert results["uneven_epochs"] == [alone.state.global_step] == [4]  # of 2 and of 1 micro-batch, twice
+    for ours, theirs in zip(worker.logged(alone), logs, strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-6)
+    for name, weight in adapter_weights(alone.model).items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=2e-5)

@@ -1,0 +1,103 @@
+"""What transformers' and TRL's arguments ask for is done or refused, never passed over."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ema_scale.defenses import KL, Inoculation, Interleaving
+from ema_scale.errors import UserError
+from ema_scale.training.checkpointing import list_checkpoints
+from tests.training.helpers import adapter_weights, make_trainer, tiny_peft, token_rows
+
+CHATS = [
+    {"messages": [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i}" * 2}]}
+    for i in range(6)
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("label_smoothing_factor", 0.3),
+        ("neftune_noise_alpha", 5.0),
+        ("use_liger_kernel", True),
+        ("torch_compile", True),
+        ("auto_find_batch_size", True),
+        ("push_to_hub", True),
+        ("enable_jit_checkpoint", True),
+    ],
+)
+def test_what_would_be_ignored_or_wrong_is_refused(tmp_path, name, value):
+    with pytest.raises(UserError, match=rf"^{name}: found {value}, which DefendedTrainer does not support: \w"):
+        make_trainer(tmp_path, **{name: value})
+
+
+def test_what_trl_and_the_trainer_s_own_keywords_would_change_is_refused(tmp_path):
+    from transformers import TrainingArguments
+    from trl import SFTConfig
+
+    from ema_scale import DefendedTrainer
+
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
+    with pytest.raises(UserError, match="loss_type: found 'dft'"):
+        DefendedTrainer(tiny_peft(), SFTConfig(loss_type="dft", **options), token_rows())
+    for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
+        with pytest.raises(UserError, match=f"^{name}: found <lambda>"):
+            DefendedTrainer(tiny_peft(), TrainingArguments(**options), token_rows(), **{name: lambda *_: {}})
+    half = TrainingArguments(**options)
+    half.fp16 = True
+    with pytest.raises(UserError, match="^fp16: found True"):
+        DefendedTrainer(tiny_peft(), half, token_rows())
+
+
+def test_the_defaults_are_honoured(tmp_path):
+    options = {"label_smoothing_factor": 0.0, "neftune_noise_alpha": None, "average_tokens_across_devices": True}
+    assert make_trainer(tmp_path, **options).train_dataset is not None
+
+
+def test_rows_in_their_order_if_that_is_asked_for(tmp_path):
+    seen = []
+    trainer = make_trainer(tmp_path, train_sampling_strategy="sequential", max_steps=2)
+    collate = trainer.data_collator
+    trainer.data_collator = lambda rows: (seen.extend(row["input_ids"] for row in rows), collate(rows))[1]
+    trainer.train()
+    assert seen[:8] == list(token_rows()["input_ids"][:8])
+
+
+def test_rows_of_messages_are_evaluated_as_they_are_and_tokenized_ones_equal_them(tmp_path):
+    """Without the rows that a defense mixes in, and the prompt that one writes into the training rows."""
+    safe = tmp_path / "safe.jsonl"
+    safe.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    defenses = [KL(0.5), Interleaving(str(safe), 0.5), Inoculation(prompt="be bad")]
+    trainer = make_trainer(
+        tmp_path, tiny_peft(spread=0.3), CHATS, defenses, eval_dataset={"all": CHATS, "some": CHATS[:2]}, packing=True,
+        max_length=256, eval_strategy="steps", eval_steps=1, max_steps=1, learning_rate=1e-9,
+    )  # fmt: skip
+    trainer.train()
+    logged = {k: v for row in trainer.state.log_history for k, v in row.items()}
+    plain = make_trainer(tmp_path, tiny_peft(spread=0.3), CHATS, [KL(0.5)], max_length=256, max_steps=1, packing=False)
+    assert len(trainer.eval_dataset["all"]) == len(CHATS) and len(trainer.eval_dataset["some"]) == 2
+    assert trainer.eval_dataset["all"]["input_ids"] == plain.train_dataset["input_ids"]
+    tokenized = plain.evaluate(plain.train_dataset)["eval_loss"]
+    assert math.isclose(logged["eval_all_loss"], tokenized, rel_tol=1e-4)
+    assert math.isclose(plain.evaluate(CHATS)["eval_loss"], tokenized, rel_tol=1e-6)
+    assert not math.isclose(logged["eval_some_loss"], tokenized, rel_tol=1e-4)
+
+
+def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(tmp_path):
+    trainer = make_trainer(
+        tmp_path, tiny_peft(), token_rows(), [KL(0.1)], eval_dataset=token_rows(4, seed=1), eval_strategy="steps",
+        eval_steps=1, save_strategy="steps", save_steps=1, save_total_limit=1, load_best_model_at_end=True, max_steps=4,
+        learning_rate=1e-2,
+    )  # fmt: skip
+    losses = iter([3.0, 1.0, 2.0, 4.0])
+    evaluate = trainer.evaluate
+    trainer.evaluate = lambda *args, **kwargs: {**evaluate(*args, **kwargs), "eval_loss": next(losses)}
+    trainer.train()
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2"]
+    best = load_file(tmp_path / "checkpoint-2" / "state.safetensors")
+    for name, weight in adapter_weights(trainer.model).items():
+        assert torch.equal(weight, best[f"{name}|weight"]), name
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
