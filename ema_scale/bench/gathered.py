@@ -1,5 +1,5 @@
-"""The worker of `ema bench reference`: one way to train, on every process that torchrun started, under ZeRO-3 or
-FSDP2.
+"""The worker of `ema bench reference`: one way to train, on every process that torchrun started, under ZeRO, FSDP2 or
+DDP.
 
 torchrun --nproc_per_node 2 -m ema_scale.bench.gathered RESULT.json WAY TASK
 """
@@ -10,6 +10,8 @@ import json
 import os
 import statistics
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,26 @@ from ema_scale.bench.harness import peak_rss, reset_peak_rss
 from ema_scale.bench.training_ways import WARMUP, Task, train
 from ema_scale.reference.sharding import uses_fsdp
 from ema_scale.rundir import atomic_write_json
-from ema_scale.training.distributed import is_main, prepare_environment
+from ema_scale.training.distributed import is_main, prepare_environment, uses_deepspeed
 
 
-class Gathers:
-    """Counts what DeepSpeed's backend, or FSDP2, gathers on this process: calls, and bytes of what comes out."""
+@dataclass(frozen=True)
+class Moved:
+    """Calls of all-gather and bytes that come out of them; bytes of gradients that go into reductions: reduce-scatter,
+    reduce, all-reduce."""
+
+    calls: float = 0
+    gathered: float = 0
+    reduced: float = 0
+
+
+class Traffic:
+    """Counts what DeepSpeed's backend, FSDP2 or DDP moves on this process."""
 
     def __init__(self) -> None:
-        self.calls = self.bytes = 0
-        self.steps: list[tuple[int, int]] = []
+        self.calls = self.gathered = self.reduced = 0
+        self.steps: list[Moved] = []
+        _hook_ddp(self._reduces)
 
     def install(self) -> None:
         """After DeepSpeed has made its backend."""
@@ -37,46 +50,94 @@ class Gathers:
             import torch.distributed._functional_collectives as functional
 
             # FSDP2 gathers groups by the first, which fills a tensor; `full_tensor` by the second, which returns one.
-            dist.all_gather_single = self._counted(dist.all_gather_single)
-            functional.all_gather_single = self._counted(functional.all_gather_single, returned=True)
-            return
-        import deepspeed.comm.comm as comm
+            dist.all_gather_single = self._counted(dist.all_gather_single, _OUTPUT)
+            functional.all_gather_single = self._counted(functional.all_gather_single, None)
+            dist.reduce_scatter_single = self._counted(dist.reduce_scatter_single, _INPUT)
+        elif uses_deepspeed():
+            import deepspeed.comm.comm as comm
 
-        for name in ("all_gather", "all_gather_into_tensor", "all_gather_base", "all_gather_coalesced"):
-            setattr(comm.cdb, name, self._counted(getattr(comm.cdb, name)))
+            for name in ("all_gather", "all_gather_into_tensor", "all_gather_base", "all_gather_coalesced"):
+                setattr(comm.cdb, name, self._counted(getattr(comm.cdb, name), _OUTPUT))
+            for name in ("reduce_scatter", "reduce_scatter_tensor"):
+                setattr(comm.cdb, name, self._counted(getattr(comm.cdb, name), _INPUT))
+            for name in ("reduce", "all_reduce", "all_reduce_coalesced"):
+                setattr(comm.cdb, name, self._counted(getattr(comm.cdb, name), _IN_PLACE))
 
-    def _counted(self, gather: Any, returned: bool = False) -> Any:
+    def _counted(self, collective: Any, read: _Read | None) -> Any:
+        """read: which argument is counted; None: what it returns, which is gathered."""
+
         def counted(*args: Any, **kwargs: Any) -> Any:
-            done = gather(*args, **kwargs)
-            out = done
-            if not returned:  # it comes first: a tensor, or a list of them
-                out = args[0] if args else next(v for k, v in kwargs.items() if k.startswith(("output", "tensor_list")))
-            self.calls += 1
-            self.bytes += sum(t.nbytes for t in ([out] if isinstance(out, Tensor) else out))
+            done = collective(*args, **kwargs)
+            if read is None or read is _OUTPUT:
+                self.calls += 1
+                self.gathered += _nbytes(done if read is None else read(args, kwargs))
+            else:
+                self._reduces(_nbytes(read(args, kwargs)))
             return done
 
         return counted
 
-    def step(self) -> None:
-        self.steps.append((self.calls, self.bytes))
+    def _reduces(self, size: int) -> None:
+        self.reduced += size
 
-    def a_step(self) -> tuple[float, float]:
-        """Median calls and bytes of a step after the warm-up, whose first checks what the others need not."""
+    def step(self) -> None:
+        self.steps.append(Moved(self.calls, self.gathered, self.reduced))
+
+    def a_step(self) -> Moved:
+        """Medians of the steps after the warm-up, whose first checks what the others need not."""
         timed = list(zip(self.steps[WARMUP - 1 :], self.steps[WARMUP:], strict=False))
-        calls, moved = ([b[i] - a[i] for a, b in timed] for i in (0, 1))
-        return statistics.median(calls), statistics.median(moved)
+        names = [field.name for field in fields(Moved)]
+        return Moved(*(statistics.median(getattr(b, n) - getattr(a, n) for a, b in timed) for n in names))
+
+
+_Read = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+
+
+def _argument(position: int, *names: str) -> _Read:
+    """A collective's argument, by position or by how its name begins."""
+
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args[position] if len(args) > position else next(v for k, v in kwargs.items() if k.startswith(names))
+
+    return read
+
+
+_OUTPUT, _INPUT, _IN_PLACE = _argument(0, "output", "tensor_list"), _argument(1, "input"), _argument(0, "tensor")
+
+
+def _nbytes(tensors: Tensor | Sequence[Tensor]) -> int:
+    return sum(t.nbytes for t in ([tensors] if isinstance(tensors, Tensor) else tensors))
+
+
+def _hook_ddp(reduces: Callable[[int], None]) -> None:
+    """DDP reduces in C++, bucket by bucket; a hook sees each."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+    from torch.nn.parallel import DistributedDataParallel
+
+    made = DistributedDataParallel.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+
+        def hook(group: Any, bucket: Any) -> Any:
+            reduces(bucket.buffer().nbytes)
+            return allreduce_hook(group, bucket)
+
+        self.register_comm_hook(None, lambda group, bucket: hook(group, bucket))  # torch reads annotations
+
+    DistributedDataParallel.__init__ = init  # type: ignore[method-assign]
 
 
 def main(result: str, way: str, given: str) -> None:
     task = Task(**json.loads(given))
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     prepare_environment(task.deepspeed, task.fsdp)
-    gathers, cuda = Gathers(), task.device == "cuda"
+    traffic, cuda = Traffic(), task.device == "cuda"
     before = 0
 
     def began() -> None:
         nonlocal before
-        gathers.install()
+        traffic.install()
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
@@ -85,12 +146,11 @@ def main(result: str, way: str, given: str) -> None:
     if not cuda:
         reset_peak_rss()
         before = peak_rss()
-    done = train(way, task, began, gathers.step)
+    done = train(way, task, began, traffic.step)
     peak = torch.cuda.max_memory_allocated() if cuda else peak_rss() - before
-    calls, moved = gathers.a_step()
     if is_main():
-        found = {"seconds": done.seconds, "losses": done.losses, "calls": calls, "bytes": moved, "peak_bytes": peak}
-        atomic_write_json(Path(result), found | {"reference": done.reference})
+        found = {"seconds": done.seconds, "losses": done.losses, "reference": done.reference, "phases": done.phases}
+        atomic_write_json(Path(result), {**found, "peak_bytes": peak, **asdict(traffic.a_step())})
 
 
 if __name__ == "__main__":

@@ -155,7 +155,8 @@ def run(way: str, problem: Problem) -> tuple[Tensor, Tensor]:
 
 def measure(way: str, shape: dict[str, Any], exact_tokens: int = 128) -> dict[str, Any]:
     """One way alone in its process: peak_bytes beyond states and head, seconds (cpu: of the processor) of that run, and
-    on the first tokens `error`, the worse of value's and gradient's; in float32 also `parts`: name -> `errors` of that part alone."""
+    on the first tokens `error`, the worse of value's and gradient's; in float32 also `parts`: name -> `errors` of that
+    part alone."""
     problem = Problem.of(Shape(**shape))
     run(way, problem.first(16))
     taken = used = 0.0
@@ -170,7 +171,13 @@ def measure(way: str, shape: dict[str, Any], exact_tokens: int = 128) -> dict[st
 
     peak = peak_bytes(once)
     few = problem.first(exact_tokens)
-    found = {"peak_bytes": peak, "seconds": taken, "cpu": used, "error": max(errors(way, few)[:2]), "parts": {}}
+    found: dict[str, Any] = {
+        "peak_bytes": peak,
+        "seconds": taken,
+        "cpu": used,
+        "error": max(errors(way, few)[:2]),
+        "parts": {},
+    }
     if shape["dtype"] == "float32":
         found["parts"] = {name: errors(way, few.first(32).part(name)) for name in PARTS}
     return found

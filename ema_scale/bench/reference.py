@@ -1,11 +1,12 @@
-"""What the reference costs under ZeRO-3 and FSDP2: bytes gathered in a step, by every way to run it, beside plain
-fine-tuning."""
+"""What the reference costs on several processes: bytes gathered and reduced in a step, by every way to run it, beside
+plain fine-tuning."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,10 +27,12 @@ BYTES_BAR, MEMORY_BAR = 1.00, 1.10
 
 
 def bench_reference(task: Task, *, processes: int, ways: tuple[str, ...] = WAYS) -> tuple[list[Measured], list[Bar]]:
-    """Each way in processes of its own. Figures: `gathered`, bytes a step on one process; `calls` of all-gather;
-    `traffic` and `memory`, of plain's. peak_bytes: of the first process, with its share of the weights.
+    """Each way in processes of its own. Figures: `gathered` and `reduced`, bytes a step on one process; `calls` of
+    all-gather; `traffic`, `reduction` and `memory`, of plain's; `PHASES`, seconds of a step. peak_bytes: of the first
+    process, with its share of the weights.
 
-    task.deepspeed: a ZeRO-3 config, or task.fsdp. Raises UserError if a way fails, or the ways' losses differ.
+    task.deepspeed: a ZeRO config, or task.fsdp; neither: DDP. Raises UserError if a way fails, or the ways' losses
+    differ.
     """
     measured, losses = [], {}
     with tempfile.TemporaryDirectory(prefix="ema-bench-") as folder:
@@ -39,7 +42,9 @@ def bench_reference(task: Task, *, processes: int, ways: tuple[str, ...] = WAYS)
             log.info("%s", way)
             found = _launched(way, task, processes, Path(folder))
             losses[way] = found["losses"]
-            figures = {"gathered": found["bytes"], "calls": found["calls"]}
+            figures = {name: found[name] for name in ("gathered", "calls", "reduced")}
+            for name in found["phases"][0] if found["phases"] else ():
+                figures[name] = statistics.median(step[name] for step in found["phases"])
             if found["reference"] is not None:
                 figures["reference"] = found["reference"]
             measured.append(Measured(way, found["seconds"], found["peak_bytes"], figures=figures))
@@ -47,14 +52,18 @@ def bench_reference(task: Task, *, processes: int, ways: tuple[str, ...] = WAYS)
     by_name = {one.name: one for one in measured}
     base = by_name[PLAIN]
     for one in measured:
-        one.figures["traffic"] = one.figures["gathered"] / base.figures["gathered"]
+        for ratio, moved in (("traffic", "gathered"), ("reduction", "reduced")):
+            if base.figures[moved]:
+                one.figures[ratio] = one.figures[moved] / base.figures[moved]
         if one.peak_bytes and base.peak_bytes:
             one.figures["memory"] = one.peak_bytes / base.peak_bytes
     add_ratios(measured, PLAIN)
     bars = []
     for way in (TWO, CACHED):
         if way in by_name:
-            bars.append(Bar(f"bytes gathered, {way} of plain", by_name[way].figures["traffic"], BYTES_BAR))
+            for ratio, moved in (("traffic", "gathered"), ("reduction", "reduced")):
+                if ratio in by_name[way].figures:
+                    bars.append(Bar(f"bytes {moved}, {way} of plain", by_name[way].figures[ratio], BYTES_BAR))
             bars.append(Bar(f"memory, {way} of plain", by_name[way].figures.get("memory"), MEMORY_BAR))
     return measured, bars
 

@@ -26,13 +26,14 @@ def bench_step(task: Task, *, repeats: int, ways: tuple[str, ...] = WAYS) -> tup
     """All ways in turn, `repeats` times, each time `task.steps` timed steps of a model built anew; memory of each in a
     process of its own. Also the arithmetic floor: see `floor`.
 
-    Figures: `memory`, of plain's; `reference`, share of the time that its hidden states take; on a CPU `cpu`, the ratio
-    of processor seconds, which other work on the machine changes less than the time that passes, and by which the bars
-    are read there. Raises UserError if the ways' losses differ.
+    Figures: `memory`, of plain's; `reference`, share of the time that its hidden states take; `PHASES`, seconds of a
+    step; on a CPU `cpu`, the ratio of processor seconds, which other work on the machine changes less than the time
+    that passes, and by which the bars are read there. Raises UserError if the ways' losses differ.
     """
     measured = {way: Measured(way) for way in ways}
     shares: dict[str, list[float]] = {}
     cpu: dict[str, list[float]] = {way: [] for way in ways}
+    phases: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory(prefix="ema-bench-") as cache, patch.dict(os.environ, EMA_CACHE=cache):
         for _ in range(repeats):
             done = {}
@@ -46,6 +47,7 @@ def bench_step(task: Task, *, repeats: int, ways: tuple[str, ...] = WAYS) -> tup
                     continue
                 measured[way].seconds += trained.seconds
                 cpu[way] += trained.cpu
+                phases[way] += trained.phases
                 if trained.reference is not None:
                     shares.setdefault(way, []).append(trained.reference)
             check_losses({way: trained.losses for way, trained in done.items() if trained is not None}, task.dtype)
@@ -54,6 +56,8 @@ def bench_step(task: Task, *, repeats: int, ways: tuple[str, ...] = WAYS) -> tup
             measured[way].peak_bytes = found["peak_bytes"] if found else None
     base = measured[PLAIN]
     for way, one in measured.items():
+        for name in phases[way][0] if phases[way] else ():
+            one.figures[name] = statistics.median(step[name] for step in phases[way])
         if way in shares:
             one.figures["reference"] = statistics.median(shares[way])
         if one.peak_bytes and base.peak_bytes:

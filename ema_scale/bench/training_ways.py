@@ -8,6 +8,7 @@ float32 and the divergence from them, as TRL's trainers with a reference model a
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import tempfile
 import time
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from ema_scale.bench.phases import Phases
 from ema_scale.bench.random_model import fields_of, placeholder_tokenizer, random_base, random_rows
 from ema_scale.chat.collate import ChatCollator
 from ema_scale.defenses import KL, LDIFS
@@ -96,12 +98,13 @@ def chosen(names: Sequence[str] | None, ways: tuple[str, ...]) -> tuple[str, ...
 @dataclass
 class Trained:
     """seconds, cpu: of each timed step, by the clock and of the processor; losses: of every step; reference: its hidden
-    states' share of the time, if known."""
+    states' share of the time, if known; phases: of each timed step, `Phases`' seconds, of our own ways."""
 
     seconds: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     reference: float | None = None
+    phases: list[dict[str, float]] = field(default_factory=list)
 
 
 def train(
@@ -123,14 +126,17 @@ def train(
         clock = _Clock(began, ended, task.device)
         trainer.add_callback(clock)
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        phases = Phases(trainer, task.device) if isinstance(trainer, DefendedTrainer) else None
+        with phases.installed() if phases else contextlib.nullcontext():
+            trainer.train()
         rows = [row for row in trainer.state.log_history if "loss" in row]
     shares = [row["reference_share"] for row in rows[WARMUP:] if "reference_share" in row]
     seconds, used = (
         [b - a for a, b in zip(times, times[1:], strict=False)][WARMUP - 1 :] for times in (clock.ends, clock.used)
     )
     losses = [row["loss"] for row in rows]
-    return Trained(seconds, used, losses, sum(shares) / len(shares) if shares else None)
+    share = sum(shares) / len(shares) if shares else None
+    return Trained(seconds, used, losses, share, phases.of(seconds) if phases else [])
 
 
 def _trainer(way: str, task: Task, model: Any, folder: str) -> Trainer:
@@ -200,6 +206,8 @@ class FullLogits(FSDPAnywhere, Trainer):
 
             config = copy.deepcopy(self.accelerator.state.deepspeed_plugin.deepspeed_config)
             config = {k: v for k, v in config.items() if k not in ("optimizer", "scheduler")}
+            if config["zero_optimization"]["stage"] != 3:
+                config["zero_optimization"] = {"stage": 0}  # the lower stages shard what only training has
             self.other, *_ = deepspeed.initialize(model=self.other, config=config)
             self.other.eval()
         elif self.other is not None and self.is_fsdp_enabled:

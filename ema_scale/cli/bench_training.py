@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ema_scale.cli.bench import Out, Repeats, Threads, bench
+from ema_scale.errors import UserError
 
 Model = Annotated[str, typer.Option(help="a shape: small, qwen2.5-0.5b, ... llama-3.1-70b")]
 Layers = Annotated[int | None, typer.Option(min=1, help="cut to so many")]
@@ -17,7 +18,7 @@ Length = Annotated[int, typer.Option(min=2, help="tokens a row")]
 Checkpointing = Annotated[bool, typer.Option(help="of gradients")]
 Strength = Annotated[float, typer.Option(min=0, help="0: without")]
 Ways = Annotated[list[str] | None, typer.Option("--way", help="only plain and these (the first words are enough)")]
-ZERO3_CPU = Path("launch/deepspeed/zero3_cpu.json")
+ZERO3_CPU = "launch/deepspeed/zero3_cpu.json"
 
 
 class Device(StrEnum):
@@ -83,7 +84,8 @@ def step_(
     threads: Threads = 1,
 ) -> None:
     """A LoRA step with KL + LDIFS by every way to run the reference, against plain fine-tuning: time, peak memory."""
-    from ema_scale.bench.harness import finish, machine
+    from ema_scale.bench.harness import finish, machine, seconds
+    from ema_scale.bench.phases import PHASES
     from ema_scale.bench.step import bench_step
     from ema_scale.bench.training_ways import WAYS, Task, chosen
 
@@ -94,6 +96,7 @@ def step_(
         "cpu": lambda v: f"{v:.2f}x",
         "memory": lambda v: f"{v:.2f}x",
         "reference": lambda v: f"{v:.0%} of the time",
+        **dict.fromkeys(PHASES, seconds),
     }
     options = {**task.shown(), "arithmetic floor": f"{floor:.2f}x"}
     finish("step", measured, options, threads=threads, out=out, columns=columns, bars=bars)
@@ -102,7 +105,7 @@ def step_(
 @bench.command("reference")
 def reference_(
     processes: Annotated[int, typer.Option(min=2)] = 2,
-    deepspeed: Annotated[Path, typer.Option(help="a ZeRO-3 config")] = ZERO3_CPU,
+    deepspeed: Annotated[str, typer.Option(help="a ZeRO config; none: DDP")] = ZERO3_CPU,
     fsdp: Annotated[bool, typer.Option("--fsdp", help="FSDP2 in place of ZeRO-3")] = False,
     model: Model = "small",
     layers: Layers = None,
@@ -118,24 +121,38 @@ def reference_(
     out: Out = None,
     threads: Threads = 1,
 ) -> None:
-    """Bytes gathered in a step of KL + LDIFS under ZeRO-3 or FSDP2, by every way to run the reference; time, memory."""
+    """Bytes gathered and reduced in a step of KL + LDIFS on several processes, by every way to run the reference; time,
+    memory."""
     from ema_scale.bench.harness import finish, machine, mebibytes
     from ema_scale.bench.reference import WAYS, bench_reference
     from ema_scale.bench.training_ways import Task, chosen
-    from ema_scale.errors import UserError
 
-    if not fsdp and not deepspeed.is_file():
-        raise UserError(f"--deepspeed: no file {deepspeed}; expected a DeepSpeed JSON config with ZeRO-3")
     machine(threads)
     task = Task(model, layers, rows, length, steps, dtype.value, device.value, checkpointing, kl, ldifs)
-    task = replace(task, fsdp=True) if fsdp else replace(task, deepspeed=str(deepspeed))
+    if fsdp:
+        task = replace(task, fsdp=True)
+    elif deepspeed != "none":
+        task = replace(task, deepspeed=str(_config(deepspeed)))
     measured, bars = bench_reference(task, processes=processes, ways=chosen(way, WAYS))
     columns = {
         "gathered": lambda v: f"{mebibytes(v)} gathered",
         "traffic": lambda v: f"{v:.2f}x",
         "calls": lambda v: f"{v:.0f} calls",
+        "reduced": lambda v: f"{mebibytes(v)} reduced",
         "memory": lambda v: f"{v:.2f}x",
         "reference": lambda v: f"{v:.0%} of the time",
     }
     finish("reference", measured, {"processes": processes, **task.shown()}, threads=threads, out=out, columns=columns,
            bars=bars)  # fmt: skip
+
+
+def _config(name: str) -> Path:
+    """A DeepSpeed config, where it says or in the checkout that this package runs from."""
+    beside = Path(__file__).resolve().parents[2] / name
+    for path in (Path(name), beside):
+        if path.is_file():
+            return path
+    raise UserError(
+        f"--deepspeed: no file {name} in {Path.cwd()} or beside the package; expected a DeepSpeed JSON config, such as "
+        "launch/deepspeed/zero3_cpu.json of the repository, or none for DDP"
+    )

@@ -42,7 +42,7 @@ def divergence(
     q, under = softmax(reference_logits, temperature)
     if direction == "policy_reference":
         del q  # its room is needed
-    d = torch.sub(logits, reference_logits, out=reference_logits if overwrite else None)  # type: ignore[call-overload]
+    d = torch.sub(logits, reference_logits, out=reference_logits if overwrite else None)
     if temperature != 1.0:
         d.div_(temperature)
     d.sub_(over - under)

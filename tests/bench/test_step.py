@@ -6,9 +6,10 @@ import pytest
 from typer.testing import CliRunner
 
 from ema_scale.bench import step
-from ema_scale.bench.reference import bench_reference
+from ema_scale.bench.phases import PHASES
 from ema_scale.bench.training_ways import CACHED, OFF, PLAIN, SECOND, TWO, WAYS, Task, Trained, chosen, train
 from ema_scale.cli import app
+from ema_scale.cli.bench_training import _config
 from ema_scale.errors import UserError
 
 TINY = Task(layers=2, rows=1, length=16, steps=2)
@@ -38,6 +39,9 @@ def test_the_command_measures_and_reads_the_bars(tmp_path):
     assert (plain["name"], two["name"]) == (PLAIN, TWO) and len(two["seconds"]) == 2
     assert two["figures"]["cpu"] > 1 and 0 < two["figures"]["reference"] < 1
     assert two["figures"]["memory"] == two["peak_bytes"] / plain["peak_bytes"] < 1.3
+    assert {*PHASES} <= set(two["figures"]) and "reference's" not in plain["figures"]
+    # Disjoint, and inside the step.
+    assert all(two["figures"][name] > 0 for name in PHASES)
     assert [bar["value"] for bar in found["bars"]] == [two["figures"]["cpu"], two["figures"]["memory"]]
 
 
@@ -55,12 +59,41 @@ def test_the_floor_is_that_of_the_operations():
     assert step.floor(Task()) < step.floor(Task(layers=1))
 
 
+def test_a_config_is_found_beside_the_package_or_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert _config("launch/deepspeed/zero3_cpu.json").is_file()
+    done = CliRunner().invoke(app, ["bench", "reference", "--deepspeed", "zero9.json"])
+    assert isinstance(done.exception, UserError) and f"no file zero9.json in {tmp_path} or beside" in str(
+        done.exception
+    )
+
+
 @pytest.mark.zero3
 @pytest.mark.slow
-def test_two_streams_and_a_cache_gather_what_plain_training_gathers():
-    task = Task(layers=2, rows=1, length=16, steps=2, deepspeed="launch/deepspeed/zero3_cpu.json")
-    measured, bars = bench_reference(task, processes=2, ways=(PLAIN, OFF, TWO, CACHED))
-    traffic = {one.name: one.figures["traffic"] for one in measured}
-    assert traffic[TWO] == traffic[CACHED] == 1
-    assert traffic[OFF] > 1.3
-    assert [bar.met for bar in bars if bar.name.startswith("bytes")] == [True, True]
+def test_two_streams_and_a_cache_gather_what_plain_training_gathers(tmp_path):
+    out = tmp_path / "reference.json"
+    options = "--layers 2 --length 16 --steps 2 --way adapter_off --way two_stream --way cached".split()
+    done = CliRunner().invoke(app, ["bench", "reference", *options, "-o", str(out)])
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.read_text())
+    figures = {way["name"]: way["figures"] for way in found["ways"]}
+    assert list(figures) == [PLAIN, OFF, TWO, CACHED]
+    assert figures[TWO]["traffic"] == figures[CACHED]["traffic"] == 1
+    assert figures[OFF]["traffic"] > 1.3
+    # No way trains more parameters than another.
+    assert {way["reduction"] for way in figures.values()} == {1.0}
+    bars = {bar["name"]: bar["met"] for bar in found["bars"] if bar["name"].startswith("bytes")}
+    assert len(bars) == 4 and all(bars.values())
+
+
+@pytest.mark.zero3
+@pytest.mark.slow
+def test_ddp_gathers_nothing_and_reduces_the_adapters_gradient(tmp_path):
+    out = tmp_path / "ddp.json"
+    options = "--deepspeed none --layers 1 --length 16 --steps 1 --way plain".split()
+    done = CliRunner().invoke(app, ["bench", "reference", *options, "-o", str(out)])
+    assert done.exit_code == 0, done.output
+    layer = 32 * (2 * (512 + 512) + 2 * (512 + 128) + 3 * (512 + 2048))  # LoRA of q and o, k and v, the MLP
+    for way in json.loads(out.read_text())["ways"]:
+        assert way["figures"]["gathered"] == way["figures"]["calls"] == 0
+        assert way["figures"]["reduced"] == 4 * layer
