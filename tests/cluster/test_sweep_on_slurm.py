@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 __all__ = ["world"]
 
 
-def watch(slurm, study, seconds=300):
+def watch(slurm, study, seconds=600):
     """Until the report job has ended; the most tasks that were seen running at once.
 
     Task 4 is warned, as before a time limit. A requeued task is held for two minutes; here for three seconds.

@@ -151,7 +151,7 @@ class SlurmCluster:
         text = self.run("scontrol", "show", "job", "-o", job, check=False).stdout
         return dict(part.split("=", 1) for part in text.split("\n")[0].split() if "=" in part)
 
-    def wait(self, job: str, states: Sequence[str] = ENDED, seconds: float = 300) -> dict[str, str]:
+    def wait(self, job: str, states: Sequence[str] = ENDED, seconds: float = 600) -> dict[str, str]:
         """Until the job is in one of `states`. A requeued job is held for two minutes; here for three seconds.
 
         Sooner, its nodes could still refuse the job id that they have just been told to end.
