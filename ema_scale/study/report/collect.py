@@ -234,7 +234,7 @@ def _base_runs(runs: Sequence[Run], files: Mapping[Path, Mapping[str, Any]]) -> 
         file, summary = max(
             fitting,
             key=lambda fs: (
-                asked_alike(run.eval_dir, fs[0].parent),
+                run.eval_dir is not None and asked_alike(run.eval_dir, fs[0].parent),
                 len(suites & set(fs[1]["per_suite"])),
                 _shared_parts(fs[0], run.path),
                 str(fs[0]),
