@@ -171,16 +171,17 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
         transformers counts one thing, the labels; a divergence may cover others.
         """
         # A wish to stop rides along, and whether the loss of the step before was finite: all processes stop alike.
-        tokens = [*count_tokens(batch_samples, self.parts.tags).to(device)]
-        stopping = torch.tensor(int(self.stop_requested), device=device)
-        counts = torch.stack([*tokens, stopping, self.monitor.take_broken(device)])
+        stopping = torch.tensor([int(self.stop_requested)])
+        counts = torch.cat([count_tokens(batch_samples, self.parts.tags), stopping]).to(device)
+        counts = torch.cat([counts, self.monitor.take_broken(device)[None]])
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, "sum")
-        self.stop_requested = bool(counts[-2])
+        *known, stop, broken = counts.tolist()
+        self.stop_requested = bool(stop)
         if self.is_in_train:
-            self._check_finite("loss", math.nan if counts[-1] else 0.0)
+            self._check_finite("loss", math.nan if broken else 0.0)
             read = [cover("all", part) for part in ("learned", *(t for t in self.parts.tags if t.startswith(OWN)))]
-            self.monitor.add_tokens(sum(int(counts[self.parts.covers.index(name)]) for name in read))
+            self.monitor.add_tokens(sum(known[self.parts.covers.index(name)] for name in read))
         return counts[:-2]
 
     def compute_loss(
