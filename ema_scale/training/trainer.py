@@ -184,20 +184,21 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
         """
         # A wish to stop rides along, and whether the loss of the step before was finite: all processes stop at the same
         # step, for saving is a collective.
-        tokens = [*count_tokens(batch_samples, self.parts.tags).to(device)]
-        stopping = torch.tensor(int(self.stop_wished), device=device)
-        counts = torch.stack([*tokens, stopping, self.monitor.take_broken(device)])
+        stopping = torch.tensor([int(self.stop_wished)])
+        counts = torch.cat([count_tokens(batch_samples, self.parts.tags), stopping]).to(device)
+        counts = torch.cat([counts, self.monitor.take_broken(device)[None]])
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, "sum")
-        self.stop_agreed = bool(counts[-2])
+        *known, stop, broken = counts.tolist()
+        self.stop_agreed = bool(stop)
         if self.is_in_train and isinstance(self.defended.reference, Cached):
             # Here, where the counts are waited for anyway, and not once more in each forward.
             for batch in batch_samples:
                 batch["texts"] = Texts.of(padding_last(batch))
         if self.is_in_train:
-            self._check_finite("loss", math.nan if counts[-1] else 0.0)
+            self._check_finite("loss", math.nan if broken else 0.0)
             read = [cover("all", part) for part in ("learned", *(t for t in self.parts.tags if t.startswith(OWN)))]
-            self.monitor.add_tokens(sum(int(counts[self.parts.covers.index(name)]) for name in read))
+            self.monitor.add_tokens(sum(known[self.parts.covers.index(name)] for name in read))
         return counts[:-2]
 
     def compute_loss(
