@@ -41,4 +41,6 @@ def loss_over_shared(
 
 
 def _cut(head: Head, rows: int) -> Head:
+    if head.weight.shape[0] == rows:
+        return head
     return replace(head, weight=head.weight[:rows], bias=None if head.bias is None else head.bias[:rows])
