@@ -51,7 +51,7 @@ class Phases(TrainerCallback):
         with (
             patch.object(watch, "running", both),
             patch.object(reference, "streams", self._timed(POLICY, reference.streams)),
-            patch.object(forward, "fused_loss", self._timed(LOSS, forward.fused_loss)),
+            patch.object(forward, "loss_over_shared", self._timed(LOSS, forward.loss_over_shared)),
             patch.object(accelerator, "backward", self._timed(BACKWARD, accelerator.backward)),
         ):
             yield
