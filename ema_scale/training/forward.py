@@ -67,10 +67,6 @@ class DefendedForward:
     def __init__(self, reference: Reference) -> None:
         self.reference = reference
         self.anatomy: Anatomy = reference.anatomy
-        # The parameter objects themselves: inside forward under ZeRO-3 they are gathered through these.
-        self._head_parameters = [*self.anatomy.head_parameters]
-        if reference.head_of is not self.anatomy:
-            self._head_parameters += reference.head_of.head_parameters
         self._head_checked = False
         self._packing_checked = False
         self._original = self.anatomy.core.forward
@@ -142,9 +138,12 @@ class DefendedForward:
         dtype = torch.promote_types(states.policy.dtype, torch.float32)
         covered = {"assistant", *(d.cover for d in ask.divergences)}
         weights = {s: masks[s].to(dtype) / tokens[s].clamp_min(1) for s in covered}
-        with gathered(self._head_parameters):
+        other = self.reference.head_of
+        heads = [self.anatomy] if other is self.anatomy else [self.anatomy, other]
+        # Looked up here and kept nowhere: FSDP2 replaces parameters, and an old one would hold the file that it was read
+        # from in memory.
+        with gathered([p for anatomy in heads for p in anatomy.head_parameters]):
             head = self.anatomy.head()
-            other = self.reference.head_of
             reference_head = head if other is self.anatomy else other.head()
             for (logits, hidden, name), used in zip(expected or (), (head, reference_head), strict=False):
                 _check_head(logits, hidden, used, name)
