@@ -6,10 +6,12 @@ import pytest
 from typer.testing import CliRunner
 
 from ema_scale.bench import step
+from ema_scale.bench.plan import setup_of_task
 from ema_scale.bench.reference import bench_reference
 from ema_scale.bench.training_ways import CACHED, OFF, PLAIN, SECOND, TWO, WAYS, Task, Trained, chosen, train
 from ema_scale.cli import app
 from ema_scale.errors import UserError
+from ema_scale.planning.traffic import a_micro_batch
 
 TINY = Task(layers=2, rows=1, length=16, steps=2)
 
@@ -60,6 +62,9 @@ def test_the_floor_is_that_of_the_operations():
 def test_two_streams_and_a_cache_gather_what_plain_training_gathers():
     task = Task(layers=2, rows=1, length=16, steps=2, deepspeed="launch/deepspeed/zero3_cpu.json")
     measured, bars = bench_reference(task, processes=2, ways=(PLAIN, OFF, TWO, CACHED))
+    for one in measured:  # what `ema plan` says of a micro-batch, to the byte
+        setup = setup_of_task(one.name, task)
+        assert a_micro_batch(setup) == (one.figures["gathered"], one.figures["calls"])
     traffic = {one.name: one.figures["traffic"] for one in measured}
     assert traffic[TWO] == traffic[CACHED] == 1
     assert traffic[OFF] > 1.3
