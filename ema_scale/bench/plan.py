@@ -69,6 +69,7 @@ def bench_plan(task: Task, cache: str, *, only: str = "") -> tuple[list[Measured
             continue
         log.info("%s", name)
         processes = PROCESSES if case.deepspeed or case.fsdp else 1
+        found: dict[str, Any] | None
         if processes > 1:
             found = _on_several(way, case)
         else:

@@ -18,7 +18,7 @@ STEP_SECONDS = 0.01  # of a step at the least, whatever the model's size: what v
 
 @dataclass(frozen=True)
 class Served:
-    """One engine's work. seconds: of GPUs together; None if the model's shape is not known, `why` then says so."""
+    """One engine's work. seconds: of GPUs together; None if they cannot be told, `why` then says so."""
 
     engine: Engine
     work: Work
@@ -42,6 +42,11 @@ def served(engines: Mapping[Engine, Work], cluster: Cluster, rate: float | None 
             shape = shape_of(engine.model, engine.revision)
         except UserError as error:
             found.append(Served(engine, work, None, str(error)))
+            continue
+        if _room(shape, engine, cluster) <= 0:
+            setting = "evaluation.engine" if engine.role == "sampling" else "evaluation.judge.engine"
+            why = f"it does not fit on {engine.gpus} GPU(s); set {setting}.tensor_parallel_size"
+            found.append(Served(engine, work, None, why))
         else:
             found.append(Served(engine, work, gpu_seconds(shape, engine, work, cluster)))
     return found
@@ -61,10 +66,14 @@ def gpu_seconds(shape: Shape, engine: Engine, work: Work, cluster: Cluster) -> f
     weights = shape.layers * shape.matrices + shape.head
     prompt, answer = work.tokens_in / work.requests, work.tokens_out / work.requests
     a_token = 4.0 * shape.layers * shape.kv_heads * shape.head_dim  # keys and values in bfloat16
-    room = MEMORY_SHARE * cluster.memory * engine.gpus - b * shape.parameters
-    fitting = room / (a_token * (prompt + answer))
+    fitting = _room(shape, engine, cluster) / (a_token * (prompt + answer))
     together = max(1.0, min(SEQUENCES, work.requests, fitting))
     arithmetic = 2.0 * weights / ((device.float32 if b == 4 else device.bf16) * cluster.mfu)
     read = (b * weights / together + a_token * (prompt + answer / 2)) / (device.bandwidth * BANDWIDTH_SHARE)
     least = STEP_SECONDS * engine.gpus / together
     return work.prefilled * arithmetic + work.tokens_out * max(arithmetic, read, least)
+
+
+def _room(shape: Shape, engine: Engine, cluster: Cluster) -> float:
+    """Bytes for keys and values beside the weights."""
+    return MEMORY_SHARE * cluster.memory * engine.gpus - engine.bytes * shape.parameters

@@ -36,6 +36,13 @@ def test_memory_decides_how_many_are_written_at_once():
     assert gpu_seconds(SEVEN, ENGINE, Work(0, 0.0, 0.0, 0.0), NODE) == 0
 
 
+def test_a_model_that_fits_no_gpu_has_no_time():
+    large = Engine("sampling", "Qwen/Qwen2.5-72B-Instruct")
+    (alone,), (shared,) = (served({engine: WORK}, NODE) for engine in (large, replace(large, gpus=4)))
+    assert alone.seconds is None and "set evaluation.engine.tensor_parallel_size" in alone.why
+    assert shared.seconds > 0
+
+
 def test_a_rate_replaces_the_estimate_of_sampling_alone():
     judge = Engine("judging", "Qwen/Qwen2.5-7B-Instruct")
     sampling, judging = served({ENGINE: WORK, judge: WORK}, NODE, rate=500.0)
