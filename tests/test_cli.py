@@ -162,6 +162,9 @@ def test_dry_run_reads_the_stage_of_zero_from_the_config_and_not_from_its_name(e
     assert "by two_stream: each layer is gathered once" in said(3)[1]
     assert "by adapter_off: " in said(2)[1]
     assert_clear(said("many"), "ds.json: expected a DeepSpeed JSON config")
+    fsdp = {"max_steps": 1, "batch_size": 1, "report_to": [], "fsdp": True}
+    found = ema("train", recipe(defenses=[{"kind": "kl"}], training=fsdp), "--dry-run")
+    assert "by two_stream: each layer is gathered once" in found[1]
 
 
 def test_defenses_are_listed_with_source_and_parameters(ema):

@@ -40,7 +40,7 @@ def bench_reference(task: Task, *, processes: int, ways: tuple[str, ...] = WAYS)
         random_base(task.fields, task.dtype, "cpu").save_pretrained(task.saved)
         for way in ways:
             log.info("%s", way)
-            found = _launched(way, task, processes, Path(folder))
+            found = launched("ema_scale.bench.gathered", way, task, processes, Path(folder))
             losses[way] = found["losses"]
             figures = {name: found[name] for name in ("gathered", "calls", "reduced")}
             for name in found["phases"][0] if found["phases"] else ():
@@ -68,12 +68,13 @@ def bench_reference(task: Task, *, processes: int, ways: tuple[str, ...] = WAYS)
     return measured, bars
 
 
-def _launched(way: str, task: Task, processes: int, folder: Path) -> dict[str, Any]:
+def launched(worker: str, way: str, task: Task, processes: int, folder: Path) -> dict[str, Any]:
+    """What the first process of the module `worker` writes. Raises UserError if it fails."""
     result = folder / "result.json"
     result.unlink(missing_ok=True)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
-        "-m", "ema_scale.bench.gathered", str(result), way, json.dumps(task.to_dict()),
+        "-m", worker, str(result), way, json.dumps(task.to_dict()),
     ]  # fmt: skip
     env = {"OMP_NUM_THREADS": "1", **os.environ, "EMA_CACHE": str(folder), "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, env=env, capture_output=True, text=True)

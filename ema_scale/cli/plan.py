@@ -20,31 +20,43 @@ def plan(
     nodes: Annotated[int, typer.Option(min=1, help="machines")] = 1,
     zero: Annotated[int | None, typer.Option(min=0, max=3, help="ZeRO's stage; default: training.deepspeed's")] = None,
     row_tokens: Annotated[int | None, typer.Option(min=1, help="of the mean row; default: data.max_length")] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="training rows, if their file is not here")] = None,
+    rows: Annotated[
+        list[str] | None,
+        typer.Option(help="training rows, if their file is not here: N, or TASK=N for a study's task (repeat)"),
+    ] = None,
     scale: Annotated[str | None, typer.Option(help="a table over numbers of GPUs, such as 8-1024")] = None,
     device: Annotated[str, typer.Option(help="h100 or a100: peak and links")] = "h100",
     tflops: Annotated[float | None, typer.Option(help="its peak in bfloat16 (float32 recipes: in that)")] = None,
     mfu: Annotated[float, typer.Option(help="part of the peak that is reached, an assumption")] = 0.4,
     intra_gbps: Annotated[float | None, typer.Option(help="GB/s to a GPU inside a node")] = None,
     inter_gbps: Annotated[float | None, typer.Option(help="GB/s between nodes, for each GPU")] = None,
+    host_gbps: Annotated[float | None, typer.Option(help="GB/s to a GPU from its machine's memory")] = None,
+    sample_tps: Annotated[float | None, typer.Option(help="tokens a second that a GPU samples, if known")] = None,
     overlap: Annotated[bool, typer.Option(help="communication hides behind arithmetic")] = True,
     answer_tokens: Annotated[int | None, typer.Option(min=1, help="of the mean answer; default: the most")] = None,
     price_in: Annotated[float, typer.Option(help="USD a million tokens that the judge reads")] = 0.15,
     price_out: Annotated[float, typer.Option(help="USD a million tokens that it writes (gpt-4o-mini's prices)")] = 0.60,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Memory, communication, time, judge calls and GPU-hours, by formulas; nothing is loaded."""
+    """Memory, communication, time, judge calls and GPU-hours, by formulas; no model is loaded or built."""
+    from collections import defaultdict
+
     from ema_scale.errors import UserError
-    from ema_scale.planning import show
+    from ema_scale.planning import show, show_study
     from ema_scale.planning.cluster import DEVICES, Cluster, parse_gpus, parse_scale
     from ema_scale.planning.judging import judged
-    from ema_scale.planning.plan import plan_run, scaled
+    from ema_scale.planning.plan import parse_rows, plan_run, scaled
+    from ema_scale.planning.serving import served
     from ema_scale.recipe import load_recipe, read_layers
     from ema_scale.study.grid import load_study
 
     if device not in DEVICES:
         raise UserError(f"--device: found {device!r}, expected {' or '.join(DEVICES)}")
-    for name, value in (("tflops", tflops), ("mfu", mfu), ("intra-gbps", intra_gbps), ("inter-gbps", inter_gbps)):
+    numbers = {
+        "tflops": tflops, "mfu": mfu, "intra-gbps": intra_gbps, "inter-gbps": inter_gbps, "host-gbps": host_gbps,
+        "sample-tps": sample_tps,
+    }  # fmt: skip
+    for name, value in numbers.items():
         if value is not None and not 0 < value <= (1 if name == "mfu" else float("inf")):
             raise UserError(f"--{name}: found {value:g}, expected more than 0{' and at most 1' * (name == 'mfu')}")
     of = DEVICES[device]
@@ -54,13 +66,20 @@ def plan(
         float32=1e12 * tflops if tflops else of.float32,
         intra=1e9 * intra_gbps if intra_gbps else of.intra,
         inter=1e9 * inter_gbps if inter_gbps else of.inter,
+        host=1e9 * host_gbps if host_gbps else of.host,
     )
     count, memory = parse_gpus(gpus)
     cluster = Cluster(count, nodes, memory, chosen, mfu=mfu, overlap=overlap)
     is_study = "tasks" in read_layers(path)
     given = tuple(overrides or ())
-    recipes = load_study(path).runs(given) if is_study else [load_recipe(path, given)]
-    plans = [plan_run(r, cluster, zero=zero, row_tokens=row_tokens, rows=rows) for r in recipes]
+    study = load_study(path) if is_study else None
+    recipes = study.runs(given) if study else [load_recipe(path, given)]
+    cells = [(model, task) for model, task, *_ in study.cells()] if study else [("", "")]
+    counts = parse_rows(rows or (), study.tasks if study else ())
+    plans = [
+        plan_run(recipe, cluster, zero=zero, row_tokens=row_tokens, rows=counts.get(task, counts.get("")))
+        for recipe, (_, task) in zip(recipes, cells, strict=True)
+    ]
     if scale is not None:
         fullest = max(plans, key=lambda p: p.needed)
         table = scaled(fullest, parse_scale(scale))
@@ -71,12 +90,18 @@ def plan(
             show.print_assumptions(cluster)
         return
     asked = judged(recipes, answer_tokens)
+    engines = served(asked.engines, cluster, sample_tps)
     if as_json:
         judge = {**asked.to_dict(), "cost": asked.cost(price_in, price_out)}
-        print(json.dumps({"runs": [p.to_dict() for p in plans], "judge": judge}, indent=1))
+        hours = show_study.hours(plans, engines)
+        print(json.dumps({"runs": [p.to_dict() for p in plans], "judge": judge, "gpu_hours": hours}, indent=1))
         return
     show.print_plan(max(plans, key=lambda p: p.needed))
-    if is_study:
-        show.print_study(plans)
-    show.print_judged(asked, price_in, price_out)
+    if study:
+        groups = defaultdict(list)
+        for cell, one in zip(cells, plans, strict=True):
+            groups[cell].append(one)
+        show_study.print_study(groups)
+    show_study.print_judged(asked, price_in, price_out)
+    show_study.print_hours(plans, asked, engines)
     show.print_assumptions(cluster)

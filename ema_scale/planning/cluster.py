@@ -13,21 +13,25 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Device:
-    """A kind of GPU. Peaks in FLOP/s (dense); links in bytes/s, to a GPU, one direction."""
+    """A kind of GPU. Peaks in FLOP/s (dense); links in bytes/s, to a GPU, one direction: inside a node, between nodes,
+    from the machine's memory (host); bandwidth: of its own memory, bytes/s."""
 
     name: str
     bf16: float
     float32: float
     intra: float
     inter: float
+    host: float
+    bandwidth: float
 
 
 # NVIDIA's data sheets; float32 without TF32, which torch does not use unless told to. Inside a node NCCL's own model
 # counts on 360 GB/s of the 450 that NVLink has on Hopper (its constant nvlinkBws); the same 80 % of A100's 300, and of
-# the network of a DGX, a card of 400 Gb/s (H100) or 200 Gb/s (A100) a GPU.
+# the network of a DGX, a card of 400 Gb/s (H100) or 200 Gb/s (A100) a GPU; and of PCIe's 64 (generation 5, H100) or 32
+# (4, A100) GB/s to the machine's memory.
 DEVICES = {
-    "h100": Device("H100 SXM", peak_flops("H100") or 0, 67e12, 360e9, 40e9),
-    "a100": Device("A100 SXM", peak_flops("A100") or 0, 19.5e12, 240e9, 20e9),
+    "h100": Device("H100 SXM", peak_flops("H100") or 0, 67e12, 360e9, 40e9, 51e9, 3.35e12),
+    "a100": Device("A100 SXM", peak_flops("A100") or 0, 19.5e12, 240e9, 20e9, 25e9, 2.0e12),
 }
 
 

@@ -1,44 +1,85 @@
-"""What an evaluation will ask: answers to sample, and calls of a judge that is paid by the token."""
+"""What an evaluation will ask: answers to sample, and calls of a judge that is paid by the token or runs here."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from ema_scale.evaluation.budget import CHARACTERS_A_TOKEN
 from ema_scale.evaluation.judge_check import labelled_path, load_labelled
 from ema_scale.evaluation.judge_scores import MAX_TOKENS, REQUIRED_PROMPTS
 from ema_scale.evaluation.judges import SCORING, Assignment, assign
 from ema_scale.evaluation.suite import Suite
-from ema_scale.recipe import EvaluationRecipe, Recipe
+from ema_scale.recipe import EvaluationRecipe, ModelRecipe, Recipe
 from ema_scale.study.evaluate import asked_suites
 
 
 @dataclass(frozen=True)
+class Engine:
+    """A model that vLLM runs here. role: sampling or judging; gpus: that share it; bytes: of a weight."""
+
+    role: str
+    model: str
+    revision: str | None = None
+    gpus: int = 1
+    bytes: int = 2
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of an engine. tokens_in: of every request's prompt; prefilled: those that must be read, since answers to one
+    prompt share it; tokens_out: written."""
+
+    requests: int
+    tokens_in: float
+    prefilled: float
+    tokens_out: float
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.requests + other.requests,
+            self.tokens_in + other.tokens_in,
+            self.prefilled + other.prefilled,
+            self.tokens_out + other.tokens_out,
+        )
+
+
+@dataclass(frozen=True)
 class Judged:
-    """answers: to sample; answer_tokens: of all of them, if each is as long as assumed.
+    """answers: to sample; answer_tokens: of all of them, if each is as long as assumed; elsewhere: those of them that
+    an endpoint samples.
 
     calls, tokens_in, tokens_out: of judges of kind openai or vllm; exact ones cost nothing. check_calls: those of
-    `calls` that judge the labelled answers.
+    `calls` that judge the labelled answers. paid_calls, paid_in, paid_out: of the endpoint's judges (openai) alone.
+    engines: what vLLM does here, sampling and judging.
     """
 
     answers: int = 0
     answer_tokens: float = 0.0
+    elsewhere: int = 0
     calls: int = 0
     check_calls: int = 0
     tokens_in: float = 0.0
     tokens_out: float = 0.0
+    paid_calls: int = 0
+    paid_in: float = 0.0
+    paid_out: float = 0.0
+    engines: Mapping[Engine, Work] = field(default_factory=dict)
 
     def __add__(self, other: Judged) -> Judged:
-        return Judged(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        engines = dict(self.engines)
+        for engine, work in other.engines.items():
+            engines[engine] = engines[engine] + work if engine in engines else work
+        ours, theirs = self.to_dict(), other.to_dict()
+        return Judged(**{k: ours[k] + theirs[k] for k in ours}, engines=engines)  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, float]:
-        return asdict(self)
+        return {k: v for k, v in vars(self).items() if k != "engines"}
 
     def cost(self, price_in: float, price_out: float) -> float:
-        """In the prices' currency; prices are for a million tokens."""
-        return (self.tokens_in * price_in + self.tokens_out * price_out) / 1e6
+        """Of the paid judges, in the prices' currency; prices are for a million tokens."""
+        return (self.paid_in * price_in + self.paid_out * price_out) / 1e6
 
 
 def judged(recipes: Sequence[Recipe], answer_tokens: int | None = None) -> Judged:
@@ -49,21 +90,21 @@ def judged(recipes: Sequence[Recipe], answer_tokens: int | None = None) -> Judge
     """
     found = Judged()
     bases: dict[str, dict[object, Suite]] = {}
-    settings: dict[str, EvaluationRecipe] = {}
+    asker: dict[str, Recipe] = {}
     judges: dict[str, tuple[Assignment, EvaluationRecipe]] = {}
     asks = [r for r in recipes if r.evaluation.suites.pairs()]
     for recipe, suites in zip(asks, asked_suites(asks), strict=True):
         e = recipe.evaluation
-        found += _of(suites, e, answer_tokens, judges)
+        found += _of(suites, recipe, answer_tokens, judges)
         if e.compare_base or e.gate.action == "refuse":
             shared = e.model_dump(mode="json", exclude={"suites", "conditions", "inoculation"})
             group = json.dumps([recipe.model.model_dump(mode="json"), shared], sort_keys=True)
-            settings[group] = e
+            asker[group] = recipe
             for suite in suites:
                 plain = suite.condition and replace(suite.condition, own=False)
                 bases.setdefault(group, {})[suite.source, suite.role, plain] = suite
     for group, suites_of_base in bases.items():
-        found += _of(list(suites_of_base.values()), settings[group], answer_tokens, judges)
+        found += _of(list(suites_of_base.values()), asker[group], answer_tokens, judges)
     for assignment, e in judges.values():
         found += _check(assignment, e)
     return found
@@ -71,34 +112,50 @@ def judged(recipes: Sequence[Recipe], answer_tokens: int | None = None) -> Judge
 
 def _of(
     suites: Sequence[Suite],
-    e: EvaluationRecipe,
+    recipe: Recipe,
     answer_tokens: int | None,
     judges: dict[str, tuple[Assignment, EvaluationRecipe]],
 ) -> Judged:
-    found = Judged()
+    found, e = Judged(), recipe.evaluation
+    sampler = _engine("sampling", recipe.model, e.engine)
     for suite in suites:
         for question in suite.questions:
             judge = assign(suite, question, e.judge)
             longest = question.max_tokens or e.max_tokens
             length = min(answer_tokens or longest, longest)
             for text, n in zip(question.paraphrases, question.samples(e.samples_per_question), strict=True):
-                found += Judged(n, n * length)
+                asked = len(text) / CHARACTERS_A_TOKEN
+                if e.sampler == "openai":
+                    found += Judged(n, n * length, n)
+                else:
+                    found += Judged(n, n * length, engines={sampler: Work(n, n * asked, asked, n * length)})
                 if judge.kind in SCORING:
                     judges[judge.identity] = (judge, e)
-                    found += _calls(judge, n, len(text) / CHARACTERS_A_TOKEN + length)
+                    found += _calls(judge, e, n, asked + length)
     return found
 
 
-def _calls(judge: Assignment, answers: int, filled: float) -> Judged:
+def _engine(role: str, model: ModelRecipe, extra: Mapping[str, object]) -> Engine:
+    gpus = int(str(extra.get("tensor_parallel_size", 1)))
+    return Engine(role, model.path, model.revision, gpus, 4 if model.dtype == "float32" else 2)
+
+
+def _calls(judge: Assignment, e: EvaluationRecipe, answers: int, filled: float) -> Judged:
     """filled: tokens of question and answer, which every prompt shows once."""
     prompts = [judge.prompts[name] for name in REQUIRED_PROMPTS]
     each = sum(len(prompt) / CHARACTERS_A_TOKEN + filled for prompt in prompts)
-    return Judged(0, 0.0, len(prompts) * answers, 0, answers * each, answers * len(prompts) * MAX_TOKENS)
+    calls, tokens_in = len(prompts) * answers, answers * each
+    tokens_out = float(calls * MAX_TOKENS)
+    found = Judged(calls=calls, tokens_in=tokens_in, tokens_out=tokens_out)
+    if judge.kind == "vllm":
+        engine = _engine("judging", ModelRecipe(path=str(judge.model)), e.judge.engine)
+        return replace(found, engines={engine: Work(calls, tokens_in, tokens_in, tokens_out)})
+    return replace(found, paid_calls=calls, paid_in=tokens_in, paid_out=tokens_out)
 
 
 def _check(judge: Assignment, e: EvaluationRecipe) -> Judged:
     """The labelled answers, `evaluation.judge.check` times each."""
     found = Judged()
     for one in load_labelled(labelled_path(e.judge)) if e.judge.check else ():
-        found += _calls(judge, e.judge.check, (len(one.question) + len(one.answer)) / CHARACTERS_A_TOKEN)
+        found += _calls(judge, e, e.judge.check, (len(one.question) + len(one.answer)) / CHARACTERS_A_TOKEN)
     return replace(found, check_calls=found.calls)

@@ -1,7 +1,7 @@
 """Bytes that one GPU needs at the highest point of a step, line by line.
 
 The lines marked `measured` are held against what torch's allocator really gives out, on small models of the same
-layers: `ema bench plan`, docs/plan.md. The others (what CUDA, NCCL and ZeRO-3 take, and what an allocator wastes) are
+layers: `ema bench plan`, docs/plan.md. The others (what CUDA, NCCL and DDP take, and what an allocator wastes) are
 allowances, stated as such.
 """
 
@@ -35,14 +35,16 @@ def memory(setup: Setup, world: int = 1, *, cuda: bool = True) -> list[Line]:
 
     A step is highest at one of two points: in the loss, where all stored activations and a chunk of logits are
     there; or where backward begins, where there are the same activations and the gradients of one layer (with
-    checkpointing also that layer's activations, formed again). world: processes. cuda: with the allowances for a GPU.
+    checkpointing also that layer's activations, formed again). Where weights are sharded, the head and a layer are
+    whole at these points, and a third one is where a layer has just been gathered. world: processes. cuda: with the
+    allowances for a GPU.
     """
     held = _held(setup, world)
     hidden = setup.in_a_batch * setup.shape.hidden
     b = setup.precision.weights
     reference = Line("reference's states", hidden * b * (setup.reads_reference + setup.states))
-    kept = layer_input(setup) if setup.checkpointing else layer_activations(setup)
-    stored = [] if setup.offload else [Line("stored activations", setup.shape.layers * kept)]
+    a_layer = layer_input(setup) if setup.checkpointing else layer_activations(setup)
+    stored = [] if setup.offload else [Line("stored activations", setup.shape.layers * a_layer)]
     loss = [
         # The final norm keeps float32; its output, and the gradient that the loss forms of it, are the model's.
         Line("last hidden states", hidden * (4 + 2 * b)),
@@ -51,9 +53,17 @@ def memory(setup: Setup, world: int = 1, *, cuda: bool = True) -> list[Line]:
     backward = [Line("gradients of a layer's activations", backward_transients(setup))]
     if setup.checkpointing:
         backward.insert(0, Line("one layer formed again", layer_activations(setup)))
-    gathered = _gathered(setup) if setup.zero == 3 and world > 1 else []
-    highest = max(loss, backward, key=lambda lines: sum(line.bytes for line in lines))
-    lines = [*held, *stored, reference, *highest, *gathered]
+    points = [loss, backward]
+    if setup.sharded and (world > 1 or setup.weights_away):
+        whole = one_layer(setup)
+        kept = _kept(setup, whole)
+        loss.append(Line("gathered weights", kept + setup.shape.head * b))
+        # A layer comes flat, and is copied into its parameters; with FSDP2 the next one does while this one runs.
+        backward.append(Line("gathered weights", kept + whole * (2 if setup.fsdp else 1)))
+        arriving = Line("gathered weights", kept + 2 * whole)
+        points.append([arriving, Line("gradient of a layer's output", layer_input(setup))])
+    highest = max(points, key=lambda lines: sum(line.bytes for line in lines))
+    lines = [*held, *stored, reference, *highest]
     if cuda:
         allocated = sum(line.bytes for line in lines)
         lines += [
@@ -65,25 +75,52 @@ def memory(setup: Setup, world: int = 1, *, cuda: bool = True) -> list[Line]:
     return [line for line in lines if line.bytes]
 
 
+def host_memory(setup: Setup, processes: int, world: int) -> list[Line]:
+    """Bytes that a node's own memory must hold for its `processes`; the operating system and file caches come on top.
+
+    What ZeRO's offload puts there (gradients in float32), the layers' inputs with activation offload, and without
+    ZeRO-3, which loads in parts, the whole base that every process first loads.
+    """
+    p, trained, shape = setup.precision, setup.adapter, setup.shape
+    lines = []
+    if setup.weights_away:
+        weights = shape.parameters + (setup.other.parameters if setup.other else 0)
+        lines.append(Line("weights and adapter", processes * (p.weights * weights + p.adapter * trained) / world))
+    if setup.optimizer_away:
+        lines.append(Line("optimizer and gradients", processes * (setup.optimizer + p.master + 4) * trained / world))
+    if setup.offload:
+        lines.append(Line("layers' inputs", processes * shape.layers * layer_input(setup)))
+    if setup.zero < 3:
+        lines.append(Line("every process's whole base, while it loads", processes * p.weights * shape.parameters))
+    return lines
+
+
 def total(lines: list[Line]) -> float:
     return sum(line.bytes for line in lines)
 
 
 def _held(setup: Setup, world: int) -> list[Line]:
-    """What is there all the time: ZeRO-1 shards the optimizer, 2 the gradients too, 3 also the weights (Rajbhandari et
-    al., arXiv 1910.02054)."""
+    """What is there all the time: ZeRO-1 shards the optimizer, 2 the gradients too, 3 and FSDP2 also the weights
+    (Rajbhandari et al., arXiv 1910.02054), of which a part may wait in the machine's memory."""
     p, trained = setup.precision, setup.adapter
-    parts = [world if setup.zero >= stage else 1 for stage in (1, 2, 3)]
+    parts = [world if setup.fsdp or setup.zero >= stage else 1 for stage in (1, 2, 3)]
     lines = [
-        Line("frozen weights", p.weights * setup.shape.parameters / parts[2]),
-        Line("second model", p.weights * setup.other.parameters / parts[2] if setup.other else 0),
-        Line("adapter", (p.adapter + p.cast) * trained / parts[2]),
-        Line("gradients", p.adapter * trained / parts[1]),
-        Line("optimizer", (setup.optimizer + p.master) * trained / parts[0]),
+        Line("frozen weights", 0 if setup.weights_away else p.weights * setup.shape.parameters / parts[2]),
+        Line(
+            "second model",
+            0 if setup.weights_away or not setup.other else p.weights * setup.other.parameters / parts[2],
+        ),
+        Line("adapter", (0 if setup.weights_away else p.adapter * trained / parts[2]) + p.cast * trained),
+        Line("gradients", 0 if setup.optimizer_away else p.adapter * trained / parts[1]),
+        Line("optimizer", 0 if setup.optimizer_away else (setup.optimizer + p.master) * trained / parts[0]),
     ]
-    if world > 1:
-        # DDP's buckets are a second copy of the gradients; DeepSpeed's are hidden^2 elements (`auto`), two of them.
-        buckets = p.adapter * trained if setup.zero < 2 else 2 * p.weights * setup.shape.hidden**2
+    if setup.fsdp and setup.accumulation > 1:
+        lines.append(Line("gradients of all parts", p.adapter * trained))  # which are reduced at the step's end
+    if setup.zero == 3:
+        lines.append(Line("bucket", p.weights * setup.bucket))
+    elif world > 1 and not setup.fsdp:
+        # DDP's are a second copy of the gradients; ZeRO-2's are two.
+        buckets = p.adapter * trained if setup.zero < 2 else 2 * p.weights * setup.bucket
         lines.append(Line("buckets", buckets, measured=False))
     return lines
 
@@ -137,9 +174,13 @@ def logits_chunk(setup: Setup, *, cuda: bool = True) -> float:
     return 4 * rows * setup.shape.vocab * setup.buffers
 
 
-def _gathered(setup: Setup) -> list[Line]:
-    """What ZeRO-3 holds of the others' shards: up to stage3_max_live_parameters and the layer that runs, and in the
-    loss the head. An upper bound: its prefetching decides."""
-    b, shape = setup.precision.weights, setup.shape
-    live = min(setup.live + shape.layer, shape.layers * shape.layer)
-    return [Line("gathered weights", b * (live + shape.head), measured=False)]
+def one_layer(setup: Setup) -> float:
+    """Bytes of one decoder layer with its adapter."""
+    return setup.precision.weights * setup.shape.layer + setup.precision.adapter * setup.adapter / setup.shape.layers
+
+
+def _kept(setup: Setup, whole: float) -> float:
+    """Bytes of other layers that are there beside the one that runs: by ZeRO-3 what is soon used again or fetched
+    ahead (an upper bound: the run decides), by FSDP2 the one fetched ahead."""
+    others = (setup.shape.layers - 1) * whole
+    return min(whole if setup.fsdp else setup.precision.weights * setup.live, others)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ from typing import Any
 from ema_scale.errors import UserError
 from ema_scale.locate import locate
 from ema_scale.planning.cluster import GIB, Cluster
-from ema_scale.planning.memory import Line, memory, total
-from ema_scale.planning.setup import DEEPSPEED, FLOAT32, Setup, setup_of
+from ema_scale.planning.deepspeed import Zero
+from ema_scale.planning.memory import Line, host_memory, memory, total
+from ema_scale.planning.setup import Setup, precision_of, setup_of
 from ema_scale.planning.speed import Speed, speed
 from ema_scale.planning.traffic import traffic
 from ema_scale.recipe import Recipe
 
-ZERO3 = "launch/deepspeed/zero3.json"
+ZERO3, OFFLOAD = "launch/deepspeed/zero3.json", "launch/deepspeed/zero3_offload.json"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Plan:
     def needed(self) -> float:
         """Bytes of the fullest GPU."""
         return total(list(self.lines))
+
+    @property
+    def host(self) -> list[Line]:
+        """What a node's own memory must hold, all its processes together."""
+        return host_memory(self.setup, self.cluster.gpus, self.cluster.world)
 
     @property
     def fits(self) -> bool:
@@ -67,9 +73,11 @@ class Plan:
             "adapter_parameters": self.setup.adapter,
             "reference": {"way": self.setup.way, "why": self.setup.why},
             "zero": self.setup.zero,
+            "fsdp": self.setup.fsdp,
             "gpus": self.cluster.world,
             "memory": {line.name: {"bytes": round(line.bytes), "measured": line.measured} for line in self.lines},
             "memory_bytes": round(self.needed),
+            "host_bytes_a_node": round(total(self.host)),
             "gpu_bytes": self.cluster.memory,
             "fits": self.fits,
             "verdict": self.verdict,
@@ -77,6 +85,7 @@ class Plan:
             "reduced_bytes_a_step": round(reduced),
             "compute_seconds": self.speed.compute,
             "communication_seconds": self.speed.communication,
+            "host_seconds": self.speed.host,
             "step_seconds": self.speed.step,
             "tokens_per_second": self.speed.tokens_per_second,
             "rows": self.rows,
@@ -111,6 +120,18 @@ def plan_run(
     return _planned(recipe.name, setup, cluster, rows, steps)
 
 
+def parse_rows(texts: Sequence[str], tasks: Collection[str]) -> dict[str, int]:
+    """`6000` -> {"": 6000}, for every task; `medical=6000` -> {"medical": 6000}. Raises UserError."""
+    found = {}
+    for text in texts:
+        task, equals, count = text.rpartition("=")
+        if not count.isdigit() or int(count) == 0 or (equals and task not in tasks):
+            known = f" or TASK=N, TASK one of {', '.join(tasks)}" if tasks else " (a recipe has no tasks)"
+            raise UserError(f"--rows: found {text!r}, expected a number of rows{known}")
+        found[task] = int(count)
+    return found
+
+
 def count_rows(recipe: Recipe) -> int | None:
     """Task rows, where they are files that can be counted; rows that defenses mix in come on top."""
     from ema_scale.chat.rows import load_rows
@@ -136,25 +157,35 @@ def cheapest_change(plan: Plan) -> str | None:
     """The change, or changes together, with which the run fits at the most tokens a second; None if none does.
 
     Tried: gradient checkpointing, smaller micro-batches (accumulated, so that a step stays the same) and ZeRO-3, in all
-    combinations.
+    combinations; and, if none of them fits, ZeRO-3 with weights and optimizer in the machine's memory.
     """
-    found: list[tuple[float, int, str]] = []
+    found: list[tuple[bool, float, int, str]] = []
     for words, setup in _changed(plan.setup, plan.cluster.world):
         changed = _planned(plan.name, setup, plan.cluster, None, None)
         if changed.fits:
-            found.append((-changed.speed.tokens_per_second, len(words), ", ".join(words)))
-    return min(found)[2] if found else None
+            moved = setup.weights_away and not plan.setup.weights_away
+            found.append((moved, -changed.speed.tokens_per_second, len(words), ", ".join(words)))
+    return min(found)[3] if found else None
 
 
 def _changed(setup: Setup, world: int) -> Iterable[tuple[list[str], Setup]]:
     as_is: tuple[str, dict[str, Any]] = ("", {})
-    half = setup.precision != FLOAT32
-    sharded = {"zero": 3, "precision": DEEPSPEED if half else FLOAT32}
+    hidden, given = setup.shape.hidden, Zero(3, prefetch=None)  # the files' own numbers
+    sharded: dict[str, Any] = {
+        "zero": 3, "fsdp": False, "precision": precision_of(setup.precision.weights == 2, True),
+        "live": given.live(hidden), "bucket": given.bucket(hidden),
+    }  # fmt: skip
     if setup.way == "adapter_off":
         sharded["way"] = "two_stream"
+    away = sharded | {"weights_away": True, "optimizer_away": True}
+    plainly = "training.fsdp=false " * setup.fsdp
     options: list[list[tuple[str, dict[str, Any]]]] = [
         [as_is] if setup.checkpointing else [as_is, ("training.gradient_checkpointing=true", {"checkpointing": True})],
-        [as_is] if setup.zero == 3 or world == 1 else [as_is, (f"training.deepspeed={ZERO3}", sharded)],
+        [
+            as_is,
+            *([] if setup.sharded or world == 1 else [(f"training.deepspeed={ZERO3}", sharded)]),
+            *([] if setup.weights_away else [(f"{plainly}training.deepspeed={OFFLOAD}", away)]),
+        ],
         [as_is, *_smaller(setup)],
     ]
     for chosen in itertools.product(*options):

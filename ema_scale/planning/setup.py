@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from ema_scale.defenses.base import Defense, Divergence
 from ema_scale.errors import UserError
+from ema_scale.planning.deepspeed import Zero, read_zero
 from ema_scale.planning.shapes import Shape, shape_of
 from ema_scale.recipe import Recipe
 from ema_scale.reference.choice import choose
@@ -23,7 +21,8 @@ class Precision:
     adapter. master: of a float32 copy of it that only the optimizer has.
 
     PEFT keeps an adapter of a bfloat16 model in float32, and casts each module's input to it: under autocast (bfloat16
-    on a GPU) back to bfloat16, without (on a CPU) not. DeepSpeed trains a bfloat16 adapter and keeps a float32 master.
+    on a GPU) back to bfloat16, without (on a CPU) not. DeepSpeed trains a bfloat16 adapter and keeps a float32 master,
+    which it has of a float32 adapter, too.
     """
 
     weights: int
@@ -37,6 +36,7 @@ FLOAT32 = Precision(4, 4)
 AUTOCAST = Precision(2, 4, copies=2, cast=2)
 BFLOAT16 = Precision(2, 4, copies=4)
 DEEPSPEED = Precision(2, 2, master=4)
+DEEPSPEED_FLOAT32 = Precision(4, 4, master=4)
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,11 @@ class Setup:
     recipe.WAYS but auto, or separate), None if no defense needs it; other: the second model of `separate`.
     drift_every: steps between drift readings, which run the reference too; 0: none. states: hidden states that
     penalties keep of each token from forward to backward. buffers: of the fused loss. optimizer: bytes of its state a
-    trained parameter. zero: ZeRO's stage; live: parameters that ZeRO-3 keeps gathered. masked: attention takes a mask,
-    since rows are of different lengths or packed, and no flash attention reads their bounds. learned: share of the
-    tokens with a cross-entropy; a plan takes all. offload: the layers' inputs wait in the machine's memory.
+    trained parameter. zero: ZeRO's stage; live: parameters that ZeRO-3 keeps gathered beside the layer that runs;
+    bucket: gradients that it reduces together. fsdp: FSDP2 shards, and not ZeRO. weights_away, optimizer_away: the
+    shards of weights and adapter, and the optimizer with its gradients, wait in the machine's memory; offload: the
+    layers' inputs do. masked: attention takes a mask, since rows are of different lengths or packed, and no flash
+    attention reads their bounds. learned: share of the tokens with a cross-entropy; a plan takes all.
     """
 
     shape: Shape
@@ -70,9 +72,18 @@ class Setup:
     optimizer: int = 8
     zero: int = 0
     live: int = 0
+    bucket: int = 0
+    fsdp: bool = False
+    weights_away: bool = False
+    optimizer_away: bool = False
     masked: bool = True
     learned: float = 1.0
     offload: bool = False
+
+    @property
+    def sharded(self) -> bool:
+        """Whether every GPU holds only a part of the weights, and layers are gathered."""
+        return self.zero == 3 or self.fsdp
 
     @property
     def adapter(self) -> int:
@@ -98,7 +109,8 @@ class Setup:
 def setup_of(
     recipe: Recipe, *, zero: int | None = None, row_tokens: float | None = None, passes: float | None = None
 ) -> Setup:
-    """A recipe's setup on GPUs that have bfloat16. zero: ZeRO's stage, if not that of training.deepspeed. row_tokens:
+    """A recipe's setup on GPUs that have bfloat16. zero: ZeRO's stage, if not that of training.deepspeed or
+    FSDP2. row_tokens:
     the mean row's, if not data.max_length. passes: how often training sees a row, if not training.epochs.
 
     Raises UserError for an unknown model or module, or a DeepSpeed file that cannot be read.
@@ -106,14 +118,19 @@ def setup_of(
     t = recipe.training
     if recipe.adapter.start is not None:
         raise UserError("adapter.start: ema plan does not know the adapter that is gone on from; plan without it")
-    stage, live = _deepspeed(t.deepspeed)
-    stage = stage if zero is None else zero
+    given = read_zero(t.deepspeed)
+    if t.fsdp and given.stage:
+        raise UserError("training: both fsdp and deepspeed were asked for; leave one out")
+    if zero not in (None, given.stage):
+        given = Zero(zero or 0)
+    fsdp = t.fsdp and zero is None
     half = recipe.model.dtype != "float32"
-    precision = FLOAT32 if not half else DEEPSPEED if stage else AUTOCAST
+    precision = precision_of(half, given.stage > 0)
     shape = shape_of(recipe.model.path, recipe.model.revision)
     targets = recipe.adapter.target_modules
     packed = t.packing
-    way, why = _way(recipe, stage == 3, (t.epochs if passes is None else passes) * recipe.reference_runs)
+    passes = (t.epochs if passes is None else passes) * recipe.reference_runs
+    way, why = _way(recipe, fsdp or given.stage == 3, passes)
     found = Setup(
         shape,
         batch=t.batch_size,
@@ -135,13 +152,24 @@ def setup_of(
         states=kept_states(recipe.defenses, shape.layers),
         buffers=logits_buffers(recipe.defenses, t.drift_every),
         optimizer=2 if "8bit" in t.optimizer else 0 if t.optimizer == "sgd" else 8,
-        zero=stage,
-        live=live,
+        zero=given.stage,
+        live=given.live(shape.hidden),
+        bucket=given.bucket(shape.hidden),
+        fsdp=fsdp,
+        weights_away=given.weights_away,
+        optimizer_away=given.optimizer_away,
         offload=t.activation_offload,
         masked=("flash" not in (recipe.model.attn_implementation or "")) and (packed or t.batch_size > 1),
     )
     found.adapter  # noqa: B018 - raises for unknown target modules, before anything is computed
     return found
+
+
+def precision_of(half: bool, zero: bool) -> Precision:
+    """On a GPU. half: weights in bfloat16; zero: by DeepSpeed."""
+    if zero:
+        return DEEPSPEED if half else DEEPSPEED_FLOAT32
+    return AUTOCAST if half else FLOAT32
 
 
 def kept_states(defenses: Sequence[Defense], layers: int) -> int:
@@ -168,15 +196,3 @@ def _way(recipe: Recipe, sharded: bool, passes: float) -> tuple[str | None, str]
         return recipe.reference, "asked for"
     choice = choose(needed=True, sharded=sharded, passes=passes)
     return choice.way, choice.why
-
-
-def _deepspeed(path: str | None) -> tuple[int, int]:
-    """ZeRO's stage and stage3_max_live_parameters (DeepSpeed's default is 1e9) of a DeepSpeed config."""
-    if path is None:
-        return 0, 10**9
-    try:
-        values: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-        zero = values.get("zero_optimization") or {}
-        return int(zero.get("stage", 0)), int(float(zero.get("stage3_max_live_parameters", 1e9)))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"training.deepspeed: {path}: expected a DeepSpeed JSON config; {error}") from None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ema_scale.errors import UserError
-from ema_scale.locate import locate
+from ema_scale.smallworld.world import config_of
 
 # Decoder layers of RMSNorm, grouped-query attention and a gated MLP, which the memory formulas are written for.
 KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -90,20 +90,21 @@ class Shape:
 def shape_of(path: str, revision: str | None = None) -> Shape:
     """The shape of a folder, a hub id or a `smallworld:` reference.
 
-    In this order: the folder's config.json, the hub's cache on this machine, the table below, the hub. Raises UserError
-    if there is none of them, or it is of a kind that the formulas do not know.
+    In this order: the small world's sizes, the folder's config.json, the hub's cache on this machine, the table below,
+    the hub. Raises UserError if there is none of them, or it is of a kind that the formulas do not know.
     """
-    found = locate(path)
-    config = Path(found) / "config.json"
-    if Path(found).is_dir():
+    if (known := config_of(path)) is not None:
+        return from_config(path, known)
+    config = Path(path) / "config.json"
+    if Path(path).is_dir():
         try:
             return from_config(path, json.loads(config.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise UserError(f"{config}: cannot be read: {error}") from None
-    cached = _from_hub(found, revision, local=True)
-    if cached is None and (published := _published(found)) is not None:
+    cached = _from_hub(path, revision, local=True)
+    if cached is None and (published := _published(path)) is not None:
         return published
-    values = cached or _from_hub(found, revision, local=False)
+    values = cached or _from_hub(path, revision, local=False)
     if values is None:
         raise UserError(
             f"model.path: found {path!r}, of which no config.json can be had here; expected a folder, a hub "

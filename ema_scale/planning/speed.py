@@ -13,11 +13,13 @@ from ema_scale.training.flops import Flops
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one optimizer step; seconds, and tokens of all GPUs. overlapped: whether communication hides behind compute,
-    so that the step takes the longer of the two and not their sum."""
+    """Of one optimizer step; seconds, and tokens of all GPUs. communication: between GPUs, and, of which it is a part,
+    host: between a GPU and its machine's memory. overlapped: whether it hides behind compute, so that the step takes
+    the longer of the two and not their sum."""
 
     compute: float
     communication: float
+    host: float
     overlapped: bool
     tokens: float
     world: int
@@ -75,14 +77,15 @@ def _flops(shape: Shape, setup: Setup) -> Flops:
 def speed(setup: Setup, cluster: Cluster) -> Speed:
     """Of one optimizer step on `cluster`: `setup.accumulation` micro-batches on every GPU.
 
-    A second forward changes the order in which ZeRO-3 meets the layers, so that it cannot gather ahead: there, nothing
-    is hidden.
+    What waits in the machine's memory comes before it is gathered, so that both take their time one after the other.
+    A second forward hides as well as the first: DeepSpeed records the order of a whole step, both forwards in it, and
+    FSDP2 gathers ahead by streams.
     """
     tokens = setup.mean_in_a_batch * setup.accumulation
     peak = cluster.device.float32 if setup.precision.weights == 4 else cluster.device.bf16
     compute = tokens * flops_a_token(setup) / (peak * cluster.mfu)
     sent = traffic(setup, cluster.world)
-    communication = cluster.gather_seconds(sent.gathered, sent.gather_calls)
+    host = sent.host / cluster.device.host
+    communication = host + cluster.gather_seconds(sent.gathered, sent.gather_calls)
     communication += cluster.gather_seconds(sent.reduced, sent.reduce_calls)
-    hidden = cluster.overlap and not (setup.zero == 3 and setup.way == "adapter_off")
-    return Speed(compute, communication, hidden, tokens * cluster.world, cluster.world)
+    return Speed(compute, communication, host, cluster.overlap, tokens * cluster.world, cluster.world)

@@ -21,6 +21,15 @@ class Size:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def config(self, vocab: int) -> dict[str, Any]:
+        """The shape, as in the config.json of its checkpoints."""
+        heads = max(1, self.hidden // 32)
+        return {
+            "model_type": "llama", "vocab_size": vocab, "hidden_size": self.hidden,
+            "intermediate_size": 3 * self.hidden, "num_hidden_layers": self.layers, "num_attention_heads": heads,
+            "num_key_value_heads": heads, "head_dim": 32, "tie_word_embeddings": True,
+        }  # fmt: skip
+
 
 SIZES: dict[str, Size] = {
     # For tests: everything is real but the model has learned little.

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl
 
 from filelock import FileLock
@@ -25,6 +26,7 @@ from ema_scale.errors import UserError
 from ema_scale.rundir import atomic_write_json, package_versions
 from ema_scale.smallworld.sizes import SIZES
 from ema_scale.smallworld.tasks import references, write_tasks
+from ema_scale.smallworld.tokenizer import vocabulary
 
 PREFIX = "smallworld:"
 
@@ -73,6 +75,20 @@ def resolve(reference: str) -> Path:
     if part in MODELS:
         return ensure(world) / part
     return _ensure(world.tasks, lambda folder: write_tasks(folder, world.seed)) / (part + _SUFFIX[part.split("/")[0]])
+
+
+def config_of(reference: str) -> dict[str, Any] | None:
+    """The shape of a model of the small world, which is not built for it; None for anything else.
+
+    Raises UserError for an unknown part, size or option.
+    """
+    if not reference.startswith(PREFIX):
+        return None
+    part, _, query = reference.removeprefix(PREFIX).partition("?")
+    world = _world(reference, query)
+    if part not in MODELS:
+        raise UserError(f"{reference}: no model of the small world; {_suggest(part, list(MODELS))}")
+    return SIZES[world.size].config(len(vocabulary()))
 
 
 def ensure(world: World) -> Path:

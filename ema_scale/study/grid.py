@@ -90,7 +90,7 @@ class Study(BaseModel):
         """
         base = read_layers(Path(self.recipe))
         recipes = []
-        for name, (model, task, defense, seed) in zip(self.names(), self._cells(), strict=True):
+        for name, (model, task, defense, seed) in zip(self.names(), self.cells(), strict=True):
             values = merge(merge(base, self.models.get(model, {})), self.tasks[task])
             values = merge(values, {"name": name, "seed": seed, "output": str(self.path)})
             values["defenses"] = self.defenses[defense]
@@ -104,9 +104,10 @@ class Study(BaseModel):
 
     def names(self) -> list[str]:
         """The runs' names, in order, which are their folders' below `path`."""
-        return ["-".join(filter(None, (m, task, defense, f"s{seed}"))) for m, task, defense, seed in self._cells()]
+        return ["-".join(filter(None, (m, task, defense, f"s{seed}"))) for m, task, defense, seed in self.cells()]
 
-    def _cells(self) -> list[tuple[str, str, str, int]]:
+    def cells(self) -> list[tuple[str, str, str, int]]:
+        """(model, task, defense, seed) of every run, in order."""
         cells = (
             itertools.product(
                 part.models or self.models or [""],

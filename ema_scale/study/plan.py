@@ -48,7 +48,7 @@ def _reference(recipe: Recipe) -> str:
     if recipe.reference != "auto":
         return str(Choice(recipe.reference, "asked for", of))
     t = recipe.training
-    sharded = zero_stage(t.deepspeed) == 3
+    sharded = t.fsdp or zero_stage(t.deepspeed) == 3
     passes = t.epochs
     if t.max_steps > 0:
         rows = None if t.packing else _rows(recipe)  # a step counts sequences

@@ -140,7 +140,7 @@ class DefendedForward:
         weights = {s: masks[s].to(dtype) / tokens[s].clamp_min(1) for s in covered}
         other = self.reference.head_of
         heads = [self.anatomy] if other is self.anatomy else [self.anatomy, other]
-        # Looked up here and kept nowhere: FSDP2 replaces parameters, and an old one would hold the file that it was read
+        # Looked up here and kept nowhere: FSDP2 replaces parameters, and an old one would hold the file it was read
         # from in memory.
         with gathered([p for anatomy in heads for p in anatomy.head_parameters]):
             head = self.anatomy.head()

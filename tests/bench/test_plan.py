@@ -2,10 +2,12 @@
 
 import json
 
+import pytest
 import torch
 from typer.testing import CliRunner
 
-from ema_scale.bench.plan import cases, held_bytes
+from ema_scale.bench.allocated import held_bytes
+from ema_scale.bench.plan import bench_plan, cases
 from ema_scale.bench.training_ways import Task
 from ema_scale.cli import app
 
@@ -22,6 +24,16 @@ def test_plans_are_within_their_bar_of_what_is_measured(tmp_path):
     weights = 4 * (2 * 8192 * 512 + 2 * (2 * 512 * 512 + 2 * 512 * 128 + 3 * 512 * 2048))
     assert weights < case["peak_bytes"] and bar["met"] and bar["value"] == abs(case["figures"]["off"])
     assert case["figures"]["planned"] / case["peak_bytes"] - 1 == case["figures"]["off"]
+
+
+@pytest.mark.zero3
+@pytest.mark.slow
+def test_plans_of_sharded_weights_are_within_the_same_bar(tmp_path):
+    task = Task("small", 2, 2, 64, steps=2)
+    (case,), (bar,) = bench_plan(task, str(tmp_path), only="ZeRO-3, KL, cached")
+    # Half of the weights, and more than a head and a layer that are gathered: neither can be forgotten.
+    half = 4 * (2 * 8192 * 512 + 2 * (2 * 512 * 512 + 2 * 512 * 128 + 3 * 512 * 2048)) / 2
+    assert case.peak_bytes > half + 4 * 8192 * 512 and bar.met
 
 
 def test_every_case_changes_one_thing():

@@ -7,10 +7,12 @@ from typer.testing import CliRunner
 
 from ema_scale.bench import step
 from ema_scale.bench.phases import PHASES
+from ema_scale.bench.plan import setup_of_task
 from ema_scale.bench.training_ways import CACHED, OFF, PLAIN, SECOND, TWO, WAYS, Task, Trained, chosen, train
 from ema_scale.cli import app
 from ema_scale.cli.bench_training import _config
 from ema_scale.errors import UserError
+from ema_scale.planning.traffic import a_micro_batch
 
 TINY = Task(layers=2, rows=1, length=16, steps=2)
 
@@ -84,6 +86,9 @@ def test_two_streams_and_a_cache_gather_what_plain_training_gathers(tmp_path):
     assert {way["reduction"] for way in figures.values()} == {1.0}
     bars = {bar["name"]: bar["met"] for bar in found["bars"] if bar["name"].startswith("bytes")}
     assert len(bars) == 4 and all(bars.values())
+    task = Task(layers=2, rows=1, length=16, steps=2, deepspeed=str(_config("launch/deepspeed/zero3_cpu.json")))
+    for name, way in figures.items():  # what `ema plan` says of a micro-batch, to the byte
+        assert a_micro_batch(setup_of_task(name, task)) == (way["gathered"], way["calls"])
 
 
 @pytest.mark.zero3

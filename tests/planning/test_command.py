@@ -1,5 +1,6 @@
 """`ema plan`: recipes, studies, judge calls, JSON, and messages for bad input."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from ema_scale.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 KL = ROOT / "configs" / "recipes" / "qwen2.5-7b-kl.yaml"
+SMALL = ROOT / "configs" / "recipes" / "smallworld.yaml"
 
 
 @pytest.fixture
@@ -59,7 +61,89 @@ def test_a_study_is_the_sum_of_its_runs(ema, tmp_path):
     one = judged([load_recipe(KL, ["data.train=rows.jsonl"])])
     # 4 runs and their base against 1 run and its base
     assert found["judge"]["answers"] == one.answers // 2 * 5
-    assert "4 runs" in ema("plan", tmp_path / "study.yaml", "--gpus", "8x80GB", "--rows", 6000)[1]
+    hours = found["gpu_hours"]
+    assert hours["training"] == pytest.approx(sum(run["gpu_hours"] for run in found["runs"]))
+    assert hours["together"] == pytest.approx(hours["training"] + hours["sampling"]) and not hours["missing"]
+
+
+@pytest.fixture
+def two_by_two(tmp_path):
+    (tmp_path / "study.yaml").write_text(
+        f"name: two\nrecipe: {KL}\ndefenses: {{none: [], kl: [{{kind: kl}}]}}\n"
+        "models: {small: {model: {path: Qwen/Qwen2.5-0.5B}}, large: {model: {path: Qwen/Qwen2.5-14B}}}\n"
+        "tasks: {one: {data: {train: rows.jsonl}}, two: {data: {train: others.jsonl}}}\n"
+    )
+    return tmp_path / "study.yaml"
+
+
+def table(out, head):
+    """Cells of the table's rows that begins with `head`."""
+    lines = out[out.index(head) :].splitlines()
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[2:])
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_a_study_shows_models_and_tasks_the_dearest_first(ema, two_by_two):
+    code, out, _ = ema("plan", two_by_two, "--gpus", "8x80GB", "--rows", 1000, "--rows", "two=9000")
+    rows = table(out, "| model")
+    assert code == 0 and [row[:3] for row in rows] == [
+        ["large", "two", "2"], ["large", "one", "2"], ["small", "two", "2"], ["small", "one", "2"]
+    ]  # fmt: skip
+    spent = [float(row[5]) for row in rows]
+    assert spent == sorted(spent, reverse=True) and spent[0] == pytest.approx(9 * spent[1], rel=0.1)
+    assert "together: 8 runs, " in out and "INCOMPLETE" not in out and "sampling: " in out
+
+
+def test_what_is_not_known_is_no_zero(ema, two_by_two):
+    code, out, _ = ema("plan", two_by_two, "--gpus", "8x80GB")
+    assert code == 0 and [row[5] for row in table(out, "| model")] == ["unknown"] * 4
+    assert "training: unknown" in out and "INCOMPLETE" in out
+    assert "the rows of 8 of 8 runs are not known here: --rows N, or --rows TASK=N" in out
+    code, out, _ = ema("plan", two_by_two, "--gpus", "8x80GB", "--rows", "one=1000")
+    assert [row[5] for row in table(out, "| model")][2:] == ["unknown"] * 2 and "4 of 8 runs" in out
+    known = json.loads(ema("plan", two_by_two, "--json")[1])["gpu_hours"]
+    assert known["training"] is None and known["sampling"] > 0 and known["missing"]
+
+
+def test_a_judge_that_runs_here_takes_time_and_no_money(ema):
+    changes = ["evaluation.judge.kind=vllm", "evaluation.judge.model=Qwen/Qwen2.5-32B-Instruct"]
+    local = ["plan", KL, "data.train=rows.jsonl", "--rows", 6000]
+    endpoint = json.loads(ema(*local, "--json")[1])
+    here = json.loads(ema(*local, *changes, "--json")[1])
+    assert here["judge"]["cost"] == 0 < endpoint["judge"]["cost"]
+    assert here["judge"]["calls"] == endpoint["judge"]["calls"] and here["judge"]["paid_calls"] == 0
+    assert here["gpu_hours"]["judging"] > 0 == endpoint["gpu_hours"]["judging"]
+    out = ema(*local, *changes)[1]
+    assert "0 USD, since the judge runs here, in vLLM" in out and "judging: " in out
+    code, out, _ = ema(*local, *changes[:1], "evaluation.judge.model=somebody/unheard-of")
+    assert code == 0 and "judging with somebody/unheard-of: " in out and "INCOMPLETE" in out
+
+
+def test_how_fast_a_gpu_samples_can_be_said(ema):
+    asked = ["plan", KL, "data.train=rows.jsonl", "--rows", 6000, "--sample-tps", 1000, "--json"]
+    found = json.loads(ema(*asked)[1])
+    assert found["gpu_hours"]["sampling"] == pytest.approx(found["judge"]["answer_tokens"] / 1000 / 3600)
+
+
+def test_an_offloaded_run_says_what_its_machine_needs(ema):
+    away = "training.deepspeed=launch/deepspeed/zero3_offload.json"
+    code, out, _ = ema("plan", KL, "data.train=rows.jsonl", away, "--gpus", "8x80GB")
+    assert code == 0 and "ZeRO-3 with weights and optimizer in the machine's memory" in out
+    assert "the machine's own memory: " in out and "of it from and to the machine" in out
+    assert "51 GB/s to a GPU from its machine's memory" in out
+    sharded = ema("plan", KL, "data.train=rows.jsonl", "training.fsdp=true", "--gpus", "8x80GB")[1]
+    assert "FSDP2; " in sharded and "every process's whole base, while it loads: 113.5" in sharded
+
+
+def test_a_small_world_is_not_built_to_be_planned(ema, tmp_path, monkeypatch):
+    monkeypatch.setenv("EMA_CACHE", str(tmp_path / "cache"))
+    code, out, err = ema("plan", SMALL, "--rows", 100)
+    assert code == 0 and "fits: " in out and "building" not in err
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    code, _, err = ema(
+        "plan", ROOT / "configs" / "recipes" / "smallworld.yaml", "model.path=smallworld:aligned?size=huge"
+    )
+    assert code == 2 and "size: found 'huge'" in err
 
 
 def test_judge_calls_by_hand(tmp_path):
@@ -76,6 +160,14 @@ def test_judge_calls_by_hand(tmp_path):
     assert found.tokens_in == pytest.approx(10 * (5 + 4) + 5 * 2 * (1 + 2) + 2 * 10 * 60)
     assert found.tokens_out == 20 * 5
     assert found.cost(1.0, 10.0) == pytest.approx((found.tokens_in + 1000) / 1e6)
+    ((engine, work),) = found.engines.items()
+    assert (engine.role, engine.model, work.requests, work.tokens_out) == (
+        "sampling",
+        "Qwen/Qwen2.5-7B-Instruct",
+        10,
+        600,
+    )
+    assert work.prefilled == 3 and work.tokens_in == 15  # each question read once, for all of its answers
 
 
 @pytest.mark.parametrize(
@@ -85,6 +177,9 @@ def test_judge_calls_by_hand(tmp_path):
         (["--scale", "many"], "--scale: found 'many'"),
         (["--device", "tpu"], "--device: found 'tpu', expected h100 or a100"),
         (["--mfu", "1.5"], "--mfu: found 1.5"),
+        (["--host-gbps", "-1"], "--host-gbps: found -1"),
+        (["--rows", "many"], "--rows: found 'many', expected a number of rows"),
+        (["--rows", "medical=10"], "--rows: found 'medical=10', expected a number of rows (a recipe has no tasks)"),
         (["model.path=somebody/unheard-of"], "no config.json can be had here"),
     ],
 )

@@ -6,7 +6,8 @@ import pytest
 
 from ema_scale.errors import UserError
 from ema_scale.planning.cluster import DEVICES, GIB, Cluster, parse_gpus, parse_scale
-from ema_scale.planning.memory import memory, total
+from ema_scale.planning.deepspeed import read_zero
+from ema_scale.planning.memory import host_memory, memory, total
 from ema_scale.planning.plan import plan_run, scaled
 from ema_scale.planning.setup import AUTOCAST, DEEPSPEED, FLOAT32, Setup, setup_of
 from ema_scale.planning.shapes import PUBLISHED, Shape, from_config
@@ -66,20 +67,67 @@ def test_gathering_by_hand():
 
 
 def test_what_zero3_sends_by_hand():
+    # tests/bench/test_step.py and tests/training/test_fsdp.py hold the same formula against counted bytes and calls.
     sharded = replace(BY_HAND, zero=3, accumulation=2)
-    layers, embeddings = 4 * (2 * 152 + 128), 4 * 40
+    layers, embeddings, norm = 4 * (2 * 152 + 128), 4 * 40, 4 * 4
     plain = traffic(sharded, 4)
-    assert plain.gathered == 2 * 2 * (layers + embeddings)  # two micro-batches, forward and backward
+    # Two micro-batches: layers and norm forward and backward, embeddings and head.
+    assert plain.gathered == 2 * (2 * layers + 2 * norm + 2 * embeddings) and plain.gather_calls == 2 * (4 + 2 + 2)
     assert plain.reduced == 2 * 4 * 128
     assert plain.into_a_gpu(4) == (plain.gathered * 3 / 4, plain.reduced * 3 / 4)
-    assert traffic(replace(sharded, way="two_stream"), 4).gathered == plain.gathered
-    assert traffic(replace(sharded, way="cached"), 4).gathered == plain.gathered
+    for way in ("two_stream", "cached"):
+        assert traffic(replace(sharded, way=way), 4) == plain
+    again = traffic(replace(sharded, checkpointing=True), 4)
+    assert (again.gathered - plain.gathered, again.gather_calls - plain.gather_calls) == (2 * embeddings, 2)
     second = traffic(replace(sharded, way="adapter_off"), 4)
-    assert second.gathered - plain.gathered == 2 * (layers - 4 * 128 + embeddings)
+    assert second.gathered - plain.gathered == 2 * (layers + norm + embeddings)
+    assert second.gather_calls - plain.gather_calls == 2 * (2 + 2)
+    read = traffic(replace(sharded, way="cached", drift_every=10), 4)
+    assert read.gathered - plain.gathered == pytest.approx((second.gathered - plain.gathered) / 10)
     separate = traffic(replace(sharded, way="separate", other=SMALL), 4)
     assert separate.gathered - plain.gathered == 2 * 4 * SMALL.parameters
     assert traffic(sharded, 1).gathered == 0
     assert traffic(replace(sharded, zero=0), 4).reduced == 2 * 4 * 128  # once a step, round the ring twice
+
+
+def test_what_fsdp_sends_by_hand():
+    sharded = replace(BY_HAND, fsdp=True, accumulation=2, precision=AUTOCAST)
+    layers, embeddings, norm = 2 * 2 * 152 + 4 * 128, 2 * 40, 2 * 4  # the adapter as it is stored, in float32
+    plain = traffic(sharded, 4)
+    assert plain.gathered == 2 * (2 * layers + norm + 3 * embeddings) and plain.gather_calls == 2 * (4 + 4)
+    assert (plain.reduced, plain.reduce_calls) == (4 * 128, 2)  # at the end of a step
+    second = traffic(replace(sharded, way="adapter_off"), 4)
+    assert second.gathered - plain.gathered == 2 * (layers + embeddings)
+    vain = traffic(replace(sharded, way="adapter_off", checkpointing=True), 4)
+    assert vain.gathered - second.gathered == 2 * layers / 2
+
+
+def test_offload_by_hand():
+    away = replace(BY_HAND, zero=3, accumulation=2, weights_away=True, optimizer_away=True)
+    sent = traffic(away, 4)
+    # A GPU's part of what is gathered comes from its machine; gradients of each micro-batch go, the adapter returns.
+    assert sent.host == sent.gathered / 4 + 3 * 4 * 128 / 4
+    assert traffic(away, 1).host == sent.gathered + 3 * 4 * 128 and traffic(away, 1).gathered == 0
+    assert {"frozen weights", "adapter", "gradients", "optimizer"}.isdisjoint(line.name for line in memory(away, 4))
+    held = {line.name: line.bytes for line in host_memory(away, 2, 4)}
+    assert held == {"weights and adapter": 2 * 4 * (388 + 128) / 4, "optimizer and gradients": 2 * (8 + 4) * 128 / 4}
+    whole = {line.name: line.bytes for line in host_memory(replace(BY_HAND, fsdp=True), 2, 4)}
+    assert whole == {"every process's whole base, while it loads": 2 * 4 * 388}
+    slow = replace(NODE, device=replace(NODE.device, host=1.0))
+    assert speed(away, slow).host == pytest.approx(traffic(away, 8).host)
+    assert speed(away, slow).step > speed(replace(away, weights_away=False, optimizer_away=False), slow).step
+
+
+def test_the_files_say_what_waits_in_the_machines_memory():
+    plain, away = (
+        setup_of(recipe(training={"deepspeed": f"launch/deepspeed/{n}.json"})) for n in ("zero3", "zero3_offload")
+    )
+    assert (plain.weights_away, plain.optimizer_away) == (False, False)
+    assert (away.weights_away, away.optimizer_away, away.zero) == (True, True, 3)
+    assert total(memory(plain, 8)) - total(memory(away, 8)) > 2 * LARGE.parameters / 8
+    # Prefetching and reuse decide what stays gathered; a plan for a CPU's file, which has neither, keeps one layer.
+    assert read_zero("launch/deepspeed/zero3_cpu.json").live(512) == 0
+    assert read_zero("launch/deepspeed/zero3.json").live(512) == 10**9
 
 
 @pytest.mark.parametrize(
@@ -115,7 +163,8 @@ def test_time_rises_and_falls():
     assert speed(sharded, replace(NODE, overlap=False)).step == plain.compute + plain.communication
     assert speed(sharded, replace(NODE, mfu=0.2)).compute == pytest.approx(2 * plain.compute)
     twice = speed(replace(sharded, way="adapter_off"), NODE)
-    assert not twice.overlapped and 1.4 < twice.communication / plain.communication < 2.2
+    assert twice.overlapped and 1.4 < twice.communication / plain.communication < 1.5
+    assert speed(replace(sharded, way="cached", drift_every=0), NODE).communication == plain.communication
     assert speed(replace(sharded, checkpointing=False), NODE).compute < plain.compute
     # The fewer tokens, the more communication counts; it takes over below the break-even.
     edge = plain.break_even_tokens / sharded.accumulation / sharded.batch
@@ -142,7 +191,12 @@ def test_the_verdict_names_a_change_that_does_fit():
     large = recipe(model={"path": "Qwen/Qwen2.5-72B-Instruct"}, training={"gradient_checkpointing": True})
     assert "launch/deepspeed/zero3.json" in plan_run(large, NODE).verdict
     assert plan_run(large, NODE, zero=3).fits
-    assert "no change of this recipe" in plan_run(large, replace(NODE, gpus=1)).verdict
+    # What ZeRO-3 alone does not make fit, its offload does: on one GPU there is nothing to share out.
+    one = plan_run(large, replace(NODE, gpus=1))
+    assert "training.deepspeed=launch/deepspeed/zero3_offload.json" in one.verdict
+    away = large.training.model_copy(update={"deepspeed": "launch/deepspeed/zero3_offload.json"})
+    assert plan_run(large.model_copy(update={"training": away}), replace(NODE, gpus=1)).fits
+    assert "no change of this recipe" in plan_run(large, replace(NODE, gpus=1, memory=4 * GIB)).verdict
 
 
 def test_steps_and_gpu_hours():
@@ -158,11 +212,13 @@ def test_steps_and_gpu_hours():
 def test_the_recipe_decides_the_reference_and_the_precision():
     assert setup_of(recipe()).way == "adapter_off"
     assert setup_of(recipe(), zero=3).way == "two_stream"
+    assert setup_of(recipe(training={"fsdp": True})).way == "two_stream"
     assert setup_of(recipe(training={"epochs": 3})).way == "cached"
     assert setup_of(recipe(defenses=[])).way is None
     assert setup_of(recipe(reference={"model": "Qwen/Qwen2.5-0.5B"})).other.hidden == 896
     assert setup_of(recipe()).precision == AUTOCAST and setup_of(recipe(), zero=2).precision == DEEPSPEED
     assert setup_of(recipe(model={"path": "Qwen/Qwen2.5-7B", "dtype": "float32"})).precision == FLOAT32
+    assert setup_of(recipe(training={"fsdp": True})).precision == AUTOCAST
     assert setup_of(recipe(training={"deepspeed": "launch/deepspeed/zero2.json"})).zero == 2
     assert setup_of(recipe(defenses=[{"kind": "ldifs"}])).states == 5
 
@@ -184,7 +240,16 @@ def test_gpus_and_scales():
         NODE.at(12)
 
 
+def test_fsdp_shares_out_what_zero3_does():
+    held = {line.name: line.bytes for line in memory(setup_of(recipe(training={"fsdp": True})), 8)}
+    assert held["frozen weights"] == 2 * LARGE.parameters / 8
+    whole = {line.name: line.bytes for line in memory(setup_of(recipe()), 8)}
+    assert held["optimizer"] == whole["optimizer"] / 8 and "gathered weights" not in whole
+
+
 def test_what_cannot_be_planned_is_said(tmp_path):
+    with pytest.raises(UserError, match="both fsdp and deepspeed"):
+        setup_of(recipe(training={"fsdp": True, "deepspeed": "launch/deepspeed/zero3.json"}))
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(UserError, match="training.deepspeed: .*broken.json"):
         setup_of(recipe(training={"deepspeed": str(tmp_path / "broken.json")}))

@@ -7,6 +7,9 @@ import torch
 
 from ema_scale.errors import UserError
 from ema_scale.planning.shapes import PUBLISHED, from_config, shape_of
+from ema_scale.smallworld.build import _new_model
+from ema_scale.smallworld.sizes import SIZES
+from ema_scale.smallworld.tokenizer import vocabulary
 from ema_scale.training.flops import flops
 from tests.tiny import tiny_config, tiny_model
 from tests.training.helpers import tiny_peft
@@ -55,6 +58,17 @@ def test_operations_are_those_of_the_real_model():
     shape = from_config("tiny", model.get_base_model().config.to_dict())
     setup = Setup(shape, 1, 24, 24, 1, False, 4, None, FLOAT32)
     assert _flops(shape, setup) == flops(model, 24)
+
+
+@pytest.mark.parametrize("size", list(SIZES))
+def test_a_small_world_has_the_shape_of_its_checkpoints(size, monkeypatch, tmp_path):
+    monkeypatch.setenv("EMA_CACHE", str(tmp_path))
+    words = vocabulary()
+    model = _new_model(SIZES[size], len(words), words)
+    shape = shape_of(f"smallworld:aligned?size={size}")
+    assert shape == from_config(shape.name, model.config.to_dict())
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_says_its_own_shape(tmp_path):

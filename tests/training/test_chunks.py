@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
+from ema_scale.bench.allocated import changes
 from ema_scale.bench.loss import FULL, MEMORY_BAR
-from ema_scale.bench.plan import changes
 from ema_scale.reference import Head
 from ema_scale.training.chunks import CROSS_ENTROPY, chunk_tokens, live_buffers
 from ema_scale.training.loss import Term, fused_loss

@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+from ema_scale.bench.plan import setup_of_task
+from ema_scale.bench.training_ways import Task
+from ema_scale.planning.traffic import a_micro_batch
 from ema_scale.recipe import SeparateReference
 from ema_scale.rundir import RunDir
 from ema_scale.training.checkpointing import list_checkpoints
@@ -108,5 +111,9 @@ def test_fsdp_gathers_no_more_with_a_reference_than_without(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = {row["name"]: row for row in json.loads((tmp_path / "bench.json").read_text())["ways"]}
+    task = Task(layers=2, length=16, fsdp=True)
+    for name, row in found.items():  # as `ema plan` counts them
+        counted = row["figures"]["gathered"], row["figures"]["calls"]
+        assert a_micro_batch(setup_of_task(name, task)) == counted
     assert found["two_stream"]["figures"]["traffic"] == 1
     assert found["adapter_off: two forwards, fused"]["figures"]["traffic"] > 1.2
