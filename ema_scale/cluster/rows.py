@@ -12,13 +12,14 @@ from ema_scale.recipe import Recipe
 _SHOWN = 10
 
 
-def refuse_missing_rows(recipes: Iterable[Recipe]) -> None:
-    """Raises UserError naming run and field of every file of rows that is not there."""
+def refuse_missing_rows(recipes: Iterable[Recipe], made: Iterable[str] = ()) -> None:
+    """Raises UserError naming run and field of every file of rows that is not there, nor among those `made` later."""
+    coming = set(made)
     wrong = [
         f"{recipe.run_path}: {field}: {source}: no such file"
         for recipe in recipes
         for field, source in _sources(recipe)
-        if _is_local(source) and not Path(source).is_file()
+        if source not in coming and _is_local(source) and not Path(source).is_file()
     ]
     if wrong:
         more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []

@@ -72,8 +72,9 @@ def submit_sweep(sweep: Sweep) -> list[tuple[str, str]]:
     """Prepare here what the study needs, freeze the recipes and submit the jobs; (what, job id) of each.
 
     Raises UserError if a job of the study or of one of its runs is queued or running, a preparation fails, rows that a
-    run will read are not there, or Slurm refuses; it then says what is queued already.
+    run will read are neither there nor prepared, or Slurm refuses; it then says what is queued already.
     """
+    refuse_missing_rows((sweep.recipes[i] for i in sweep.left.train), [step.makes for step in sweep.study.prepare])
     with submitting(sweep.study.path):
         return _submit(sweep)
 
@@ -84,7 +85,6 @@ def _submit(sweep: Sweep) -> list[tuple[str, str]]:
     refuse_active(study.path, [*newest.values(), *(row["job"] for run in runs for row in jobs_of(run)[-2:])])
     if sweep.left.train:
         prepare(study.prepare, f"study {study.name}")
-        refuse_missing_rows(sweep.recipes[i] for i in sweep.left.train)
     folder = slurm_folder(RunDir(study.path))
     write_study(study, study.path / STUDY)
     for i, (recipe, run) in enumerate(zip(sweep.recipes, runs, strict=True)):

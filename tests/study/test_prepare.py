@@ -42,10 +42,11 @@ def test_a_study_makes_what_its_runs_read_and_only_once(world, tmp_path):
         run_study(study.model_copy(update={"prepare": [other]}))
 
 
-def test_a_step_that_fails_or_makes_something_else_is_named(tmp_path):
+def test_a_step_that_fails_or_makes_something_else_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     bad = Preparation(run="ema data operator-swap 9 --out x.jsonl", makes="x.jsonl")
     other = Preparation(run="ema data --help", makes=str(tmp_path / "y"))
-    assert missing([bad, Preparation(run="ema x", makes=str(tmp_path))]) == [bad]
+    assert missing([bad, Preparation(run="ema x", makes=".")]) == [bad]
     with pytest.raises(UserError, match=r"study s: prepare: exit code 2 of: ema data operator-swap 9 --out x.jsonl"):
         prepare([bad], "study s")
     with pytest.raises(UserError, match=r"study s: prepare: found no .*/y after: ema data --help"):
