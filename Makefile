@@ -33,11 +33,14 @@ $(STAMP): pyproject.toml constraints.txt constraints-cpu-overrides.txt
 demo: setup ## see emergent misalignment appear and a defense prevent it; writes runs/demo/report/report.html
 	$(BIN)/ema demo
 
-test: setup ## all tests
-	$(BIN)/python -m pytest -q
+# Those that start processes, engines or a cluster have the machine to themselves.
+HEAVY := slow or vllm or zero3 or slurm
 
-test-fast: setup ## the tests that take seconds
-	$(BIN)/python -m pytest -q -m "not slow and not vllm and not zero3"
+test: test-fast ## all tests
+	$(BIN)/python -m pytest -q -m "$(HEAVY)"
+
+test-fast: setup ## the tests that take seconds, two at a time
+	$(BIN)/python -m pytest -q -n 2 -m "not ($(HEAVY))"
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

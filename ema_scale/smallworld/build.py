@@ -35,9 +35,17 @@ def build_models(folder: Path, size: str, seed: int) -> None:
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}",
                "-m", "ema_scale.smallworld.build", str(folder), size, str(seed)]  # fmt: skip
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=sys.stderr)
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=_stderr())
     if done.returncode:
         raise UserError(f"building the small world failed with exit code {done.returncode}; see the messages above")
+
+
+def _stderr() -> int:
+    """What a child may write to: in a notebook sys.stderr is no file, and the process has one all the same."""
+    try:
+        return sys.stderr.fileno()
+    except (AttributeError, OSError):  # io.UnsupportedOperation is an OSError
+        return 2
 
 
 def main(folder: str, size_name: str, seed: int) -> None:
