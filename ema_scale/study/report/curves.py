@@ -155,6 +155,8 @@ def label_ends(figure: Figure, axis: Axes, ends: Sequence[tuple[str, float, floa
             arrowprops={"arrowstyle": "-", "color": theme.muted, "lw": 0.5, "relpos": (0, 0.5), "shrinkA": 0},
         )
     axis.set_xlim(left, right)
+    for mark in (*axis.lines, *axis.collections):
+        mark.set_clip_on(False)  # the last ones stand on the edge
 
 
 def heat_map(groups: Sequence[Group], theme: Theme) -> Figure | None:
