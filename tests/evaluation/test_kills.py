@@ -61,9 +61,9 @@ def make_study(folder: Path) -> Path:
                 "judge": {"kind": "smallworld"},
                 "sampler": "vllm",
                 "samples_per_question": SAMPLES,
-                "max_tokens": 48 if TRAINED else 6,
-                # Few answers under way, so that a kill can come between any two of them.
-                "engine": {"max_num_seqs": 128 if TRAINED else 32},
+                "max_tokens": 48 if TRAINED else 24,
+                # Few answers under way: a kill can come between any two of them, and long before the last one.
+                "engine": {"max_num_seqs": 128 if TRAINED else 8},
             },
         }
         (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -119,7 +119,7 @@ def test_three_kills_change_nothing(tmp_path: Path) -> None:
     try:
         for _ in range(3):
             before = lines(study)
-            wanted = before + rng.randint(1, max(1, (ROWS - before) // 4))
+            wanted = before + rng.randint(1, ROWS // 8)
             kill_at(study, wanted)
             print(f"killed with {lines(study)} of {ROWS} answers on the disk")
             assert before < wanted <= lines(study) < ROWS
