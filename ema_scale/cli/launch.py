@@ -26,12 +26,14 @@ def launch(
     evaluate: Annotated[bool, typer.Option(help="also a job that evaluates the run once it is trained")] = False,
     dry_run: Annotated[bool, typer.Option(help="print the scripts, submit nothing")] = False,
 ) -> None:
-    """Train a recipe as a Slurm job that survives preemption and dead nodes."""
+    """Train a recipe as a Slurm job that survives preemption and dead nodes; after one that asks the base model, where
+    the recipe refuses an unsafe one."""
     from ema_scale.cluster import submit
     from ema_scale.cluster.rows import refuse_missing_rows
     from ema_scale.cluster.site import load_site
     from ema_scale.recipe import load_recipe
     from ema_scale.rundir import RunDir
+    from ema_scale.study.gates import is_checked, refuse_known
     from ema_scale.training.identity import is_finished, refuse_other
 
     loaded, here = load_recipe(recipe, overrides or ()), load_site(site)
@@ -39,27 +41,29 @@ def launch(
     finished = is_finished(loaded, RunDir(loaded.run_path))
     if not finished:
         refuse_other(loaded, RunDir(loaded.run_path), submit.processes_of(here, size))
-    training = submit.training_job(loaded, here, size)
-    evaluation = None
-    if evaluate:
-        evaluation = submit.evaluation_job(loaded.name, loaded.run_path, here, [loaded], gpus=gpus_per_node)
+    path, jobs = loaded.run_path, []
     if finished:
-        console.print(f"{loaded.run_path}: trained already")
+        console.print(f"{path}: trained already")
+    else:
+        refuse_known([loaded], path / "base")
+        if not is_checked([loaded], path / "base"):
+            asked = submit.recipe_file(RunDir(path))
+            jobs.append(submit.gate_job(loaded.name, path, here, [loaded], asked, gpus=gpus_per_node))
+        jobs.append(submit.training_job(loaded, here, size))
+    if evaluate:
+        jobs.append(submit.evaluation_job(loaded.name, path, here, [loaded], gpus=gpus_per_node))
     if dry_run:
-        if not finished:
-            print(submit.shown(training))
-        if evaluation:
-            print(submit.shown(evaluation, [] if finished else submit.after_success("<train job>")))
+        for before, job in zip([None, *jobs], jobs, strict=False):
+            print(submit.shown(job, submit.after_success(f"<{before.what} job>") if before else []))
         return
-    waits: list[str] = []
     if not finished:
         refuse_missing_rows([loaded])
-        number = submit.submit(loaded, training)
+    waits: list[str] = []
+    for job in jobs:
+        number = submit.submit(loaded, job, waits)
         waits = submit.after_success(number)
-        console.print(f"{loaded.run_path}: train job {number}")
-    if evaluation:
-        console.print(f"{loaded.run_path}: eval job {submit.submit(loaded, evaluation, waits)}")
-    console.print(f"follow it: ema logs {loaded.run_path} -f")
+        console.print(f"{path}: {job.what} job {number}")
+    console.print(f"follow it: ema logs {path} -f")
 
 
 @app.command()
@@ -99,7 +103,9 @@ def logs(
     run: Annotated[Path, typer.Argument(help="a run's or a study's folder")],
     follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until the job has ended")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="of each log to begin with")] = 100,
-    what: Annotated[str | None, typer.Option("--job", help="train, eval or report; default: the newest job")] = None,
+    what: Annotated[
+        str | None, typer.Option("--job", help="gate, train, eval or report; default: the newest job")
+    ] = None,
 ) -> None:
     """What a launched run's newest job says; why it failed on top."""
     from ema_scale.cluster import logs as cluster_logs

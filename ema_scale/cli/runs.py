@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ema_scale.cli.app import Overrides, RecipePath, app, console
+
+log = logging.getLogger(__name__)
 
 
 @app.command()
@@ -27,9 +30,17 @@ def train(
         print(loaded.to_yaml())
         print(describe(loaded))
         return
+    from ema_scale.evaluation.gate import refuses
     from ema_scale.rundir import RunDir
+    from ema_scale.training.distributed import is_main
     from ema_scale.training.run import train as run_training
 
+    if refuses(loaded):
+        from ema_scale.study.gates import is_checked, refuse_known
+
+        refuse_known([loaded], loaded.run_path / "base")
+        if is_main() and not is_checked([loaded], loaded.run_path / "base"):
+            log.warning("evaluation.gate: the reference has not been asked yet; `ema gate` does that before training")
     run_training(loaded, RunDir(loaded.run_path), resume=resume)
 
 
@@ -45,6 +56,19 @@ def evaluate(
 
     asked = [*(overrides or ()), *(["evaluation.legacy=true"] if legacy else [])]
     evaluate_run(run, tuple(asked), with_base=base)
+
+
+@app.command()
+def gate(
+    path: Annotated[Path, typer.Argument(help="a recipe or a study file (YAML), or a folder of a study's recipes")],
+    overrides: Overrides = None,
+) -> None:
+    """Before training: are the base models safe enough to be stayed near? Fails where a recipe says
+    `evaluation.gate.action: refuse`."""
+    from ema_scale.study.gates import ask_references
+
+    for folder, summary in ask_references(path, tuple(overrides or ())).items():
+        console.print(f"{folder}: {summary['gate']['text']}", markup=False)
 
 
 @app.command()

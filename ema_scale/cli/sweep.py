@@ -42,7 +42,7 @@ def sweep(
     if jobs is not None:
         raise UserError("--jobs: is for this machine; with --slurm, --max-parallel says how many runs train at once")
     from ema_scale.cluster.site import load_site
-    from ema_scale.cluster.submit import Size, after_end, shown
+    from ema_scale.cluster.submit import Size, after_all, shown
     from ema_scale.cluster.sweep import plan_sweep, submit_sweep
     from ema_scale.study.grid import load_study
 
@@ -52,8 +52,9 @@ def sweep(
     if dry_run:
         if left:
             print_preparation(plan.study)
+        chain = [(job.what, f"<{job.what} job>") for job in plan.jobs]
         for number, job in enumerate(plan.jobs):
-            print(shown(job, after_end(f"<{plan.jobs[number - 1].what} job>") if number else []))
+            print(shown(job, after_all(chain[:number])))
     if not plan.jobs:
         console.print(f"{folder}: all {total} runs are trained, evaluated and reported; nothing to do")
     else:

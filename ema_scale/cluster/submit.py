@@ -29,7 +29,7 @@ _PATIENCE = 120.0
 
 @dataclass(frozen=True)
 class Job:
-    """One script with its arguments, ready to be submitted. what: train, eval or report."""
+    """One script with its arguments, ready to be submitted. what: gate, train, eval or report."""
 
     what: str
     script: str
@@ -39,6 +39,11 @@ class Job:
 def slurm_folder(run: RunDir) -> Path:
     """Scripts, logs and job ids of a run."""
     return run.path / "slurm"
+
+
+def recipe_file(run: RunDir) -> Path:
+    """The recipe that a run's jobs read."""
+    return slurm_folder(run) / "train.yaml"
 
 
 def jobs_of(run: RunDir) -> list[dict[str, Any]]:
@@ -81,7 +86,7 @@ def training_job(recipe: Recipe, site: Site, size: Size) -> Job:
     """A job that trains one recipe."""
     folder = slurm_folder(RunDir(recipe.run_path))
     script = training_script(recipe.name, folder, "train-%j.log", site, size)
-    return Job("train", script, (str(folder / "train.yaml"),))
+    return Job("train", script, (str(recipe_file(RunDir(recipe.run_path))),))
 
 
 def training_script(
@@ -100,9 +105,21 @@ def evaluation_job(
 ) -> Job:
     """`ema eval` of a run's or a study's folder, on one node, with the GPUs that its recipes' engines take. gpus: of a
     training node (None: the site's). Raises UserError, naming a run, if an evaluation node has not so many."""
+    return _asking("eval", name, path, site, recipes, gpus, path)
+
+
+def gate_job(name: str, path: Path, site: Site, recipes: Sequence[Recipe], asked: Path, *, gpus: int | None) -> Job:
+    """`ema gate` of `asked`, a recipe file or a folder of them, as `evaluation_job`: what waits for its success trains
+    on no base model that its recipe refuses."""
+    return _asking("gate", name, path, site, recipes, gpus, asked)
+
+
+def _asking(
+    what: str, name: str, path: Path, site: Site, recipes: Sequence[Recipe], gpus: int | None, argument: Path
+) -> Job:
     site = site if gpus is None else site.model_copy(update={"gpus_per_node": gpus})
     taken = evaluation_gpus(recipes, site)
-    return Job("eval", _script("eval", name, path, site.for_evaluation(taken), taken), (str(path),))
+    return Job(what, _script(what, name, path, site.for_evaluation(taken), taken), (str(argument),))
 
 
 def report_job(name: str, path: Path, site: Site, title: str) -> Job:
@@ -122,6 +139,18 @@ def after_success(job: str) -> list[str]:
     return [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"]
 
 
+def after_all(jobs: Sequence[tuple[str, str]]) -> list[str]:
+    """sbatch options of the next job of a chain, of which these, (what, job id), are the ones before it: it waits for
+    the end of the last one, and for the success of a gate."""
+    if not jobs:
+        return []
+    gates, (what, last) = [job for kind, job in jobs if kind == "gate"], jobs[-1]
+    if not gates:
+        return after_end(last)
+    dependency, invalid = after_success(gates[0])
+    return [dependency if what == "gate" else f"{dependency},afterany:{last}", invalid]
+
+
 def after_end(job: str) -> list[str]:
     """sbatch options: wait until this job, or all tasks of this array, have ended, whatever became of them."""
     return [f"--dependency=afterany:{job}"]
@@ -134,9 +163,10 @@ def submit(recipe: Recipe, job: Job, options: Sequence[str] = ()) -> str:
     """
     run = RunDir(recipe.run_path)
     with submitting(run.path):
-        refuse_active(run.path, [row["job"] for row in jobs_of(run) if row["what"] == job.what][-3:])
-        if job.what == "train":  # as it is now: a job that starts tomorrow, or again, must not see later edits
-            atomic_write_text(slurm_folder(run) / "train.yaml", recipe.to_yaml())
+        alike = {job.what, "train"} if job.what == "gate" else {job.what}
+        refuse_active(run.path, [row["job"] for row in jobs_of(run) if row["what"] in alike][-3:])
+        if job.what in ("gate", "train"):  # as it is now: a job that starts tomorrow must not see later edits
+            atomic_write_text(recipe_file(run), recipe.to_yaml())
         return enqueue(run.path, job, options)
 
 

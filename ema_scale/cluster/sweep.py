@@ -1,4 +1,5 @@
-"""`ema sweep --slurm`: a study as an array of trainings, then an evaluation, then a report, each a job.
+"""`ema sweep --slurm`: a study as an array of trainings, then an evaluation, then a report, each a job; before them, if
+its recipes refuse an unsafe base model, one that asks it.
 
 The array's task N trains the study's run N; a job of its own follows when no task is left, whatever became of them.
 """
@@ -15,9 +16,10 @@ from ema_scale.cluster.site import Site
 from ema_scale.cluster.submit import (
     Job,
     Size,
-    after_end,
+    after_all,
     enqueue,
     evaluation_job,
+    gate_job,
     jobs_of,
     processes_of,
     refuse_active,
@@ -29,7 +31,7 @@ from ema_scale.cluster.submit import (
 from ema_scale.errors import UserError
 from ema_scale.recipe import Recipe
 from ema_scale.rundir import RunDir, append_jsonl, atomic_write_text
-from ema_scale.study.evaluate import refuse_known
+from ema_scale.study.gates import is_checked, refuse_known
 from ema_scale.study.grid import Study, write_study
 from ema_scale.study.prepare import prepare
 from ema_scale.study.remaining import Remaining, remaining
@@ -39,7 +41,7 @@ from ema_scale.training.identity import refuse_other_runs, renew_recipe
 
 @dataclass(frozen=True)
 class Sweep:
-    """jobs: what is left to be done, in order; each waits for the one before it."""
+    """jobs: what is left to be done, in order; each waits for the one before it, and for a gate's success."""
 
     study: Study
     recipes: tuple[Recipe, ...]
@@ -56,9 +58,14 @@ def plan_sweep(
     """
     recipes = tuple(study.runs(overrides))
     refuse_other_runs(recipes, processes_of(site, size), f"study {study.name}")
-    refuse_known(recipes, study.path / "base")
     left = remaining(study, recipes)
+    waiting = [recipes[i] for i in left.train]
+    for together in (recipes, waiting):  # the base may have been asked for either
+        refuse_known(together, study.path / "base")
     jobs = []
+    if not is_checked(waiting, study.path / "base"):
+        folder = slurm_folder(RunDir(study.path))
+        jobs.append(gate_job(study.name, study.path, site, waiting, folder / "train", gpus=size.gpus))
     if left.train:
         jobs.append(_training(study, left.train, site, size, at_once))
     if left.evaluate:
@@ -87,6 +94,8 @@ def _submit(sweep: Sweep) -> list[tuple[str, str]]:
         prepare(study.prepare, f"study {study.name}")
     folder = slurm_folder(RunDir(study.path))
     write_study(study, study.path / STUDY)
+    for old in (folder / "train").glob("*.yaml"):
+        old.unlink()
     for i, (recipe, run) in enumerate(zip(sweep.recipes, runs, strict=True)):
         if i in sweep.left.train:  # as it is now: a task that starts tomorrow, or again, must not see later edits
             atomic_write_text(folder / "train" / f"{i}.yaml", recipe.to_yaml())
@@ -95,7 +104,7 @@ def _submit(sweep: Sweep) -> list[tuple[str, str]]:
     submitted: list[tuple[str, str]] = []
     for job in sweep.jobs:
         try:
-            number = enqueue(study.path, job, after_end(submitted[-1][1]) if submitted else [])
+            number = enqueue(study.path, job, after_all(submitted))
         except UserError as error:
             if not submitted:
                 raise

@@ -44,6 +44,11 @@ def gate(general_misaligned: Mapping[str, Any] | None, settings: GateRecipe) -> 
     return {"state": state, "line": line, "action": settings.action, "text": text}
 
 
+def refuses(recipe: Recipe) -> bool:
+    """Whether nothing may be trained on a base model that does not pass."""
+    return recipe.evaluation.gate.action == "refuse"
+
+
 def refuse(summary: Mapping[str, Any]) -> None:
     """Raises UserError if the recipe says `refuse` and this base model did not pass."""
     found = summary.get("gate") or {}
@@ -70,7 +75,7 @@ def note_other_references(recipes: Iterable[Recipe]) -> None:
         if other is None:
             continue
         text = f"{recipe.name}: its reference is {other}, of which the gate says nothing: it asks the base model alone."
-        if recipe.evaluation.gate.action == "refuse":
+        if refuses(recipe):
             raise UserError(
                 f"evaluation.gate: {text} Refused. Evaluate that reference by itself, then go on with "
                 "evaluation.gate.action=flag"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -11,7 +10,7 @@ from typing import TypeVar
 
 from ema_scale.errors import UserError
 from ema_scale.evaluation.conditions import training_condition
-from ema_scale.evaluation.gate import gate, note_other_references, refuse
+from ema_scale.evaluation.gate import note_other_references, refuse, refuses
 from ema_scale.evaluation.judge_check import FOLDER as CHECK
 from ema_scale.evaluation.plan import EvalTarget
 from ema_scale.evaluation.run import evaluate, is_complete, load_suites
@@ -36,11 +35,11 @@ def evaluate_run(path: Path, overrides: tuple[str, ...] = (), with_base: bool = 
         pairs = _with_recipes([RunDir(path)], overrides)
         recipes = [recipe for _, recipe in pairs]
         base = path / "base" if with_base and _wants_base(recipes) else None
-        return _evaluate_alike([run for run, _ in pairs], recipes, base, path)
+        return evaluate_alike([run for run, _ in pairs], recipes, base, path)
     if path.is_dir():
         return evaluate_runs(_trained(path), path / "base", overrides, with_base)
     recipe = load_recipe(path, overrides)
-    return _evaluate_alike([], [recipe], recipe.run_path / "base", recipe.run_path)
+    return evaluate_alike([], [recipe], recipe.run_path / "base", recipe.run_path)
 
 
 def evaluate_runs(
@@ -57,13 +56,13 @@ def evaluate_runs(
     def work(folder: Path, group: Sequence[tuple[RunDir, Recipe]]) -> None:
         recipes = [recipe for _, recipe in group]
         base = folder if with_base and _wants_base(recipes) else None
-        summaries.update(_evaluate_alike([run for run, _ in group], recipes, base, base_dir.parent))
+        summaries.update(evaluate_alike([run for run, _ in group], recipes, base, base_dir.parent))
 
-    _each(together(_with_recipes(runs, overrides), base_dir), work)
+    each_group(together(_with_recipes(runs, overrides), base_dir), work)
     return summaries
 
 
-def _each(groups: Sequence[tuple[Path, _Grouped]], work: Callable[[Path, _Grouped], None]) -> None:
+def each_group(groups: Sequence[tuple[Path, _Grouped]], work: Callable[[Path, _Grouped], None]) -> None:
     """`work` on every group, also if an earlier one failed; then raises why."""
     failed: list[tuple[Path, Exception]] = []
     for folder, group in groups:
@@ -93,7 +92,7 @@ def is_evaluated(recipes: Sequence[Recipe], base_dir: Path) -> bool:
     for folder, group in together([(r, r) for r in recipes], base_dir):
         alike = [recipe for _, recipe in group]
         base = folder if _wants_base(alike) else None
-        targets = _targets([RunDir(r.run_path) for r in alike], alike, base, export=False)
+        targets = targets_of([RunDir(r.run_path) for r in alike], alike, base, export=False)
         if not is_complete(targets, alike[0].model, alike[0].evaluation):
             return False
     return True
@@ -118,43 +117,19 @@ def _has_adapter(run: RunDir) -> bool:
 
 def _wants_base(recipes: Sequence[Recipe]) -> bool:
     # A gate that refuses cannot be passed by not asking.
-    return any(r.evaluation.compare_base or _refuses(r) for r in recipes)
+    return any(r.evaluation.compare_base or refuses(r) for r in recipes)
 
 
-def check_references(recipes: Sequence[Recipe], base_dir: Path) -> None:
-    """Evaluate the base models whose recipes refuse an unsafe one, before anything is trained on them.
-
-    The answers are those that `evaluate_runs` would ask for, and are kept for it. Raises UserError if one is
-    refused.
-    """
-
-    def check(folder: Path, group: Sequence[tuple[Recipe, Recipe]]) -> None:
-        _evaluate_alike([], [recipe for _, recipe in group], folder, base_dir.parent)
-
-    _each([g for g in together([(r, r) for r in recipes], base_dir) if _refuses(g[1][0][1])], check)
-
-
-def refuse_known(recipes: Sequence[Recipe], base_dir: Path) -> None:
-    """As `check_references`, of what has been asked and judged already. Loads no model."""
-    for folder, group in together([(r, r) for r in recipes], base_dir):
-        first, summary = group[0][1], folder / "eval" / "summary.json"
-        if _refuses(first) and summary.exists():
-            targets = _targets([], [recipe for _, recipe in group], folder)
-            if is_complete(targets, first.model, first.evaluation):
-                metrics = json.loads(summary.read_text(encoding="utf-8"))["metrics"]
-                refuse({"gate": gate(metrics["general_misaligned"], first.evaluation.gate)})
-
-
-def _refuses(recipe: Recipe) -> bool:
-    return recipe.evaluation.gate.action == "refuse"
-
-
-def _evaluate_alike(
+def evaluate_alike(
     runs: Sequence[RunDir], recipes: Sequence[Recipe], base_dir: Path | None, beside: Path
 ) -> dict[str, Summary]:
-    # Runs of one model and one way of evaluating, which may ask different suites: one engine for all.
+    """Runs of one model and one way of evaluating, which may ask different suites: one engine for all.
+
+    base_dir: the base model's folder, None: it is not asked. beside: what the judge's check lies in. Raises UserError
+    if the recipes refuse the base model.
+    """
     first = recipes[0]
-    targets = _targets(runs, recipes, base_dir)
+    targets = targets_of(runs, recipes, base_dir)
     summaries = evaluate(targets, first.model, None, first.evaluation, judge_check=beside / CHECK)
     if base_dir is not None:
         refuse(summaries[base_dir.name])
@@ -162,9 +137,10 @@ def _evaluate_alike(
     return summaries
 
 
-def _targets(
+def targets_of(
     runs: Sequence[RunDir], recipes: Sequence[Recipe], base_dir: Path | None, export: bool = True
 ) -> list[EvalTarget]:
+    """What `evaluate_alike` asks; `export`: adapters along training are written for it."""
     suites = asked_suites(recipes)
     targets = []
     for run, recipe, theirs in zip(runs, recipes, suites, strict=False):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ema_scale.errors import UserError
 from ema_scale.rundir import RunDir
-from ema_scale.study.evaluate import check_references, evaluate_runs
+from ema_scale.study.evaluate import evaluate_runs
+from ema_scale.study.gates import check_references
 from ema_scale.study.grid import Study, write_study
 from ema_scale.study.prepare import missing, prepare
 from ema_scale.study.queue import default_jobs, listed, train_all

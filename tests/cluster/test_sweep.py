@@ -61,6 +61,23 @@ def test_a_dry_run_shows_three_jobs_and_writes_nothing(world, tmp_path):
     assert f"{folder}: 6 runs, 0 trained already, 6 to train" in done.stdout
 
 
+def test_behind_a_gate_every_job_waits_for_its_success(world, tmp_path):
+    path = study_file(world, tmp_path, [0])
+    command = [sys.executable, "-m", "ema_scale", "sweep", str(path), "--slurm", "--dry-run", "--gpus-per-node", "0",
+               "evaluation.gate.action=refuse"]  # fmt: skip
+    done = subprocess.run(command, env={"PATH": "/nowhere"}, capture_output=True, text=True, cwd=ROOT)
+    folder, ok = tmp_path / "runs" / "grid", "afterok:<gate job>"
+    told = [line for line in done.stdout.splitlines() if line.startswith("# submitted as: sbatch ")]
+    assert [line.removeprefix("# submitted as: sbatch ") for line in told] == [
+        f"gate.sbatch {folder}/slurm/train",
+        f"--dependency={ok} --kill-on-invalid-dep=yes train.sbatch {folder}/slurm/train/%a.yaml",
+        f"--dependency={ok},afterany:<train job> --kill-on-invalid-dep=yes eval.sbatch {folder}",
+        f"--dependency={ok},afterany:<eval job> --kill-on-invalid-dep=yes report.sbatch {folder} "
+        f"--out {folder}/report --title 'Study: grid'",
+    ], done.stderr
+    assert "WHAT=gate" in done.stdout and not folder.exists()
+
+
 def test_only_what_is_missing_is_submitted(world, tmp_path):
     path = study_file(world, tmp_path, [0, 1])
     study = load_study(path)
