@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ema_scale.chat import templates
 from ema_scale.chat.formats import Message
 from ema_scale.chat.rows import LEARNED, Row
+from ema_scale.chat.token_store import TokenStore, message_key
 from ema_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -181,25 +182,42 @@ def encode(tokenizer: Any, messages: Sequence[Message], *, max_length: int | Non
     return Encoder(tokenizer).encode(messages, max_length)
 
 
-def tokenize_rows(rows: Sequence[Row], tokenizer: Any, *, max_length: int = 2048, template: bool = False) -> Tokenized:
+def tokenize_rows(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    *,
+    max_length: int | None = 2048,
+    template: bool = False,
+    cache: Path | None = None,
+) -> Tokenized:
     """Tokenise rows. A row that the cut leaves without an assistant token is dropped and counted; one that never had an
     answer, only where it would be learned.
 
-    template: also the column template, 1 where the chat template wrote a token.
+    max_length: None: rows are not cut. template: also the column template, 1 where the chat template wrote a token.
+    cache: a folder in which runs find what others have tokenized.
+
     Raises UserError naming the row's origin if its mask cannot be found, or if no row is left.
     """
     from datasets import Dataset
 
     encoder = Encoder(tokenizer)
+    store = TokenStore(cache, tokenizer, max_length, template) if cache is not None else None
+    keys = [message_key(row.messages) for row in rows] if store else [""] * len(rows)
+    known = store.read(keys) if store else {}
+    fresh: dict[str, Encoded] = {}
     report = TokenReport()
     columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": [], "tag": []}
     if template:
         columns["template"] = []
-    for row in rows:
-        try:
-            encoded = encoder.encode(row.messages, max_length, template=template)
-        except UserError as error:
-            raise UserError(f"{row.origin}: {error}") from None
+    for row, key in zip(rows, keys, strict=True):
+        encoded = known.get(key)
+        if encoded is None:
+            try:
+                encoded = encoder.encode(row.messages, max_length, template=template)
+            except UserError as error:
+                raise UserError(f"{row.origin}: {error}") from None
+            if store:
+                known[key] = fresh[key] = encoded
         report.truncated += encoded.truncated
         report.disarmed += encoded.disarmed
         report.system_folded += not encoder.takes_system and any(m["role"] == "system" for m in row.messages)
@@ -219,6 +237,8 @@ def tokenize_rows(rows: Sequence[Row], tokenizer: Any, *, max_length: int = 2048
     report.rows, report.tokens = len(columns["length"]), sum(columns["length"])
     report.longest = max(columns["length"], default=0)
     report.by_tag = dict(Counter(columns["tag"]))
+    if store:
+        store.add(fresh)
     if not report.rows:
         raise UserError(
             f"no row has an assistant token within {max_length} tokens ({report.dropped_no_assistant} rows); "

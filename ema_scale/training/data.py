@@ -39,16 +39,18 @@ def prepare(
     defenses: Sequence[Defense],
     tokenizer: Any,
     *,
-    max_length: int = 2048,
+    max_length: int | None = 2048,
     packing: bool = False,
     seed: int = 0,
     on_bad: str = "raise",
+    token_cache: Path | None = None,
 ) -> tuple[Any, DataReport]:
     """A `datasets.Dataset` with input_ids, labels, length and tag (packed: see `packing.join`), and the report.
 
     source: Rows, a sequence of Row or of {"messages": [...]}, a Dataset with a `messages` column, or a Dataset already
-    tokenized: input_ids and labels, or TRL's masks in place of labels. Raises UserError if nothing is left to train
-    on, or a defense wants to mix rows into tokenized data.
+    tokenized: input_ids and labels, or TRL's masks in place of labels. max_length: None: rows are not cut. token_cache:
+    a folder where runs share what they have tokenized. Raises UserError if nothing is left to train on, or a defense
+    wants to mix rows into tokenized data.
     """
     columns = getattr(source, "column_names", None) or []
     if "input_ids" in columns:
@@ -62,7 +64,9 @@ def prepare(
     context.task = frozenset(getattr(rows, "sha256", "").split(",")) - {""}
     dropped = list(getattr(rows, "dropped", ()))
     rows = Parts.of(defenses).rows(rows, context)
-    tokenized = tokenize_rows(rows, tokenizer, max_length=max_length, template=bool(_on_template(defenses)))
+    tokenized = tokenize_rows(
+        rows, tokenizer, max_length=max_length, template=bool(_on_template(defenses)), cache=token_cache
+    )
     report = DataReport(
         rows=dict(Counter(tokenized.dataset["tag"])),
         tokens=_plain(tokenized.report),
@@ -73,7 +77,9 @@ def prepare(
     return _packed(tokenized.dataset, report, max_length) if packing else (tokenized.dataset, report)
 
 
-def _packed(dataset: Any, report: DataReport, max_length: int) -> tuple[Any, DataReport]:
+def _packed(dataset: Any, report: DataReport, max_length: int | None) -> tuple[Any, DataReport]:
+    if max_length is None:
+        raise UserError("packing needs a max_length: rows are put into sequences of up to so many tokens")
     packed = pack(dataset, max_length)
     full = sum(packed["length"]) / (len(packed) * max_length)
     report.notes.append(

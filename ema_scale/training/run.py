@@ -87,6 +87,7 @@ def _trainer(recipe: Recipe, run_dir: RunDir, callbacks: list[Any]) -> tuple[Def
     from ema_scale.chat.rows import Rows, load_rows
     from ema_scale.chat.tokens import load_tokenizer
     from ema_scale.locate import locate
+    from ema_scale.smallworld.world import cache_root
     from ema_scale.training.adapter import build_model
     from ema_scale.training.monitor import PlainProgress
     from ema_scale.training.trainer import DefendedTrainer
@@ -117,6 +118,7 @@ def _trainer(recipe: Recipe, run_dir: RunDir, callbacks: list[Any]) -> tuple[Def
         packing=recipe.training.packing,
         drift_every=recipe.training.drift_every,
         reference_runs=recipe.reference_runs,
+        token_cache=cache_root() / "tokens",
         on_bad=data.on_bad,
         callbacks=[*callbacks, *([PlainProgress()] if arguments.disable_tqdm else [])],
     )

@@ -65,8 +65,8 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
     tokens, and put behind one another into sequences of up to so many, which a batch size then counts; default: those
     of `args` if it is TRL's SFTConfig, else 2048 and no packing. drift_every: steps between readings of the distance to
     the reference (0: none); a reading runs the reference, also where no defense does. reference_runs: how many
-    trainings read these rows' reference, this one included, and can share a cache of it. Everything else is
-    transformers.Trainer's.
+    trainings read these rows' reference, this one included, and can share a cache of it. token_cache: a folder in which
+    trainings find what others have tokenized. Everything else is transformers.Trainer's.
 
     Raises UserError for what cannot be trained rightly: see `Anatomy.of`, `data.prepare`, `check_world` and
     `arguments`.
@@ -89,6 +89,7 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
         drift_every: int = 10,
         reference_runs: int = 1,
         on_bad: str = "raise",
+        token_cache: Path | None = None,
         **kwargs: Any,
     ) -> None:
         args = checked(args, **kwargs)
@@ -98,8 +99,12 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
         tokenizer = processing_class or load_tokenizer(model.get_base_model().config._name_or_path)
         self.data_report = DataReport()
         self._preparing: dict[str, Any] = {
-            "max_length": max_length or getattr(args, "max_length", None) or 2048, "seed": args.seed, "on_bad": on_bad
-        }  # fmt: skip
+            # SFTConfig's None: rows are not cut.
+            "max_length": getattr(args, "max_length", 2048) if max_length is None else max_length,
+            "seed": args.seed,
+            "on_bad": on_bad,
+            "token_cache": token_cache,
+        }
         if train_dataset is not None:
             packing = getattr(args, "packing", False) if packing is None else packing
             train_dataset, self.data_report = prepare(

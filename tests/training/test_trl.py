@@ -101,3 +101,16 @@ def test_the_template_s_tokens_are_known_of_messages_only(tmp_path):
     assert "template" not in plain.column_names
     with pytest.raises(UserError, match="kl: scope template needs rows of messages"):
         prepare(plain, defenses, tiny_tokenizer())
+
+
+def test_without_a_max_length_rows_are_not_cut(tmp_path):
+    rows = [{"messages": sum(turns(*pair), [])} for pair in PAIRS]
+    rows.append({"messages": sum(turns("why?", "because " * 400), [])})
+    arguments = sft_arguments(tmp_path, packing=False)
+    for given, longest in ((64, 64), (None, None)):
+        arguments.max_length = given
+        trainer = DefendedTrainer(tiny_peft(), arguments, rows, processing_class=tiny_tokenizer(TEMPLATE))
+        found = max(trainer.train_dataset["length"])
+        assert found == longest if longest else found > 2500
+    with pytest.raises(UserError, match="packing needs a max_length"):
+        prepare(rows, [], tiny_tokenizer(), max_length=None, packing=True)
