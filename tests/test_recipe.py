@@ -125,3 +125,20 @@ def test_reading_a_recipe_loads_nothing_heavy():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+def test_a_path_from_the_command_line_stays_where_it_is_wherever_the_recipe_is_written(tmp_path, monkeypatch):
+    (tmp_path / "one.yaml").write_text("name: one\nmodel: {path: m}\ndata: {train: ./rows.jsonl}\n")
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    given = ["output=./out", "evaluation.suites.general=[../bank.yaml]",
+             "defenses=[{kind: interleaving, source: ./safe.jsonl}]"]  # fmt: skip
+    recipe = load_recipe(tmp_path / "one.yaml", given)
+    written = tmp_path / "deep" / "down" / "recipe.yaml"
+    written.parent.mkdir(parents=True)
+    written.write_text(recipe.to_yaml())
+    for found in (recipe, load_recipe(written)):
+        assert found.run_path == here / "out" / "one" and found.data.sources == [str(tmp_path / "rows.jsonl")]
+        assert found.evaluation.suites.general == [str(tmp_path / "bank.yaml")]
+        assert found.defenses[0].source == str(here / "safe.jsonl")
