@@ -264,7 +264,7 @@ class Recipe(_Section):
     @model_validator(mode="before")
     @classmethod
     def _parse_defenses(cls, values: Any) -> Any:
-        # Paths of recipe files are whole by now; those of the command line and of Python are from here, and must stay so
+        # Paths of recipe files are whole by now; those of the command line and of Python are from here, and stay so
         # wherever the recipe is written to.
         values = _anchor_paths(values, Path.cwd())
         # Defenses name their own class by `kind`; the registry (and its plugins) knows which.

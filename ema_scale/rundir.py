@@ -109,6 +109,30 @@ def probe(file: Path, blocks: int = 64, block: int = 1 << 16) -> str:
     return hasher.hexdigest()
 
 
+def digest(*parts: Any) -> str:
+    """12 hex digits that stand for these JSON values."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+def folder_identity(path: str, revision: str | None = None) -> str:
+    """A digest of a checkpoint or adapter: config and tokenizer files whole, weights by size and probes.
+
+    Reading some blocks of each weight file tells apart fine-tunes of one model without reading them all.
+    A hub id that is not a folder stands for itself with its revision.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return digest(path, revision)
+    found = []
+    for file in sorted(folder.iterdir()):
+        if file.suffix in {".json", ".jinja", ".model", ".txt"}:
+            found.append((file.name, hashlib.sha256(file.read_bytes()).hexdigest()))
+        elif file.suffix == ".safetensors":
+            found.append((file.name, probe(file)))
+    return digest(found)
+
+
 def package_versions() -> dict[str, str]:
     """Installed versions of the libraries that decide a run's numbers."""
     found = {}

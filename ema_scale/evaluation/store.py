@@ -10,7 +10,6 @@ judgements of an answer by other judges stay beside each other.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import threading
 import time
@@ -21,7 +20,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ema_scale.errors import UserError
-from ema_scale.rundir import append_jsonl, atomic_write_text, probe, read_jsonl
+from ema_scale.rundir import append_jsonl, atomic_write_text, read_jsonl
+from ema_scale.rundir import digest as digest
+from ema_scale.rundir import folder_identity as folder_identity
 
 SAMPLES, JUDGEMENTS = "samples.jsonl", "judgements.jsonl"
 FLUSH_SECONDS = 0.5
@@ -137,27 +138,3 @@ def _identity(name: str, row: Row) -> Any:
 
 def _lines(rows: Iterable[Row]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-
-
-def digest(*parts: Any) -> str:
-    """12 hex digits that stand for these JSON values."""
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
-
-
-def folder_identity(path: str, revision: str | None = None) -> str:
-    """A digest of a checkpoint or adapter: config and tokenizer files whole, weights by size and probes.
-
-    Reading some blocks of each weight file tells apart fine-tunes of one model without reading them all.
-    A hub id that is not a folder stands for itself with its revision.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        return digest(path, revision)
-    found = []
-    for file in sorted(folder.iterdir()):
-        if file.suffix in {".json", ".jinja", ".model", ".txt"}:
-            found.append((file.name, hashlib.sha256(file.read_bytes()).hexdigest()))
-        elif file.suffix == ".safetensors":
-            found.append((file.name, probe(file)))
-    return digest(found)

@@ -1,5 +1,5 @@
-"""Whether the run in a folder is the one that a recipe asks for: the same training, of the same data, at as many rows a
-step. Told from files, without torch.
+"""Whether the run in a folder is the one that a recipe asks for: the same training, of the same weights and data, at as
+many rows a step. Told from files, without torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ema_scale.errors import UserError
 from ema_scale.locate import locate
-from ema_scale.rundir import RunDir, atomic_write_text, file_sha256
+from ema_scale.rundir import RunDir, atomic_write_text, digest, file_sha256, folder_identity
 from ema_scale.training.distributed import launched_processes
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ def is_finished(recipe: Recipe, run_dir: RunDir) -> bool:
 def differences(recipe: Recipe, run_dir: RunDir) -> list[str]:
     """What the folder's run was trained on otherwise than `recipe` says: fields and files, in words.
 
-    [] if it is the same, or nothing has been trained there. Files are told by the hashes in the run's provenance, and
-    are read only if their size or date changed since; data sets of the hub are left to the loader.
+    [] if it is the same, or nothing has been trained there. Files and checkpoints are told by the hashes in the run's
+    provenance, and are read only if their size or date changed since; what is of the hub is left to the loader.
     """
     if not _is_begun(run_dir):
         return []
@@ -97,11 +97,21 @@ def refuse_other_runs(recipes: Sequence[Recipe], processes: int, what: str) -> N
         )
 
 
+def weights_of(recipe: Recipe) -> dict[str, dict[str, str]]:
+    """What a run starts from and is held to, as far as it lies in folders: source -> identity, and a mark of sizes and
+    dates: while that stays, so does the identity."""
+    sources = [recipe.model.path, recipe.adapter.start]
+    if not isinstance(recipe.reference, str):
+        sources.append(recipe.reference.model)
+    folders = {s: path for s in sources if s and (path := Path(locate(s))).is_dir()}
+    return {s: {"identity": folder_identity(str(path)), "mark": _folder_mark(path)} for s, path in folders.items()}
+
+
 def refuse_other_data(hashes: Mapping[str, str], run_dir: RunDir) -> None:
     """Raises UserError if rows or files, source -> sha256, are not those that the folder's run began with."""
     stored = _provenance(run_dir).get("data_sha256", {})
-    for source, digest in hashes.items():
-        if stored.get(source, digest) != digest:
+    for source, sha256 in hashes.items():
+        if stored.get(source, sha256) != sha256:
             raise UserError(
                 f"{run_dir.path}: {source} has changed since this run began; restore it, choose another name or "
                 "output, or pass --no-resume to start over"
@@ -176,13 +186,18 @@ def _short(value: Any) -> str:
 
 def _changed_files(run_dir: RunDir) -> Iterator[str]:
     made = _provenance(run_dir)
+    for source, then in made.get("weights", {}).items():
+        folder = Path(locate(source))
+        if folder.is_dir() and (mark := _folder_mark(folder)) != then["mark"]:
+            if _folder_identity(folder, mark) != then["identity"]:
+                yield f"the checkpoint {source} has changed"
     marks = made.get("data_files", {})
-    for source, digest in made.get("data_sha256", {}).items():
+    for source, sha256 in made.get("data_sha256", {}).items():
         path = _file(source)
         # A file that is gone is the loader's to miss: a finished run needs it no more.
         if path is None or _mark(path) == marks.get(source):
             continue
-        if _sha256(path, *_mark(path)) != digest:
+        if _sha256(path, *_mark(path)) != sha256:
             yield f"{source} has changed"
 
 
@@ -201,6 +216,15 @@ def _file(source: str) -> Path | None:
 def _mark(path: Path) -> list[int]:
     found = path.stat()
     return [found.st_size, found.st_mtime_ns]
+
+
+def _folder_mark(folder: Path) -> str:
+    return digest([(file.name, *_mark(file)) for file in sorted(folder.iterdir()) if file.is_file()])
+
+
+@lru_cache(maxsize=256)
+def _folder_identity(folder: Path, mark: str) -> str:
+    return folder_identity(str(folder))
 
 
 @lru_cache(maxsize=4096)

@@ -24,7 +24,14 @@ from ema_scale.training.distributed import (
     prepare_environment,
     timeout_seconds,
 )
-from ema_scale.training.identity import file_marks, is_finished, refuse_other, refuse_other_data, renew_recipe
+from ema_scale.training.identity import (
+    file_marks,
+    is_finished,
+    refuse_other,
+    refuse_other_data,
+    renew_recipe,
+    weights_of,
+)
 
 if TYPE_CHECKING:
     from ema_scale.recipe import Recipe
@@ -144,12 +151,15 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
         refuse_other_data(hashes, run_dir)
     trainer.accelerator.wait_for_everyone()  # nobody may write a checkpoint before all have looked
 
+    weights = weights_of(recipe) if is_main() else {}
+
     def write_provenance() -> None:
         run_dir.write_provenance(
             recipe.to_dict(),
             hashes,
             recipe.seed,
             data_files=file_marks(hashes),
+            weights=weights,
             reference=trainer.reference_choice.to_dict(),
             parameters=parameter_counts(trainer.model),
         )
