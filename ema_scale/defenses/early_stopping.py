@@ -85,7 +85,8 @@ class EarlyStopping(Defense):
         return bool(history[-1]["step"] // self.window > earlier // self.window)
 
     def _mean(self, history: Sequence[Mapping[str, Any]]) -> float | None:
-        """Over the last `window` steps; None before there are so many, and at steps without a reading."""
+        """Over those of the last `window` steps that have a reading; None before there are so many steps, and at a step
+        without one: one that holds none of `source`'s rows, or of the layers' distances."""
         last = history[-1]["step"]
         recent = []
         for row in reversed(history):
@@ -93,7 +94,7 @@ class EarlyStopping(Defense):
                 break
             recent.append(self._read(row))
         found = [value for value in recent if value is not None]
-        if not found and all(self._read(row) is None for row in history):
+        if self.source is None and not found and all(self._read(row) is None for row in history):
             hint = "; set training.drift_every above 0" if self.measure == "drift" else f": no step has {self._name}"
             raise UserError(f"early_stopping: measure {self.measure} is never read{hint}")
         return sum(found) / len(found) if last >= self.window and recent[0] is not None else None

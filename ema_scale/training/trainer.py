@@ -118,6 +118,7 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
         # What this process was asked for, at any moment, and what all have agreed on, between steps alone.
         self.stop_wished = False
         self.stop_agreed = False
+        self._absent: set[str] = set()  # what the step holds no tokens of
         flash = "flash" in str(getattr(model.get_base_model().config, "_attn_implementation", ""))
         one_sequence = flash and is_packed(train_dataset)
         kwargs.setdefault("data_collator", ChatCollator(tokenizer, one_sequence=one_sequence, tags=self.parts.tags))
@@ -196,6 +197,7 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
             counts = self.accelerator.reduce(counts, "sum")
         *known, stop, broken = counts.tolist()
         self.stop_agreed = bool(stop)
+        self._absent = {c for c, tokens in zip(self.parts.covers, known, strict=True) if not tokens}
         if self.is_in_train and isinstance(self.defended.reference, Cached):
             # Here, where the counts are waited for anyway, and not once more in each forward.
             for batch in batch_samples:
@@ -236,7 +238,9 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
                 defended=ask,
             )
         if model.training:
-            self.monitor.add(outputs["metrics"], step)
+            # Where a step holds none of a term's rows, there is no reading of it, and not one of 0.
+            unread = {d.name for d in divergences if d.cover in self._absent}
+            self.monitor.add({n: v for n, v in outputs["metrics"].items() if n not in unread}, step)
         return (outputs["loss"], {"loss": outputs["loss"]}) if return_outputs else outputs["loss"]
 
     # ---- data, training, logs, saving ----

@@ -125,6 +125,29 @@ def test_two_with_the_same_measure_each_read_their_own(tmp_path):
         assert (trainer.stopped_early is not None) == stopping
 
 
+def test_a_step_without_the_probes_rows_is_no_reading_of_zero(tmp_path):
+    """At two rows a step most steps hold no probe row: their mean must not be a part of what it is."""
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"prompt": "bad?", "completion": "answer 1"}) + "\n")
+    rows = [{"prompt": f"task {i}?", "completion": "answer 1"} for i in range(8)]
+    for stop, line in ((False, 99.0), (True, 0.05)):
+        probe = EarlyStopping("probe", line, str(tmp_path / "bad.jsonl"), 0.125, window=8)
+        trainer = make_trainer(
+            tmp_path / "run", tiny_peft(), rows, [probe], max_steps=24, learning_rate=5e-3, drift_every=0,
+            per_device_train_batch_size=2, gradient_accumulation_steps=1, lr_scheduler_type="constant",
+        )  # fmt: skip
+        trainer.train()
+        read = {row["step"]: row["early_stopping_probe"] for row in trainer.watch.readings
+                if "early_stopping_probe" in row}  # fmt: skip
+        logged = {row["step"]: row.get("early_stopping_probe") for row in trainer.state.log_history if "loss" in row}
+        assert {step: value for step, value in logged.items() if value is not None} == pytest.approx(read)
+        if not stop:
+            assert 1 < len(read) < 12 and max(read.values()) > 0.3, "one row in nine: every fifth step, or so"
+        else:
+            step = trainer.state.global_step
+            inside = [value for s, value in read.items() if s > step - 8]
+            assert step in read and sum(inside) / len(inside) > 0.05 and trainer.stopped_early
+
+
 @pytest.mark.parametrize("logging", [{"logging_steps": 500}, {"logging_strategy": "no"}, {"logging_steps": 3}])
 def test_it_acts_however_seldom_the_run_logs(tmp_path, logging):
     options = {"max_steps": 8, "learning_rate": 2e-3, "drift_every": 0}
