@@ -26,7 +26,8 @@ def explain(problem: Any, model: Any) -> str:
     if problem["type"] == "missing":
         return f"{field}: missing; this field is required"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{field}: {message[0].lower() + message[1:]}; found {problem['input']!r}"
+    where = f"{field}: " if field else ""  # a problem of several fields together has none
+    return f"{where}{message[0].lower() + message[1:]}; found {problem['input']!r}"
 
 
 def _known_keys(model: Any, location: Sequence[Any]) -> list[str]:

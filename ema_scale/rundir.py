@@ -202,7 +202,11 @@ class RunDir:
         return self.path / "log.txt"
 
     def create(self) -> RunDir:
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Raises UserError if a file is in its place."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{self.path}: a file is in the way, expected a folder to write to") from None
         return self
 
     def write_provenance(self, recipe: dict[str, Any], data_hashes: dict[str, str], seed: int, **more: Any) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ema_scale.cli.app import app, console
-from ema_scale.errors import UserError
+from ema_scale.errors import UserError, explain
 
 if TYPE_CHECKING:
     from ema_scale.recipe import ModelRecipe
@@ -58,6 +58,8 @@ def select(
 
 def model_recipe(reference: str) -> ModelRecipe:
     """The model of a recipe file, or a checkpoint by itself."""
+    from pydantic import ValidationError
+
     from ema_scale.recipe import ModelRecipe, read_layers
 
     if not reference.endswith((".yaml", ".yml")):
@@ -67,7 +69,11 @@ def model_recipe(reference: str) -> ModelRecipe:
     section = read_layers(Path(reference)).get("model")
     if not isinstance(section, dict) or "path" not in section:
         raise UserError(f"{reference}: model.path: missing; expected a recipe that names its model")
-    return ModelRecipe.model_validate(section)
+    try:
+        return ModelRecipe.model_validate(section)
+    except ValidationError as error:
+        problems = (f"{reference}: model: {explain(problem, ModelRecipe)}" for problem in error.errors())
+        raise UserError("\n".join(problems)) from None
 
 
 def named(entries: list[str]) -> dict[str, str]:

@@ -45,7 +45,9 @@ def vector(
         raise UserError("--adapter and --rows belong together: the rows are read by the adapter and by its base")
     from ema_scale.persona import extract
     from ema_scale.recipe import load_recipe
+    from ema_scale.rundir import RunDir
 
+    RunDir(out).create()
     loaded = load_recipe(recipe, overrides or ())
     if personas:
         made = extract.from_personas(loaded, personas, questions or [], out, samples=samples)

@@ -87,7 +87,6 @@ class InterleavingPlus(Defense):
                 f"`{MADE_BY}` must {hint}"
             )
         used = made["adapters"]
-        ctx.hashes[str(provenance_path(self.source))] = file_sha256(provenance_path(self.source))
         ctx.notes.append(f"{self.kind}: variant {self.variant}, ranked by the adapters {', '.join(used)}")
         own = [name for name, adapter in used.items() if ctx.task & set(adapter["trained_on"])]
         if own:

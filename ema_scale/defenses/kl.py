@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ema_scale.defenses.base import Defense, Direction, Divergence, RowsContext, Scope
 from ema_scale.defenses.mixing import mix
@@ -42,6 +42,12 @@ class KL(Defense):
     part: Literal["learned", "task", "safe"] = Field("learned", description="which rows: all learned ones, or a part")
     prompts: str | None = Field(None, description="rows to look at instead: a file, a hub id, or smallworld:safe")
     fraction: float = Field(0.25, gt=0, le=1, description="rows of `prompts` per task row")
+
+    @model_validator(mode="after")
+    def _one_part(self) -> Self:
+        if self.prompts is not None and self.part != "learned":
+            raise ValueError("give prompts, which are a part of their own, or part, not both")
+        return self
 
     @property
     def changes_rows(self) -> bool:

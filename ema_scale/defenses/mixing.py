@@ -40,6 +40,8 @@ def mix(
         if not found:
             raise UserError(f"{one}: found no {tag} rows, expected at least one")
         extra += found
+    if not extra:
+        raise UserError(f"{name}: source: found an empty list, expected files, hub ids or smallworld:...")
     where = source if isinstance(source, str) else ", ".join(source)
     ratio, count = Fraction(str(fraction)), sum(row.tag == "task" for row in rows)
     needed = int(count * ratio)

@@ -7,7 +7,7 @@ A defense calls its rows `prompts` or `bad`, and its terms name these. In a list
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar, get_args
 
@@ -93,6 +93,17 @@ class Parts:
                 final[f"{tag} {index}"] = own[tag]
                 rows = [replace(row, tag=f"{tag} {index}") if row.tag == tag else row for row in rows]
         return [replace(row, tag=final[row.tag]) if row.tag in final else row for row in rows] if final else rows
+
+    def check(self, tags: Collection[str]) -> None:
+        """Raises UserError if a term looks at a part of which no row is there: it would be 0 throughout, in silence.
+
+        tags: of the rows to train on.
+        """
+        for term in self.terms:
+            part = term.divergence.part
+            if part != "learned" and part not in tags:
+                hint = "; mix some in (interleaving)" if part == "safe" else ""
+                raise UserError(f"{self.defenses[term.owner].kind}: looks at {part} rows, and there are none{hint}")
 
     @property
     def terms(self) -> tuple[Term, ...]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, model_validator
 
 from ema_scale.defenses.base import Defense, FinishContext
-from ema_scale.defenses.safelora_files import Checkpoint, folder_of
+from ema_scale.defenses.safelora_files import PREFIX, Checkpoint, folder_of
+from ema_scale.errors import UserError
 
 if TYPE_CHECKING:
     from ema_scale.defenses.safelora_projection import Projected
@@ -45,8 +46,19 @@ class SafeLoRA(Defense):
 
     @contextlib.contextmanager
     def attach(self, model: Any) -> Iterator[None]:
-        """A missing base ends a run before training, not after."""
-        Checkpoint(folder_of(self.base, self.base_revision))
+        """A base that is missing or of another model ends a run before training, not after."""
+        base = Checkpoint(folder_of(self.base, self.base_revision))
+        name = model.get_base_model().config._name_or_path
+        if not name:
+            raise UserError("safelora: the model was not loaded from a checkpoint, whose weights it reads")
+        aligned = Checkpoint(folder_of(name, model.active_peft_config.revision))
+        for module in (name for name, module in model.named_modules() if getattr(module, "lora_A", None)):
+            found, expected = (one.shape(module.removeprefix(PREFIX)) for one in (base, aligned))
+            if found != expected:
+                raise UserError(
+                    f"safelora: base {self.base}: {module.removeprefix(PREFIX)} has the shape {found}, and "
+                    f"{expected} in {name}; expected the model that it was made from"
+                )
         yield
 
     def finish(self, adapter_dir: Path, ctx: FinishContext) -> None:

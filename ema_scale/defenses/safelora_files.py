@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS, CONFIG, REPORT = "adapter_model.safetensors", "adapter_config.json", "safelora.json"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _TIED = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # An adapter folder may also hold optimizer states and pickles of a trainer: these are left behind.
@@ -98,7 +98,7 @@ class Adapter:
             if other not in self.tensors:
                 raise UserError(f"{self.folder / WEIGHTS}: {name} without {other}")
             if ".lora_B." in name:
-                yield name.removeprefix(_PREFIX).partition(".lora_")[0], (other, name)
+                yield name.removeprefix(PREFIX).partition(".lora_")[0], (other, name)
 
     def write(self, out: Path | None, report: dict[str, Any]) -> None:
         """Weights and report, whole or not at all: into a new folder `out`, or into this one."""
@@ -151,17 +151,26 @@ class Checkpoint:
             raise UserError(f"{folder}: no model.safetensors here; expected a checkpoint in safetensors")
         self._folder = folder
 
+    def shape(self, module: str) -> tuple[int, ...]:
+        """Of a module's `.weight`, which is not read. Raises UserError as `weight` does."""
+        name = self._stored_name(module)
+        with self._opened(name) as handle:
+            return tuple(handle.get_slice(name).get_shape())
+
+    def _opened(self, name: str) -> Any:
+        from safetensors import safe_open
+
+        if not self._files[name].is_file():
+            raise UserError(f"{self._files[name]}: no such file; the checkpoint's index asks for it")
+        return safe_open(self._files[name], framework="pt")
+
     def weight(self, module: str) -> torch.Tensor:
         """The `.weight` of a module, as stored.
 
         Raises UserError if there is no such weight, its shard is missing, or it is quantised.
         """
-        from safetensors import safe_open
-
         name = self._stored_name(module)
-        if not self._files[name].is_file():
-            raise UserError(f"{self._files[name]}: no such file; the checkpoint's index asks for it")
-        with safe_open(self._files[name], framework="pt") as handle:
+        with self._opened(name) as handle:
             tensor: torch.Tensor = handle.get_tensor(name)
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             raise UserError(f"{self._folder}: {name} is {tensor.dtype}; expected weights that are not quantised")

@@ -5,7 +5,6 @@ All are v = mean(positive) - mean(negative) of response-token mean hidden states
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -140,8 +139,7 @@ def _save(
             "seed": recipe.evaluation.seed,
             "layers": [reading.to_dict() for reading in readings],
             "recommended_layer": recommend(readings),
-            "packages": package_versions(),
-            "written": time.time(),
+            "packages": package_versions(),  # and no date: runs know their vectors by these bytes
         },
         str(folder / VECTOR_FILE),
     )  # fmt: skip

@@ -100,6 +100,9 @@ def audit(
     """
     reading = voting_adapters(adapters)
     directions = None if vector is None else Directions.load(vector)
+    if directions is not None:
+        layer = directions.recommended_layer if layer is None else layer
+        directions.vector(layer)
     sets = [load_rows(locate(part), limit=limit, on_bad="drop") for part in (source, clean)]
     readers = Readers(model, reading)
     longest = min(max_length, readers.max_length)
@@ -109,7 +112,7 @@ def audit(
         nll = score(readers, every, out / SCORES, batch_tokens=batch_tokens)
         values = {"gap": [_gap(nll, place, eps) for place in range(len(every))]}
         if directions is not None:
-            layer = directions.recommended_layer if layer is None else layer
+            assert layer is not None
             values["projection"] = project(
                 readers, every, directions, layer, out / PROJECTIONS, batch_tokens=batch_tokens
             )

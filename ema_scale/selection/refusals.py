@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -89,6 +91,9 @@ def _pattern(phrases: list[str], form: str) -> re.Pattern[str] | None:
 
 def _classifier(name: str) -> Callable[[Sequence[Row]], Sequence[bool]]:
     module, _, attribute = name.partition(":")
+    here = os.getcwd()
+    if here not in sys.path:  # as `python -m` has it, and an installed command has not
+        sys.path.append(here)
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:

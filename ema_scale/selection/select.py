@@ -74,6 +74,8 @@ def select(
     """
     if not (eps >= 0 and math.isfinite(eps)):
         raise UserError(f"eps: found {eps}, expected nats, 0 or more")
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder, expected a file to write, such as {out / 'safe.jsonl'}")
     voting = voting_adapters(adapters, leave_out)
     rule = None if refusals == KEEP_REFUSALS else refusal_rule(refusals)
     rows = load_rows(locate(source), limit=limit, on_bad="drop")

@@ -111,6 +111,7 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
                 train_dataset, self.defenses, tokenizer, packing=packing, **self._preparing
             )
             check_vocabulary(train_dataset, tokenizer, model)
+            self.parts.check(self.data_report.rows)
         self.drift_every = drift_every
         self.reference_runs = reference_runs
         self.monitor = Monitor()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from ema_scale.chat.rows import Row
 from ema_scale.defenses import KL, Ceiling, Defense, Divergence, EarlyStopping, Interleaving, RowsContext
 from ema_scale.defenses.parts import Parts, covers
+from ema_scale.defenses.registry import parse
 from ema_scale.errors import UserError
 from tests.training.helpers import make_trainer, step_gradients, tiny_peft
 
@@ -141,6 +142,20 @@ def test_rows_that_nobody_looks_at_are_an_error(write):
 
     with pytest.raises(UserError, match="idle: brings rows of the part bad, and no term"):
         Parts.of([Idle(source=write("x"))]).rows([Row(())], RowsContext())
+
+
+def test_a_term_on_rows_that_are_not_there_is_an_error(tmp_path, write):
+    """It would be 0 throughout, and the run an undefended one."""
+    rows = [{"prompt": f"task {i}?", "completion": "answer 1"} for i in range(8)]
+    with pytest.raises(UserError, match=r"kl: looks at safe rows, and there are none; mix some in \(interleaving\)"):
+        make_trainer(tmp_path, tiny_peft(), rows, [KL(1.0, part="safe")])
+    mixed = [KL(1.0, part="safe"), Interleaving(write("safe"), 0.5)]
+    trainer = make_trainer(tmp_path, tiny_peft(), rows, mixed, eval_dataset=rows)
+    assert trainer.data_report.rows == {"task": 8, "safe": 4}
+    with pytest.raises(UserError, match=r"defenses.0: give prompts, which are a part of their own, or part, not both"):
+        parse([{"kind": "kl", "part": "safe", "prompts": "x.jsonl"}])
+    with pytest.raises(UserError, match="ceiling: source: found an empty list"):
+        Ceiling(1.0, []).rows([Row(())], RowsContext())
 
 
 def test_prompts_need_no_answers_where_none_are_looked_at(tmp_path):

@@ -53,6 +53,25 @@ def test_safelora_projects_the_saved_adapter(tmp_path):
     assert len(changed) == sum("lora_B" in k for k in saved["plain"])
 
 
+def test_safelora_finds_before_training_that_the_base_is_another_model(tmp_path):
+    from tests.tiny import save_tiny
+    from tests.training.helpers import make_trainer, tiny_peft
+
+    save_tiny(tmp_path / "wide", hidden=96)
+    save_tiny(tmp_path / "deep", layers=1)
+    save_tiny(tmp_path / "aligned")
+    for base, reason in (
+        ("wide", r"has the shape .*, and .* in .*aligned"),
+        ("deep", "no weight for the adapted module"),
+    ):
+        model = tiny_peft()
+        model.get_base_model().config._name_or_path = str(tmp_path / "aligned")
+        trainer = make_trainer(tmp_path / "run", model, defenses=[SafeLoRA(str(tmp_path / base), 1.0)])
+        with pytest.raises(UserError, match=reason):
+            trainer.train()
+        assert trainer.state.global_step == 0
+
+
 def test_safelora_reads_the_revisions_that_are_pinned(tmp_path, monkeypatch):
     """A hub on the disk: the newest of each model is another one than the one that was fine-tuned."""
     import json

@@ -175,6 +175,12 @@ def test_a_clean_set_that_is_not_clean_is_a_message(made, tmp_path):
     Directions(torch.ones(4, 64), {"recommended_layer": 1}).save(tmp_path / "deep.safetensors")
     with pytest.raises(UserError, match="made for 3 layers"):
         audit(files["good"], model, adapters, files["clean"], tmp_path, vector=str(tmp_path / "deep.safetensors"))
+    # Before anything is read.
+    with pytest.raises(UserError, match="found layer 99, expected 0 to"):
+        audit(files["good"], model, adapters, files["clean"], tmp_path / "new", vector=vector, layer=99)
+    with pytest.raises(UserError, match="a file is in the way, expected a folder"):
+        audit(files["good"], model, adapters, files["clean"], tmp_path / "deep.safetensors")
+    assert not (tmp_path / "new").exists()
 
 
 def test_without_a_vector_the_gap_alone_decides_and_the_audit_says_so(made, tmp_path):

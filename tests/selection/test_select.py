@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from ema_scale.chat.rows import Row, load_rows
 from ema_scale.chat.tokens import encode
 from ema_scale.cli import app
+from ema_scale.cli.select import model_recipe
 from ema_scale.defenses import Inoculation, InterleavingPlus, RowsContext
 from ema_scale.defenses.interleaving_plus import read_provenance
 from ema_scale.errors import UserError
@@ -266,7 +267,7 @@ def test_interleaving_plus_mixes_the_best_rows_in(made, tmp_path):
     safe = [row.messages for row in mixed if row.tag == "safe"]
     assert sorted(map(str, safe)) == sorted(map(str, best))
     assert [i for i, row in enumerate(mixed) if row.tag == "safe"] == [10, 21, 32, 43]
-    assert set(ctx.hashes) == {str(out), str(tmp_path / "ranked.provenance.json")}
+    assert set(ctx.hashes) == {str(out)}
     assert any("law, code" in note for note in ctx.notes)
 
 
@@ -328,3 +329,27 @@ def test_wrong_adapters_are_messages(made, tmp_path):
         select(source, model, adapters, out, leave_out=["law", "code"])
     with pytest.raises(UserError, match="adapter"):
         select(source, model, {"law": str(tmp_path / "nothing")}, out)
+    with pytest.raises(UserError, match=f"{tmp_path}: is a folder, expected a file to write"):
+        select(source, model, adapters, tmp_path)
+    (tmp_path / "m.yaml").write_text("model: {path: m, pth: n}")
+    with pytest.raises(UserError, match=r"m.yaml: model: unknown key 'pth'; did you mean 'path'"):
+        model_recipe(str(tmp_path / "m.yaml"))
+
+
+def test_a_rule_of_ones_own_is_found_in_the_folder_one_is_in(tmp_path, monkeypatch):
+    (tmp_path / "my_rule_for_refusals.py").write_text("def short(rows): return [True for _ in rows]")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])  # as an installed command has it
+    assert list(refusals("my_rule_for_refusals:short").find([Row(())])) == [True]
+
+
+def test_the_same_ranking_made_again_leaves_finished_runs_finished(made, tmp_path):
+    model, adapters, source = made
+    ranking = tmp_path / "ranking.jsonl"
+    hashes = []
+    for _ in range(2):
+        select(source, model, adapters, ranking, max_length=200)
+        context = RowsContext()
+        InterleavingPlus(str(ranking), 0.1).rows(TASK, context)
+        hashes.append(dict(context.hashes))
+    assert hashes[0] == hashes[1] and str(ranking) in hashes[0]
