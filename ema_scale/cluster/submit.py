@@ -25,11 +25,12 @@ from ema_scale.study.runs import find_study
 
 # How long another command may take to submit what it submits for the same run or study.
 _PATIENCE = 120.0
+KINDS = ("gate", "train", "eval", "report")  # of jobs, in the order in which they wait for each other
 
 
 @dataclass(frozen=True)
 class Job:
-    """One script with its arguments, ready to be submitted. what: gate, train, eval or report."""
+    """One script with its arguments, ready to be submitted. what: of KINDS."""
 
     what: str
     script: str
