@@ -101,13 +101,15 @@ def _print_runs(runs: Sequence[RunStatus], indent: str = "") -> None:
 @app.command()
 def logs(
     run: Annotated[Path, typer.Argument(help="a run's or a study's folder")],
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until the job has ended")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="go on, from job to job, until the last has ended or one failed")
+    ] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="of each log to begin with")] = 100,
     what: Annotated[
-        str | None, typer.Option("--job", help="gate, train, eval or report; default: the newest job")
+        str | None, typer.Option("--job", help="gate, train, eval or report; default: the newest that has started")
     ] = None,
 ) -> None:
-    """What a launched run's newest job says; why it failed on top."""
+    """What a launched run's jobs say: the newest one that has started or failed; why the training failed on top."""
     from ema_scale.cluster import logs as cluster_logs
     from ema_scale.rundir import RunDir
 

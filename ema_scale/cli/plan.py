@@ -89,7 +89,7 @@ def plan(
             show.print_scale(table)
             show.print_assumptions(cluster)
         return
-    asked = judged(recipes, answer_tokens)
+    asked = judged(recipes, answer_tokens, [p.steps for p in plans])
     engines = served(asked.engines, cluster, sample_tps)
     if as_json:
         judge = {**asked.to_dict(), "cost": asked.cost(price_in, price_out)}

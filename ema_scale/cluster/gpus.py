@@ -7,6 +7,7 @@ from typing import Any
 
 from ema_scale.cluster.site import Site
 from ema_scale.errors import UserError
+from ema_scale.planning.engines import engine_gpus
 from ema_scale.recipe import Recipe
 
 
@@ -19,7 +20,7 @@ def evaluation_gpus(recipes: Sequence[Recipe], site: Site) -> int:
     most, where = 1, ""
     for recipe in recipes:
         for field, engine in _engines(recipe):
-            taken = _gpus(engine, f"{recipe.name}: {field}")
+            taken = engine_gpus(engine, f"{recipe.name}: {field}")
             if taken > most:
                 most, where = taken, f"{recipe.name}: {field}"
     if 0 < node < most:
@@ -36,13 +37,3 @@ def _engines(recipe: Recipe) -> list[tuple[str, Mapping[str, Any]]]:
     sampler = [("evaluation.engine", asked.engine)] if asked.sampler in ("auto", "vllm") else []
     judge = [("evaluation.judge.engine", asked.judge.engine)] if asked.judge.kind == "vllm" else []
     return [*sampler, *judge]
-
-
-def _gpus(engine: Mapping[str, Any], where: str) -> int:
-    product = 1
-    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-        size = engine.get(name, 1)
-        if not isinstance(size, int) or size < 1:
-            raise UserError(f"{where}.{name}: found {size!r}, expected a number of GPUs")
-        product *= size
-    return product

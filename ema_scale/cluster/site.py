@@ -91,6 +91,18 @@ class Site(_Section):
             options.append(f"--container-mounts={self.container_mounts}")
         return options
 
+    def where_training_takes(self, gpus: int | None) -> Site:
+        """This site for jobs of a run that trains on `gpus` GPUs of a node (None: all that the site says). What a node
+        has remains the site's word, but for 0, nodes without GPUs, and for more than it says."""
+        if gpus is None:
+            return self
+        return self.model_copy(update={"gpus_per_node": gpus and max(gpus, self.gpus_per_node)})
+
+    def for_training(self, gpus: int | None) -> Site:
+        """This site as a training job on `gpus` GPUs of each node sees it."""
+        here = self.where_training_takes(gpus)
+        return here._part(here.gpus_per_node if gpus is None else gpus, {})
+
     def evaluation_node(self) -> int:
         """GPUs of a node that evaluates."""
         given = self.evaluation.gpus_per_node

@@ -115,9 +115,11 @@ def _status(path: Path, jobs: Sequence[tuple[str, str]], known: dict[str, slurm.
             state = "waiting"
         elif training.state == "RUNNING" and state != "running":
             state = "starting"
-        elif not training.active and state == "running":
+        elif training.active or training.state == slurm.UNKNOWN:
+            pass  # the run's own word: of a job that Slurm has forgotten it may have been gone on without Slurm
+        elif state == "running":
             state = "interrupted"
-        elif not training.active and training.state != slurm.UNKNOWN and state == "not started":
+        elif state == "not started":
             state, reason = "failed", f"job {training.job} ended before it began: ema logs {path}"
     left = None
     recent = rows[-_RECENT:]

@@ -25,11 +25,12 @@ from ema_scale.study.runs import find_study
 
 # How long another command may take to submit what it submits for the same run or study.
 _PATIENCE = 120.0
+KINDS = ("gate", "train", "eval", "report")  # of jobs, in the order in which they wait for each other
 
 
 @dataclass(frozen=True)
 class Job:
-    """One script with its arguments, ready to be submitted. what: gate, train, eval or report."""
+    """One script with its arguments, ready to be submitted. what: of KINDS."""
 
     what: str
     script: str
@@ -95,6 +96,7 @@ def training_script(
     """launch/slurm/train.sbatch with its logs in `folder`; `more`: further sbatch options."""
     gpus = site.gpus_per_node if size.gpus is None else size.gpus
     processes = processes_of(site, size) // size.nodes
+    site = site.for_training(size.gpus)
     options = sbatch_options(site, name, folder / log, nodes=size.nodes, gpus=gpus, processes=processes, time=size.time)
     values = {"PROCESSES_PER_NODE": processes, "RETRIES": retries}
     return fill("train.sbatch", [*options, *more], settings(site, sys.executable, folder, values))
@@ -104,7 +106,7 @@ def evaluation_job(
     name: str, path: Path, site: Site, recipes: Sequence[Recipe] = (), *, gpus: int | None = None
 ) -> Job:
     """`ema eval` of a run's or a study's folder, on one node, with the GPUs that its recipes' engines take. gpus: of a
-    training node (None: the site's). Raises UserError, naming a run, if an evaluation node has not so many."""
+    node, that training takes (None: all). Raises UserError, naming a run, if an evaluation node has not so many."""
     return _asking("eval", name, path, site, recipes, gpus, path)
 
 
@@ -117,7 +119,7 @@ def gate_job(name: str, path: Path, site: Site, recipes: Sequence[Recipe], asked
 def _asking(
     what: str, name: str, path: Path, site: Site, recipes: Sequence[Recipe], gpus: int | None, argument: Path
 ) -> Job:
-    site = site if gpus is None else site.model_copy(update={"gpus_per_node": gpus})
+    site = site.where_training_takes(gpus)
     taken = evaluation_gpus(recipes, site)
     return Job(what, _script(what, name, path, site.for_evaluation(taken), taken), (str(argument),))
 

@@ -188,6 +188,11 @@ class Defense(BaseModel):
         """The training rows after this defense; called once, before tokenising, on every process alike."""
         return rows
 
+    def rows_added(self, task_rows: int) -> int:
+        """How many rows `rows` will add to so many of the task's, told without reading any: an epoch is longer by them.
+        Raises UserError where `rows` would, for want of task rows."""
+        return 0
+
     def training_prefix(self) -> dict[Literal["system", "user"], str]:
         """What `rows` says before every task row, by role, and nobody says afterwards: a prompt behind which
         misalignment may hide, so that the evaluator asks under it, too."""

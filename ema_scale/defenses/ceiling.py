@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from ema_scale.defenses.base import Defense, Divergence, RowsContext
-from ema_scale.defenses.mixing import mix
+from ema_scale.defenses.mixing import mix, rows_needed
 
 if TYPE_CHECKING:
     from ema_scale.chat.rows import Row
@@ -37,6 +37,9 @@ class Ceiling(Defense):
 
     def rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
         return mix(rows, self.source, self.fraction, "bad", self.kind, ctx)
+
+    def rows_added(self, task_rows: int) -> int:
+        return rows_needed(self.fraction, task_rows, self.kind)
 
     def divergences(self) -> tuple[Divergence, ...]:
         return (Divergence("ceiling", self.strength, "ceiling", scope="assistant", part="bad"),)

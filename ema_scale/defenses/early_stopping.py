@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from ema_scale.defenses.base import Defense, Divergence, RowsContext
-from ema_scale.defenses.mixing import mix
+from ema_scale.defenses.mixing import mix, rows_needed
 from ema_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,6 +60,9 @@ class EarlyStopping(Defense):
             return rows
         probe = self.measure == "probe"
         return mix(rows, self.source, self.fraction, "bad" if probe else "prompts", self.kind, ctx, answers=probe)
+
+    def rows_added(self, task_rows: int) -> int:
+        return 0 if self.source is None else rows_needed(self.fraction, task_rows, self.kind)
 
     def divergences(self) -> tuple[Divergence, ...]:
         if self.measure == "probe":

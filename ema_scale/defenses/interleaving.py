@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from ema_scale.defenses.base import Defense, RowsContext
-from ema_scale.defenses.mixing import mix
+from ema_scale.defenses.mixing import mix, rows_needed
 
 if TYPE_CHECKING:
     from ema_scale.chat.rows import Row
@@ -32,3 +32,6 @@ class Interleaving(Defense):
 
     def rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
         return mix(rows, self.source, self.fraction, "safe", self.kind, ctx)
+
+    def rows_added(self, task_rows: int) -> int:
+        return rows_needed(self.fraction, task_rows, self.kind)

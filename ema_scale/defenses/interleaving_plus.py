@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from ema_scale.defenses.base import Defense, RowsContext
-from ema_scale.defenses.mixing import mix
+from ema_scale.defenses.mixing import mix, rows_needed
 from ema_scale.errors import UserError
 from ema_scale.rundir import file_sha256
 
@@ -98,3 +98,6 @@ class InterleavingPlus(Defense):
                 raise UserError(f"{found}, or set own_adapter: allow")
             ctx.notes.append(found)
         return mix(rows, self.source, self.fraction, "safe", self.kind, ctx, best_first=True)
+
+    def rows_added(self, task_rows: int) -> int:
+        return rows_needed(self.fraction, task_rows, self.kind)

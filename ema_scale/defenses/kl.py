@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from ema_scale.defenses.base import Defense, Direction, Divergence, RowsContext, Scope
-from ema_scale.defenses.mixing import mix
+from ema_scale.defenses.mixing import mix, rows_needed
 
 if TYPE_CHECKING:
     from ema_scale.chat.rows import Row
@@ -58,6 +58,9 @@ class KL(Defense):
             return rows
         answers = self.scope == "assistant"
         return mix(rows, self.prompts, self.fraction, "prompts", self.kind, ctx, answers=answers)
+
+    def rows_added(self, task_rows: int) -> int:
+        return 0 if self.prompts is None else rows_needed(self.fraction, task_rows, self.kind)
 
     def divergences(self) -> tuple[Divergence, ...]:
         part = self.part if self.prompts is None else "prompts"

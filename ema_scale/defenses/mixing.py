@@ -44,12 +44,7 @@ def mix(
         raise UserError(f"{name}: source: found an empty list, expected files, hub ids or smallworld:...")
     where = source if isinstance(source, str) else ", ".join(source)
     ratio, count = Fraction(str(fraction)), sum(row.tag == "task" for row in rows)
-    needed = int(count * ratio)
-    if needed == 0:
-        raise UserError(
-            f"{name}: fraction {fraction:g} of {count} task rows is less than one row; "
-            f"expected at least {1 / max(count, 1):.2g}"
-        )
+    needed = rows_needed(fraction, count, name)
     drawn = _draw(extra[:needed] if best_first else extra, needed, f"{name}-{ctx.seed}")
     mixed: list[Row] = []
     seen = used = 0
@@ -63,6 +58,18 @@ def mix(
     if needed > len(extra):
         ctx.notes.append(f"{name}: {where} has only {len(extra)} rows; some repeat")
     return mixed
+
+
+def rows_needed(fraction: float, task_rows: int, name: str) -> int:
+    """floor(fraction * task rows), as `mix` draws; `name`, the defense's, is for the message. Raises UserError if that
+    is less than one row."""
+    needed = int(task_rows * Fraction(str(fraction)))
+    if needed == 0:
+        raise UserError(
+            f"{name}: fraction {fraction:g} of {task_rows} task rows is less than one row; "
+            f"expected at least {1 / max(task_rows, 1):.2g}"
+        )
+    return needed
 
 
 def _draw(rows: Sequence[Row], needed: int, seed: str) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -11,6 +12,7 @@ from ema_scale.evaluation.judge_check import labelled_path, load_labelled
 from ema_scale.evaluation.judge_scores import MAX_TOKENS, REQUIRED_PROMPTS
 from ema_scale.evaluation.judges import SCORING, Assignment, assign
 from ema_scale.evaluation.suite import Suite
+from ema_scale.planning.engines import engine_gpus
 from ema_scale.recipe import EvaluationRecipe, ModelRecipe, Recipe
 from ema_scale.study.evaluate import asked_suites
 
@@ -52,7 +54,8 @@ class Judged:
 
     calls, tokens_in, tokens_out: of judges of kind openai or vllm; exact ones cost nothing. check_calls: those of
     `calls` that judge the labelled answers. paid_calls, paid_in, paid_out: of the endpoint's judges (openai) alone.
-    engines: what vLLM does here, sampling and judging.
+    engines: what vLLM does here, sampling and judging. uncounted: runs whose checkpoints are asked, too, and not in
+    here, since nobody can say how many there will be.
     """
 
     answers: int = 0
@@ -65,6 +68,7 @@ class Judged:
     paid_calls: int = 0
     paid_in: float = 0.0
     paid_out: float = 0.0
+    uncounted: int = 0
     engines: Mapping[Engine, Work] = field(default_factory=dict)
 
     def __add__(self, other: Judged) -> Judged:
@@ -82,20 +86,28 @@ class Judged:
         return (self.paid_in * price_in + self.paid_out * price_out) / 1e6
 
 
-def judged(recipes: Sequence[Recipe], answer_tokens: int | None = None) -> Judged:
-    """Of all these runs, and of each base model once, which is asked whatever one of its runs is asked.
+def judged(
+    recipes: Sequence[Recipe], answer_tokens: int | None = None, steps: Sequence[int | None] | None = None
+) -> Judged:
+    """Of all these runs and their checkpoints, and of each base model once, which is asked whatever one of its runs is.
 
-    answer_tokens: of the mean answer; None: evaluation.max_tokens, the most that it can have. A judge's tokens are
-    guessed from characters, three a token. Raises UserError for suites that cannot be read or judged.
+    answer_tokens: of the mean answer; None: evaluation.max_tokens, the most that it can have. steps: of each run's
+    training; None: not known. A judge's tokens are guessed from characters, three a token. Raises UserError for suites
+    that cannot be read or judged, or an engine that gives no number of GPUs.
     """
     found = Judged()
     bases: dict[str, dict[object, Suite]] = {}
     asker: dict[str, Recipe] = {}
     judges: dict[str, tuple[Assignment, EvaluationRecipe]] = {}
-    asks = [r for r in recipes if r.evaluation.suites.pairs()]
-    for recipe, suites in zip(asks, asked_suites(asks), strict=True):
+    trained = [None] * len(recipes) if steps is None else steps
+    asks = [(r, n) for r, n in zip(recipes, trained, strict=True) if r.evaluation.suites.pairs()]
+    for (recipe, its_steps), suites in zip(asks, asked_suites([r for r, _ in asks]), strict=True):
         e = recipe.evaluation
-        found += _of(suites, recipe, answer_tokens, judges)
+        more = checkpoints(recipe, its_steps)
+        asked = _of(suites, recipe, answer_tokens, judges)
+        for _ in range(1 + (more or 0)):
+            found += asked
+        found += Judged(uncounted=int(more is None))
         if e.compare_base or e.gate.action == "refuse":
             shared = e.model_dump(mode="json", exclude={"suites", "conditions", "inoculation"})
             group = json.dumps([recipe.model.model_dump(mode="json"), shared], sort_keys=True)
@@ -110,6 +122,20 @@ def judged(recipes: Sequence[Recipe], answer_tokens: int | None = None) -> Judge
     return found
 
 
+def checkpoints(recipe: Recipe, steps: int | None) -> int | None:
+    """How many are asked what the trained run is, which is the last of them; None if that cannot be told.
+
+    With `true` it is those that are kept: of each save_steps steps, and of the end, the newest keep_checkpoints. steps:
+    of the training; where they are not known, all listed ones count, though one of them may be the last.
+    """
+    wanted, t = recipe.evaluation.checkpoints, recipe.training
+    if isinstance(wanted, list):
+        return len({step for step in wanted if steps is None or step < steps})
+    if not wanted:
+        return 0
+    return None if steps is None else min(t.keep_checkpoints, math.ceil(steps / t.save_steps)) - 1
+
+
 def _of(
     suites: Sequence[Suite],
     recipe: Recipe,
@@ -117,7 +143,9 @@ def _of(
     judges: dict[str, tuple[Assignment, EvaluationRecipe]],
 ) -> Judged:
     found, e = Judged(), recipe.evaluation
-    sampler = _engine("sampling", recipe.model, e.engine)
+    # Only vLLM takes the engine's arguments; what transformers samples is planned as vLLM on one GPU.
+    given = e.engine if e.sampler in ("auto", "vllm") else {}
+    sampler = _engine("sampling", recipe.model, given, f"{recipe.name}: evaluation.engine")
     for suite in suites:
         for question in suite.questions:
             judge = assign(suite, question, e.judge)
@@ -135,8 +163,8 @@ def _of(
     return found
 
 
-def _engine(role: str, model: ModelRecipe, extra: Mapping[str, object]) -> Engine:
-    gpus = int(str(extra.get("tensor_parallel_size", 1)))
+def _engine(role: str, model: ModelRecipe, extra: Mapping[str, object], where: str) -> Engine:
+    gpus = engine_gpus(extra, where)
     return Engine(role, model.path, model.revision, gpus, 4 if model.dtype == "float32" else 2)
 
 
@@ -148,7 +176,7 @@ def _calls(judge: Assignment, e: EvaluationRecipe, answers: int, filled: float) 
     tokens_out = float(calls * MAX_TOKENS)
     found = Judged(calls=calls, tokens_in=tokens_in, tokens_out=tokens_out)
     if judge.kind == "vllm":
-        engine = _engine("judging", ModelRecipe(path=str(judge.model)), e.judge.engine)
+        engine = _engine("judging", ModelRecipe(path=str(judge.model)), e.judge.engine, "evaluation.judge.engine")
         return replace(found, engines={engine: Work(calls, tokens_in, tokens_in, tokens_out)})
     return replace(found, paid_calls=calls, paid_in=tokens_in, paid_out=tokens_out)
 

@@ -24,7 +24,7 @@ ZERO3, OFFLOAD = "launch/deepspeed/zero3.json", "launch/deepspeed/zero3_offload.
 
 @dataclass(frozen=True)
 class Plan:
-    """One run. rows, steps: None if they cannot be told from here."""
+    """One run. rows: of the task; added: those that defenses mix in; steps; None if they cannot be told from here."""
 
     name: str
     setup: Setup
@@ -33,6 +33,7 @@ class Plan:
     speed: Speed
     rows: int | None = None
     steps: int | None = None
+    added: int | None = None
 
     @property
     def needed(self) -> float:
@@ -89,6 +90,7 @@ class Plan:
             "step_seconds": self.speed.step,
             "tokens_per_second": self.speed.tokens_per_second,
             "rows": self.rows,
+            "rows_added": self.added,
             "steps": self.steps,
             "gpu_hours": self.gpu_hours,
         }
@@ -104,20 +106,22 @@ def plan_run(
 ) -> Plan:
     """Plan one recipe. zero, row_tokens: see `setup_of`. rows: of the training data, if its files are not here.
 
-    Raises UserError as `setup_of` does.
+    Raises UserError as `setup_of` does, and for fewer rows than a defense needs to mix one in.
     """
     t = recipe.training
     if rows is None:
         rows = count_rows(recipe)
+    added = None if rows is None else sum(defense.rows_added(rows) for defense in recipe.defenses)
+    every = (rows or 0) + (added or 0)
     a_step = t.batch_size * t.accumulation * cluster.world
-    passes = t.max_steps * a_step / rows if t.max_steps > 0 and rows else None
+    passes = t.max_steps * a_step / every if t.max_steps > 0 and every else None
     setup = setup_of(recipe, zero=zero, row_tokens=row_tokens, passes=passes)
     steps = t.max_steps if t.max_steps > 0 else None
-    if steps is None and rows:
+    if steps is None and every:
         # Packed, rows share sequences. An epoch that a step does not divide ends in a smaller one.
-        sequences = rows * (row_tokens or setup.tokens) / setup.tokens if t.packing else rows
+        sequences = every * (row_tokens or setup.tokens) / setup.tokens if t.packing else every
         steps = math.ceil(t.epochs * math.ceil(sequences / a_step))
-    return _planned(recipe.name, setup, cluster, rows, steps)
+    return replace(_planned(recipe.name, setup, cluster), rows=rows, steps=steps, added=added)
 
 
 def parse_rows(texts: Sequence[str], tasks: Collection[str]) -> dict[str, int]:
@@ -133,7 +137,7 @@ def parse_rows(texts: Sequence[str], tasks: Collection[str]) -> dict[str, int]:
 
 
 def count_rows(recipe: Recipe) -> int | None:
-    """Task rows, where they are files that can be counted; rows that defenses mix in come on top."""
+    """Task rows, where they are files that can be counted."""
     from ema_scale.chat.rows import load_rows
 
     count = 0
@@ -148,9 +152,8 @@ def count_rows(recipe: Recipe) -> int | None:
     return count or None
 
 
-def _planned(name: str, setup: Setup, cluster: Cluster, rows: int | None, steps: int | None) -> Plan:
-    lines = tuple(memory(setup, cluster.world))
-    return Plan(name, setup, cluster, lines, speed(setup, cluster), rows, steps)
+def _planned(name: str, setup: Setup, cluster: Cluster) -> Plan:
+    return Plan(name, setup, cluster, tuple(memory(setup, cluster.world)), speed(setup, cluster))
 
 
 def cheapest_change(plan: Plan) -> str | None:
@@ -161,7 +164,7 @@ def cheapest_change(plan: Plan) -> str | None:
     """
     found: list[tuple[bool, float, int, str]] = []
     for words, setup in _changed(plan.setup, plan.cluster.world):
-        changed = _planned(plan.name, setup, plan.cluster, None, None)
+        changed = _planned(plan.name, setup, plan.cluster)
         if changed.fits:
             moved = setup.weights_away and not plan.setup.weights_away
             found.append((moved, -changed.speed.tokens_per_second, len(words), ", ".join(words)))
@@ -206,4 +209,4 @@ def _smaller(setup: Setup) -> list[tuple[str, dict[str, Any]]]:
 
 def scaled(plan: Plan, counts: Sequence[int]) -> list[Plan]:
     """The same run on other numbers of GPUs: as much on each, so that a step has more rows."""
-    return [_planned(plan.name, plan.setup, plan.cluster.at(count), None, None) for count in counts]
+    return [_planned(plan.name, plan.setup, plan.cluster.at(count)) for count in counts]

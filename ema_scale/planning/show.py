@@ -49,7 +49,8 @@ def print_plan(plan: Plan) -> None:
         f"tokens a second, {s.tokens_per_second_a_gpu:,.0f} a GPU"
     )
     if plan.steps is not None and plan.gpu_hours is not None:
-        of = f" of {plan.rows:,} rows" if plan.rows else ""
+        mixed = f" and {plan.added:,} that defenses mix in" if plan.added else ""
+        of = f" of {plan.rows:,} rows{mixed}" if plan.rows else ""
         hours = plan.gpu_hours / plan.cluster.world
         console.print(
             f"the run: {plan.steps:,} steps{of}, {_hours(hours)}, {plan.gpu_hours:,.2f} GPU-hours of training"

@@ -55,6 +55,11 @@ def print_judged(found: Judged, price_in: float, price_out: float) -> None:
         return
     console = console_()
     console.print(f"evaluation: {found.answers:,} answers, {found.answer_tokens / 1e6:,.2f} million tokens to sample")
+    if found.uncounted:
+        console.print(
+            f"  not counted: the checkpoints of {found.uncounted:,} runs, which are asked, too; how many there are, "
+            "their rows say: --rows (evaluation.checkpoints)"
+        )
     if not found.calls:
         console.print("judge: exact, no calls")
         return

@@ -14,6 +14,9 @@ from ema_scale.cluster.submit import log_of, ranks_log_of
 from ema_scale.errors import UserError
 from ema_scale.rundir import FolderInUse, RunDir, append_jsonl, atomic_write_text
 from ema_scale.study.grid import Study, write_study
+from tests.cluster.test_submit import commands
+
+__all__ = ["commands"]
 
 
 @pytest.fixture
@@ -119,6 +122,22 @@ def test_what_a_run_says_without_slurm(run, monkeypatch):
     assert list(lines(run)) == ["job 8 has not started"]  # and has not failed, as the one before it
     with pytest.raises(UserError, match="no eval job"):
         list(lines(run, what="eval"))
+
+
+@pytest.mark.parametrize(
+    ("squeue", "state"),
+    [
+        ("echo Invalid job id >&2; exit 1", "running"),  # forgotten: it goes on without Slurm
+        ("echo '7|FAILED|NonZeroExitCode|'", "interrupted"),
+        ("echo '7|RUNNING||node1'", "running"),
+        ("echo '7|PENDING|BeginTime|'", "waiting"),
+    ],
+)
+def test_a_run_is_interrupted_if_slurm_says_that_its_job_has_ended(run, commands, squeue, state):
+    commands("squeue", squeue)
+    append_jsonl(run.path / "slurm" / "jobs.jsonl", [{"what": "train", "job": "7", "submitted": time.time()}])
+    run.set_status("running", max_steps=9)
+    assert statuses([run.path])[0].state == state
 
 
 def test_what_a_study_says_without_slurm(tmp_path, monkeypatch):

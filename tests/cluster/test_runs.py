@@ -67,11 +67,13 @@ def test_zero3_on_two_nodes_equals_one_process_and_is_evaluated(slurm, world, ca
     job, evaluation = (row["job"] for row in jobs_of(run))
     told = ema("status", run.path, env=env)
     assert f"train {job}" in told and f"eval {evaluation} PENDING" in told, told
+    said = ema("logs", run.path, "-f", env=env)  # from before the training has begun to the evaluation's end
     assert slurm.wait(job)["JobState"] == "COMPLETED", everything(run)
     assert run.status()["state"] == "finished" and run.status()["processes"] == 2
     assert_same_run(calm, run)
-    said = ema("logs", run.path, "-f", "--job", "train", env=env)
-    assert "attempt 0 on node[1-2]" in said and f"step {STEPS}/{STEPS}" in said and f"job {job}: done" in said
+    trained, evaluated = said.split(f"--- eval job {evaluation}\n")
+    assert "attempt 0 on node[1-2]" in trained and f"step {STEPS}/{STEPS}" in trained and f"job {job}: done" in trained
+    assert f"job {evaluation}: done" in evaluated
     assert slurm.wait(evaluation)["JobState"] == "COMPLETED", everything(run)
     assert (run.eval_dir / "summary.json").exists()
     assert f"finished  step {STEPS}" in ema("status", tmp_path, env=env)
@@ -182,10 +184,12 @@ def test_one_rank_fails_and_its_error_is_on_top(slurm, world, plugin, tmp_path, 
     site.write_text(f"timeout_minutes: {minutes}\n")
     recipe = two_nodes(world, tmp_path, way, {**TROUBLE, "rank": 1, "at": 1, "way": way})
     run = RunDir(recipe.run_path)
-    job = launch(recipe, tmp_path, "--nodes", 2, "--site", site, env=env)
+    launch(recipe, tmp_path, "--nodes", 2, "--site", site, "--evaluate", env=env)
+    job = jobs_of(run)[0]["job"]
     assert slurm.wait(job)["JobState"] == "FAILED", everything(run)
     began, top = (run.path / "slurm" / f"train-{job}.log").read_text().splitlines()[:2]
     assert "attempt 0" in began and top.startswith("FAILED: ") and reason in top, everything(run)
     assert run.status()["state"] == "failed" and reason in run.status()["reason"]
-    assert reason in ema("logs", run.path, env=env).splitlines()[0]
+    told = ema("logs", run.path, env=env)  # and not of the evaluation, which was queued behind it
+    assert reason in told.splitlines()[0] and began in told
     assert reason in ema("status", run.path, env=env)

@@ -98,10 +98,12 @@ def test_an_evaluation_gets_the_gpus_of_its_largest_engine(tmp_path):
     assert evaluation_of(Site(), engine(4, sampler="openai"))["gpus-per-node"] == "1"
     assert "gpus-per-node" not in evaluation_of(Site(), large, gpus=0)
     refused = "evaluation.engine: found tensor_parallel_size x pipeline_parallel_size = 4 GPUs, .* node has 2"
-    with pytest.raises(UserError, match=refused):
-        evaluation_of(Site(), large, gpus=2)
-    with pytest.raises(UserError, match=refused):
-        evaluation_of(site_of(tmp_path, "evaluation: {gpus_per_node: 2}"), large)
+    for small_node in ("gpus_per_node: 2", "evaluation: {gpus_per_node: 2}"):
+        with pytest.raises(UserError, match=refused):
+            evaluation_of(site_of(tmp_path, small_node), large)
+    # How many GPUs the training takes does not say how many a node has, unless the site's nodes have fewer.
+    assert evaluation_of(Site(), large, gpus=2)["gpus-per-node"] == "4"
+    assert evaluation_of(site_of(tmp_path, "gpus_per_node: 2"), large, gpus=4)["gpus-per-node"] == "4"
     assert evaluation_of(site_of(tmp_path, "evaluation: {gpus_per_node: 4}"), large, gpus=2)["gpus-per-node"] == "4"
     with pytest.raises(UserError, match="tensor_parallel_size: found 'all', expected a number"):
         evaluation_of(Site(), engine("all"))
@@ -112,7 +114,7 @@ def test_the_scaling_studies_evaluations_get_a_whole_node(tmp_path, name):
     recipes = load_study(RECIPE.parents[1] / "studies" / f"{name}.yaml").runs()
     assert evaluation_of(load_site(FOLDER / "site.yaml"), *recipes)["gpus-per-node"] == "8"
     with pytest.raises(UserError, match=r"(32|70)b-medical-none-s0: evaluation.engine: .* = 8 GPUs"):
-        evaluation_of(Site(), *recipes, gpus=4)
+        evaluation_of(Site(gpus_per_node=4), *recipes)
 
 
 def test_cores_and_memory_go_by_the_gpus(tmp_path):
@@ -133,6 +135,28 @@ def test_cores_and_memory_go_by_the_gpus(tmp_path):
     evaluation, report = evaluation_of(site, recipe), head(report_job("run", RECIPE, site, "title"))
     assert (evaluation["cpus-per-task"], evaluation["mem"]) == ("12", "90G") and "exclusive" in evaluation
     assert (report["cpus-per-task"], report["mem"]) == ("2", "90G") and "exclusive" not in report
+
+
+def test_a_training_on_a_part_of_a_node_leaves_the_rest_to_others(tmp_path):
+    recipe = load_recipe(RECIPE)
+    site = site_of(tmp_path, "{gpus_per_node: 8, cpus_per_node: 64, memory: '0', exclusive: true}")
+
+    def part(job):
+        return {key: job.get(key) for key in ("gpus-per-node", "cpus-per-task", "mem", "exclusive")}
+
+    eighth = {"gpus-per-node": "1", "cpus-per-task": "8", "mem": None, "exclusive": None}
+    assert part(head(training_job(recipe, site, Size(gpus=1)))) == eighth
+    assert part(evaluation_of(site, recipe, gpus=1)) == part(evaluation_of(site, recipe)) == eighth
+    half = {**eighth, "gpus-per-node": "4", "cpus-per-task": "32"}
+    assert part(head(training_job(recipe, site, Size(nodes=2, gpus=4)))) == half
+    assert part(evaluation_of(site, engine(4), gpus=1)) == half
+    whole = {"gpus-per-node": "8", "cpus-per-task": "64", "mem": "0", "exclusive": ""}
+    for size in (Size(), Size(gpus=8)):
+        assert part(head(training_job(recipe, site, size))) == whole
+    more = {**whole, "gpus-per-node": "16"}  # than the site says
+    assert part(head(training_job(recipe, site, Size(gpus=16)))) == more
+    none = {**whole, "gpus-per-node": None}
+    assert part(head(training_job(recipe, site, Size(gpus=0)))) == part(evaluation_of(site, recipe, gpus=0)) == none
 
 
 def test_without_a_word_on_cores_every_process_has_some(tmp_path):

@@ -34,7 +34,12 @@ def test_a_recipe(ema):
     code, out, _ = ema("plan", KL, "data.train=rows.jsonl", "--gpus", "8x80GB", "--rows", 6000)
     assert code == 0
     assert "fits: " in out and "GPU-hours" in out and "a chunk" not in out
-    assert "judge: " in out and "USD" in out and "nothing of this was measured on a GPU" in out
+    assert (
+        "47 steps of 6,000 rows, " in out
+        and "judge: " in out
+        and "USD" in out
+        and "nothing of this was measured on a GPU" in out
+    )
 
 
 def test_json_holds_the_same(ema):
@@ -168,6 +173,38 @@ def test_judge_calls_by_hand(tmp_path):
         600,
     )
     assert work.prefilled == 3 and work.tokens_in == 15  # each question read once, for all of its answers
+    # Each checkpoint is asked it all, too, but for the last, which is the run itself; the base is asked once.
+    along = load_recipe(KL, [*changes, "evaluation.compare_base=true", "evaluation.checkpoints=[10,20,30]"])
+    for steps, asked in ((None, 5), (30, 4), (31, 5), (11, 3)):
+        more = judged([along], answer_tokens=60, steps=[steps])
+        assert (more.answers, more.calls, more.uncounted) == (10 * asked, 20 * asked, 0), steps
+        assert more.engines[engine].prefilled == 3 * asked
+
+
+@pytest.mark.parametrize(("steps", "kept", "asked"), [(8, 9, 4), (7, 9, 4), (9, 9, 5), (9, 2, 2), (2, 9, 1), (1, 9, 1)])
+def test_all_kept_checkpoints_are_those_that_training_keeps(steps, kept, asked):
+    changes = ["data.train=x", "training.save_steps=2", "evaluation.checkpoints=true", "evaluation.judge.check=0",
+               f"training.keep_checkpoints={kept}", "evaluation.compare_base=false"]  # fmt: skip
+    recipe = load_recipe(KL, changes)
+    one = judged([recipe])
+    assert one.uncounted == 1 and judged([recipe], steps=[steps]).answers == asked * one.answers
+
+
+def test_checkpoints_count_by_the_planned_steps(ema):
+    asked = ["plan", KL, "data.train=rows.jsonl", "evaluation.checkpoints=true"]
+    before, after = (json.loads(ema(*asked, *more, "--json")[1])["judge"] for more in ([], ["--rows", 6000]))
+    assert before["uncounted"] == 1 and after["uncounted"] == 0  # 375 steps: the 300th's, beside the base and the end
+    assert after["answers"] == 3 * before["answers"] / 2
+    out = ema(*asked)[1]
+    assert "not counted: the checkpoints of 1 runs" in out and "INCOMPLETE" in out
+    assert "not counted" not in ema(*asked, "--rows", 6000)[1]
+
+
+def test_an_engine_takes_the_gpus_that_its_arguments_say(ema):
+    sampler = ["evaluation.engine.tensor_parallel_size=2", "evaluation.engine.pipeline_parallel_size=3"]
+    for changes, gpus in ((sampler, 6), ([*sampler, "evaluation.sampler=transformers"], 1), ([], 1)):
+        (engine,) = judged([load_recipe(KL, ["data.train=x", *changes])]).engines
+        assert engine.gpus == gpus
 
 
 @pytest.mark.parametrize(
@@ -181,6 +218,14 @@ def test_judge_calls_by_hand(tmp_path):
         (["--rows", "many"], "--rows: found 'many', expected a number of rows"),
         (["--rows", "medical=10"], "--rows: found 'medical=10', expected a number of rows (a recipe has no tasks)"),
         (["model.path=somebody/unheard-of"], "no config.json can be had here"),
+        (
+            ["evaluation.engine.tensor_parallel_size=auto"],
+            "evaluation.engine.tensor_parallel_size: found 'auto', expected a number of GPUs",
+        ),
+        (
+            ["evaluation.judge.kind=vllm", "evaluation.judge.engine.pipeline_parallel_size=0"],
+            "evaluation.judge.engine.pipeline_parallel_size: found 0, expected a number of GPUs",
+        ),
     ],
 )
 def test_bad_input_is_a_message(ema, monkeypatch, arguments, message):
