@@ -65,7 +65,7 @@ def prepare(
     dropped = list(getattr(rows, "dropped", ()))
     rows = Parts.of(defenses).rows(rows, context)
     tokenized = tokenize_rows(
-        rows, tokenizer, max_length=max_length, template=bool(_on_template(defenses)), cache=token_cache
+        rows, tokenizer, max_length=max_length, template=bool(on_template(defenses)), cache=token_cache
     )
     report = DataReport(
         rows=dict(Counter(tokenized.dataset["tag"])),
@@ -122,9 +122,9 @@ def _tokenized(dataset: Any, defenses: Sequence[Defense], hashes: dict[str, str]
     mixing = [d.kind for d in defenses if d.changes_rows]
     if mixing:
         raise UserError(f"{', '.join(mixing)}: cannot mix rows into a tokenized dataset; give rows of messages")
-    if _on_template(defenses) and "template" not in dataset.column_names:
+    if on_template(defenses) and "template" not in dataset.column_names:
         raise UserError(
-            f"{_on_template(defenses)[0]}: scope template needs rows of messages, or a tokenized dataset with a column "
+            f"{on_template(defenses)[0]}: scope template needs rows of messages, or a tokenized dataset with a column "
             "template (1 on tokens that the chat template wrote)"
         )
     if "labels" not in dataset.column_names:
@@ -136,7 +136,7 @@ def _tokenized(dataset: Any, defenses: Sequence[Defense], hashes: dict[str, str]
     return dataset, DataReport(rows=dict(tags), tokens={"tokens": sum(dataset["length"])}, hashes=hashes)
 
 
-def _on_template(defenses: Sequence[Defense]) -> list[str]:
+def on_template(defenses: Sequence[Defense]) -> list[str]:
     """Which defenses look at the chat template's own tokens."""
     scopes = {d.kind: [getattr(d, "scope", None), *(t.scope for t in d.divergences())] for d in defenses}
     return [kind for kind, asked in scopes.items() if "template" in asked]
