@@ -101,3 +101,20 @@ def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(tmp_path):
     for name, weight in adapter_weights(trainer.model).items():
         assert torch.equal(weight, best[f"{name}|weight"]), name
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+
+
+def test_a_schedule_that_watches_the_loss_goes_on_where_it_stood(tmp_path):
+    def made():
+        return make_trainer(
+            tmp_path, eval_dataset=token_rows(4, seed=1), eval_strategy="steps", eval_steps=1, max_steps=4,
+            save_strategy="steps", save_steps=2, lr_scheduler_type="reduce_lr_on_plateau",
+            lr_scheduler_kwargs={"patience": 1, "factor": 0.1, "threshold": 0.9}, drift_every=0,
+        )  # fmt: skip
+
+    whole, resumed = made(), made()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    rates, again = ([r["learning_rate"] for r in t.state.log_history if "loss" in r] for t in (whole, resumed))
+    assert rates == again and rates[-1] == pytest.approx(1e-3)  # the loss of step 1 was the best
+    expected = adapter_weights(whole.model)
+    assert all(torch.equal(weight, expected[name]) for name, weight in adapter_weights(resumed.model).items())
