@@ -155,12 +155,22 @@ def lora_config(base: Any, adapter: AdapterRecipe | None = None) -> Any:
     )
 
 
-def with_adapter(model: Any, config: Any = None) -> Any:
-    """A PeftModel: `model` if it is one, else over it by `config` (default: the paper's LoRA). Raises UserError for a
-    model that an adapter was put into without its PeftModel."""
+def with_adapter(model: Any, config: Any = None, *, trained: bool = True, trust_remote_code: bool = False) -> Any:
+    """A PeftModel: `model` if it is one, else over it, or the base model of that path, by `config` (default: the
+    paper's LoRA). Raises UserError for a model that an adapter was put into without its PeftModel, and if it is to be
+    trained, for one that has nothing to train."""
     import peft
 
+    from ema_scale.recipe import ModelRecipe
+
+    if isinstance(model, str | Path):
+        model = load_base(ModelRecipe(path=str(model), trust_remote_code=trust_remote_code))
     if isinstance(model, peft.PeftModel):
+        if trained and not any(p.requires_grad for p in model.parameters()):
+            raise UserError(
+                "the model's adapter is frozen, so nothing would be trained; load it with "
+                "PeftModel.from_pretrained(base, folder, is_trainable=True)"
+            )
         return model
     if getattr(model, "peft_config", None):
         raise UserError(

@@ -12,6 +12,8 @@ from ema_scale.chat.collate import ChatCollator, OtherCollator
 from ema_scale.chat.packing import is_packed
 from ema_scale.chat.rows import LEARNED
 from ema_scale.errors import UserError
+from ema_scale.reference.sharding import weights_are_sharded
+from ema_scale.training import references
 from ema_scale.training.data import check_vocabulary, on_template, prepare
 from ema_scale.training.sampler import EpochSampler
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from ema_scale.defenses.base import Defense
     from ema_scale.defenses.parts import Parts
     from ema_scale.training.data import DataReport
+    from ema_scale.training.forward import DefendedForward
 
 
 class Feeding:
@@ -28,11 +31,17 @@ class Feeding:
     state: Any
     model: Any
     accelerator: Any
+    is_fsdp_enabled: bool
+    is_deepspeed_enabled: bool
+    is_in_train: bool
+    # Under DeepSpeed: what was prepared has no optimizer.
+    evaluated_first: bool = False
     processing_class: Any
     train_dataset: Any
     defenses: Sequence[Defense]
     parts: Parts
     data_report: DataReport
+    defended: DefendedForward
     _preparing: dict[str, Any]
 
     # ---- batches ----
@@ -71,16 +80,34 @@ class Feeding:
                     "ema_scale.chat.collate.ChatCollator"
                 )
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's. Raises UserError before training where a model can be prepared with its optimizer alone: under
+        FSDP, and under DeepSpeed but for ZeRO-3, which after that cannot train."""
+        first = not self.is_in_train and not self.accelerator._models
+        if first and (self.is_fsdp_enabled or (self.is_deepspeed_enabled and not weights_are_sharded())):
+            raise UserError("under FSDP and ZeRO-1 and -2 a model is prepared for training: train first, then evaluate")
+        self.evaluated_first |= first and self.is_deepspeed_enabled
+        return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; a reference that nothing has trained beside yet is put in place, on every process alike."""
+        references.place(self.defended.reference, self.accelerator)
+        return super().prediction_step(*args, **kwargs)  # type: ignore[misc]
+
     # ---- rows ----
 
     def _prepared_for_evaluation(self, dataset: Any) -> Any:
         """Rows as training rows are prepared, apart, and without what defenses mix in or write into them."""
         if isinstance(dataset, dict):
             return {name: self._prepared_for_evaluation(one) for name, one in dataset.items()}
-        if dataset is None or {"input_ids", "labels"} <= {*(getattr(dataset, "column_names", None) or ())}:
+        streamed = not hasattr(dataset, "__len__")
+        if dataset is None or (
+            streamed and {"input_ids", "labels"} <= {*(getattr(dataset, "column_names", None) or ())}
+        ):
             return dataset
         kept = [d for d in self.defenses if not d.changes_rows]
-        prepared, _ = prepare(dataset, kept, self.processing_class, **self._preparing)
+        prepared, report = prepare(dataset, kept, self.processing_class, **self._preparing)
+        self._check_tags(report)
         check_vocabulary(prepared, self.processing_class, self.model)
         return prepared
 
@@ -89,6 +116,19 @@ class Feeding:
         if not isinstance(eval_dataset, str):  # of these, a name
             eval_dataset = self._prepared_for_evaluation(eval_dataset)
         return super().evaluate(eval_dataset, *args, **kwargs)  # type: ignore[misc]
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer.predict, of rows such as training takes, too: the loss, since logits are never formed."""
+        return super().predict(self._prepared_for_evaluation(test_dataset), *args, **kwargs)  # type: ignore[misc]
+
+    def _check_tags(self, report: DataReport) -> None:
+        """Raises UserError for a column tag that is somebody's own."""
+        for tag in report.rows:
+            if tag not in self.parts.tags:
+                raise UserError(
+                    f"column tag: found {tag!r}, expected {', '.join(self.parts.tags)}, by which parts of the mix are "
+                    "known; rename a column of that name which says something else"
+                )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset

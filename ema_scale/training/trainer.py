@@ -55,7 +55,8 @@ DRIFT_LAYERS = 8
 class DefendedTrainer(Feeding, Checkpointing, FSDPAnywhere, Trainer):
     """A Trainer for a LoRA adapter under any number of defenses.
 
-    model: a PeftModel, or a causal LM that gets `peft_config` (default: the paper's LoRA). train_dataset: see
+    model: a PeftModel, or a causal LM, its folder or its hub id (loaded as `load_base` does, in bfloat16 where the GPU
+    has it), which gets `peft_config` (default: the paper's LoRA). train_dataset: see
     `data.prepare`; an eval_dataset is prepared like it, without packing and without rows or prompts of defenses.
     reference: auto, adapter_off, two_stream, cached, or {"kind": "separate", "model": ...};
     `reference_choice` is then what is used, and why; `stopped_early` is why a defense ended the training.
@@ -90,11 +91,13 @@ class DefendedTrainer(Feeding, Checkpointing, FSDPAnywhere, Trainer):
         token_cache: Path | None = None,
         **kwargs: Any,
     ) -> None:
-        args = checked(args, **kwargs)
+        args = checked(args, train_dataset=train_dataset, **kwargs)
         self.defenses = parse(list(defenses))
         self.parts = Parts.of(self.defenses)
-        model = with_adapter(model, peft_config)
-        tokenizer = processing_class or load_tokenizer(model.get_base_model().config._name_or_path)
+        trusted = getattr(args, "trust_remote_code", False)  # of TRL's SFTConfig, for what is loaded here
+        model = with_adapter(model, peft_config, trained=train_dataset is not None, trust_remote_code=trusted)
+        path = model.get_base_model().config._name_or_path
+        tokenizer = processing_class or load_tokenizer(path, trust_remote_code=trusted)
         self.data_report = DataReport()
         self._preparing: dict[str, Any] = {
             # SFTConfig's None: rows are not cut.
@@ -108,6 +111,7 @@ class DefendedTrainer(Feeding, Checkpointing, FSDPAnywhere, Trainer):
             train_dataset, self.data_report = prepare(
                 train_dataset, self.defenses, tokenizer, packing=packing, **self._preparing
             )
+            self._check_tags(self.data_report)
             check_vocabulary(train_dataset, tokenizer, model)
         self.drift_every = drift_every
         self.reference_runs = reference_runs
@@ -241,6 +245,8 @@ class DefendedTrainer(Feeding, Checkpointing, FSDPAnywhere, Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer.train, with every defense attached to the model while it lasts."""
+        if self.evaluated_first:
+            raise UserError("DeepSpeed has prepared the model without an optimizer: train first, then evaluate")
         # Its clock starts now.
         self.monitor = Monitor(self._utilisation, self.defended.reference.watch, by_step=bool(self.watch.observing))
         with contextlib.ExitStack() as stack:

@@ -156,3 +156,28 @@ def test_a_collator_that_loses_what_tells_rows_apart_is_refused(tmp_path):
         losses.append(trainer.state.log_history[0]["loss"])
     assert losses[1:] == pytest.approx(losses[:1] * 3, rel=1e-5)
     made(ChatCollator(tokenizer), ceiling, ceiling).train()  # two parts called bad
+
+
+def test_a_path_takes_the_place_of_a_model_as_in_sfttrainer(tmp_path):
+    path = save_tiny(tmp_path / "base")
+    rows = [{"messages": sum(turns(*pair), [])} for pair in PAIRS]
+    trainer = DefendedTrainer(path, sft_arguments(tmp_path, packing=False), rows, [KL(0.1)])
+    trainer.train()
+    assert trainer.model.get_base_model().config._name_or_path == path
+    with pytest.raises(UserError, match=r"model.path: found '.*nowhere', expected a folder or hub id"):
+        DefendedTrainer(str(tmp_path / "nowhere"), sft_arguments(tmp_path, packing=False), rows)
+
+
+def test_rows_to_predict_are_prepared_like_those_to_evaluate(tmp_path):
+    rows = [{"messages": sum(turns(*pair), [])} for pair in PAIRS]
+    trainer = DefendedTrainer(
+        tiny_peft(spread=0.3),
+        sft_arguments(tmp_path, packing=False),
+        rows,
+        [KL(0.5)],
+        processing_class=tiny_tokenizer(),
+    )
+    evaluated = trainer.evaluate(rows)["eval_loss"]
+    assert trainer.predict(rows).metrics["test_loss"] == pytest.approx(evaluated)
+    tokenized = [dict(row) for row in trainer.train_dataset]  # a list of them will do
+    assert trainer.predict(tokenized).metrics["test_loss"] == pytest.approx(evaluated)
