@@ -50,12 +50,9 @@ class Feeding:
         """Ours, or the one that was given, made to carry what the loss asks for."""
         if given is None:
             flash = "flash" in str(getattr(model.get_base_model().config, "_attn_implementation", ""))
-            return ChatCollator(
-                tokenizer,
-                pad_to_multiple_of=getattr(args, "pad_to_multiple_of", None),
-                one_sequence=flash and is_packed(rows),
-                tags=self.parts.tags,
-            )
+            joined = flash and is_packed(rows)
+            multiple = None if joined else getattr(args, "pad_to_multiple_of", None)  # joined rows have no padding
+            return ChatCollator(tokenizer, multiple, one_sequence=joined, tags=self.parts.tags)
         if isinstance(given, ChatCollator):
             return dataclasses.replace(given, tags=self.parts.tags)
         return OtherCollator(given, bool(self._told_apart))
@@ -100,10 +97,8 @@ class Feeding:
         """Rows as training rows are prepared, apart, and without what defenses mix in or write into them."""
         if isinstance(dataset, dict):
             return {name: self._prepared_for_evaluation(one) for name, one in dataset.items()}
-        streamed = not hasattr(dataset, "__len__")
-        if dataset is None or (
-            streamed and {"input_ids", "labels"} <= {*(getattr(dataset, "column_names", None) or ())}
-        ):
+        tokenized = {"input_ids", "labels"} <= {*(getattr(dataset, "column_names", None) or ())}
+        if dataset is None or (tokenized and not hasattr(dataset, "__len__")):  # a stream
             return dataset
         kept = [d for d in self.defenses if not d.changes_rows]
         prepared, report = prepare(dataset, kept, self.processing_class, **self._preparing)
