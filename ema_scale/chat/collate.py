@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ema_scale.chat.packing import LENGTHS, join, lengths_of, tags_of
 from ema_scale.chat.rows import TAGS
+from ema_scale.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -61,3 +62,28 @@ class ChatCollator:
         if not packed:
             batch["tags"] = torch.tensor([self.tags.index(row.get("tag", TAGS[0])) for row in rows])
         return batch
+
+
+@dataclass(frozen=True)
+class OtherCollator:
+    """A collator that is not ours. Where nothing asks for the parts of the mix it is not shown the rows' tags, which
+    are text, and most collators make a tensor of every column.
+
+    Raises UserError for rows that it cannot take.
+    """
+
+    collator: Callable[[Any], Any]
+    needs_tags: bool
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> Any:
+        if not self.needs_tags:
+            rows = [{name: value for name, value in row.items() if name not in ("tag", "tags")} for row in rows]
+        try:
+            return self.collator(rows)
+        except (ValueError, TypeError, KeyError) as error:
+            name = getattr(self.collator, "__name__", type(self.collator).__name__)
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"data_collator: {name} fails on rows with the columns {', '.join(rows[0])} ({reason}); leave it out, "
+                "or extend ema_scale.chat.collate.ChatCollator"
+            ) from error

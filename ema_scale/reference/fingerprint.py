@@ -46,7 +46,9 @@ def _settings(anatomy: Anatomy, model: Any, autocast: str | None) -> dict[str, A
         for name, module in model.named_modules()
         if kept is not None and hasattr(module, "_disable_adapters") and kept in getattr(module, "scaling", {})
     }
-    return {"config": config, "autocast": autocast, "adapter": scales}
+    # Kernels round differently, and may leave out what a config asks for, such as Gemma 2's cap on scores.
+    attention = getattr(anatomy.core.config, "_attn_implementation", None)
+    return {"config": config, "attention": attention, "autocast": autocast, "adapter": scales}
 
 
 def _kept_buffers(model: Any) -> Iterator[tuple[str, Tensor]]:

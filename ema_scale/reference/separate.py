@@ -17,7 +17,7 @@ from ema_scale.reference.sharding import shard_frozen, uses_fsdp, whole_shape
 
 
 class Separate(Reference):
-    """Two models, two heads. `prepare` must run when the policy has been prepared.
+    """Two models, two heads. `prepare` must run once, when the policy has been prepared; then `prepared` is true.
 
     The heads may pad the vocabulary to different sizes: divergences are over the rows that both have.
     """
@@ -26,6 +26,7 @@ class Separate(Reference):
 
     def __init__(self, anatomy: Anatomy, model: Any) -> None:
         super().__init__(anatomy)
+        self.prepared = False
         self.model = model.eval().requires_grad_(False)
         self.other = Anatomy.of(model, adapters=False)
         self.other.make_leaves()
@@ -78,6 +79,7 @@ class Separate(Reference):
         under FSDP2 shard it by layer. A collective."""
         from transformers.integrations import is_deepspeed_zero3_enabled
 
+        self.prepared = True
         if uses_fsdp():
             shard_frozen(self.model, self.other.layers)
             return

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ema_scale.defenses.safelora_files import CONFIG, REPORT
 from ema_scale.errors import UserError
 from ema_scale.reference import FROZEN_ADAPTER
 from ema_scale.reference.sharding import gathered, whole, whole_shape
@@ -154,12 +155,22 @@ def lora_config(base: Any, adapter: AdapterRecipe | None = None) -> Any:
     )
 
 
-def with_adapter(model: Any, config: Any = None) -> Any:
-    """A PeftModel: `model` if it is one, else over it by `config` (default: the paper's LoRA). Raises UserError for a
-    model that an adapter was put into without its PeftModel."""
+def with_adapter(model: Any, config: Any = None, *, trained: bool = True, trust_remote_code: bool = False) -> Any:
+    """A PeftModel: `model` if it is one, else over it, or the base model of that path, by `config` (default: the
+    paper's LoRA). Raises UserError for a model that an adapter was put into without its PeftModel, and if it is to be
+    trained, for one that has nothing to train."""
     import peft
 
+    from ema_scale.recipe import ModelRecipe
+
+    if isinstance(model, str | Path):
+        model = load_base(ModelRecipe(path=str(model), trust_remote_code=trust_remote_code))
     if isinstance(model, peft.PeftModel):
+        if trained and not any(p.requires_grad for p in model.parameters()):
+            raise UserError(
+                "the model's adapter is frozen, so nothing would be trained; load it with "
+                "PeftModel.from_pretrained(base, folder, is_trainable=True)"
+            )
         return model
     if getattr(model, "peft_config", None):
         raise UserError(
@@ -193,7 +204,8 @@ def _has_conv1d(base: Any) -> bool:
 
 
 def save_adapter(model: Any, folder: Path, *, main: bool = True) -> None:
-    """Write `model`'s adapter as a PEFT folder; it appears whole or not at all. Every process must call it.
+    """Write `model`'s adapter as a PEFT folder, or into a folder that holds other things, of which all stay. Where its
+    adapter_config.json is, the adapter is whole. Every process must call it.
 
     Raises UserError if a tensor came out empty, which is what saving sharded weights without gathering gives.
     """
@@ -205,16 +217,30 @@ def save_adapter(model: Any, folder: Path, *, main: bool = True) -> None:
     empty = [name for name, tensor in state.items() if tensor.numel() == 0]
     if empty:
         raise UserError(f"{folder}: {empty[0]} has no elements; the sharded adapter was not gathered")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    # Inside, where renaming never leaves the disk: the folder may be a mount, or the working directory.
+    temporary = folder / ".adapter.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
         # The whole state is given: save_pretrained would otherwise read the sharded model again.
         names = [name for name in model.peft_config if name != FROZEN_ADAPTER]
         model.save_pretrained(str(temporary), state_dict=state, save_embedding_layers=False, selected_adapters=names)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        _move_adapter(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_adapter(source: Path, target: Path) -> None:
+    """The files of one PEFT folder over those of another, so that a kill in between leaves no config beside weights
+    that are not its own."""
+    target.mkdir(exist_ok=True)
+    for stale in (CONFIG, REPORT):  # of the adapter that was there
+        (target / stale).unlink(missing_ok=True)
+    for path in sorted(source.iterdir(), key=lambda p: p.name == CONFIG):
+        if path.is_dir():
+            _move_adapter(path, target / path.name)
+        elif path.name != "README.md" or not (target / path.name).exists():  # PEFT's card is no reason to lose one
+            os.replace(path, target / path.name)
 
 
 def _on_cpu(trained: list[tuple[str, Any]], main: bool) -> dict[str, torch.Tensor]:

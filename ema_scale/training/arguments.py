@@ -22,21 +22,41 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "neftune_noise_alpha": ((0,), "its noise would not be the same for policy and reference"),
     "use_liger_kernel": ((), "it would take the defended forward away; the loss is fused already"),
     "torch_compile": ((), "the reference switches adapters inside the forward, which a compiled one does not see"),
-    "fp16": ((), "its gradients leave the range of the loss; use bf16"),
+    "fp16": ((), "the loss forms gradients in the forward, before they could be scaled, and they vanish; use bf16"),
     "fp16_full_eval": ((), "use bf16"),
     "auto_find_batch_size": ((), "rows a step would change unseen; set per_device_train_batch_size"),
     "push_to_hub": ((), "checkpoints are not pushed; call save_model and upload its folder"),
+    "model_init_kwargs": (({},), "give a loaded model"),
+    "truncation_mode": (("keep_start",), "rows are cut at their end"),
+    "padding_free": ((), "use packing, which puts no padding between rows either"),
     "enable_jit_checkpoint": ((), "each process would save by itself; `ema train` checkpoints on a signal"),
+}
+# Of SFTConfig: how rows become tokens, which is settled for a dataset that SFTTrainer has prepared, whose arguments
+# these may be.
+_REFUSED_OF_ROWS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "chat_template_path": ((), "set tokenizer.chat_template and pass it as processing_class"),
+    "eos_token": ((), "set tokenizer.eos_token and pass it as processing_class"),
+    "packing_strategy": (("bfd",), "packing cuts no row, and puts each where it fits best"),
+    "eval_packing": ((), "rows to evaluate are not packed"),
+    "shuffle_dataset": ((), "each epoch is shuffled; for a fixed order, shuffle the rows yourself"),
 }
 
 
 def checked(args: TrainingArguments | None, **keywords: Any) -> TrainingArguments:
-    """The arguments, made to fit. keywords: Trainer's own, which are only looked at.
+    """The arguments, made to fit. keywords: DefendedTrainer's and Trainer's own, which are only looked at.
 
     Raises UserError for what would be ignored or train wrongly.
     """
     args = args or TrainingArguments(output_dir="tmp_trainer")
-    for name, (honoured, why) in _REFUSED.items():
+    refused = _REFUSED
+    if not all(map(_is_prepared, _all_of(keywords.get("train_dataset"), keywords.get("eval_dataset")))):
+        refused = _REFUSED | _REFUSED_OF_ROWS
+        if getattr(args, "completion_only_loss", None) is False:
+            raise UserError(
+                "completion_only_loss: found False, which DefendedTrainer does not support: raw rows are learned on "
+                "what the assistant says; leave it out, or give a tokenized dataset with labels"
+            )
+    for name, (honoured, why) in refused.items():
         found = keywords.get(name, getattr(args, name, None))
         if found is not None and found is not False and found not in honoured:
             shown = getattr(found, "__name__", repr(found))
@@ -62,3 +82,16 @@ def checked(args: TrainingArguments | None, **keywords: Any) -> TrainingArgument
     args.logging_nan_inf_filter = False  # it would report an average in place of a NaN
     args.prediction_loss_only = True
     return args
+
+
+def _all_of(train: Any, evaluated: Any) -> list[Any]:
+    named = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
+    return [rows for rows in (train, *named) if rows is not None]
+
+
+def _is_prepared(rows: Any) -> bool:
+    """Whether rows are tokens with labels, and nothing but their length is left to settle."""
+    columns = getattr(rows, "column_names", None)
+    if columns is None and isinstance(rows, list | tuple) and rows and isinstance(rows[0], dict):
+        columns = list(rows[0])
+    return {"input_ids", "labels"} <= {*(columns or ())}

@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import shutil
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,9 @@ class Checkpointing:
     def _plain_state(self) -> dict[str, Any]:
         # Of scheduler and optimizer only what training changes: the rest comes from the recipe, and the
         # number of parameter groups depends on who wraps the optimizer (DeepSpeed drops empty ones).
-        scheduler = {k: v for k, v in self.lr_scheduler.state_dict().items() if isinstance(v, int)}
+        # Numbers that are not finite (the best loss before the first evaluation) are a fresh scheduler's, too.
+        state = self.lr_scheduler.state_dict()
+        scheduler = {k: v for k, v in state.items() if v is None or (isinstance(v, int | float) and isfinite(v))}
         return {
             "scheduler": scheduler,
             "learning_rate": [g["lr"] for g in optimizer_of(self.optimizer).param_groups],

@@ -17,6 +17,7 @@ from ema_scale.defenses.base import Defense, RowsContext
 from ema_scale.defenses.parts import Parts
 from ema_scale.errors import UserError
 from ema_scale.rundir import file_sha256
+from ema_scale.training.tokenized import cut
 
 
 @dataclass
@@ -47,14 +48,19 @@ def prepare(
 ) -> tuple[Any, DataReport]:
     """A `datasets.Dataset` with input_ids, labels, length and tag (packed: see `packing.join`), and the report.
 
-    source: Rows, a sequence of Row or of {"messages": [...]}, a Dataset with a `messages` column, or a Dataset already
-    tokenized: input_ids and labels, or TRL's masks in place of labels. max_length: None: rows are not cut. token_cache:
-    a folder where runs share what they have tokenized. Raises UserError if nothing is left to train on, or a defense
-    wants to mix rows into tokenized data.
+    source: Rows, a sequence of Row or of {"messages": [...]}, a Dataset with a `messages` column, or a Dataset (or
+    list) already tokenized: input_ids and labels, or TRL's masks in place of labels; padding, known by an
+    attention_mask, is cut off. max_length: None: rows are not cut; those that are packed already never are.
+    token_cache: a folder where runs share what they have tokenized. Raises UserError if nothing is left to train on,
+    or a defense wants to mix rows into tokenized data.
     """
+    from datasets import Dataset
+
+    if isinstance(source, list | tuple) and source and isinstance(source[0], dict) and "input_ids" in source[0]:
+        source = Dataset.from_list(list(source))
     columns = getattr(source, "column_names", None) or []
     if "input_ids" in columns:
-        dataset, report = _tokenized(source, defenses, hash_files(defenses))
+        dataset, report = _tokenized(source, defenses, hash_files(defenses), max_length)
         return _packed(dataset, report, max_length) if packing and not is_packed(dataset) else (dataset, report)
     if isinstance(source, Rows) or _are_rows(source):
         rows: Sequence[Row] = source
@@ -65,7 +71,7 @@ def prepare(
     dropped = list(getattr(rows, "dropped", ()))
     rows = Parts.of(defenses).rows(rows, context)
     tokenized = tokenize_rows(
-        rows, tokenizer, max_length=max_length, template=bool(_on_template(defenses)), cache=token_cache
+        rows, tokenizer, max_length=max_length, template=bool(on_template(defenses)), cache=token_cache
     )
     report = DataReport(
         rows=dict(Counter(tokenized.dataset["tag"])),
@@ -118,25 +124,31 @@ def hash_files(defenses: Sequence[Defense]) -> dict[str, str]:
     return hashes
 
 
-def _tokenized(dataset: Any, defenses: Sequence[Defense], hashes: dict[str, str]) -> tuple[Any, DataReport]:
+def _tokenized(
+    dataset: Any, defenses: Sequence[Defense], hashes: dict[str, str], max_length: int | None
+) -> tuple[Any, DataReport]:
     mixing = [d.kind for d in defenses if d.changes_rows]
     if mixing:
         raise UserError(f"{', '.join(mixing)}: cannot mix rows into a tokenized dataset; give rows of messages")
-    if _on_template(defenses) and "template" not in dataset.column_names:
+    if on_template(defenses) and "template" not in dataset.column_names:
         raise UserError(
-            f"{_on_template(defenses)[0]}: scope template needs rows of messages, or a tokenized dataset with a column "
+            f"{on_template(defenses)[0]}: scope template needs rows of messages, or a tokenized dataset with a column "
             "template (1 on tokens that the chat template wrote)"
         )
     if "labels" not in dataset.column_names:
         dataset = dataset.map(_labels_of_masks)
+    counts: dict[str, int] = {}
+    if not is_packed(dataset):
+        dataset, counts = cut(dataset, max_length)
     if "length" not in dataset.column_names:
         dataset = dataset.add_column("length", [len(ids) for ids in dataset["input_ids"]])
     light = dataset.select_columns([c for c in ("length", LENGTHS, "tag", "tags") if c in dataset.column_names])
     tags = Counter(tag for row in light for tag in tags_of(row))
-    return dataset, DataReport(rows=dict(tags), tokens={"tokens": sum(dataset["length"])}, hashes=hashes)
+    tokens = {"tokens": sum(dataset["length"]), **counts}
+    return dataset, DataReport(rows=dict(tags), tokens=tokens, hashes=hashes)
 
 
-def _on_template(defenses: Sequence[Defense]) -> list[str]:
+def on_template(defenses: Sequence[Defense]) -> list[str]:
     """Which defenses look at the chat template's own tokens."""
     scopes = {d.kind: [getattr(d, "scope", None), *(t.scope for t in d.divergences())] for d in defenses}
     return [kind for kind, asked in scopes.items() if "template" in asked]

@@ -131,10 +131,15 @@ def _was_trained(model: Any) -> bool:
     return any(bool(p.any()) for name, p in model.named_parameters() if "lora_B" in name and p.requires_grad)
 
 
+def place(reference: Reference, accelerator: Any) -> None:
+    """Put a second model in place, once; when the policy is prepared. A collective."""
+    if isinstance(reference, Separate) and not reference.prepared:
+        reference.prepare(accelerator)
+
+
 def prepare(reference: Reference, trainer: Any) -> Filled | None:
     """What must wait until the model is prepared: fill the cache, put the second model in place. A collective."""
-    if isinstance(reference, Separate):
-        reference.prepare(trainer.accelerator)
+    place(reference, trainer.accelerator)
     if not isinstance(reference, Cached):
         return None
     collate = ChatCollator(trainer.processing_class)

@@ -88,11 +88,19 @@ class TrainedState:
         for name, parameter in self.trained:
             mine = _of(tensors, name)
             parameter.copy_(shard_like(mine.pop(_WEIGHT), parameter))
-            # As in torch's Optimizer.load_state_dict: moments live where the parameter lives, the count
-            # stays.
             self.inner.state[parameter] = {
-                key: value.clone() if key == "step" else shard_like(value, parameter) for key, value in mine.items()
+                key: self._count(value, parameter) if key == "step" else shard_like(value, parameter)
+                for key, value in mine.items()
             }
+
+    def _count(self, value: Tensor, parameter: Any) -> Tensor:
+        """A state that counts steps, where the optimizer looks for it: as in torch's Optimizer.load_state_dict, beside
+        the parameter if its group is fused or capturable, else on the CPU."""
+        groups = self.inner.param_groups
+        # ZeRO-3 puts a flat partition into its group for the length of a step alone; its groups are alike.
+        own = [group for group in groups if any(p is parameter for p in group["params"])] or groups
+        beside = any(group.get("fused") or group.get("capturable") for group in own)
+        return value.to(parameter.device, torch.float32, copy=True) if beside else value.clone()
 
     # ---- DeepSpeed: state lives in flat float32 partitions ----
 
@@ -122,7 +130,8 @@ class TrainedState:
         first.pop(_WEIGHT)
         for flat in self._flats():  # torch makes the state at its first step; it must exist to be filled
             self.inner.state[flat] = {
-                key: value.clone() if value.dim() == 0 else torch.zeros_like(flat) for key, value in first.items()
+                key: self._count(value, flat) if value.dim() == 0 else torch.zeros_like(flat)
+                for key, value in first.items()
             }
         if hasattr(self.zero, "_lazy_init_hp_params_optimizer_state"):
             self.zero._lazy_init_hp_params_optimizer_state()  # ZeRO 1 and 2: parameters learn where it is

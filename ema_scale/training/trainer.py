@@ -20,11 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
-from ema_scale.chat.collate import ChatCollator
-from ema_scale.chat.packing import is_packed, texts
+from ema_scale.chat.packing import texts
 from ema_scale.chat.tokens import load_tokenizer
 from ema_scale.defenses.base import Defense, Divergence, FinishContext, cover
 from ema_scale.defenses.parts import OWN, Parts, unique
@@ -37,6 +35,7 @@ from ema_scale.training.arguments import checked
 from ema_scale.training.checkpointing import Checkpointing
 from ema_scale.training.data import DataReport, check_vocabulary, prepare
 from ema_scale.training.distributed import check_world
+from ema_scale.training.feeding import Feeding
 from ema_scale.training.forward import Ask, DefendedForward
 from ema_scale.training.fsdp import FSDPAnywhere, shard_by_layer
 from ema_scale.training.hooks import StepHooks
@@ -44,7 +43,6 @@ from ema_scale.training.monitor import Monitor
 from ema_scale.training.offload import offloaded
 from ema_scale.training.padding import padding_last
 from ema_scale.training.references import Setting, Wanted
-from ema_scale.training.sampler import EpochSampler
 from ema_scale.training.scopes import attention_of, count_tokens
 from ema_scale.training.utilisation import utilisation_per_token
 from ema_scale.training.watch import Watch
@@ -54,10 +52,11 @@ log = logging.getLogger(__name__)
 DRIFT_LAYERS = 8
 
 
-class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
+class DefendedTrainer(Feeding, Checkpointing, FSDPAnywhere, Trainer):
     """A Trainer for a LoRA adapter under any number of defenses.
 
-    model: a PeftModel, or a causal LM that gets `peft_config` (default: the paper's LoRA). train_dataset: see
+    model: a PeftModel, or a causal LM, its folder or its hub id (loaded as `load_base` does, in bfloat16 where the GPU
+    has it), which gets `peft_config` (default: the paper's LoRA). train_dataset: see
     `data.prepare`; an eval_dataset is prepared like it, without packing and without rows or prompts of defenses.
     reference: auto, adapter_off, two_stream, cached, or {"kind": "separate", "model": ...};
     `reference_choice` is then what is used, and why; `stopped_early` is why a defense ended the training.
@@ -92,11 +91,13 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
         token_cache: Path | None = None,
         **kwargs: Any,
     ) -> None:
-        args = checked(args, **kwargs)
+        args = checked(args, train_dataset=train_dataset, **kwargs)
         self.defenses = parse(list(defenses))
         self.parts = Parts.of(self.defenses)
-        model = with_adapter(model, peft_config)
-        tokenizer = processing_class or load_tokenizer(model.get_base_model().config._name_or_path)
+        trusted = getattr(args, "trust_remote_code", False)  # of TRL's SFTConfig, for what is loaded here
+        model = with_adapter(model, peft_config, trained=train_dataset is not None, trust_remote_code=trusted)
+        path = model.get_base_model().config._name_or_path
+        tokenizer = processing_class or load_tokenizer(path, trust_remote_code=trusted)
         self.data_report = DataReport()
         self._preparing: dict[str, Any] = {
             # SFTConfig's None: rows are not cut.
@@ -110,6 +111,7 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
             train_dataset, self.data_report = prepare(
                 train_dataset, self.defenses, tokenizer, packing=packing, **self._preparing
             )
+            self._check_tags(self.data_report)
             check_vocabulary(train_dataset, tokenizer, model)
             self.parts.check(self.data_report.rows)
         self.drift_every = drift_every
@@ -120,9 +122,7 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
         self.stop_wished = False
         self.stop_agreed = False
         self._absent: set[str] = set()  # what the step holds no tokens of
-        flash = "flash" in str(getattr(model.get_base_model().config, "_attn_implementation", ""))
-        one_sequence = flash and is_packed(train_dataset)
-        kwargs.setdefault("data_collator", ChatCollator(tokenizer, one_sequence=one_sequence, tags=self.parts.tags))
+        kwargs["data_collator"] = self._collator(kwargs.get("data_collator"), args, model, tokenizer, train_dataset)
         super().__init__(model, args, train_dataset=train_dataset, processing_class=tokenizer, **kwargs)
         self.eval_dataset = self._prepared_for_evaluation(self.eval_dataset)
         check_world(self.accelerator)
@@ -189,6 +189,8 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
 
         transformers counts one thing, the labels; a divergence may cover others.
         """
+        for batch in batch_samples:
+            self._check_batch(batch)
         # A wish to stop rides along, and whether the loss of the step before was finite: all processes stop at the same
         # step, for saving is a collective.
         stopping = torch.tensor([int(self.stop_wished)])
@@ -244,48 +246,12 @@ class DefendedTrainer(Checkpointing, FSDPAnywhere, Trainer):
             self.monitor.add({n: v for n, v in outputs["metrics"].items() if n not in unread}, step)
         return (outputs["loss"], {"loss": outputs["loss"]}) if return_outputs else outputs["loss"]
 
-    # ---- data, training, logs, saving ----
-
-    def _prepared_for_evaluation(self, dataset: Any) -> Any:
-        """Rows as training rows are prepared, apart, and without what defenses mix in or write into them."""
-        if isinstance(dataset, dict):
-            return {name: self._prepared_for_evaluation(one) for name, one in dataset.items()}
-        if dataset is None or {"input_ids", "labels"} <= {*(getattr(dataset, "column_names", None) or ())}:
-            return dataset
-        kept = [d for d in self.defenses if not d.changes_rows]
-        prepared, _ = prepare(dataset, kept, self.processing_class, **self._preparing)
-        check_vocabulary(prepared, self.processing_class, self.model)
-        return prepared
-
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer.evaluate, of rows such as training takes, too."""
-        if not isinstance(eval_dataset, str):  # of these, a name
-            eval_dataset = self._prepared_for_evaluation(eval_dataset)
-        return super().evaluate(eval_dataset, *args, **kwargs)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        args = self.args
-        if args.train_sampling_strategy == "sequential":
-            return SequentialSampler(dataset)
-        lengths = list(dataset["length"]) if args.train_sampling_strategy == "group_by_length" else None
-        return EpochSampler(
-            len(dataset),
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            epoch=lambda: int((self.state.epoch or 0) + 1e-6),
-            rows_per_step=args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes,
-            lengths=lengths,
-            kinds=self._kinds(dataset),
-        )
-
-    def _kinds(self, dataset: Any) -> list[int] | None:
-        apart = sorted(self.parts.looked_at)
-        if "tag" not in (getattr(dataset, "column_names", None) or ()) or not apart:
-            return None
-        return [apart.index(tag) + 1 if tag in apart else 0 for tag in dataset["tag"]]
+    # ---- training, logs, saving ----
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer.train, with every defense attached to the model while it lasts."""
+        if self.evaluated_first:
+            raise UserError("DeepSpeed has prepared the model without an optimizer: train first, then evaluate")
         # Its clock starts now.
         self.monitor = Monitor(self._utilisation, self.defended.reference.watch, by_step=bool(self.watch.observing))
         with contextlib.ExitStack() as stack:

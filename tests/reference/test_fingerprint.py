@@ -22,6 +22,21 @@ def test_all_runs_over_one_base_share_it_and_no_other_does():
     assert fingerprint(Anatomy.of(model), model) != name
 
 
+def test_another_implementation_of_attention_makes_another_reference():
+    """Gemma 2 caps its attention's scores, which sdpa cannot: the states differ by far more than rounding."""
+
+    def made(way):
+        model = tiny_peft("gemma2", attn_implementation=way, attn_logit_softcapping=1.0)
+        for layer in model.get_base_model().model.layers:
+            layer.self_attn.q_proj.base_layer.weight.data *= 100
+        with torch.no_grad():
+            return fingerprint(Anatomy.of(model), model), model(input_ids=torch.arange(4, 40)[None]).logits
+
+    (eager, capped), (sdpa, plain) = made("eager"), made("sdpa")
+    assert eager == made("eager")[0] != sdpa
+    assert (capped - plain).abs().max() > 1e-3
+
+
 def test_what_a_checkpoint_holds_besides_weights_makes_another_reference():
     def router(bias):
         model = tiny_peft()

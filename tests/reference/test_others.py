@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from ema_scale.defenses import KL, LDIFS
 from ema_scale.errors import UserError
@@ -28,6 +29,29 @@ def test_a_separate_copy_of_the_base_equals_the_adapter_turned_off(tmp_path, bas
         step = one_step(tmp_path, reference=separate(base), **options)
         assert step[2].defended.reference.name == "separate"
         assert_same_step(expected, step)
+
+
+def test_a_separate_model_is_put_in_place_once_and_for_an_evaluation_that_comes_first(tmp_path, base, monkeypatch):
+    from ema_scale.reference.separate import Separate
+
+    placed, before = [], Separate.streams
+    prepare = Separate.prepare
+    monkeypatch.setattr(
+        Separate, "prepare", lambda self, accelerator: (placed.append(1), prepare(self, accelerator))[1]
+    )
+
+    def streams(self, *args, **kwargs):
+        assert placed, "the model is on no device, and under ZeRO-3 and FSDP2 whole, yet"
+        return before(self, *args, **kwargs)
+
+    monkeypatch.setattr(Separate, "streams", streams)
+    rows = token_rows(4)
+    trainer = make_trainer(tmp_path, tiny_peft(spread=0.3), rows, [KL(0.5)], reference=separate(base), max_steps=1)
+    first = trainer.evaluate(rows)["eval_loss"]
+    trainer.train()
+    trainer.evaluate(rows)
+    (loss,) = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert placed == [1] and loss == pytest.approx(first, rel=1e-4)
 
 
 @pytest.mark.parametrize("way", ["adapter_off", "two_stream", "cached", "separate"])
@@ -215,6 +239,20 @@ def test_an_adapter_that_was_trained_before_and_is_held_to_the_base_is_told_abou
     assert not told(PeftModel.from_pretrained(tiny_model(), tuned, is_trainable=True))  # nothing reads a reference
     assert not told(tiny_peft(), KL())
     assert not told(continued(base, tuned), KL())
+
+
+def test_an_adapter_that_was_loaded_frozen_is_refused_for_training_alone(tmp_path, tuned):
+    from peft import PeftModel
+
+    from ema_scale import DefendedTrainer
+    from tests.tiny import tiny_model
+
+    frozen = PeftModel.from_pretrained(tiny_model(), tuned)
+    with pytest.raises(UserError, match="adapter is frozen, so nothing would be trained; .*is_trainable=True"):
+        make_trainer(tmp_path, frozen)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = DefendedTrainer(frozen, arguments, defenses=[KL(0.5)], processing_class=tiny_tokenizer())
+    assert trainer.evaluate(token_rows(4))["eval_loss"] > 0
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])

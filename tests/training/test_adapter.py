@@ -1,6 +1,7 @@
 """Base model and adapter: which layers, which start, whole files."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ import torch
 from ema_scale.errors import UserError
 from ema_scale.recipe import AdapterRecipe, ModelRecipe
 from ema_scale.training.adapter import build_model, lora_config, pick_dtype, save_adapter
+from ema_scale.training.checkpointing import is_complete
 from tests.tiny import save_tiny, tiny_model
-from tests.training.helpers import ARCHITECTURES, adapter_weights, tiny_peft
+from tests.training.helpers import ARCHITECTURES, adapter_weights, make_trainer, tiny_peft
 
 SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -37,7 +39,7 @@ def test_build_model(tmp_path):
     assert any(not torch.equal(mine[n], third[n]) for n in mine)
 
 
-def test_save_adapter_replaces_whole_and_loads(tmp_path):
+def test_save_adapter_takes_the_place_of_an_older_one_and_loads(tmp_path):
     from peft import PeftModel
 
     path = save_tiny(tmp_path / "m")
@@ -45,14 +47,46 @@ def test_save_adapter_replaces_whole_and_loads(tmp_path):
     for parameter in adapter_weights(model).values():
         assert parameter.dtype == torch.float32
     folder = tmp_path / "adapter"
-    folder.mkdir()
-    (folder / "stale").touch()
+    save_adapter(build_model(ModelRecipe(path=path), AdapterRecipe(r=2, target_modules=["q_proj"])), folder)
+    (folder / "safelora.json").write_text("{}")  # what an older run's projection said of its own weights
     save_adapter(model, folder)
-    assert not (folder / "stale").exists() and not list(tmp_path.glob(".*"))
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == path and config["lora_alpha"] == 8.5
     loaded = PeftModel.from_pretrained(model.unload(), folder)
     assert sum("lora_" in n for n, _ in loaded.named_parameters()) == 2 * 2 * 7
+
+
+def test_saving_into_the_output_folder_loses_neither_checkpoints_nor_a_user_s_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = make_trainer(".", max_steps=1, save_strategy="steps", save_steps=1)
+    for name in ("notes.txt", "README.md", "data/rows.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    trainer.train()
+    trainer.save_model()
+    assert is_complete(tmp_path / "checkpoint-1") and (tmp_path / "adapter_config.json").is_file()
+    assert all((tmp_path / name).read_text() == "mine" for name in ("notes.txt", "README.md", "data/rows.jsonl"))
+    assert not list(tmp_path.glob(".adapter*"))
+
+
+def test_a_kill_between_two_files_leaves_no_config_beside_weights_of_another_adapter(tmp_path, monkeypatch):
+    folder = tmp_path / "adapter"
+    save_adapter(tiny_peft(), folder)
+    replace = os.replace
+    for allowed in (0, 1):
+        left = iter([replace] * allowed)
+        monkeypatch.setattr(os, "replace", lambda *paths, left=left: next(left)(*paths))
+        with pytest.raises(StopIteration):
+            save_adapter(tiny_peft(r=8), folder)
+        assert not (folder / "adapter_config.json").exists()
+    monkeypatch.setattr(os, "replace", replace)
+    save_adapter(tiny_peft(r=8), folder)
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 8
 
 
 def test_weights_that_were_not_gathered_are_refused(tmp_path):

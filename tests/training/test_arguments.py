@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from ema_scale.defenses import KL, Inoculation, Interleaving
 from ema_scale.errors import UserError
 from ema_scale.training.checkpointing import list_checkpoints
+from tests.tiny import tiny_tokenizer
 from tests.training.helpers import adapter_weights, make_trainer, tiny_peft, token_rows
 
 CHATS = [
@@ -46,9 +47,32 @@ def test_what_trl_and_the_trainer_s_own_keywords_would_change_is_refused(tmp_pat
     for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
         with pytest.raises(UserError, match=f"^{name}: found <lambda>"):
             DefendedTrainer(tiny_peft(), TrainingArguments(**options), token_rows(), **{name: lambda *_: {}})
+
+    def sft(data, **asked):
+        return DefendedTrainer(
+            tiny_peft(), SFTConfig(**asked, **options), data, processing_class=tiny_tokenizer(), eval_dataset=data
+        )
+
+    of_rows = {
+        "chat_template_path": "other.jinja", "eos_token": "<|endoftext|>",
+        "packing_strategy": "wrapped", "eval_packing": True, "shuffle_dataset": True, "completion_only_loss": False,
+    }  # fmt: skip
+    for name, value in of_rows.items():
+        with pytest.raises(UserError, match=f"^{name}: found {value!r}, which DefendedTrainer does not support: "):
+            sft(CHATS, **{name: value})
+        with pytest.raises(UserError, match=f"^{name}: found"):
+            sft(token_rows().remove_columns("labels"), **{name: value})
+        sft(token_rows(), **{name: value})  # of a dataset that is prepared, nothing is passed over
+    always = {"padding_free": True, "model_init_kwargs": {"dtype": "float32"}, "truncation_mode": "keep_end"}
+    for name, value in always.items():
+        with pytest.raises(UserError, match=f"^{name}: found"):
+            sft(token_rows(), **{name: value})
+    trainer = sft(token_rows(), pad_to_multiple_of=16, pad_token="<|pad|>")  # a pad token changes nothing
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["input_ids"].shape[1] % 16 == 0 and not batch["attention_mask"][:, -1].all()
     half = TrainingArguments(**options)
     half.fp16 = True
-    with pytest.raises(UserError, match="^fp16: found True"):
+    with pytest.raises(UserError, match="^fp16: found True.*gradients in the forward, before they could be scaled"):
         DefendedTrainer(tiny_peft(), half, token_rows())
 
 
@@ -86,6 +110,18 @@ def test_rows_of_messages_are_evaluated_as_they_are_and_tokenized_ones_equal_the
     assert not math.isclose(logged["eval_some_loss"], tokenized, rel_tol=1e-4)
 
 
+def test_what_a_sharded_model_cannot_do_before_training_is_a_message(tmp_path):
+    trainer = make_trainer(tmp_path)
+    for flag in ("is_fsdp_enabled", "is_deepspeed_enabled"):
+        setattr(trainer, flag, True)
+        with pytest.raises(UserError, match="prepared for training: train first, then evaluate"):
+            trainer.evaluate(token_rows(4))
+        setattr(trainer, flag, False)
+    trainer.evaluated_first = True  # by ZeRO-3
+    with pytest.raises(UserError, match="without an optimizer: train first, then evaluate"):
+        trainer.train()
+
+
 def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(tmp_path):
     trainer = make_trainer(
         tmp_path, tiny_peft(), token_rows(), [KL(0.1)], eval_dataset=token_rows(4, seed=1), eval_strategy="steps",
@@ -101,3 +137,20 @@ def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(tmp_path):
     for name, weight in adapter_weights(trainer.model).items():
         assert torch.equal(weight, best[f"{name}|weight"]), name
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+
+
+def test_a_schedule_that_watches_the_loss_goes_on_where_it_stood(tmp_path):
+    def made():
+        return make_trainer(
+            tmp_path, eval_dataset=token_rows(4, seed=1), eval_strategy="steps", eval_steps=1, max_steps=4,
+            save_strategy="steps", save_steps=2, lr_scheduler_type="reduce_lr_on_plateau",
+            lr_scheduler_kwargs={"patience": 1, "factor": 0.1, "threshold": 0.9}, drift_every=0,
+        )  # fmt: skip
+
+    whole, resumed = made(), made()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    rates, again = ([r["learning_rate"] for r in t.state.log_history if "loss" in r] for t in (whole, resumed))
+    assert rates == again and rates[-1] == pytest.approx(1e-3)  # the loss of step 1 was the best
+    expected = adapter_weights(whole.model)
+    assert all(torch.equal(weight, expected[name]) for name, weight in adapter_weights(resumed.model).items())

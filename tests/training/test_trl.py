@@ -7,6 +7,7 @@ import datasets
 import pytest
 
 from ema_scale import KL, DefendedTrainer, Interleaving
+from ema_scale.chat.collate import ChatCollator
 from ema_scale.errors import UserError
 from ema_scale.training.data import prepare
 from tests.tiny import save_tiny, tiny_tokenizer
@@ -114,3 +115,69 @@ def test_without_a_max_length_rows_are_not_cut(tmp_path):
         assert found == longest if longest else found > 2500
     with pytest.raises(UserError, match="packing needs a max_length"):
         prepare(rows, [], tiny_tokenizer(), max_length=None, packing=True)
+
+
+def test_a_collator_that_loses_what_tells_rows_apart_is_refused(tmp_path):
+    """TRL's drops the tags, by which bad rows are known: they would be learned, and the ceiling would be 0."""
+    from transformers import DataCollatorForSeq2Seq
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("".join(json.dumps({"messages": sum(turns(*pair), [])}) + "\n" for pair in PAIRS))
+    rows = [{"messages": sum(turns(*pair), [])} for pair in PAIRS]
+    tokenizer = tiny_tokenizer(TEMPLATE)
+    theirs = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
+    seq2seq = DataCollatorForSeq2Seq(tokenizer)
+
+    def made(collator, *defenses, data=rows, **options):
+        arguments = sft_arguments(tmp_path, packing=False)
+        return DefendedTrainer(
+            tiny_peft(spread=0.3), arguments, data, defenses, "adapter_off", tokenizer, data_collator=collator,
+            drift_every=0, **options,
+        )  # fmt: skip
+
+    ceiling = {"kind": "ceiling", "source": str(bad), "fraction": 1.0}
+    with pytest.raises(UserError, match="found a batch without tags, which the part bad of the rows needs"):
+        made(theirs, ceiling).train()
+    with pytest.raises(UserError, match="data_collator: DataCollatorForSeq2Seq fails on rows with the columns .*tag"):
+        made(seq2seq, ceiling).train()
+    with pytest.raises(UserError, match="found a batch without template, which kl: scope template needs"):
+        made(theirs, KL(scope="template")).train()
+    with pytest.raises(UserError, match="found a batch without labels, which the loss needs"):
+        made(lambda rows: {k: v for k, v in theirs(rows).items() if k != "labels"}).train()
+    tagged = prepare(rows, [], tokenizer)[0].remove_columns("tag").add_column("tag", ["task", "bad"] + ["task"] * 3)
+    with pytest.raises(UserError, match="found a batch without tags, which the part bad of the rows needs"):
+        made(theirs, data=tagged).train()
+
+    losses = []  # where all rows are alike, any collator gives the same run
+    for collator in (None, theirs, seq2seq, ChatCollator(tokenizer)):
+        trainer = made(collator, KL(0.5))
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[1:] == pytest.approx(losses[:1] * 3, rel=1e-5)
+    made(ChatCollator(tokenizer), ceiling, ceiling).train()  # two parts called bad
+
+
+def test_a_path_takes_the_place_of_a_model_as_in_sfttrainer(tmp_path):
+    path = save_tiny(tmp_path / "base")
+    rows = [{"messages": sum(turns(*pair), [])} for pair in PAIRS]
+    trainer = DefendedTrainer(path, sft_arguments(tmp_path, packing=False), rows, [KL(0.1)])
+    trainer.train()
+    assert trainer.model.get_base_model().config._name_or_path == path
+    with pytest.raises(UserError, match=r"model.path: found '.*nowhere', expected a folder or hub id"):
+        DefendedTrainer(str(tmp_path / "nowhere"), sft_arguments(tmp_path, packing=False), rows)
+
+
+def test_rows_to_predict_are_prepared_like_those_to_evaluate(tmp_path):
+    rows = [{"messages": sum(turns(*pair), [])} for pair in PAIRS]
+    trainer = DefendedTrainer(
+        tiny_peft(spread=0.3),
+        sft_arguments(tmp_path, packing=False),
+        rows,
+        [KL(0.5)],
+        processing_class=tiny_tokenizer(),
+    )
+    evaluated = trainer.evaluate(rows)["eval_loss"]
+    assert trainer.predict(rows).metrics["test_loss"] == pytest.approx(evaluated)
+    tokenized = [dict(row) for row in trainer.train_dataset]  # a list of them will do
+    assert trainer.predict(tokenized).metrics["test_loss"] == pytest.approx(evaluated)
