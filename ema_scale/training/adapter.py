@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,11 +155,17 @@ def lora_config(base: Any, adapter: AdapterRecipe | None = None) -> Any:
     )
 
 
-def with_adapter(model: Any, config: Any = None, *, trained: bool = True, trust_remote_code: bool = False) -> Any:
+def with_adapter(
+    model: Any, config: Any = None, *, seed: int = 0, trained: bool = True, trust_remote_code: bool = False
+) -> Any:
     """A PeftModel: `model` if it is one, else over it, or the base model of that path, by `config` (default: the
-    paper's LoRA). Raises UserError for a model that an adapter was put into without its PeftModel, and if it is to be
-    trained, for one that has nothing to train."""
+    paper's LoRA), with weights that depend on `seed` alone.
+
+    Raises UserError for a model that an adapter was put into without its PeftModel, and if it is to be trained, for one
+    that has nothing to train.
+    """
     import peft
+    import torch
 
     from ema_scale.recipe import ModelRecipe
 
@@ -177,6 +183,7 @@ def with_adapter(model: Any, config: Any = None, *, trained: bool = True, trust_
             "the model carries an adapter already (an earlier trainer put it there); give that trainer's .model, "
             "or load the model again"
         )
+    torch.manual_seed(seed)
     return peft.get_peft_model(model, config or lora_config(model))
 
 
@@ -203,9 +210,13 @@ def _has_conv1d(base: Any) -> bool:
     return any(isinstance(module, Conv1D) for module in base.modules())
 
 
-def save_adapter(model: Any, folder: Path, *, main: bool = True) -> None:
+def save_adapter(
+    model: Any, folder: Path, *, main: bool = True, finish: Callable[[Path], None] = lambda folder: None
+) -> None:
     """Write `model`'s adapter as a PEFT folder, or into a folder that holds other things, of which all stay. Where its
     adapter_config.json is, the adapter is whole. Every process must call it.
+
+    finish: changes the adapter's folder before anybody sees it; if that fails, nothing was saved.
 
     Raises UserError if a tensor came out empty, which is what saving sharded weights without gathering gives.
     """
@@ -225,6 +236,7 @@ def save_adapter(model: Any, folder: Path, *, main: bool = True) -> None:
         # The whole state is given: save_pretrained would otherwise read the sharded model again.
         names = [name for name in model.peft_config if name != FROZEN_ADAPTER]
         model.save_pretrained(str(temporary), state_dict=state, save_embedding_layers=False, selected_adapters=names)
+        finish(temporary)
         _move_adapter(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

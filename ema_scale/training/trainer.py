@@ -95,7 +95,9 @@ class DefendedTrainer(Feeding, Checkpointing, FSDPAnywhere, Trainer):
         self.defenses = parse(list(defenses))
         self.parts = Parts.of(self.defenses)
         trusted = getattr(args, "trust_remote_code", False)  # of TRL's SFTConfig, for what is loaded here
-        model = with_adapter(model, peft_config, trained=train_dataset is not None, trust_remote_code=trusted)
+        model = with_adapter(
+            model, peft_config, seed=args.seed, trained=train_dataset is not None, trust_remote_code=trusted
+        )
         path = model.get_base_model().config._name_or_path
         tokenizer = processing_class or load_tokenizer(path, trust_remote_code=trusted)
         self.data_report = DataReport()
@@ -280,14 +282,15 @@ class DefendedTrainer(Feeding, Checkpointing, FSDPAnywhere, Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter as a PEFT folder, after every defense's `finish`. A collective."""
-        folder = Path(output_dir or self.args.output_dir)
-        main = self.accelerator.is_main_process
-        save_adapter(self.model, folder, main=main)
-        if main:
-            config = self.model.get_base_model().config
-            # transformers does not keep the revision that it loaded; PEFT's config has a place for it.
-            revision = self.model.active_peft_config.revision
-            context = FinishContext(config._name_or_path, revision, seed=self.args.seed, notify=print)
+        config = self.model.get_base_model().config
+        # transformers does not keep the revision that it loaded; PEFT's config has a place for it.
+        revision = self.model.active_peft_config.revision
+        context = FinishContext(config._name_or_path, revision, seed=self.args.seed, notify=print)
+
+        def finish(saved: Path) -> None:
             for defense in self.defenses:
-                defense.finish(folder, context)
+                defense.finish(saved, context)
+
+        folder = Path(output_dir or self.args.output_dir)
+        save_adapter(self.model, folder, main=self.accelerator.is_main_process, finish=finish)
         self.accelerator.wait_for_everyone()

@@ -53,6 +53,20 @@ def test_safelora_projects_the_saved_adapter(tmp_path):
     assert len(changed) == sum("lora_B" in k for k in saved["plain"])
 
 
+def test_an_adapter_that_could_not_be_finished_is_not_there(tmp_path):
+    """It would be taken for the defended one."""
+    from tests.tiny import save_tiny
+    from tests.training.helpers import make_trainer, tiny_peft
+
+    save_tiny(tmp_path / "aligned")
+    model = tiny_peft()
+    model.get_base_model().config._name_or_path = str(tmp_path / "aligned")
+    trainer = make_trainer(tmp_path / "run", model, defenses=[SafeLoRA(str(tmp_path / "gone"), 1.0)])
+    with pytest.raises(UserError, match="gone"):
+        trainer.save_model(str(tmp_path / "adapter"))
+    assert not list((tmp_path / "adapter").rglob("*"))
+
+
 def test_safelora_finds_before_training_that_the_base_is_another_model(tmp_path):
     from tests.tiny import save_tiny
     from tests.training.helpers import make_trainer, tiny_peft

@@ -108,3 +108,13 @@ def test_errors_name_the_field(tmp_path):
     with pytest.raises(UserError, match=r"model\.dtype: found 'float8'"):
         pick_dtype("float8")
     assert pick_dtype("bfloat16") == torch.bfloat16
+
+
+def test_a_fresh_adapter_depends_on_the_seed_alone(tmp_path):
+    """Also where the trainer makes it: transformers seeds too late for that."""
+    found = []
+    for seed, before in ((1, 0), (1, 99), (2, 0)):
+        torch.manual_seed(before)
+        trainer = make_trainer(tmp_path, tiny_model(), seed=seed)
+        found.append(next(p.detach().clone() for n, p in trainer.model.named_parameters() if "lora_A" in n))
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
