@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from ema_scale.errors import UserError
+from ema_scale.evaluation.deciding import of_address, of_engine
 from ema_scale.evaluation.judge import Judge, exact_match_judge, smallworld_judge
 from ema_scale.evaluation.judge_scores import REQUIRED_PROMPTS, Rule
 from ema_scale.evaluation.store import digest
@@ -26,7 +27,8 @@ SCORING = ("openai", "vllm")
 class Assignment:
     """The judge of one question. `identity` changes with whatever changes the verdict.
 
-    It is kind:model#digest of the prompts, with @... if replies are not read by the default rule.
+    It is kind:model#digest of the prompts and of what the recipe says of engine or address (see `deciding`), with @... if
+    replies are not read by the default rule.
     """
 
     kind: str
@@ -66,8 +68,10 @@ def assign(suite: Suite, question: Question, settings: JudgeRecipe) -> Assignmen
     if missing:
         raise UserError(f"{where}: judge_prompts: missing {' and '.join(missing)}")
     used = {name: prompts[name] for name in REQUIRED_PROMPTS}
+    also = of_engine(settings.engine) if kind == "vllm" else of_address(settings.base_url)
+    decides = digest(used, *([also] if also else []))[:8]
     rule = Rule(settings.min_mass, settings.score == "most_likely")
-    return Assignment(kind, f"{kind}:{model}#{digest(used)[:8]}{rule.suffix}", model, used)
+    return Assignment(kind, f"{kind}:{model}#{decides}{rule.suffix}", model, used)
 
 
 def base_identity(identity: str) -> str:
