@@ -24,6 +24,7 @@ from ema_scale.evaluation.judge_scores import (
     Rule,
     judgement,
 )
+from ema_scale.evaluation.judges import missing_key
 
 if TYPE_CHECKING:
     from ema_scale.recipe import JudgeRecipe
@@ -49,13 +50,12 @@ class OpenAIJudge:
         self.rule = Rule(settings.min_mass, settings.score == "most_likely")
         self.budget = Budget(settings.budget_calls, settings.budget_tokens)
         self.max_retries = max_retries
-        key = os.environ.get(settings.api_key_env)
-        if not key and not (settings.base_url or os.environ.get("OPENAI_BASE_URL")):
+        if (missing := missing_key(settings)) is not None:
             raise UserError(
-                f"evaluation.judge: the environment variable {settings.api_key_env} is not set; "
+                f"evaluation.judge: the environment variable {missing} is not set; "
                 "it holds the key for the judge's endpoint"
             )
-        self._key = key or "none"  # an endpoint of one's own mostly needs none
+        self._key = os.environ.get(settings.api_key_env) or "none"
         self._logprobs = True
         self._failures_in_a_row = 0
         self._fatal: UserError | None = None

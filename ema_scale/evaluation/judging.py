@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,7 @@ class Judging:
     def __init__(self, settings: JudgeRecipe, total: int, done: int) -> None:
         self.settings = settings
         self.undone: Counter[str] = Counter()
+        self._judges: dict[tuple[str, str | None], Judge] = {}
         self._workers: dict[tuple[str, str | None], _Worker] = {}
         self._progress = Progress("judging", total, done)
         self._lock = threading.Lock()
@@ -82,6 +83,14 @@ class Judging:
                 return read_again(row, identity, rule)
         return None
 
+    def prepare(self, assignments: Iterable[Assignment]) -> None:
+        """Make these judges now: one that cannot judge says so before anything is sampled for it.
+
+        Raises UserError as `make_judge` does.
+        """
+        for assignment in assignments:
+            self._judge(assignment)
+
     def check(self) -> None:
         """Raise what a judge's thread has raised, if one has."""
         for worker in self._workers.values():
@@ -90,9 +99,15 @@ class Judging:
     def _worker(self, assignment: Assignment) -> _Worker:
         name = (assignment.kind, assignment.model)
         if name not in self._workers:
-            self._workers[name] = _Worker(make_judge(assignment, self.settings), self)
+            self._workers[name] = _Worker(self._judge(assignment), self)
         self._workers[name].check()
         return self._workers[name]
+
+    def _judge(self, assignment: Assignment) -> Judge:
+        name = (assignment.kind, assignment.model)
+        if name not in self._judges:
+            self._judges[name] = make_judge(assignment, self.settings)
+        return self._judges[name]
 
     def add(self, store: Store, judgement: Judgement, *, at_once: bool) -> None:
         store.add_judgement(judgement.to_row(), at_once=at_once)

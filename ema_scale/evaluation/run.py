@@ -153,6 +153,9 @@ def _work(
     with open_check(judge_check, judges, settings.judge, fresh=fresh) as checked:
         total = len(planned) + (checked.missing if checked else 0)
         with Judging(settings.judge, total, judged) as judging:
+            if sampled < len(planned):
+                asked = (g for g, key in planned if key not in stores[g.target.name].samples)
+                judging.prepare([*(g.judge for g in asked), *(checked.assignments if checked else ())])
             for group, key in planned:
                 store = stores[group.target.name]
                 if key in store.samples and (key, group.judge.identity) not in store.judgements:
