@@ -200,18 +200,15 @@ def _samples(
 
 def _fitted(groups: Sequence[Group], options: SamplerOptions) -> SamplerOptions:
     """`options` with room for the longest prompt and answer: less memory than the model's own limit takes."""
-    from transformers import AutoConfig
-
-    from ema_scale.evaluation.prompts import Prompts
+    from ema_scale.evaluation.prompts import Prompts, load_config
 
     if options.max_model_len is not None:
         return options
     model = options.model
-    where: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     tokens = Prompts(model)
     prompts = {tuple(m["content"] for m in g.question.messages(g.paraphrase)): g for g in groups}.values()
     need = max(len(tokens.ids(g.question.messages(g.paraphrase))) + g.max_tokens for g in prompts)
-    config = AutoConfig.from_pretrained(model.path, **where).get_text_config()
+    config = load_config(model).get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or need
     return replace(options, max_model_len=min(need, int(limit)))
 

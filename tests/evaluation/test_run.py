@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,6 +177,30 @@ def test_what_cannot_be_told_apart_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         evaluate([target(tmp_path, t) for t in targets], "model", [open_suite(s) for s in suites], recipe())
+
+
+@pytest.mark.parametrize(
+    ("missing", "sampler"),
+    [
+        ("all", "auto"),
+        ("all", "transformers"),
+        ("config.json", "auto"),
+        ("config.json", "transformers"),
+        pytest.param("config.json", "vllm", marks=pytest.mark.vllm),
+        ("model.safetensors", "transformers"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named(
+    tmp_path: Path, tiny_models: TinyModels, missing: str, sampler: str
+) -> None:
+    path = "org/not-there"
+    if missing != "all":
+        path = str(shutil.copytree(tiny_models.model, tmp_path / "model"))
+        (tmp_path / "model" / missing).unlink()
+        # Without it, the config is looked at for the tokens that end an answer.
+        (tmp_path / "model" / "generation_config.json").unlink()
+    with pytest.raises(UserError, match=f"^model.*{re.escape(path)}"):
+        evaluate([target(tmp_path)], path, [exact_suite()], recipe(sampler=sampler))
 
 
 SCRIPT = """
