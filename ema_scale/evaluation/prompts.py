@@ -63,8 +63,9 @@ def _stop_token_ids(tokenizer: Any, end_of_turn: str, model: ModelRecipe) -> lis
     """The template's end of turn, the tokenizer's end of text, and the checkpoint's own list."""
     from transformers import GenerationConfig
 
+    where: dict[str, Any] = {"revision": model.revision}
     try:
-        own = GenerationConfig.from_pretrained(model.path, revision=model.revision).eos_token_id
+        own = GenerationConfig.from_pretrained(model.path, **where).eos_token_id
     except OSError:  # the checkpoint has no generation_config.json
         own = getattr(load_config(model), "eos_token_id", None)
     ids = {own} if isinstance(own, int) else set(own or ())
