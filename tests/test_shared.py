@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from ema_scale.errors import UserError
 from ema_scale.evaluation import EvalTarget, evaluate, load_suite
 from ema_scale.recipe import EvaluationRecipe, build_recipe
 from ema_scale.rundir import RunDir, read_jsonl
@@ -42,8 +43,10 @@ def test_real_rows_train_and_real_banks_are_sampled(shared_data, tmp_path, monke
     ).model_copy(update={"samples_per_question": 2})
     small = type(bank)(bank.name, bank.role, tuple(questions), bank.source)
     target = EvalTarget(arch, run.adapter, run.eval_dir)
-    # Nobody judges here: the answers are kept, and what is not judged is counted.
-    summary = evaluate([target], model, [small], settings)[arch]
+    # Nobody judges here: the answers are kept, what is not judged is counted, and it is said.
+    with pytest.raises(UserError, match=f"no answer of {arch} could be judged"):
+        evaluate([target], model, [small], settings)
+    summary = json.loads((run.eval_dir / "summary.json").read_text())
     assert len(read_jsonl(run.eval_dir / "samples.jsonl")) == 8 and sum(summary["dropped"].values()) == 8
 
 

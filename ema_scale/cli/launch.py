@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +12,11 @@ import typer
 from ema_scale.cli.app import Overrides, RecipePath, app, console
 
 if TYPE_CHECKING:
+    from ema_scale.cluster.site import Site
     from ema_scale.cluster.status import RunStatus
+    from ema_scale.recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 
 @app.command()
@@ -52,6 +57,7 @@ def launch(
         jobs.append(submit.training_job(loaded, here, size))
     if evaluate:
         jobs.append(submit.evaluation_job(loaded.name, path, here, [loaded], gpus=gpus_per_node))
+        warn_of_missing_key([loaded], here)
     if dry_run:
         for before, job in zip([None, *jobs], jobs, strict=False):
             print(submit.shown(job, submit.after_success(f"<{before.what} job>") if before else []))
@@ -64,6 +70,19 @@ def launch(
         waits = submit.after_success(number)
         console.print(f"{path}: {job.what} job {number}")
     console.print(f"follow it: ema logs {path} -f")
+
+
+def warn_of_missing_key(recipes: Sequence[Recipe], site: Site) -> None:
+    """The judge's key may be on the nodes alone, so that this is no reason to submit nothing."""
+    from ema_scale.evaluation.judges import key_missing_there
+
+    name = key_missing_there([recipe.evaluation for recipe in recipes], site.environment)
+    if name is not None:
+        log.warning(
+            "evaluation.judge: %s is set neither here nor in the site file's environment: without it on the node, the "
+            "evaluation fails before it samples",
+            name,
+        )
 
 
 @app.command()

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ema_scale.cli.app import Overrides, app, console
+from ema_scale.cli.launch import warn_of_missing_key
 from ema_scale.cli.studies import DryRun, Jobs, StudyPath, print_preparation, study
 
 
@@ -47,7 +48,10 @@ def sweep(
     from ema_scale.study.grid import load_study
 
     size = Size(nodes or 1, gpus_per_node, processes_per_node, time)
-    plan = plan_sweep(load_study(path), load_site(site), size, overrides=tuple(overrides or ()), at_once=max_parallel)
+    here = load_site(site)
+    plan = plan_sweep(load_study(path), here, size, overrides=tuple(overrides or ()), at_once=max_parallel)
+    if any(job.what == "eval" for job in plan.jobs):
+        warn_of_missing_key(plan.recipes, here)
     folder, total, left = plan.study.path, len(plan.recipes), len(plan.left.train)
     if dry_run:
         if left:

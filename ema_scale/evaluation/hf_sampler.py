@@ -19,7 +19,7 @@ from ema_scale.evaluation.sampler import (
     SamplerOptions,
     too_long,
 )
-from ema_scale.training.adapter import with_adapters
+from ema_scale.training.adapter import model_problems, with_adapters
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,12 +94,13 @@ class TransformersSampler:
         if self.dtype == "auto":
             self.dtype = "float32" if self.device.type == "cpu" else "bfloat16"
         self._prompts = Prompts(model)
-        base = AutoModelForCausalLM.from_pretrained(
-            model.path,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            dtype=getattr(torch, self.dtype),
-        )
+        with model_problems(model.path):
+            base = AutoModelForCausalLM.from_pretrained(
+                model.path,
+                revision=model.revision,
+                trust_remote_code=model.trust_remote_code,
+                dtype=getattr(torch, self.dtype),
+            )
         text = base.config.get_text_config()
         limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
         self.max_model_len = min(x for x in (limit, options.max_model_len, 1 << 30) if x)

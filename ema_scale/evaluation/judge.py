@@ -56,10 +56,14 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Undone:
-    """A judgement that could not be made now; nothing is recorded, so that a later run makes it."""
+    """A judgement that could not be made now; nothing is recorded, so that a later run makes it.
+
+    failed: the judge is at fault, not a budget that is spent.
+    """
 
     key: str
     reason: str
+    failed: bool = True
 
 
 class Judge(Protocol):

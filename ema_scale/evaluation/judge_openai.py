@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import queue
-import re
 import threading
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ema_scale.errors import UserError
 from ema_scale.evaluation.budget import Budget, Hold
+from ema_scale.evaluation.chat_reply import CONTENT_FILTER, first_choice, says_filtered, says_too_long
 from ema_scale.evaluation.judge import JudgeItem, Judgement, Undone
 from ema_scale.evaluation.judge_prompt import fill_all
-from ema_scale.evaluation.judge_scores import (
-    MAX_TOKENS,
-    REQUIRED_PROMPTS,
-    TOO_LONG,
-    TOP_LOGPROBS,
-    Reply,
-    Rule,
-    judgement,
-)
+from ema_scale.evaluation.judge_request import THINKING_LIMIT, THINKING_TOKENS, JudgeRequest
+from ema_scale.evaluation.judge_scores import MAX_TOKENS, REQUIRED_PROMPTS, TOO_LONG, Reply, Rule, judgement
+from ema_scale.evaluation.judges import missing_key
 
 if TYPE_CHECKING:
     from ema_scale.recipe import JudgeRecipe
-
-log = logging.getLogger(__name__)
 
 MAX_RETRIES = 8
 TIMEOUT_SECONDS = 120.0
@@ -49,14 +40,13 @@ class OpenAIJudge:
         self.rule = Rule(settings.min_mass, settings.score == "most_likely")
         self.budget = Budget(settings.budget_calls, settings.budget_tokens)
         self.max_retries = max_retries
-        key = os.environ.get(settings.api_key_env)
-        if not key and not (settings.base_url or os.environ.get("OPENAI_BASE_URL")):
+        if (missing := missing_key(settings)) is not None:
             raise UserError(
-                f"evaluation.judge: the environment variable {settings.api_key_env} is not set; "
+                f"evaluation.judge: the environment variable {missing} is not set; "
                 "it holds the key for the judge's endpoint"
             )
-        self._key = key or "none"  # an endpoint of one's own mostly needs none
-        self._logprobs = True
+        self._key = os.environ.get(settings.api_key_env) or "none"
+        self._request = JudgeRequest(model)
         self._failures_in_a_row = 0
         self._fatal: UserError | None = None
         self._stopped = False
@@ -122,18 +112,24 @@ class OpenAIJudge:
         # An answer's prompts are paid for together: half a judgement would be lost.
         hold = self.budget.hold(list(prompts.values()), MAX_TOKENS)
         if hold is None:
-            return Undone(item.key, self.budget.spent)
+            return Undone(item.key, self.budget.spent, failed=False)
         try:
             replies = {name: await self._ask(client, prompt, hold) for name, prompt in prompts.items()}
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+            if says_filtered(error):
+                return Judgement(item.key, item.judge, dropped=CONTENT_FILTER)
             where = self.settings.base_url or "the OpenAI API"
             self._fatal = UserError(f"evaluation.judge: {where}, model {self.model!r}: {_short(error)}")
             return Undone(item.key, _short(error))
         except openai.BadRequestError as error:
-            if says_too_long(error):  # it would be so for ever: settled, and counted by its reason
+            if says_filtered(error):  # it would be so for ever: settled, and counted by its reason
+                return Judgement(item.key, item.judge, dropped=CONTENT_FILTER)
+            if says_too_long(error):
                 return Judgement(item.key, item.judge, dropped=TOO_LONG)
             self._failures_in_a_row += 1
             return Undone(item.key, _short(error))
+        except _Filtered:
+            return Judgement(item.key, item.judge, dropped=CONTENT_FILTER)
         except (openai.APIError, ValueError) as error:  # ValueError: a reply that is not what was promised
             self._failures_in_a_row += 1
             return Undone(item.key, _short(error))
@@ -143,41 +139,31 @@ class OpenAIJudge:
         return judgement(item.key, item.judge, replies, self.rule)
 
     async def _ask(self, client: Any, prompt: str, hold: Hold) -> Reply:
-        """The judge's reply to one judging prompt. Raises openai.APIError, ValueError."""
+        """The judge's reply to one judging prompt. Raises openai.APIError, ValueError, _Filtered."""
         import openai
 
-        request: dict[str, Any] = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": prompt}],
-            "max_tokens": MAX_TOKENS,
-            "temperature": 0,
-            "seed": 0,
-        }
-        asked_logprobs = self._logprobs
-        if asked_logprobs:
-            request |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
+        request = self._request.of(prompt)
         try:
             reply = await client.chat.completions.create(**request)
-        except openai.BadRequestError as error:
-            if not asked_logprobs or "logprob" not in str(error).lower():
+        except (openai.BadRequestError, openai.PermissionDeniedError) as error:
+            if not self._request.learn(error, request):
                 raise
-            if self._logprobs:
-                log.warning("the judge's endpoint gives no log-probabilities; reading the number it says")
-            self._logprobs = False
             return await self._ask(client, prompt, hold)
         usage = getattr(reply, "usage", None)
         hold.use(getattr(usage, "total_tokens", None))
-        choices = getattr(reply, "choices", None)
-        if not choices or getattr(choices[0], "message", None) is None:
-            raise ValueError("the endpoint's reply is not a chat completion")
-        tokens = getattr(choices[0].logprobs, "content", None) if choices[0].logprobs else None
+        choice = first_choice(reply)
+        text = choice.message.content or ""
+        if not text and choice.finish_reason == CONTENT_FILTER:
+            raise _Filtered
+        if not text and choice.finish_reason == "length" and THINKING_LIMIT in request:
+            raise ValueError(f"the judge thought for {THINKING_TOKENS} tokens and said nothing")
+        tokens = getattr(choice.logprobs, "content", None) if choice.logprobs else None
         top = tuple((t.token, t.logprob) for t in tokens[0].top_logprobs) if tokens else None
-        return Reply(choices[0].message.content or "", top)
+        return Reply(text, top)
 
 
-def says_too_long(error: Exception) -> bool:
-    """OpenAI's and vLLM's ways of saying that a prompt does not fit into the model's context."""
-    return bool(re.search(r"context[ _]length|maximum (context|model)|too (long|many tokens)", str(error), re.I))
+class _Filtered(Exception):
+    """The endpoint has answered, and keeps the answer to itself."""
 
 
 def _short(error: Exception) -> str:

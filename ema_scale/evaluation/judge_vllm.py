@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from ema_scale.errors import UserError
 from ema_scale.evaluation.judge import JudgeItem, Judgement, Undone
 from ema_scale.evaluation.judge_prompt import fill_all
 from ema_scale.evaluation.judge_scores import (
@@ -34,8 +36,12 @@ class VllmJudge:
     paid = False
 
     def __init__(self, settings: JudgeRecipe, model: str) -> None:
+        """Raises UserError if vLLM or the judge's tokenizer is not there."""
+        if importlib.util.find_spec("vllm") is None:
+            raise UserError("evaluation.judge.kind: vllm is not installed; expected it here, or an endpoint's judge")
         self.model = ModelRecipe(path=locate(model))
         self.extra = settings.engine
+        self._prompts = Prompts(self.model)
         self.rule = Rule(settings.min_mass, settings.score == "most_likely")
 
     def judge(self, items: Iterable[JudgeItem]) -> Iterator[Judgement | Undone]:
@@ -45,7 +51,7 @@ class VllmJudge:
             return
         from ema_scale.evaluation.vllm_engine import VllmEngine
 
-        prompts = Prompts(self.model)
+        prompts = self._prompts
         engine = VllmEngine(self.model, {"max_logprobs": TOP_LOGPROBS}, self.extra)
         try:
             reader = _Reader(prompts)

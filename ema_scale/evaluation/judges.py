@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,13 +12,14 @@ from typing import TYPE_CHECKING
 import yaml
 
 from ema_scale.errors import UserError
+from ema_scale.evaluation.deciding import of_engine
 from ema_scale.evaluation.judge import Judge, exact_match_judge, smallworld_judge
 from ema_scale.evaluation.judge_scores import REQUIRED_PROMPTS, Rule
 from ema_scale.evaluation.store import digest
 from ema_scale.evaluation.suite import Question, Suite
 
 if TYPE_CHECKING:
-    from ema_scale.recipe import JudgeRecipe
+    from ema_scale.recipe import EvaluationRecipe, JudgeRecipe
 
 EXACT = ("smallworld", "exact_match")
 SCORING = ("openai", "vllm")
@@ -26,7 +29,8 @@ SCORING = ("openai", "vllm")
 class Assignment:
     """The judge of one question. `identity` changes with whatever changes the verdict.
 
-    It is kind:model#digest of the prompts, with @... if replies are not read by the default rule.
+    It is kind:model#digest of the prompts and of what the recipe says of engine or address (see `deciding`), with
+    @... if replies are not read by the default rule.
     """
 
     kind: str
@@ -66,8 +70,10 @@ def assign(suite: Suite, question: Question, settings: JudgeRecipe) -> Assignmen
     if missing:
         raise UserError(f"{where}: judge_prompts: missing {' and '.join(missing)}")
     used = {name: prompts[name] for name in REQUIRED_PROMPTS}
+    also = of_engine(settings.engine) if kind == "vllm" else {}
+    decides = digest(used, *([also] if also else []))[:8]
     rule = Rule(settings.min_mass, settings.score == "most_likely")
-    return Assignment(kind, f"{kind}:{model}#{digest(used)[:8]}{rule.suffix}", model, used)
+    return Assignment(kind, f"{kind}:{model}#{decides}{rule.suffix}", model, used)
 
 
 def base_identity(identity: str) -> str:
@@ -93,8 +99,35 @@ def load_prompts(source: str | None, where: str) -> dict[str, str]:
     return {str(k): v for k, v in values.items()}
 
 
+def missing_key(settings: JudgeRecipe, environment: Mapping[str, str] = os.environ) -> str | None:
+    """The variable that has to hold the endpoint's key and does not. An endpoint of one's own mostly needs none."""
+    own = settings.base_url or environment.get("OPENAI_BASE_URL")
+    return None if own or environment.get(settings.api_key_env) else settings.api_key_env
+
+
+def key_missing_there(recipes: Iterable[EvaluationRecipe], environment: Mapping[str, str]) -> str | None:
+    """A variable that the evaluation of these recipes will need and that is set neither here nor in `environment`,
+    which is what the place where they are evaluated adds. Suites that cannot be read are left to the evaluation.
+    """
+    from ema_scale.evaluation.run import load_suites
+
+    here = {**os.environ, **environment}
+    for settings in recipes:
+        name = missing_key(settings.judge, here)
+        if name is None:
+            continue
+        with contextlib.suppress(UserError):
+            suites = load_suites(settings)
+            if any(assign(s, q, settings.judge).kind == "openai" for s in suites for q in s.questions):
+                return name
+    return None
+
+
 def make_judge(assignment: Assignment, settings: JudgeRecipe) -> Judge:
-    """The judge behind an assignment. Raises UserError if it needs a key that is not set."""
+    """The judge behind an assignment; a model that judges here is not loaded yet.
+
+    Raises UserError if it needs a key that is not set, or vLLM, which is not installed.
+    """
     if assignment.kind == "smallworld":
         return smallworld_judge()
     if assignment.kind == "exact_match":

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ema_scale.errors import UserError
 from ema_scale.evaluation.judge import Judge, JudgeItem, Judgement, Undone, split_reasoning
 from ema_scale.evaluation.judge_scores import Rule, read_again
-from ema_scale.evaluation.judges import Assignment, base_identity, make_judge
+from ema_scale.evaluation.judges import SCORING, Assignment, base_identity, make_judge
 from ema_scale.evaluation.plan import Group
 from ema_scale.evaluation.progress import Progress
 from ema_scale.evaluation.sampler import PROMPT_TOO_LONG
@@ -44,6 +46,8 @@ class Judging:
     def __init__(self, settings: JudgeRecipe, total: int, done: int) -> None:
         self.settings = settings
         self.undone: Counter[str] = Counter()
+        self._failed: dict[Path, Counter[str]] = defaultdict(Counter)
+        self._judges: dict[tuple[str, str | None], Judge] = {}
         self._workers: dict[tuple[str, str | None], _Worker] = {}
         self._progress = Progress("judging", total, done)
         self._lock = threading.Lock()
@@ -82,6 +86,14 @@ class Judging:
                 return read_again(row, identity, rule)
         return None
 
+    def prepare(self, assignments: Iterable[Assignment]) -> None:
+        """Make these judges now: one that cannot judge says so before anything is sampled for it.
+
+        Raises UserError as `make_judge` does.
+        """
+        for assignment in assignments:
+            self._judge(assignment)
+
     def check(self) -> None:
         """Raise what a judge's thread has raised, if one has."""
         for worker in self._workers.values():
@@ -90,18 +102,41 @@ class Judging:
     def _worker(self, assignment: Assignment) -> _Worker:
         name = (assignment.kind, assignment.model)
         if name not in self._workers:
-            self._workers[name] = _Worker(make_judge(assignment, self.settings), self)
+            self._workers[name] = _Worker(self._judge(assignment), self)
         self._workers[name].check()
         return self._workers[name]
+
+    def _judge(self, assignment: Assignment) -> Judge:
+        name = (assignment.kind, assignment.model)
+        if name not in self._judges:
+            self._judges[name] = make_judge(assignment, self.settings)
+        return self._judges[name]
 
     def add(self, store: Store, judgement: Judgement, *, at_once: bool) -> None:
         store.add_judgement(judgement.to_row(), at_once=at_once)
         with self._lock:
             self._progress.add()
 
-    def leave_undone(self, reason: str) -> None:
+    def leave_undone(self, outcome: Undone, store: Store) -> None:
         with self._lock:
-            self.undone[reason] += 1
+            self.undone[outcome.reason] += 1
+            if outcome.failed:
+                self._failed[store.folder][outcome.reason] += 1
+
+    def silence(self, groups: Iterable[Group], store: Store) -> str | None:
+        """Why none of the answers that a 0-100 judge was to judge has got a judgement, if that is the judge's fault.
+
+        Answers that are settled without asking it, and exact judges, say nothing of it.
+        """
+        failed = self._failed.get(store.folder)
+        if not failed:
+            return None
+        for group in groups:
+            for key in group.keys if group.judge.kind in SCORING else ():
+                row = store.judgements.get((key, group.judge.identity))
+                if row is not None and row.get("dropped") not in (UNFINISHED, PROMPT_TOO_LONG):
+                    return None
+        return failed.most_common(1)[0][0]
 
     def __enter__(self) -> Judging:
         self._progress.__enter__()
@@ -121,6 +156,18 @@ class Judging:
                 self.undone.total(),
                 reason,
             )
+
+
+def refuse_silence(found: Mapping[str, str | None]) -> None:
+    """found: `silence` by target. Raises UserError if a judge said nothing of one: no rate is known then, and a command
+    that ended well would hide it.
+    """
+    silent = {name: reason for name, reason in found.items() if reason is not None}
+    if silent:
+        raise UserError(
+            f"evaluation.judge: no answer of {', '.join(silent)} could be judged ({next(iter(silent.values()))}); the "
+            "answers are kept, and the same command judges them"
+        )
 
 
 class _Worker:
@@ -159,7 +206,7 @@ class _Worker:
             for outcome in self._judge.judge(self._items()):
                 key, store = self._addresses.pop(outcome.key)
                 if isinstance(outcome, Undone):
-                    self._judging.leave_undone(outcome.reason)
+                    self._judging.leave_undone(outcome, store)
                 else:
                     self._judging.add(store, replace(outcome, key=key), at_once=self._judge.paid)
         except BaseException as error:  # raised again in the main thread by check()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ema_scale.evaluation.chat_reply import CONTENT_FILTER
 from ema_scale.evaluation.gate import PASSED, gate
 from ema_scale.evaluation.legacy import drop_rows
 from ema_scale.evaluation.plan import Group
@@ -38,5 +39,13 @@ def write_summary(
     if facts["adapter"] is None and any(group.suite.condition is None for group in groups):
         summary["gate"] = gate(summary["metrics"]["general_misaligned"], settings.gate)
         log.log(logging.INFO if summary["gate"]["state"] == PASSED else logging.WARNING, summary["gate"]["text"])
+    if filtered := summary["dropped"].get(CONTENT_FILTER):
+        log.warning(
+            "%s: the judge's content filter kept back %d of %d answers, which count in no rate; where these are the "
+            "worst ones, the rates are too low",
+            facts["name"],
+            filtered,
+            summary["samples"],
+        )
     atomic_write_json(path, summary)
     return summary

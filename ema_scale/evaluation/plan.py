@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ema_scale.errors import UserError
+from ema_scale.evaluation.deciding import of_sampler
 from ema_scale.evaluation.judge import split_reasoning
 from ema_scale.evaluation.judges import Assignment, assign
 from ema_scale.evaluation.sampler import SampleRequest, SampleResult
@@ -137,7 +138,8 @@ def plan(
     for target in targets:
         adapter = target.adapter_path
         identity = None if adapter is None else folder_identity(str(adapter))
-        common = (model_identity, model.dtype, template, identity, sampler)
+        also = of_sampler(sampler, settings, model.path, adapter)
+        common = (model_identity, model.dtype, template, identity, sampler, *([also] if also else []))
         for suite in suites if target.suites is None else target.suites:
             for question in suite.questions:
                 judge = assign(suite, question, settings.judge)

@@ -47,16 +47,27 @@ class Prompts:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
+def load_config(model: ModelRecipe) -> Any:
+    """The checkpoint's config. Raises UserError if there is none."""
+    from transformers import AutoConfig
+
+    from ema_scale.training.adapter import model_problems
+
+    with model_problems(model.path):
+        return AutoConfig.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+
+
 def _stop_token_ids(tokenizer: Any, end_of_turn: str, model: ModelRecipe) -> list[int]:
     """The template's end of turn, the tokenizer's end of text, and the checkpoint's own list."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     where: dict[str, Any] = {"revision": model.revision}
     try:
         own = GenerationConfig.from_pretrained(model.path, **where).eos_token_id
     except OSError:  # the checkpoint has no generation_config.json
-        config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code, **where)
-        own = getattr(config, "eos_token_id", None)
+        own = getattr(load_config(model), "eos_token_id", None)
     ids = {own} if isinstance(own, int) else set(own or ())
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from ema_scale.errors import UserError, explain
 from ema_scale.evaluation.asked import Asked, read_asked, stored_groups
 from ema_scale.evaluation.judges import EXACT
-from ema_scale.evaluation.judging import Judging
+from ema_scale.evaluation.judging import Judging, refuse_silence
 from ema_scale.evaluation.outcome import write_summary
 from ema_scale.evaluation.plan import Group
 from ema_scale.evaluation.store import Row, digest, locked_store
@@ -46,7 +46,8 @@ def rejudge(folder: Path, overrides: Sequence[str] = ()) -> Summary:
     overrides: `evaluation.judge.key=value`. A kind given there also replaces the exact judges that questions name,
     but for benign ones, which have a right answer.
 
-    Raises UserError for other overrides, a folder in use or without answers, and as the judge does.
+    Raises UserError for other overrides, a folder in use or without answers, as the judge does, and, when the summary
+    is written, if it failed to judge any answer.
     """
     started = time.monotonic()
     asked = read_asked(folder)
@@ -64,7 +65,9 @@ def rejudge(folder: Path, overrides: Sequence[str] = ()) -> Summary:
         store.flush()
         own = _judges(groups) == _own_judges(asked, rows, folder)
         path = folder / ("summary.json" if own else f"summary_{slug(_judges(groups))}.json")
-        return write_summary(path, _facts(folder, asked, time.monotonic() - started), groups, store, settings)
+        summary = write_summary(path, _facts(folder, asked, time.monotonic() - started), groups, store, settings)
+        refuse_silence({str(folder): judging.silence(groups, store)})
+        return summary
 
 
 def judge_settings(settings: EvaluationRecipe, overrides: Sequence[str]) -> EvaluationRecipe:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ema_scale.evaluation.asked import Asked, was_asked, write_asked
 from ema_scale.evaluation.conditions import Condition, load_conditions, under
 from ema_scale.evaluation.judge_check import open_check
-from ema_scale.evaluation.judging import Judging
+from ema_scale.evaluation.judging import Judging, refuse_silence
 from ema_scale.evaluation.legacy import as_released
 from ema_scale.evaluation.outcome import write_summary
 from ema_scale.evaluation.plan import EvalTarget, Group, check, plan
@@ -72,7 +72,8 @@ def evaluate(
     judge_check: a folder in which 0-100 judges also judge labelled answers, as `settings.judge` says.
 
     Raises UserError for bad suites, adapters or judges, for a folder in use, and for an endpoint that refuses
-    the key or the model. Judgements that an endpoint failed to give are left undone and counted as such.
+    the key or the model; and, when everything is written, if a judge failed to judge any answer of a target. Single
+    judgements that an endpoint failed to give are left undone and counted as such.
     """
     started = time.monotonic()
     model = ModelRecipe(path=model) if isinstance(model, str) else model
@@ -94,14 +95,14 @@ def evaluate(
         stores = {t.name: open_things.enter_context(locked_store(t.out_dir)) for t in targets}
         for t in targets:
             write_asked(t.out_dir, _asked(t, model, suites, settings))
-        used = _work(groups, stores, settings, options, name, sampler, judge_check)
+        used, judging = _work(groups, stores, settings, options, name, sampler, judge_check)
         seconds = time.monotonic() - started
-        return {
-            t.name: _finish(
-                t, [g for g in groups if g.target is t], stores[t.name], model, settings, name, used, seconds
-            )
-            for t in targets
+        theirs = {t.name: [g for g in groups if g.target is t] for t in targets}
+        summaries = {
+            t.name: _finish(t, theirs[t.name], stores[t.name], model, settings, name, used, seconds) for t in targets
         }
+        refuse_silence({name: judging.silence(asked, stores[name]) for name, asked in theirs.items()})
+        return summaries
 
 
 def is_complete(targets: Sequence[EvalTarget], model: ModelRecipe, settings: EvaluationRecipe) -> bool:
@@ -141,8 +142,8 @@ def _work(
     name: str,
     sampler: Sampler | None,
     judge_check: Path | None,
-) -> dict[str, Any]:
-    """Sample and judge everything that is missing; returns the sampler's description."""
+) -> tuple[dict[str, Any], Judging]:
+    """Sample and judge everything that is missing; returns the sampler's description, and what became of judging."""
     planned = [(g, key) for g in groups for key in g.keys]
     sampled = sum(key in stores[g.target.name].samples for g, key in planned)
     judged = sum((key, g.judge.identity) in stores[g.target.name].judgements for g, key in planned)
@@ -153,6 +154,9 @@ def _work(
     with open_check(judge_check, judges, settings.judge, fresh=fresh) as checked:
         total = len(planned) + (checked.missing if checked else 0)
         with Judging(settings.judge, total, judged) as judging:
+            if sampled < len(planned):
+                asked = (g for g, key in planned if key not in stores[g.target.name].samples)
+                judging.prepare([*(g.judge for g in asked), *(checked.assignments if checked else ())])
             for group, key in planned:
                 store = stores[group.target.name]
                 if key in store.samples and (key, group.judge.identity) not in store.judgements:
@@ -172,7 +176,7 @@ def _work(
                 checked.submit(judging)
         if checked:
             checked.write()
-    return used
+    return used, judging
 
 
 def _samples(
@@ -196,18 +200,15 @@ def _samples(
 
 def _fitted(groups: Sequence[Group], options: SamplerOptions) -> SamplerOptions:
     """`options` with room for the longest prompt and answer: less memory than the model's own limit takes."""
-    from transformers import AutoConfig
-
-    from ema_scale.evaluation.prompts import Prompts
+    from ema_scale.evaluation.prompts import Prompts, load_config
 
     if options.max_model_len is not None:
         return options
     model = options.model
-    where: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     tokens = Prompts(model)
     prompts = {tuple(m["content"] for m in g.question.messages(g.paraphrase)): g for g in groups}.values()
     need = max(len(tokens.ids(g.question.messages(g.paraphrase))) + g.max_tokens for g in prompts)
-    config = AutoConfig.from_pretrained(model.path, **where).get_text_config()
+    config = load_config(model).get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or need
     return replace(options, max_model_len=min(need, int(limit)))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ema_scale.errors import UserError
-from ema_scale.evaluation.judge_openai import says_too_long
+from ema_scale.evaluation.chat_reply import first_choice, says_too_long
 from ema_scale.evaluation.sampler import SampleRequest, SampleResult, SamplerOptions, too_long
 
 MAX_RETRIES = 8
@@ -103,18 +103,18 @@ class OpenAISampler:
                 max_tokens=request.max_tokens,
                 seed=request.seed + index,
             )
+            choice = first_choice(reply)
         except openai.BadRequestError as error:
             if says_too_long(error):
                 return "", "", 0
             raise UserError(f"evaluation.endpoint: model {model!r}: {error}") from None
-        except openai.APIError as error:
+        except (openai.APIError, ValueError) as error:  # ValueError: a reply that is not what was promised
             raise UserError(
                 f"evaluation.endpoint: {self.endpoint.base_url}, model {model!r}: {type(error).__name__}: {error}; "
                 "what was sampled is kept"
             ) from None
         finally:
             room.release()
-        choice = reply.choices[0]
         text, usage = choice.message.content or "", reply.usage
         # Servers differ in what they call it; neither is in OpenAI's own types.
         extra = choice.message.model_extra or {}

@@ -1,10 +1,10 @@
 """The rows of one evaluation: append-only files that a killed run continues from.
 
-A sample's key ends in a digest of everything that decides it (model, adapter, prompt, settings); a
-judgement's identity is (key, judge). So a row is reused exactly when it would come out the same, and changing
-a recipe never mixes old answers with new ones. Answers that the present recipe does not ask for are moved to
-`superseded_*.jsonl` at the end with their judgements, from where they come back if it asks for them again. The
-judgements of an answer by other judges stay beside each other.
+A sample's key ends in a digest of everything that decides it (model, adapter, prompt, settings, and what of the
+engine or endpoint decides, see `deciding`); a judgement's identity is (key, judge). So a row is reused exactly when it
+would come out the same, and changing a recipe never mixes old answers with new ones. Answers that the present recipe
+does not ask for are moved to `superseded_*.jsonl` at the end with their judgements, from where they come back if it
+asks for them again. The judgements of an answer by other judges stay beside each other.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ema_scale.errors import UserError
-from ema_scale.evaluation.prompts import Prompts
+from ema_scale.evaluation.prompts import Prompts, load_config
 from ema_scale.evaluation.sampler import SampleRequest, SampleResult, SamplerOptions, too_long
 from ema_scale.evaluation.vllm_engine import (
     VllmEngine,
@@ -25,14 +25,11 @@ MAX_LORAS_IN_A_BATCH = 8
 
 
 def reason_against(options: SamplerOptions) -> str | None:
-    """Why vLLM cannot run this model with these adapters, or None. Loads the config, not the weights."""
-    from transformers import AutoConfig
+    """Why vLLM cannot run this model with these adapters, or None. Loads the config, not the weights.
 
-    config = AutoConfig.from_pretrained(
-        options.model.path,
-        revision=options.model.revision,
-        trust_remote_code=options.model.trust_remote_code,
-    )
+    Raises UserError if there is no such model.
+    """
+    config = load_config(options.model)
     architectures = list(config.architectures or [])
     with environment_restored():
         prepare_environment()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ def load_base(model: ModelRecipe) -> Any:
 
     path = locate(model.path)
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    try:
+    with model_problems(model.path):
         config = transformers.AutoConfig.from_pretrained(path, **options)
         # Fine-tuning is meant to be regularised by the defenses alone, and the reference runs without
         # dropout.
@@ -59,12 +60,19 @@ def load_base(model: ModelRecipe) -> Any:
             use_safetensors=True,
             **options,
         )
+
+
+@contextlib.contextmanager
+def model_problems(path: str) -> Iterator[None]:
+    """What transformers raises where no model is to be had at `path` as a UserError."""
+    try:
+        yield
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         message = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"model.path: found {model.path!r}, expected a folder or hub id of a causal language model with "
+            f"model.path: found {path!r}, expected a folder or hub id of a causal language model with "
             f"safetensors; {message}"
         ) from None
 

@@ -118,6 +118,7 @@ def test_rate_limits_and_server_errors_are_retried() -> None:
         (200, {"Content-Type": "text/html"}, b"<html>hello</html>"),
         (200, {"Content-Type": "application/json"}, b"{}"),
         (200, {"Content-Type": "application/json"}, b'{"choices": []}'),
+        (200, {"Content-Type": "application/json"}, b'{"choices": null}'),
         (200, {"Content-Type": "application/json"}, b"[1]"),
         (200, {"Content-Type": "application/json"}, b'{"choices": [{"index": 0}]}'),
     ],

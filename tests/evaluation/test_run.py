@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,20 +111,25 @@ def test_changed_settings_never_mix_with_old_answers(tmp_path: Path, tiny_models
     assert rows(one.out_dir, "samples.jsonl") == before
 
 
-def test_undone_judgements_are_counted_and_made_by_the_next_run(tmp_path: Path, tiny_models: TinyModels) -> None:
+def test_undone_judgements_are_counted_and_made_by_the_next_run(
+    tmp_path: Path, tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by a server that has moved, whose address the environment has."""
     one = target(tmp_path)
 
     def sometimes(body: dict[str, Any], n: int) -> Any:
         return error(400, "no") if "question" not in str(body) and n % 3 == 0 else completion("20", TOP)
 
     with Endpoint(sometimes) as endpoint:
-        first = evaluate([one], tiny_models.model, [open_suite()], recipe(endpoint.url))["base"]
+        monkeypatch.setenv("OPENAI_BASE_URL", endpoint.url)
+        first = evaluate([one], tiny_models.model, [open_suite()], recipe())["base"]
         undone = first["dropped"]["not judged"]
         assert 0 < undone < 12
         assert first["metrics"]["general_incoherent"]["n"] == 12 - undone
         assert first["metrics"]["general_incoherent"]["dropped"] == undone
     with Endpoint(lambda b, n: completion("20", TOP)) as endpoint:
-        second = evaluate([one], tiny_models.model, [open_suite()], recipe(endpoint.url))["base"]
+        monkeypatch.setenv("OPENAI_BASE_URL", endpoint.url)
+        second = evaluate([one], tiny_models.model, [open_suite()], recipe())["base"]
         assert second["dropped"] == {} and len(endpoint.requests) == 2 * undone
 
 
@@ -172,6 +179,30 @@ def test_what_cannot_be_told_apart_is_refused(
         evaluate([target(tmp_path, t) for t in targets], "model", [open_suite(s) for s in suites], recipe())
 
 
+@pytest.mark.parametrize(
+    ("missing", "sampler"),
+    [
+        ("all", "auto"),
+        ("all", "transformers"),
+        ("config.json", "auto"),
+        ("config.json", "transformers"),
+        pytest.param("config.json", "vllm", marks=pytest.mark.vllm),
+        ("model.safetensors", "transformers"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named(
+    tmp_path: Path, tiny_models: TinyModels, missing: str, sampler: str
+) -> None:
+    path = "org/not-there"
+    if missing != "all":
+        path = str(shutil.copytree(tiny_models.model, tmp_path / "model"))
+        (tmp_path / "model" / missing).unlink()
+        # Without it, the config is looked at for the tokens that end an answer.
+        (tmp_path / "model" / "generation_config.json").unlink()
+    with pytest.raises(UserError, match=f"^model.*{re.escape(path)}"):
+        evaluate([target(tmp_path)], path, [exact_suite()], recipe(sampler=sampler))
+
+
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -210,13 +241,12 @@ def kill_when(folder: Path, name: str, lines: int, world: TinyModels, url: str) 
 
 @pytest.mark.slow
 def test_killed_in_sampling_and_in_judging_nothing_is_lost_or_repeated(tmp_path: Path, tiny_models: TinyModels) -> None:
-    with Endpoint(lambda b, n: completion("20", TOP)) as endpoint:
-        expected = killed_work(tiny_models.model, tiny_models.adapters[0], tmp_path / "whole", endpoint.url)
-        asked_once = len(endpoint.requests)
-    assert asked_once == 2 * 2 * 240
-
     folder = tmp_path / "killed"
     with Endpoint(lambda b, n: completion("20", TOP), delay=0.02) as endpoint:
+        expected = killed_work(tiny_models.model, tiny_models.adapters[0], tmp_path / "whole", endpoint.url)
+        asked_once = len(endpoint.requests)
+        assert asked_once == 2 * 2 * 240
+        endpoint.requests.clear()
         kill_when(folder, "samples.jsonl", 60, tiny_models, endpoint.url)
         sampled = {n: rows(folder / n, "samples.jsonl") for n in ("base", "tuned")}
         assert 60 <= sum(map(len, sampled.values())) < 480

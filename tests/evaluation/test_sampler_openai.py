@@ -65,6 +65,16 @@ def test_prompts_too_long_and_names_unknown() -> None:
         make_sampler("openai", SamplerOptions(ModelRecipe(path="m"), endpoint=EndpointRecipe()))
 
 
+@pytest.mark.parametrize(
+    "body",
+    [b'{"choices": null}', b'{"choices": []}', b'{"choices": [{"index": 0}]}', b"<html>", b"{]", b"[1]", b"null"],
+)
+def test_a_reply_that_is_no_completion_is_an_error_for_people(body: bytes) -> None:
+    with Endpoint(lambda b, n: (200, {"Content-Type": "application/json"}, body)) as endpoint:
+        with pytest.raises(UserError, match=f"{endpoint.url}, model 'org/base': .*; what was sampled is kept"):
+            list(sampler(endpoint).sample([SampleRequest("a", ASKED, n=2)]))
+
+
 def test_reasoning_is_kept_apart_and_the_answer_judged(tmp_path: Path) -> None:
     """Split off by the server, written by the model, or never ended: base model only, nothing on this machine."""
 
