@@ -29,7 +29,7 @@ SCORING = ("openai", "vllm")
 class Assignment:
     """The judge of one question. `identity` changes with whatever changes the verdict.
 
-    It is kind:model#digest of the prompts and of what the recipe says of engine or address (see `deciding`), with
+    It is kind:model#digest of the prompts and of what the recipe says of its engine (see `deciding`), with
     @... if replies are not read by the default rule.
     """
 
