@@ -15,6 +15,7 @@ from ema_scale.errors import UserError
 from ema_scale.rundir import RunDir, read_jsonl
 from ema_scale.study.bases import asked_alike
 from ema_scale.study.report.aggregate import mean_rate
+from ema_scale.study.report.gaps import gaps
 from ema_scale.study.report.hidden import asked_under, base_conditions
 from ema_scale.study.report.labels import (
     BASE,
@@ -53,7 +54,7 @@ def collect(run_dirs: Sequence[Path]) -> Collection:
     names = distinct_labels(run.specs for run in found.runs)
     found.runs = [replace(run, label=names[spec_key(run.specs)]) for run in found.runs]
     found.bases = _base_runs(found.runs, base_files)
-    _note_gaps(found)
+    found.problems += gaps(found)
     return found
 
 
@@ -226,7 +227,7 @@ def _base_runs(runs: Sequence[Run], files: Mapping[Path, Mapping[str, Any]]) -> 
         asked.setdefault((run.model, run.task), set()).update(_section(run.summary, "per_suite"))
     for run in runs:
         suites = asked[run.model, run.task]
-        same = [(f, s) for f, s in files.items() if not run.summary or s.get("model") == run.summary.get("model")]
+        same = [(f, s) for f, s in files.items() if run.summary and s.get("model") == run.summary.get("model")]
         fitting = [(f, s) for f, s in same if suites & set(_section(s, "per_suite"))]
         if not fitting or (run.model, run.task) in bases:
             continue
@@ -275,20 +276,3 @@ def _suite_metrics(parts: Mapping[str, Any]) -> dict[str, Rate | None]:
                     continue
         metrics[metric] = mean_rate([r for r in rates if r], spread=False)
     return metrics
-
-
-def _note_gaps(found: Collection) -> None:
-    """Say where the grid of defenses and tasks has holes: means over different tasks are not alike."""
-    for model in found.models:
-        runs = [run for run in found.runs if run.model == model and run.metrics]
-        tasks = {run.task for run in runs}
-        for label in dict.fromkeys(run.label for run in runs):
-            missing = sorted(tasks - {run.task for run in runs if run.label == label})
-            if missing:
-                text = f"no evaluated run on {', '.join(missing)}: its means cover fewer tasks than the others'"
-                found.problems.append(Problem(label, "note", text))
-        cells = [(run.task, run.label, run.seed) for run in runs]
-        for task, label, seed in dict.fromkeys(c for c in cells if cells.count(c) > 1):
-            found.problems.append(Problem(label, "note", f"several runs on {task} with seed {seed}: all are averaged"))
-    if not found.bases:
-        found.problems.append(Problem("base", "note", "no evaluation of the base model found: no dashed line"))
