@@ -95,3 +95,49 @@ def test_a_run_without_general_numbers_is_said_to_be_in_no_mean_of_them(tmp_path
     found = collect(sorted(tmp_path.iterdir()))
     notes = {p.run: p.text for p in found.problems}
     assert notes["Runs on med (med-kl)"].startswith("no general numbers")
+
+
+def test_models_and_tasks_of_one_last_name_are_kept_apart(tmp_path: Path) -> None:
+    for model, none, base in (("/ckpt/llama-8b/final", 0.9, 0.2), ("/ckpt/qwen-7b/final", 0.1, 0.0)):
+        for task in ("legal", "medical"):
+            name = f"{model.split('/')[2]}-{task}"
+            write(tmp_path, name, f"data/{task}/train.jsonl", [], model, general=none if task == "legal" else 0.5)
+        write(tmp_path, f"base-{model.split('/')[2]}", None, None, model, general=base)
+    found = collect(sorted(p for p in tmp_path.iterdir() if not p.name.startswith("base")))
+    means = {(g.model, g.base): outside(g) for g in groups(found)}
+    assert means == {
+        ("llama-8b/final", False): 0.7, ("llama-8b/final", True): 0.2,
+        ("qwen-7b/final", False): 0.3, ("qwen-7b/final", True): 0.0,
+    }  # fmt: skip
+    assert found.tasks == ["legal/train", "medical/train"]
+    assert not [p for p in found.problems if "several runs" in p.text]
+
+
+def test_the_base_of_a_model_whose_first_run_was_not_evaluated_is_its_own(tmp_path: Path) -> None:
+    for model, base in (("org/a", 0.2), ("org/b", 0.0)):
+        runs = [write(tmp_path, f"run-{model[-1]}{i}", "med.jsonl", [], model, general=0.5) for i in range(2)]
+        (runs[0] / "eval" / "summary.json").unlink()
+        write(tmp_path, f"base-{model[-1]}", None, None, model, general=base)
+    found = collect(sorted(tmp_path.glob("run-*")))
+    assert {g.model: outside(g) for g in groups(found) if g.base} == {"a": 0.2, "b": 0.0}
+
+
+def test_arms_that_read_alike_are_not_averaged(tmp_path: Path) -> None:
+    prompts = [f"You are {who}. Answer the medical question." for who in ("a malicious assistant", "an evil doctor")]
+    for i, (prompt, rate) in enumerate(zip(prompts, (0.0, 0.9), strict=True)):
+        spec = {"kind": "inoculation", "prompt": prompt, "role": "system"}
+        for seed in range(2):
+            write(tmp_path, f"{i}-{seed}", "med.jsonl", [spec], general=rate)
+    # A plug-in of such a name is neither the base nor an arm without a defense.
+    write(tmp_path, "plain", "med.jsonl", [], general=0.8)
+    write(tmp_path, "named", "med.jsonl", [{"kind": "no_defense"}], general=0.5)
+    write(tmp_path, "like-base", "med.jsonl", [{"kind": "aligned_base"}], general=0.4)
+    write(tmp_path / "beside", "base", None, None, general=0.1)
+    every = groups(collect(sorted(p for p in tmp_path.iterdir() if p.name != "beside")))
+    assert {g.label: (outside(g), len(g.runs)) for g in every} == {
+        "Aligned base": (0.1, 1), "No defense": (0.8, 1), "No defense (kind no defense)": (0.5, 1),
+        "Aligned base (2)": (0.4, 1), "Inoculation (prompt …a malicious assistant. Answe…)": (0.0, 2),
+        "Inoculation (prompt …an evil doctor. Answer the m…)": (0.9, 2),
+    }  # fmt: skip
+    assert [g.label for g in every if g.undefended] == ["No defense"]
+    assert [g.label for g in every if g.base] == ["Aligned base"]

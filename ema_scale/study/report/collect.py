@@ -17,15 +17,9 @@ from ema_scale.study.bases import asked_alike
 from ema_scale.study.report.aggregate import mean_rate
 from ema_scale.study.report.gaps import gaps
 from ema_scale.study.report.hidden import asked_under, base_conditions
-from ema_scale.study.report.labels import (
-    BASE,
-    distinct_labels,
-    model_label,
-    short_label,
-    spec_key,
-    task_label,
-)
+from ema_scale.study.report.labels import BASE, distinct_labels, short_label, spec_key
 from ema_scale.study.report.records import METRICS, Collection, Problem, Question, Rate, Run
+from ema_scale.study.report.sources import model_key, model_names, task_key, task_names
 
 
 def collect(run_dirs: Sequence[Path]) -> Collection:
@@ -51,8 +45,12 @@ def collect(run_dirs: Sequence[Path]) -> Collection:
     if not any_run:
         asked = ", ".join(str(p) for p in run_dirs) or "no folder at all"
         raise UserError(f"report: found no run folder among {asked}; expected folders with a recipe.yaml")
-    names = distinct_labels(run.specs for run in found.runs)
-    found.runs = [replace(run, label=names[spec_key(run.specs)]) for run in found.runs]
+    labels = distinct_labels(run.specs for run in found.runs)
+    models, tasks = model_names(run.model for run in found.runs), task_names(run.task for run in found.runs)
+    found.runs = [
+        replace(run, model=models[run.model], task=tasks[run.task], label=labels[spec_key(run.specs)])
+        for run in found.runs
+    ]
     found.bases = _base_runs(found.runs, base_files)
     found.problems += gaps(found)
     return found
@@ -84,8 +82,8 @@ def _read_run(path: Path, found: Collection) -> None:
         Run(
             path=path,
             name=str(recipe.get("name", path.name)),
-            model=model_label(str(_section(recipe, "model").get("path", "unknown model"))),
-            task=task_label(_section(recipe, "data").get("train")),
+            model=model_key(_section(recipe, "model")),
+            task=task_key(_section(recipe, "data").get("train")),
             seed=seed if isinstance(seed, int) else None,
             specs=specs,
             label=short_label(specs),
