@@ -77,6 +77,13 @@ def _read_run(path: Path, found: Collection) -> None:
     if not summary:
         found.problems.append(Problem(path.name, "not evaluated", f"{short_label(specs)}; run `ema eval {path}`"))
     metrics = _rates(summary.get("metrics"), path.name, found.problems)
+    last = status.get("step")
+    steps = _along(folder, last, metrics, found.problems)
+    asked = _section(recipe, "evaluation").get("checkpoints") if summary else None
+    missing = [s for s in asked if isinstance(s, int) and s not in (*steps, last)] if isinstance(asked, list) else []
+    if missing:
+        why = f": its training ended after step {last}" if isinstance(last, int) and last < min(missing) else ""
+        found.problems.append(Problem(path.name, "note", f"no answers at step {', '.join(map(str, missing))}{why}"))
     seed = recipe.get("seed")
     found.runs.append(
         Run(
@@ -92,7 +99,7 @@ def _read_run(path: Path, found: Collection) -> None:
             conditions=asked_under(summary.get("conditions"), read_rate),
             questions=_questions(summary),
             history=history,
-            along=_along(folder, status.get("step"), metrics, found.problems),
+            along=steps,
             recipe=recipe,
             provenance=_json(folder.provenance_path, found.problems, path.name),
             summary=summary,
