@@ -33,8 +33,8 @@ def along(run: RunDir, recipe: Recipe, suites: tuple[Suite, ...], export: bool =
     wanted = sorted(kept if isinstance(steps, bool) else set(steps))
     beyond = [step for step in wanted if step not in kept and isinstance(last, int) and step > last]
     if beyond and export:
-        told = ", ".join(map(str, beyond))
-        log.warning("%s: not asked at step %s: its training ended after step %d", run.path, told, last)
+        told = f"step{'s' if len(beyond) > 1 else ''} {', '.join(map(str, beyond))}"
+        log.warning("%s: not asked at %s: its training ended after step %d", run.path, told, last)
     # An adapter that was not finished, as older versions left them, must not be taken for one that was.
     name = "finished" if any(d.overrides("finish") for d in recipe.defenses) else "adapter"
     targets = []

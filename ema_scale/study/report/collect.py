@@ -83,7 +83,8 @@ def _read_run(path: Path, found: Collection) -> None:
     missing = [s for s in asked if isinstance(s, int) and s not in (*steps, last)] if isinstance(asked, list) else []
     if missing:
         why = f": its training ended after step {last}" if isinstance(last, int) and last < min(missing) else ""
-        found.problems.append(Problem(path.name, "note", f"no answers at step {', '.join(map(str, missing))}{why}"))
+        told = f"step{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
+        found.problems.append(Problem(path.name, "note", f"no answers at {told}{why}"))
     seed = recipe.get("seed")
     found.runs.append(
         Run(
