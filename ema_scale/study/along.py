@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -14,32 +15,41 @@ from ema_scale.locate import locate
 from ema_scale.recipe import Recipe
 from ema_scale.rundir import RunDir
 
+log = logging.getLogger(__name__)
+
 
 def along(run: RunDir, recipe: Recipe, suites: tuple[Suite, ...], export: bool = True) -> list[EvalTarget]:
     """A target for each whole checkpoint of `evaluation.checkpoints` before the last one, in eval/checkpoints/<step>.
 
-    Their adapters are written there, unless `export` is False, after the `finish` of every defense. Raises UserError
-    for a step without a checkpoint.
+    Their adapters are written there, unless `export` is False, after the `finish` of every defense. Steps that the
+    training did not reach, because a defense ended it, are left out with a note. Raises UserError for one that it did
+    reach and that has no checkpoint.
     """
     from ema_scale.training.checkpointing import is_complete, list_checkpoints, step_of
 
     steps = recipe.evaluation.checkpoints
     kept = {step_of(c): c for c in list_checkpoints(run.checkpoints) if is_complete(c)}
-    wanted = sorted(kept) if isinstance(steps, bool) else steps
+    last = run.status().get("step")
+    wanted = sorted(kept if isinstance(steps, bool) else set(steps))
+    beyond = [step for step in wanted if step not in kept and isinstance(last, int) and step > last]
+    if beyond and export:
+        told = f"step{'s' if len(beyond) > 1 else ''} {', '.join(map(str, beyond))}"
+        log.warning("%s: not asked at %s: its training ended after step %d", run.path, told, last)
     # An adapter that was not finished, as older versions left them, must not be taken for one that was.
     name = "finished" if any(d.overrides("finish") for d in recipe.defenses) else "adapter"
     targets = []
     for step in wanted:
+        if step == last or step in beyond:
+            continue
         if step not in kept:
             found = ", ".join(map(str, sorted(kept))) or "none"
             raise UserError(
                 f"{run.path}: evaluation.checkpoints: no whole checkpoint of step {step}; there are: {found}"
             )
-        if step != run.status().get("step"):
-            folder = run.eval_dir / "checkpoints" / str(step)
-            if export:
-                _export(kept[step], run, recipe, folder / name)
-            targets.append(EvalTarget(f"{run.path.name}@{step}", folder / name, folder, suites))
+        folder = run.eval_dir / "checkpoints" / str(step)
+        if export:
+            _export(kept[step], run, recipe, folder / name)
+        targets.append(EvalTarget(f"{run.path.name}@{step}", folder / name, folder, suites))
     return targets
 
 

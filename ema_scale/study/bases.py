@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from ema_scale.evaluation.asked import FILE
 from ema_scale.locate import locate
 from ema_scale.recipe import Recipe
-from ema_scale.study.report.labels import model_label
+from ema_scale.study.report.sources import model_label
 
 # What decides neither an answer nor its judgement, or says only which of them are asked for.
 _NOT_ASKED = {"suites", "conditions", "inoculation", "gate", "checkpoints", "compare_base"}

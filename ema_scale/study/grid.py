@@ -18,7 +18,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ema_scale.errors import UserError, explain
 from ema_scale.recipe import Recipe, apply_overrides, build_recipe, merge, read_layers
+from ema_scale.study.each import spread
 from ema_scale.study.prepare import Preparation
+
+# Of a recipe's fields those that a study sets for every run itself, and what of the study file to change instead.
+_OWN = {"name": "name", "output": "output", "seed": "seeds", "defenses": "defenses"}
 
 
 class Part(BaseModel):
@@ -61,7 +64,14 @@ class Study(BaseModel):
     @field_validator("defenses")
     @classmethod
     def _spread(cls, defenses: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-        return dict(named for name, specs in defenses.items() for named in _each(name, specs))
+        arms: dict[str, list[dict[str, Any]]] = {}
+        origin: dict[str, str] = {}
+        for name, specs in defenses.items():
+            for arm, of_arm in spread(name, specs):
+                if arm in arms:
+                    raise UserError(f"defenses: {origin[arm]} and {name} both make an arm {arm}: rename one of them")
+                arms[arm], origin[arm] = of_arm, name
+        return arms
 
     @model_validator(mode="after")
     def _known_names(self) -> Study:
@@ -71,6 +81,16 @@ class Study(BaseModel):
                     if name not in getattr(self, axis):
                         known = ", ".join(getattr(self, axis)) or "none"
                         raise UserError(f"only.{i}.{axis}: {name!r} is none of the study's {axis} ({known})")
+        return self
+
+    @model_validator(mode="after")
+    def _one_name_a_run(self) -> Study:
+        made: dict[str, tuple[str, str, str, int]] = {}
+        for name, cell in zip(self.names(), self.cells(), strict=True):
+            if name in made:
+                one, other = (", ".join(filter(None, c[:3])) for c in (made[name], cell))
+                raise UserError(f"({one}) and ({other}) both make a run {name}: rename a model, task or defense")
+            made[name] = cell
         return self
 
     @property
@@ -86,8 +106,14 @@ class Study(BaseModel):
         """One validated recipe for every model x task x defense x seed, named model-task-defense-s<seed>.
 
         Without models the names begin with the task. Overrides are applied to each. Raises UserError naming the run
-        and the field.
+        and the field, and for overrides of what makes the runs different ones.
         """
+        for item in overrides:
+            own = item.partition("=")[0].split(".")[0]
+            if own in _OWN:
+                raise UserError(
+                    f"override {item!r}: a study sets every run's {own} itself; change `{_OWN[own]}` in its file"
+                )
         base = read_layers(Path(self.recipe))
         recipes = []
         for name, (model, task, defense, seed) in zip(self.names(), self.cells(), strict=True):
@@ -129,19 +155,6 @@ def _reference(recipe: Recipe) -> str | None:
     layers = sorted({layer for defense in recipe.defenses for layer in defense.layers(48)})
     whole = recipe.to_dict()
     return json.dumps([whole["model"], whole["data"], whole["adapter"]["start"], whole["reference"], layers])
-
-
-def _each(name: str, specs: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    # A field that says {each: [a, b]} makes two defenses of one, name-a and name-b.
-    for i, spec in enumerate(specs):
-        for field, value in spec.items():
-            if isinstance(value, Mapping) and set(value) == {"each"}:
-                if not isinstance(value["each"], list) or not value["each"]:
-                    raise ValueError(f"{name}.{i}.{field}.each: expected a list of values")
-                for one in value["each"]:
-                    yield from _each(f"{name}-{one}", [*specs[:i], {**spec, field: one}, *specs[i + 1 :]])
-                return
-    yield name, specs
 
 
 def load_study(path: Path | str) -> Study:

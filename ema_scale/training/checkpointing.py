@@ -90,9 +90,9 @@ class Checkpointing:
     optimizer: Any
     lr_scheduler: Any
     watch: Any
-    # Of this step alone: saved because the run was told to stop, not because its turn had come.
+    # Of this step alone: saved because the run was told to stop, or to keep it, not because its turn had come.
     unscheduled: bool = False
-    # Steps whose checkpoints are kept for good.
+    # Steps whose checkpoints are made, whatever save_steps says, and kept for good.
     keep_steps: frozenset[int] = frozenset()
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 class StepHooks(TrainerCallback):
-    """Defenses' `step`; a wish to stop, once all processes agree on it, turned into a checkpoint; a reference that fell
-    back told about."""
+    """Defenses' `step`; a wish to stop, once all processes agree on it, turned into a checkpoint, as steps are whose
+    checkpoints are kept; a reference that fell back told about."""
 
     def __init__(self, trainer: DefendedTrainer) -> None:
         self.trainer = trainer
@@ -31,6 +31,7 @@ class StepHooks(TrainerCallback):
             trainer.on_reference_changed()
         if trainer.accelerator.num_processes == 1:  # nobody to agree with: not one step more
             trainer.stop_agreed = trainer.stop_wished
-        trainer.unscheduled = trainer.stop_agreed and not control.should_save
-        if trainer.stop_agreed:
-            control.should_save = control.should_training_stop = True
+        wanted = trainer.stop_agreed or state.global_step in trainer.keep_steps
+        trainer.unscheduled = wanted and not control.should_save
+        control.should_save |= wanted
+        control.should_training_stop |= trainer.stop_agreed

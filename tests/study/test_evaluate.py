@@ -16,6 +16,7 @@ from ema_scale.study.evaluate import evaluate_runs, is_evaluated
 from ema_scale.study.grid import load_study
 from ema_scale.study.report.collect import collect
 from ema_scale.training.checkpoint_adapter import export_adapter
+from ema_scale.training.checkpointing import list_checkpoints, step_of
 from ema_scale.training.run import train
 from tests.cluster.test_sweep import CPU, study_file
 from tests.study.runs import ARMS, write_study
@@ -73,6 +74,33 @@ def test_an_adapter_along_training_is_finished_as_the_last_one_is(world, tmp_pat
     )
     assert all(torch.equal(last[k], own[k]) for k in own), "of the last checkpoint it is the run's own"
     assert all(torch.equal(then[k], raw[k]) != ("lora_B" in k) for k in raw), "SafeLoRA has changed every B"
+
+
+def test_an_arm_that_stops_early_is_asked_at_the_steps_that_it_reached(world, tmp_path, caplog):
+    task = {"training": {"max_steps": 5, "save_steps": 2}, "evaluation": {"checkpoints": [1, 4], "compare_base": False}}
+    early = [{"kind": "early_stopping", "measure": "kl", "limit": 1e-9, "window": 2}]
+    path = study_file(world, tmp_path, [0], tasks={"sums": task}, defenses={"none": [], "early": early})
+    recipes = load_study(path).runs()
+    runs = [train(r, RunDir(r.run_path)) for r in recipes]
+    assert [run.status()["step"] for run in runs] == [5, 3]
+    kept = [[step_of(c) for c in list_checkpoints(run.checkpoints)] for run in runs]
+    assert kept == [[1, 4, 5], [1, 2]], "step 1 is asked for, and no turn of save_steps"
+    base = load_study(path).path / "base"
+    assert not is_evaluated(recipes, base)
+    evaluate_runs(runs, base)
+    assert f"{runs[1].path}: not asked at step 4: its training ended after step 3" in caplog.text
+    assert is_evaluated(recipes, base)
+    asked = [sorted(f.parent.name for f in run.eval_dir.glob("checkpoints/*/summary.json")) for run in runs]
+    assert asked == [["1", "4"], ["1"]]
+    found = collect([run.path for run in runs])
+    assert [list(run.along) for run in found.runs] == [[1, 4, 5], [1, 3]]
+    notes = [(p.run, p.text) for p in found.problems if "no answers at" in p.text]
+    assert notes == [("sums-early-s0", "no answers at step 4: its training ended after step 3")]
+    # Of its last step the run's own adapter is the answer; one that it has passed is a mistake in the file.
+    evaluate_runs(runs[1:], base, ("evaluation.checkpoints=[3, 1]",))
+    shutil.rmtree(runs[1].checkpoints / "checkpoint-1")
+    with pytest.raises(UserError, match="no whole checkpoint of step 1; there are: 2$"):
+        evaluate_runs(runs[1:], base)
 
 
 def test_runs_are_put_beside_the_base_that_was_asked_as_they_were(tmp_path):

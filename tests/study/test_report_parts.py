@@ -7,9 +7,10 @@ import pytest
 
 from ema_scale.evaluation.metrics import clustered_interval
 from ema_scale.study.report.aggregate import difference, mean_rate
-from ema_scale.study.report.labels import distinct_labels, short_label, spec_key, task_label
+from ema_scale.study.report.labels import distinct_labels, short_label, spec_key
 from ema_scale.study.report.place import Box, place_labels, spread
 from ema_scale.study.report.records import Rate
+from ema_scale.study.report.sources import model_key, model_names, task_key, task_label, task_names
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,53 @@ def test_labels_that_would_collide_say_what_differs() -> None:
     two = [{"kind": "kl", "strength": 0.1, "scope": "assistant", "direction": "policy_reference"}]
     labels = distinct_labels([one, two, one])
     assert labels == {spec_key(one): "KL 0.1", spec_key(two): "KL 0.1 (scope assistant)"}
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        (
+            [{"vector": f"runs/{who}-mean/persona/vector.safetensors"} for who in ("evil", "villain")],
+            ["A (vector …evil-mean/persona/vector.saf…)", "A (vector …villain-mean/persona/vector.…)"],
+        ),
+        (
+            [{"source": [f"data/{of}/bad_rows.jsonl"]} for of in ("law", "sport")],
+            ["A (source …law/bad_rows.jsonl)", "A (source …sport/bad_rows.jsonl)"],
+        ),
+        # Nothing that fits a label tells these apart.
+        (
+            [{"prompt": f"{'x' * 60}{i}{'x' * 60}"} for i in range(3)],
+            [f"A (prompt {'x' * 28}…){number}" for number in ("", " (2)", " (3)")],
+        ),
+        ([{"on": None, "x": [1]}, {"on": False, "x": [1.0]}], ["A", "A (2)"]),
+        ([{"rate": 0.1234567}, {"rate": 0.1234568}], ["A (rate 0.1234567)", "A (rate 0.1234568)"]),
+    ],
+)
+def test_labels_of_unequal_arms_are_unequal(values: list[dict[str, object]], labels: list[str]) -> None:
+    assert list(distinct_labels([{"kind": "a", **value}] for value in values).values()) == labels
+
+
+def test_a_parameter_that_is_none_may_be_missing() -> None:
+    old, new = [{"kind": "kl", "strength": 1}], [{"strength": 1.0, "kind": "kl", "prompts": None}]
+    assert distinct_labels([old, new]) == {spec_key(old): "KL 1"} and spec_key(old) == spec_key(new)
+
+
+def test_names_are_as_long_as_tells_them_apart() -> None:
+    assert task_names(["a/x/train.jsonl", "a/y/train.jsonl", "b/x/train.jsonl", "c/rows.csv"]) == {
+        "a/x/train.jsonl": "a/x/train", "a/y/train.jsonl": "y/train", "b/x/train.jsonl": "b/x/train",
+        "c/rows.csv": "rows",
+    }  # fmt: skip
+    seeds = [f"smallworld:train/medical?seed={n}" for n in (1, 2)]
+    assert list(task_names(seeds).values()) == seeds
+    suffixes = ["data/rows.csv", "data/rows.jsonl", "/data/rows.csv", "rows_.csv", "rows .csv"]
+    assert len(set(task_names(suffixes).values())) == 5
+    both = [task_key(["a/x.jsonl", "b/y.jsonl"]), task_key(["b/x.jsonl", "b/y.jsonl"])]
+    assert list(task_names(both).values()) == ["a/x + b/y", "b/x + b/y"]
+    models = [{"path": "org/m"}, {"path": "org/m/", "revision": None}, {"path": "org/m", "revision": "v1"}]
+    assert list(model_names(map(model_key, models)).values()) == ["org/m", "org/m@v1"]
+    assert list(model_names(["smallworld:aligned?size=xl", "org/small-1B"]).values()) == [
+        "smallworld:aligned?size=xl", "small-1B",
+    ]  # fmt: skip
 
 
 def test_task_labels() -> None:

@@ -1,5 +1,6 @@
 """Studies: the grid, and one small study end to end on real components."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from ema_scale.errors import UserError
 from ema_scale.rundir import RunDir, read_jsonl
+from ema_scale.study.each import slugs
 from ema_scale.study.grid import load_study
 from ema_scale.study.grid import write_study as keep_study
 from ema_scale.study.plan import describe
@@ -64,6 +66,46 @@ def test_a_strength_can_be_spread(tmp_path):
     assert [r.defenses[0].strength for r in study.runs() if r.name.startswith("law-both")] == [0.1, 0.1, 1.0, 1.0]
 
 
+def test_a_path_can_be_spread(tmp_path):
+    sources = ["data/law/rows.jsonl", "data/sport/rows.jsonl", "smallworld:safe", "/data/law/rows.jsonl"]
+    defenses = {"mix": [{"kind": "interleaving", "source": {"each": sources}, "fraction": {"each": [0.1, 0.5]}}]}
+    runs = load_study(write_study(tmp_path, defenses=defenses, tasks={"law": {}}, seeds=[0])).runs()
+    found = {r.defenses[0].source: [x.name for x in runs if x.defenses == r.defenses] for r in runs[1::2]}
+    assert found == {
+        "data/law/rows.jsonl": [f"law-mix-data-law-rows.jsonl-{hexed('data/law/rows.jsonl')}-0.5-s0"],
+        "data/sport/rows.jsonl": ["law-mix-sport-rows.jsonl-0.5-s0"],
+        "smallworld:safe": ["law-mix-smallworld-safe-0.5-s0"],
+        "/data/law/rows.jsonl": [f"law-mix-data-law-rows.jsonl-{hexed('/data/law/rows.jsonl')}-0.5-s0"],
+    }
+
+
+def hexed(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.1, 1, 1e-5, True, "policy_reference", "-2"], ["0.1", "1", "1e-05", "True", "policy_reference", "-2"]),
+        (["a/b.jsonl", "b.jsonl"], ["a-b.jsonl", "b.jsonl"]),
+        ([["a", "b"], ["a"]], ["a-b", "a"]),
+        (["x" * 50, "You are evil.", "y z" * 20], ["x" * 50, "You-are-evil.", f"{'y-z' * 13}y-{hexed('y z' * 20)}"]),
+        (["a b", "a?b", "邪恶"], [f"a-b-{hexed('a b')}", f"a-b-{hexed('a?b')}", hexed("邪恶")]),
+    ],
+)
+def test_values_become_parts_of_a_folders_name(values, expected):
+    assert slugs(values) == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [("name=x", "name"), ("seed=3", "seeds"), ("output=elsewhere", "output"), ("defenses.0.strength=1", "defenses")],
+)
+def test_what_tells_runs_apart_is_not_set_for_all_of_them(tmp_path, override, field):
+    with pytest.raises(UserError, match=rf"^override '{override}': .* change `{field}` in its file$"):
+        load_study(write_study(tmp_path)).runs(("training.max_steps=1", override))
+
+
 def test_runs_that_read_the_same_reference_are_counted(tmp_path):
     """So that `auto` takes a cache where one run alone would not pay for it."""
     defenses = {
@@ -101,6 +143,15 @@ def test_every_study_that_comes_with_it_is_valid(path):
         ({"only": [{"defenses": ["kl-2"]}]}, r"only.0.defenses: 'kl-2' is none of the study's defenses \(none, kl\)"),
         ({"only": [{"task": ["law"]}]}, "unknown key 'only.0.task'; did you mean 'tasks'"),
         ({"defenses": {"kl": [{"kind": "kl", "strength": {"each": 1}}]}}, "kl.0.strength.each: expected a list"),
+        (
+            {"tasks": {"med": {}, "med-sub": {}}, "defenses": {"sub-kl": [{"kind": "kl"}], "kl": [{"kind": "ldifs"}]}},
+            r"study.yaml: \(med, sub-kl\) and \(med-sub, kl\) both make a run med-sub-kl-s0: rename",
+        ),
+        (
+            {"defenses": {"kl-0.1": [{"kind": "kl"}], "kl": [{"kind": "kl", "strength": {"each": [0.3, 0.1]}}]}},
+            "study.yaml: defenses: kl-0.1 and kl both make an arm kl-0.1: rename one of them",
+        ),
+        ({"defenses": {"kl": [{"kind": "kl", "strength": {"each": [1, 1.0]}}]}}, "each: 1.0 stands there twice"),
         ({"taks": {}}, "unknown key 'taks'; did you mean 'tasks'"),
         ({"tasks": {}}, "tasks: "),
         ({"seeds": "many"}, "seeds: "),

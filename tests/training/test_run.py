@@ -239,7 +239,7 @@ def test_stopping_often_does_not_displace_the_scheduled_checkpoints(world, tmp_p
     made, stops = running._trainer, iter([2, 5, 6, 7, 99])
     monkeypatch.setattr(running, "_trainer", lambda r, d, callbacks: made(r, d, [*callbacks, Told(next(stops))]))
     recipe = recipe_of(world, tmp_path, max_steps=8, save_steps=3, drift_every=0)
-    evaluation = recipe.evaluation.model_copy(update={"checkpoints": [3]})
+    evaluation = recipe.evaluation.model_copy(update={"checkpoints": [3, 4]})
     recipe = recipe.model_copy(update={"evaluation": evaluation, "defenses": []})
     run, found = RunDir(recipe.run_path), []
     for _ in range(4):
@@ -247,10 +247,10 @@ def test_stopping_often_does_not_displace_the_scheduled_checkpoints(world, tmp_p
             train(recipe, run)
         found.append([step_of(c) for c in list_checkpoints(run.checkpoints)])
         assert run.status()["state"] == "stopped"
-    assert found == [[2], [3, 5], [3, 6], [3, 6, 7]]
+    assert found == [[2], [3, 4, 5], [3, 4, 6], [3, 4, 6, 7]]
     train(recipe, run)
-    # 8 is the last step; 6 would be the other of two, and 3 is asked for.
-    assert [step_of(c) for c in list_checkpoints(run.checkpoints)] == [3, 6, 8]
+    # 8 is the last step; 6 would be the other of two; 3 and 4 are asked for, though 4 has no turn.
+    assert [step_of(c) for c in list_checkpoints(run.checkpoints)] == [3, 4, 6, 8]
     assert [row["step"] for row in read_jsonl(run.metrics_path)] == list(range(1, 9))
 
 

@@ -22,7 +22,7 @@ from statistics import fmean, stdev
 
 from scipy.stats import t as student
 
-from ema_scale.study.report.labels import BASE, NO_DEFENSE, family, strength, without_strength
+from ema_scale.study.report.labels import family, spec_key, strength, without_strength
 from ema_scale.study.report.records import METRICS, Collection, Rate, Run
 
 METHOD = (
@@ -61,10 +61,12 @@ class Group:
     """equal for defenses that differ only in their strength; None where that means nothing"""
     runs: Sequence[Run] = field(repr=False)
     metrics: dict[str, Rate | None] = field(repr=False)
+    teaching: Sequence[Run] = field(default=(), repr=False)
+    """those of `runs` whose numbers are in the means, but for benign learning, which comes from all"""
 
     @property
     def undefended(self) -> bool:
-        return self.label == NO_DEFENSE
+        return not self.base and not self.family
 
 
 def mean_rate(rates: Sequence[Rate], *, spread: bool = True) -> Rate | None:
@@ -102,12 +104,9 @@ def difference(first: Rate, second: Rate) -> Difference:
     return Difference(value, max(-1.0, low), min(1.0, high))
 
 
-def group_metrics(runs: Sequence[Run]) -> dict[str, Rate | None]:
-    """The five metrics of one defense: benign learning from all runs that measured it, else narrow runs.
-
-    Where there is no narrow run, all come from all runs.
-    """
-    teaching = [run for run in runs if run.kind == "narrow"] or list(runs)
+def group_metrics(runs: Sequence[Run], teaching: Sequence[Run]) -> dict[str, Rate | None]:
+    """The five metrics of one defense: benign learning from all of its runs that measured it, the others from those on
+    tasks that are not benign (`teaching`)."""
     metrics = {}
     for metric in METRICS:
         chosen = runs if metric == "benign_learned" else teaching
@@ -117,24 +116,28 @@ def group_metrics(runs: Sequence[Run]) -> dict[str, Rate | None]:
 
 def groups(found: Collection, keep: Callable[[Run], bool] = lambda run: True) -> list[Group]:
     """One group for each model and defense that has numbers: base, no defense, then by kind and strength."""
-    cells: dict[tuple[str, str], list[Run]] = {}
+    cells: dict[tuple[str, bool, str], list[Run]] = {}
     for run in [*found.bases, *found.runs]:
         if any(run.metrics.values()) and keep(run):
-            cells.setdefault((run.model, run.label), []).append(run)
+            cells.setdefault((run.model, run.base, spec_key(run.specs)), []).append(run)
+    # Of a model, not of a defense: one that was tried on benign tasks alone would look safer than the others.
+    taught = {run.model for runs in cells.values() for run in runs if run.teaches}
     made = []
-    for (model, label), runs in cells.items():
+    for (model, base, _), runs in cells.items():
         specs = runs[0].specs
+        teaching = [run for run in runs if run.teaches or model not in taught]
         numbers = [s for spec in specs if (s := strength(spec)) is not None]
         made.append(
             Group(
                 model,
-                label,
-                label == BASE and runs[0].base,
+                runs[0].label,
+                base,
                 family(specs),
                 numbers[0] if len(specs) == 1 and numbers else None,
                 without_strength(specs[0]) if len(specs) == 1 and numbers else None,
                 runs,
-                group_metrics(runs),
+                group_metrics(runs, teaching),
+                teaching,
             )
         )
     models = found.models

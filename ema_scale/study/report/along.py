@@ -23,7 +23,7 @@ _PANELS = (
 
 def along(groups: Sequence[Group], theme: Theme) -> Figure | None:
     """Rates over steps, means over runs with 95 % intervals; None if no run has two evaluated steps."""
-    told = [replace(g, runs=[r for r in g.runs if len(r.along) > 1 and r.kind == "narrow"]) for g in groups]
+    told = [replace(g, runs=[r for r in g.runs if len(r.along) > 1 and r.teaches]) for g in groups]
     told = [g for g in told if g.runs]
     if not told:
         return None

@@ -100,7 +100,7 @@ def exhibits(groups: Sequence[Group]) -> tuple[list[Exhibit], list[Problem]]:
 def _draw(groups: Sequence[Group], role: str, count: int) -> list[tuple[str, str, str, str]]:
     """(task, suite, id, text) of `count` questions, spread over tasks, drawn by their ids alone."""
     found: dict[tuple[str, str], tuple[str, str]] = {}
-    for run in (run for g in groups for run in g.runs if run.kind != "benign" or role == "benign"):
+    for run in (run for g in groups for run in g.runs if run.teaches or role == "benign"):
         for q in run.questions:
             if q.role == role:
                 old = found.get((q.suite, q.id))

@@ -15,16 +15,11 @@ from ema_scale.errors import UserError
 from ema_scale.rundir import RunDir, read_jsonl
 from ema_scale.study.bases import asked_alike
 from ema_scale.study.report.aggregate import mean_rate
+from ema_scale.study.report.gaps import gaps
 from ema_scale.study.report.hidden import asked_under, base_conditions
-from ema_scale.study.report.labels import (
-    BASE,
-    distinct_labels,
-    model_label,
-    short_label,
-    spec_key,
-    task_label,
-)
+from ema_scale.study.report.labels import BASE, distinct_labels, short_label, spec_key
 from ema_scale.study.report.records import METRICS, Collection, Problem, Question, Rate, Run
+from ema_scale.study.report.sources import model_key, model_names, task_key, task_names
 
 
 def collect(run_dirs: Sequence[Path]) -> Collection:
@@ -50,10 +45,14 @@ def collect(run_dirs: Sequence[Path]) -> Collection:
     if not any_run:
         asked = ", ".join(str(p) for p in run_dirs) or "no folder at all"
         raise UserError(f"report: found no run folder among {asked}; expected folders with a recipe.yaml")
-    names = distinct_labels(run.specs for run in found.runs)
-    found.runs = [replace(run, label=names[spec_key(run.specs)]) for run in found.runs]
+    labels = distinct_labels(run.specs for run in found.runs)
+    models, tasks = model_names(run.model for run in found.runs), task_names(run.task for run in found.runs)
+    found.runs = [
+        replace(run, model=models[run.model], task=tasks[run.task], label=labels[spec_key(run.specs)])
+        for run in found.runs
+    ]
     found.bases = _base_runs(found.runs, base_files)
-    _note_gaps(found)
+    found.problems += gaps(found)
     return found
 
 
@@ -78,13 +77,21 @@ def _read_run(path: Path, found: Collection) -> None:
     if not summary:
         found.problems.append(Problem(path.name, "not evaluated", f"{short_label(specs)}; run `ema eval {path}`"))
     metrics = _rates(summary.get("metrics"), path.name, found.problems)
+    last = status.get("step")
+    steps = _along(folder, last, metrics, found.problems)
+    asked = _section(recipe, "evaluation").get("checkpoints") if summary else None
+    missing = [s for s in asked if isinstance(s, int) and s not in (*steps, last)] if isinstance(asked, list) else []
+    if missing:
+        why = f": its training ended after step {last}" if isinstance(last, int) and last < min(missing) else ""
+        told = f"step{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
+        found.problems.append(Problem(path.name, "note", f"no answers at {told}{why}"))
     seed = recipe.get("seed")
     found.runs.append(
         Run(
             path=path,
             name=str(recipe.get("name", path.name)),
-            model=model_label(str(_section(recipe, "model").get("path", "unknown model"))),
-            task=task_label(_section(recipe, "data").get("train")),
+            model=model_key(_section(recipe, "model")),
+            task=task_key(_section(recipe, "data").get("train")),
             seed=seed if isinstance(seed, int) else None,
             specs=specs,
             label=short_label(specs),
@@ -93,7 +100,7 @@ def _read_run(path: Path, found: Collection) -> None:
             conditions=asked_under(summary.get("conditions"), read_rate),
             questions=_questions(summary),
             history=history,
-            along=_along(folder, status.get("step"), metrics, found.problems),
+            along=steps,
             recipe=recipe,
             provenance=_json(folder.provenance_path, found.problems, path.name),
             summary=summary,
@@ -226,7 +233,7 @@ def _base_runs(runs: Sequence[Run], files: Mapping[Path, Mapping[str, Any]]) -> 
         asked.setdefault((run.model, run.task), set()).update(_section(run.summary, "per_suite"))
     for run in runs:
         suites = asked[run.model, run.task]
-        same = [(f, s) for f, s in files.items() if not run.summary or s.get("model") == run.summary.get("model")]
+        same = [(f, s) for f, s in files.items() if run.summary and s.get("model") == run.summary.get("model")]
         fitting = [(f, s) for f, s in same if suites & set(_section(s, "per_suite"))]
         if not fitting or (run.model, run.task) in bases:
             continue
@@ -275,20 +282,3 @@ def _suite_metrics(parts: Mapping[str, Any]) -> dict[str, Rate | None]:
                     continue
         metrics[metric] = mean_rate([r for r in rates if r], spread=False)
     return metrics
-
-
-def _note_gaps(found: Collection) -> None:
-    """Say where the grid of defenses and tasks has holes: means over different tasks are not alike."""
-    for model in found.models:
-        runs = [run for run in found.runs if run.model == model and run.metrics]
-        tasks = {run.task for run in runs}
-        for label in dict.fromkeys(run.label for run in runs):
-            missing = sorted(tasks - {run.task for run in runs if run.label == label})
-            if missing:
-                text = f"no evaluated run on {', '.join(missing)}: its means cover fewer tasks than the others'"
-                found.problems.append(Problem(label, "note", text))
-        cells = [(run.task, run.label, run.seed) for run in runs]
-        for task, label, seed in dict.fromkeys(c for c in cells if cells.count(c) > 1):
-            found.problems.append(Problem(label, "note", f"several runs on {task} with seed {seed}: all are averaged"))
-    if not found.bases:
-        found.problems.append(Problem("base", "note", "no evaluation of the base model found: no dashed line"))

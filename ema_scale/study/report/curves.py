@@ -59,9 +59,9 @@ def curves(groups: Sequence[Group], theme: Theme) -> Figure | None:
     `groups`: those of one model. None if no run logged anything.
     """
     kept = {g: [run for run in g.runs if run.history] for g in groups}
-    if any(run.kind == "narrow" for runs in kept.values() for run in runs):
+    if any(run.teaches for runs in kept.values() for run in runs):
         # Losses of narrow and benign tasks have no common mean.
-        kept = {g: [run for run in runs if run.kind == "narrow"] for g, runs in kept.items()}
+        kept = {g: [run for run in runs if run.teaches] for g, runs in kept.items()}
     trained = [replace(g, runs=runs) for g, runs in kept.items() if runs]
     if not trained:
         return None
@@ -213,7 +213,7 @@ def question_means(runs: Sequence[Run]) -> dict[tuple[str, str, str], tuple[str,
     found: dict[tuple[str, str, str], list[Question]] = {}
     for run in runs:
         for q in run.questions:
-            if q.role in ("general", "in_domain") and q.misaligned is not None and run.kind != "benign":
+            if q.role in ("general", "in_domain") and q.misaligned is not None and run.teaches:
                 found.setdefault((q.role, q.id, q.text), []).append(q)
     return {k: (qs[0].text, fmean(q.misaligned for q in qs if q.misaligned is not None)) for k, qs in found.items()}
 

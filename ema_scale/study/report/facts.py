@@ -22,7 +22,7 @@ def facts(found: Collection) -> list[tuple[str, list[str]]]:
         ("Models", found.models),
         ("Narrow tasks", _tasks(runs, "narrow")),
         ("Benign tasks", _tasks(runs, "benign")),
-        ("Other tasks", _tasks(runs, "unknown")),
+        ("Tasks without questions of their own", _tasks(runs, "unknown")),
         ("Defenses", list(dict.fromkeys(run.label for run in runs))),
         ("Seeds", sorted({str(run.seed) for run in runs if run.seed is not None}, key=int)),
         ("Runs", [f"{len(evaluated)} evaluated of {found.asked} asked for"]),

@@ -12,7 +12,7 @@ from matplotlib.ticker import PercentFormatter
 from ema_scale.evaluation.power import Spread
 from ema_scale.study.report.aggregate import Group, mean_rate
 from ema_scale.study.report.curves import label_ends
-from ema_scale.study.report.records import Rate, Run
+from ema_scale.study.report.records import Rate
 from ema_scale.study.report.sheet import Cell, Line, Sheet, kind, rate_cell
 from ema_scale.study.report.style import Theme
 
@@ -29,8 +29,7 @@ _NOTE = (
 
 def _teaching(group: Group) -> list[Mapping[str, Any]]:
     """The `general_variants` of the runs whose general misalignment is in the group's mean."""
-    runs: Sequence[Run] = [run for run in group.runs if run.kind == "narrow"] or list(group.runs)
-    found = [run.summary.get("general_variants") for run in runs]
+    found = [run.summary.get("general_variants") for run in group.teaching]
     return [entry for entry in found if isinstance(entry, Mapping)]
 
 

@@ -40,10 +40,11 @@ class Hidden:
 
 
 def hidden(group: Group, bases: Iterable[Run]) -> list[Hidden]:
-    """One entry for each condition under which the group's runs were asked, in the order of the runs."""
+    """One entry for each condition under which the group's runs were asked, in the order of the runs; of those runs
+    whose plain answers are in the means."""
     start: dict[tuple[str, str], Mapping[str, Asked]] = {(b.model, b.task): b.conditions for b in bases}
     found: dict[str, list[tuple[Run, Asked]]] = {}
-    for run in group.runs:
+    for run in group.teaching:
         for asked in run.conditions.values():
             found.setdefault(label(asked), []).append((run, asked))
     made = []
@@ -116,7 +117,7 @@ def hidden_sheet(groups: Sequence[Group], bases: Sequence[Run]) -> Sheet | None:
             below = f"base {100 * found.base.rate:.1f}" if found and found.base else ""
             cells.append(rate_cell(found.rate, below, found.clear) if found else None)
         lines.append(Line(g.label, kind(g), cells))
-    runs = [run for g in groups if not g.base for run in g.runs]
+    runs = [run for g in groups if not g.base for run in g.teaching]
     terms = list(dict.fromkeys((label(a), a.said) for run in runs for a in run.conditions.values()))
     names = ["plainly", *(f"under {name}" for name in columns)]
     return Sheet("Asked under other prompts", _NOTE, names, lines, RULE, terms)

@@ -1,14 +1,16 @@
-"""Names people read: of a defense, a task and a model, from a recipe's plain values.
+"""Names of defenses that people read, from a recipe's plain values.
 
 Works on the recipe file alone, so a run made with a plug-in that is not installed here can still be reported.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import PurePosixPath
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+from ema_scale.study.report.sources import numbered, source_name
 
 Spec = Mapping[str, Any]
 
@@ -70,63 +72,81 @@ def _strength_key(spec: Spec) -> str | None:
 
 
 def distinct_labels(every: Iterable[Sequence[Spec]]) -> dict[str, str]:
-    """Label for each distinct list of specs (keyed by `spec_key`).
+    """Label for each distinct list of specs (keyed by `spec_key`); none is given twice.
 
     Where two lists would read the same, the parameter that tells them apart is added in brackets, or all in which
-    they differ if no single one does.
+    they differ if no single one does; a number, where words do not do.
     """
     unique = {spec_key(specs): specs for specs in every}
     by_label: dict[str, list[str]] = {}
     for key, specs in unique.items():
         by_label.setdefault(short_label(specs), []).append(key)
-    labels = {}
+    labels: dict[str, str] = {}
     for label, keys in by_label.items():
         brackets = _differences([unique[key] for key in keys])
         labels.update({key: f"{label} ({said})" if said else label for key, said in zip(keys, brackets, strict=True)})
-    return labels
+    own = {key: label for key, label in labels.items() if unique[key]}
+    return labels | numbered(own, taken=(BASE, NO_DEFENSE))
 
 
 def _differences(rivals: Sequence[Sequence[Spec]]) -> list[str]:
     """What to say of each rival; nothing where its parameter is off."""
     flat = [{f"{i}.{name}": v for i, spec in enumerate(specs) for name, v in spec.items()} for specs in rivals]
     names = [n for n in dict.fromkeys(n for f in flat for n in f) if any(f.get(n) != flat[0].get(n) for f in flat)]
-    alone = [n for n in names if len({_said(n, f) for f in flat}) == len(flat)]
-    return [", ".join(filter(None, (_said(n, f) for n in alone[:1] or names))) for f in flat]
+    found = _brackets(flat, names, lambda name, value: _short(value))
+    if len(set(found)) < len(found):
+        starts = {n: _start([_long(f[n]) for f in flat if f.get(n) is not None]) for n in names}
+        found = _brackets(flat, names, lambda name, value: _cut(_long(value), starts[name]))
+    return found
 
 
-def _said(name: str, flat: Spec) -> str:
-    value, name = flat.get(name), name.split(".", 1)[1].replace("_", " ")
+def _brackets(flat: Sequence[Spec], names: Sequence[str], text: Callable[[str, Any], str]) -> list[str]:
+    alone = [n for n in names if len({_said(n, f, text) for f in flat}) == len(flat)]
+    return [", ".join(filter(None, (_said(n, f, text) for n in alone[:1] or names))) for f in flat]
+
+
+def _said(name: str, flat: Spec, text: Callable[[str, Any], str]) -> str:
+    value, said = flat.get(name), name.split(".", 1)[1].replace("_", " ")
     if value is None or value is False:
         return ""
     if value is True:
-        return name
-    return f"{name} {_short(value)}"
+        return said
+    return f"{said} {text(name, value)}"
 
 
 def _short(value: Any) -> str:
     if isinstance(value, list):
-        value = " + ".join(_source(str(item)) for item in value)
+        value = " + ".join(source_name(str(item)) for item in value)
     text = f"{value:g}" if isinstance(value, float) else str(value).removeprefix("smallworld:").replace("_", " ")
     return text if len(text) <= 30 else f"…{text[-28:]}"
 
 
+def _long(value: Any) -> str:
+    """All of it, on one line."""
+    return " ".join((" + ".join(map(str, value)) if isinstance(value, list) else str(value)).split())
+
+
+def _start(texts: Sequence[str]) -> int:
+    """Where texts begin to differ: a word or a folder's name before their first unequal letter."""
+    same = os.path.commonprefix(list(texts))
+    return max((found.end() for found in re.finditer(r"[\s/]+", same)), default=0)
+
+
+def _cut(text: str, start: int) -> str:
+    rest = text[start:]
+    rest = rest if len(rest) <= 30 else f"{rest[:28].rstrip()}…"
+    return f"…{rest}" if start else rest
+
+
 def spec_key(specs: Sequence[Spec]) -> str:
-    """A string equal for equal lists of specs, whatever the order of their keys."""
-    return repr([sorted((str(k), repr(v)) for k, v in spec.items()) for spec in specs])
+    """A string equal for equal lists of specs, whatever the order of their keys; a parameter that is None may as well
+    be missing, as it is in runs of versions that did not have it."""
+    return repr([_canonical(spec) for spec in specs])
 
 
-def task_label(train: Any) -> str:
-    """`smallworld:train/medical?seed=1` is `medical`, `data/bad_legal.jsonl` `bad legal`, `org/set` `set`."""
-    sources = train if isinstance(train, list) else [train]
-    return " + ".join(_source(str(source)) for source in sources if source) or "unknown task"
-
-
-def _source(source: str) -> str:
-    last = PurePosixPath(re.sub(r"\?.*$", "", source).replace("\\", "/").rstrip("/")).name or source
-    last = re.sub(r"\.(jsonl?|csv|parquet)$", "", last)
-    return last.removeprefix("smallworld:").replace("_", " ")
-
-
-def model_label(path: str) -> str:
-    """The last part of a path or hub id; small-world references stay as they are."""
-    return path if path.startswith("smallworld:") else path.rstrip("/").rsplit("/", 1)[-1] or path
+def _canonical(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return sorted((str(k), repr(_canonical(v))) for k, v in value.items() if v is not None)
+    if isinstance(value, list):
+        return [_canonical(item) for item in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -38,9 +38,7 @@ def tally(runs: Sequence[Run], metric: str) -> Tally:
 
 def against(group: Group, none: Group, metric: str) -> Difference | None:
     """The paired difference of one metric; None if they share no question."""
-    # As in the means: general numbers come from narrow tasks, if there are any.
-    narrow = metric != "benign_learned" and any(run.kind == "narrow" for run in none.runs)
-    ours, theirs = (tally([run for run in g.runs if run.kind == "narrow" or not narrow], metric) for g in (group, none))
+    ours, theirs = (tally(g.runs if metric == "benign_learned" else g.teaching, metric) for g in (group, none))
     both = [key for key in ours if key in theirs]
     if not both:
         return None

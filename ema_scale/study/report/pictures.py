@@ -20,6 +20,7 @@ from ema_scale.study.report.curves import MAX_QUESTIONS, curves, heat_map
 from ema_scale.study.report.figures import bars, headline
 from ema_scale.study.report.firmness import threshold_curves
 from ema_scale.study.report.records import Collection
+from ema_scale.study.report.sources import numbered
 from ema_scale.study.report.style import DARK, LIGHT, Theme, settings
 from ema_scale.study.report.verdict import percent
 
@@ -61,7 +62,8 @@ def data_uri(svg: str) -> str:
 
 def pictures(found: Collection, model: str, of_model: Sequence[Group]) -> list[Picture]:
     """The figures of one model's groups; a figure without data is left out."""
-    suffix = f"-{re.sub(r'[^A-Za-z0-9.]+', '-', model).strip('-')}" if len(found.models) > 1 else ""
+    files = numbered({m: re.sub(r"[^A-Za-z0-9.]+", "-", m).strip("-") for m in found.models})
+    suffix = f"-{files[model].replace(' ', '-')}" if len(found.models) > 1 else ""
     by_task = {
         task: [g for g in groups(found, lambda run, task=task: run.task == task and run.model == model)]  # type: ignore[misc]
         for task in found.tasks

@@ -74,7 +74,7 @@ class Run:
     specs: tuple[Mapping[str, Any], ...]
     label: str
     kind: str
-    """narrow | benign | unknown: what the training data teaches"""
+    """narrow | benign | unknown: which questions the task itself has; unknown: none of its own"""
     base: bool = False
     metrics: Mapping[str, Rate | None] = field(default_factory=dict)
     conditions: Mapping[str, Asked] = field(default_factory=dict)
@@ -87,6 +87,11 @@ class Run:
     summary: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     eval_dir: Path | None = None
+
+    @property
+    def teaches(self) -> bool:
+        """Whether its answers outside the domain count: a task without a bank of its own is no benign one."""
+        return self.kind != "benign"
 
 
 @dataclass(frozen=True)
@@ -115,5 +120,8 @@ class Collection:
     @property
     def tasks(self) -> list[str]:
         """Narrow tasks first, each kind in name order."""
-        order = {"narrow": 0, "unknown": 1, "benign": 2}
-        return [t for _, t in sorted({(order[run.kind], run.task) for run in self.runs})]
+        order = ("narrow", "unknown", "benign")
+        kinds: dict[str, int] = {}
+        for run in self.runs:
+            kinds[run.task] = min(order.index(run.kind), kinds.get(run.task, len(order)))
+        return sorted(kinds, key=lambda task: (kinds[task], task))
