@@ -33,14 +33,15 @@ $(STAMP): pyproject.toml constraints.txt constraints-cpu-overrides.txt
 demo: setup ## see emergent misalignment appear and a defense prevent it; writes runs/demo/report/report.html
 	$(BIN)/ema demo
 
-# Those that start processes, engines or a cluster have the machine to themselves.
-HEAVY := slow or vllm or zero3 or slurm
+# Those that start engines, several processes or a cluster have the machine to themselves; of the others two run at a time.
+ALONE := vllm or zero3 or slurm
 
-test: test-fast ## all tests
-	$(BIN)/python -m pytest -q -m "$(HEAVY)"
+test: setup ## all tests
+	$(BIN)/python -m pytest -q -n 2 -m "not ($(ALONE))"
+	$(BIN)/python -m pytest -q -m "$(ALONE)"
 
-test-fast: setup ## the tests that take seconds, two at a time
-	$(BIN)/python -m pytest -q -n 2 -m "not ($(HEAVY))"
+test-fast: setup ## the tests that take seconds
+	$(BIN)/python -m pytest -q -n 2 -m "not (slow or $(ALONE))"
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

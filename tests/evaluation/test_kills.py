@@ -1,6 +1,6 @@
 """A study's answers survive kill -9: six adapters, 24 questions, through `ema eval` on real vLLM.
 
-20 samples a question here; with trained adapters and 100, which takes several minutes:
+12 samples a question here; with trained adapters and 100, which takes several minutes:
 
     EMA_KILLS_STUDY=runs/smallworld-defenses python -m pytest tests/evaluation/test_kills.py
 """
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINED = os.environ.get("EMA_KILLS_STUDY")
-ADAPTERS, QUESTIONS, SAMPLES = 6, 24, 100 if TRAINED else 20
+ADAPTERS, QUESTIONS, SAMPLES = 6, 24, 100 if TRAINED else 12
 ROWS = ADAPTERS * QUESTIONS * SAMPLES
 
 
@@ -61,7 +61,7 @@ def make_study(folder: Path) -> Path:
                 "judge": {"kind": "smallworld"},
                 "sampler": "vllm",
                 "samples_per_question": SAMPLES,
-                "max_tokens": 48 if TRAINED else 24,
+                "max_tokens": 48 if TRAINED else 16,
                 # Few answers under way: a kill can come between any two of them, and long before the last one.
                 "engine": {"max_num_seqs": 128 if TRAINED else 8},
             },
