@@ -187,4 +187,4 @@ def test_data_check_reports_and_fails_on_bad_rows(ema, recipe, tmp_path, model):
 def test_a_study_lists_its_runs(ema):
     code, out, _ = ema("study", ROOT / "configs" / "studies" / "demo.yaml", "--dry-run")
     assert code == 0
-    assert "runs/demo/medical-none-s0" in out.split() and len(out.split()) == 18
+    assert "runs/demo/medical-none-s0" in out.split() and len(out.split()) == 21
