@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -125,7 +126,7 @@ def _label(
         start, end = (at(x, dashed.rate) for x in axis.get_xlim())
         obstacles.append(Box(start[0], start[1] - 1, end[0], end[1] + 1))
         names.append("aligned base")
-        anchors.append(at(axis.get_xlim()[1] * 0.9, dashed.rate))
+        anchors.append(_emptiest([at(x, dashed.rate) for x in np.linspace(*axis.get_xlim(), 21)[2:-2]], anchors))
     area = axis.get_window_extent()
     bounds = Box(*(float(v * scale) for v in (area.x0, area.y0, area.x1 + 8, area.y1)))
     texts = []
@@ -149,6 +150,11 @@ def _label(
             )
             ends = axis.transData.inverted().transform([(p[0] / scale, p[1] / scale) for p in (anchor, near)])
             axis.plot(ends[:, 0], ends[:, 1], color=theme.muted, lw=0.6, zorder=3)
+
+
+def _emptiest(points: Sequence[tuple[float, float]], marks: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Of the points of a line, the one that is farthest from the marks along it; the last of those as far."""
+    return max(points, key=lambda p: (min((round(math.dist(p, m)) for m in marks), default=0), p[0]))
 
 
 def bars(groups: Sequence[Group], by_task: Mapping[str, Sequence[Group]], theme: Theme) -> Figure:
