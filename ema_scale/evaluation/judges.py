@@ -15,8 +15,8 @@ from ema_scale.errors import UserError
 from ema_scale.evaluation.deciding import of_engine
 from ema_scale.evaluation.judge import Judge, exact_match_judge, smallworld_judge
 from ema_scale.evaluation.judge_scores import REQUIRED_PROMPTS, Rule
-from ema_scale.evaluation.store import digest
 from ema_scale.evaluation.suite import Question, Suite
+from ema_scale.rundir import digest
 
 if TYPE_CHECKING:
     from ema_scale.recipe import EvaluationRecipe, JudgeRecipe
@@ -112,7 +112,8 @@ def key_missing_there(recipes: Iterable[EvaluationRecipe], environment: Mapping[
     from ema_scale.evaluation.run import load_suites
 
     here = {**os.environ, **environment}
-    for settings in recipes:
+    # A study's runs are mostly asked alike, and reading their suites is what takes time.
+    for settings in {recipe.model_dump_json(): recipe for recipe in recipes}.values():
         name = missing_key(settings.judge, here)
         if name is None:
             continue
