@@ -202,7 +202,7 @@ def tokenize_rows(
 
     encoder = Encoder(tokenizer)
     store = TokenStore(cache, tokenizer, max_length, template) if cache is not None else None
-    keys = [message_key(row.messages) for row in rows] if store else [""] * len(rows)
+    keys = [message_key(row.messages) for row in rows]
     known = store.read(keys) if store else {}
     fresh: dict[str, Encoded] = {}
     report = TokenReport()
@@ -216,8 +216,7 @@ def tokenize_rows(
                 encoded = encoder.encode(row.messages, max_length, template=template)
             except UserError as error:
                 raise UserError(f"{row.origin}: {error}") from None
-            if store:
-                known[key] = fresh[key] = encoded
+            known[key] = fresh[key] = encoded
         report.truncated += encoded.truncated
         report.disarmed += encoded.disarmed
         report.system_folded += not encoder.takes_system and any(m["role"] == "system" for m in row.messages)

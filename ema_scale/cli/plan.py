@@ -47,8 +47,8 @@ def plan(
     from ema_scale.planning.judging import judged
     from ema_scale.planning.plan import parse_rows, plan_run, scaled
     from ema_scale.planning.serving import served
-    from ema_scale.recipe import load_recipe, read_layers
-    from ema_scale.study.grid import load_study
+    from ema_scale.recipe import load_recipe
+    from ema_scale.study.grid import is_study, load_study
 
     if device not in DEVICES:
         raise UserError(f"--device: found {device!r}, expected {' or '.join(DEVICES)}")
@@ -70,9 +70,8 @@ def plan(
     )
     count, memory = parse_gpus(gpus)
     cluster = Cluster(count, nodes, memory, chosen, mfu=mfu, overlap=overlap)
-    is_study = "tasks" in read_layers(path)
     given = tuple(overrides or ())
-    study = load_study(path) if is_study else None
+    study = load_study(path) if is_study(path) else None
     recipes = study.runs(given) if study else [load_recipe(path, given)]
     cells = [(model, task) for model, task, *_ in study.cells()] if study else [("", "")]
     counts = parse_rows(rows or (), study.tasks if study else ())

@@ -18,8 +18,8 @@ import yaml
 from pydantic import ValidationError
 
 from ema_scale.errors import UserError, explain
-from ema_scale.evaluation.store import digest
 from ema_scale.recipe import ConditionRecipe
+from ema_scale.rundir import digest
 
 if TYPE_CHECKING:
     from ema_scale.defenses.base import Defense

@@ -25,10 +25,10 @@ from ema_scale.evaluation.judges import SCORING, Assignment
 from ema_scale.evaluation.judging import Judging
 from ema_scale.evaluation.metrics import clustered_rate
 from ema_scale.evaluation.plan import EvalTarget
-from ema_scale.evaluation.store import SAMPLES, Store, digest, locked_store
+from ema_scale.evaluation.store import SAMPLES, Store, locked_store
 from ema_scale.evaluation.suite import Question, Suite
 from ema_scale.recipe import JudgeRecipe
-from ema_scale.rundir import atomic_write_json, file_sha256
+from ema_scale.rundir import atomic_write_json, digest, file_sha256
 
 log = logging.getLogger(__name__)
 

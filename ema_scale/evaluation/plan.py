@@ -13,8 +13,8 @@ from ema_scale.evaluation.deciding import of_sampler
 from ema_scale.evaluation.judge import split_reasoning
 from ema_scale.evaluation.judges import Assignment, assign
 from ema_scale.evaluation.sampler import SampleRequest, SampleResult
-from ema_scale.evaluation.store import digest, folder_identity
 from ema_scale.evaluation.suite import Question, Suite
+from ema_scale.rundir import digest, folder_identity
 
 if TYPE_CHECKING:
     from ema_scale.recipe import EvaluationRecipe, ModelRecipe

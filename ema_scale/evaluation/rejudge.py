@@ -23,10 +23,11 @@ from ema_scale.evaluation.judges import EXACT
 from ema_scale.evaluation.judging import Judging, refuse_silence
 from ema_scale.evaluation.outcome import write_summary
 from ema_scale.evaluation.plan import Group
-from ema_scale.evaluation.store import Row, digest, locked_store
+from ema_scale.evaluation.store import Row, locked_store
 from ema_scale.evaluation.suite import Suite
 from ema_scale.evaluation.summary import Summary
 from ema_scale.recipe import EvaluationRecipe, JudgeRecipe, apply_overrides
+from ema_scale.rundir import digest
 
 OURS = "evaluation.judge."
 

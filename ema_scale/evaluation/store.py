@@ -21,8 +21,6 @@ from filelock import FileLock, Timeout
 
 from ema_scale.errors import UserError
 from ema_scale.rundir import append_jsonl, atomic_write_text, read_jsonl
-from ema_scale.rundir import digest as digest
-from ema_scale.rundir import folder_identity as folder_identity
 
 SAMPLES, JUDGEMENTS = "samples.jsonl", "judgements.jsonl"
 FLUSH_SECONDS = 0.5

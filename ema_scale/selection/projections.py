@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ema_scale.directions import Directions
-from ema_scale.evaluation.store import digest
 from ema_scale.persona.projection import project_rows
 from ema_scale.persona.states import BATCH_TOKENS
-from ema_scale.rundir import append_jsonl, file_sha256, read_jsonl
+from ema_scale.rundir import append_jsonl, digest, file_sha256, read_jsonl
 from ema_scale.selection.readers import ALIGNED, Readers
 from ema_scale.selection.rows import Item
 

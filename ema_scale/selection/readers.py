@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ema_scale.chat.tokens import Encoder, load_tokenizer
 from ema_scale.errors import UserError
-from ema_scale.evaluation.store import digest, folder_identity
 from ema_scale.locate import locate
 from ema_scale.recipe import ModelRecipe
 from ema_scale.reference.anatomy import Anatomy, Head, switched
+from ema_scale.rundir import digest, folder_identity
 from ema_scale.selection.rows import Item
 from ema_scale.training.adapter import load_base, with_adapters
 from ema_scale.training.loss import default_chunk, head_logits

@@ -9,7 +9,7 @@ from ema_scale.chat.rows import Dropped, Row, Rows
 from ema_scale.chat.tokens import Encoder
 from ema_scale.errors import UserError
 from ema_scale.evaluation.progress import Progress
-from ema_scale.evaluation.store import digest
+from ema_scale.rundir import digest
 
 
 @dataclass(frozen=True)

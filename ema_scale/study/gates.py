@@ -10,10 +10,10 @@ from ema_scale.errors import UserError
 from ema_scale.evaluation.gate import gate, note_other_references, refuse, refuses
 from ema_scale.evaluation.run import is_complete
 from ema_scale.evaluation.summary import Summary
-from ema_scale.recipe import Recipe, load_recipe, read_layers
+from ema_scale.recipe import Recipe, load_recipe
 from ema_scale.study.bases import together
 from ema_scale.study.evaluate import each_group, evaluate_alike, targets_of
-from ema_scale.study.grid import load_study
+from ema_scale.study.grid import is_study, load_study
 from ema_scale.study.runs import find_study
 
 _Groups = list[tuple[Path, list[Recipe]]]  # each base model's folder, and the runs on it
@@ -34,7 +34,7 @@ def ask_references(path: Path, overrides: tuple[str, ...] = ()) -> dict[Path, Su
         if len(folders) > 1 or find_study(base := folders.pop()) is None:
             raise UserError(f"{path}: expected the recipes of one study; name a recipe or a study file")
         return _ask(_alike(recipes, base / "base"), base)
-    if "tasks" in read_layers(path):
+    if is_study(path):
         study = load_study(path)
         return _ask(_alike(study.runs(overrides), study.path / "base"), study.path)
     recipe = load_recipe(path, overrides)

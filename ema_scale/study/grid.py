@@ -157,6 +157,11 @@ def _reference(recipe: Recipe) -> str | None:
     return json.dumps([whole["model"], whole["data"], whole["adapter"]["start"], whole["reference"], layers])
 
 
+def is_study(path: Path) -> bool:
+    """Whether a YAML file is a study's, and not a recipe's. Raises UserError if it is neither."""
+    return "tasks" in read_layers(path)
+
+
 def load_study(path: Path | str) -> Study:
     """Read and validate a study file. Raises UserError naming file and field."""
     path = Path(path)

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from ema_scale.errors import UserError
 from ema_scale.training.offload import check_offload
+from ema_scale.training.tokenized import is_prepared
 
 # Of TrainingArguments, TRL's SFTConfig and Trainer's own keywords: the values that are honoured, None and False always,
 # and why no other.
@@ -49,7 +50,7 @@ def checked(args: TrainingArguments | None, **keywords: Any) -> TrainingArgument
     """
     args = args or TrainingArguments(output_dir="tmp_trainer")
     refused = _REFUSED
-    if not all(map(_is_prepared, _all_of(keywords.get("train_dataset"), keywords.get("eval_dataset")))):
+    if not all(map(is_prepared, _all_of(keywords.get("train_dataset"), keywords.get("eval_dataset")))):
         refused = _REFUSED | _REFUSED_OF_ROWS
         if getattr(args, "completion_only_loss", None) is False:
             raise UserError(
@@ -87,11 +88,3 @@ def checked(args: TrainingArguments | None, **keywords: Any) -> TrainingArgument
 def _all_of(train: Any, evaluated: Any) -> list[Any]:
     named = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
     return [rows for rows in (train, *named) if rows is not None]
-
-
-def _is_prepared(rows: Any) -> bool:
-    """Whether rows are tokens with labels, and nothing but their length is left to settle."""
-    columns = getattr(rows, "column_names", None)
-    if columns is None and isinstance(rows, list | tuple) and rows and isinstance(rows[0], dict):
-        columns = list(rows[0])
-    return {"input_ids", "labels"} <= {*(columns or ())}

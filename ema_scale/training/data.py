@@ -17,7 +17,7 @@ from ema_scale.defenses.base import Defense, RowsContext
 from ema_scale.defenses.parts import Parts
 from ema_scale.errors import UserError
 from ema_scale.rundir import file_sha256
-from ema_scale.training.tokenized import cut
+from ema_scale.training.tokenized import columns_of, cut
 
 
 @dataclass
@@ -56,10 +56,9 @@ def prepare(
     """
     from datasets import Dataset
 
-    if isinstance(source, list | tuple) and source and isinstance(source[0], dict) and "input_ids" in source[0]:
-        source = Dataset.from_list(list(source))
-    columns = getattr(source, "column_names", None) or []
-    if "input_ids" in columns:
+    if "input_ids" in columns_of(source):
+        if isinstance(source, list | tuple):
+            source = Dataset.from_list(list(source))
         dataset, report = _tokenized(source, defenses, hash_files(defenses), max_length)
         return _packed(dataset, report, max_length) if packing and not is_packed(dataset) else (dataset, report)
     if isinstance(source, Rows) or _are_rows(source):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Sampler, SequentialSampler
@@ -16,6 +17,7 @@ from ema_scale.reference.sharding import weights_are_sharded
 from ema_scale.training import references
 from ema_scale.training.data import check_vocabulary, on_template, prepare
 from ema_scale.training.sampler import EpochSampler
+from ema_scale.training.tokenized import is_prepared
 
 if TYPE_CHECKING:
     from ema_scale.defenses.base import Defense
@@ -62,15 +64,20 @@ class Feeding:
         """Parts of the mix that some rows' loss depends on: those that a term looks at, and those not learned."""
         return sorted(self.parts.looked_at | ({*self.data_report.rows} - {*LEARNED}))
 
+    @cached_property
+    def _needed(self) -> dict[str, str]:
+        """Of a batch: the tensors that the loss cannot do without, and what for; the same for every batch."""
+        needed = {"input_ids": "every batch", "labels": "the loss"}
+        if parts := self._told_apart:
+            needed["tags"] = f"the part {parts[0]} of the rows"
+        if kinds := on_template(self.defenses):
+            needed["template"] = f"{kinds[0]}: scope template"
+        return needed
+
     def _check_batch(self, batch: Mapping[str, Any]) -> None:
         """Raises UserError for a batch without a tensor by which rows or tokens are told apart: all would be learned,
         and terms on some of them be 0, without a word."""
-        needed = {"input_ids": "every batch", "labels": "the loss"}
-        if self._told_apart:
-            needed["tags"] = f"the part {self._told_apart[0]} of the rows"
-        if on_template(self.defenses):
-            needed["template"] = f"{on_template(self.defenses)[0]}: scope template"
-        for name, what in needed.items():
+        for name, what in self._needed.items():
             if batch.get(name) is None:
                 raise UserError(
                     f"data_collator: found a batch without {name}, which {what} needs; leave it out, or extend "
@@ -97,8 +104,7 @@ class Feeding:
         """Rows as training rows are prepared, apart, and without what defenses mix in or write into them."""
         if isinstance(dataset, dict):
             return {name: self._prepared_for_evaluation(one) for name, one in dataset.items()}
-        tokenized = {"input_ids", "labels"} <= {*(getattr(dataset, "column_names", None) or ())}
-        if dataset is None or (tokenized and not hasattr(dataset, "__len__")):  # a stream
+        if dataset is None or (is_prepared(dataset) and not hasattr(dataset, "__len__")):  # a stream
             return dataset
         kept = [d for d in self.defenses if not d.changes_rows]
         prepared, report = prepare(dataset, kept, self.processing_class, **self._preparing)

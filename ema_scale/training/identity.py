@@ -103,8 +103,8 @@ def weights_of(recipe: Recipe) -> dict[str, dict[str, str]]:
     sources = [recipe.model.path, recipe.adapter.start]
     if not isinstance(recipe.reference, str):
         sources.append(recipe.reference.model)
-    folders = {s: path for s in sources if s and (path := Path(locate(s))).is_dir()}
-    return {s: {"identity": folder_identity(str(path)), "mark": _folder_mark(path)} for s, path in folders.items()}
+    marks = {s: (path, _folder_mark(path)) for s in sources if s and (path := Path(locate(s))).is_dir()}
+    return {s: {"identity": _folder_identity(path, mark), "mark": mark} for s, (path, mark) in marks.items()}
 
 
 def refuse_other_data(hashes: Mapping[str, str], run_dir: RunDir) -> None:

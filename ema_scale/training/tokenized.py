@@ -8,6 +8,17 @@ from ema_scale.chat.rows import LEARNED
 from ema_scale.errors import UserError
 
 
+def columns_of(rows: Any) -> set[str]:
+    """Of a dataset, or of a list of plain rows by its first; empty where there is nothing of the kind."""
+    first = rows[0] if isinstance(rows, list | tuple) and rows else None
+    return set(first if isinstance(first, dict) else getattr(rows, "column_names", None) or ())
+
+
+def is_prepared(rows: Any) -> bool:
+    """Whether rows are tokens with labels, and nothing but their length is left to settle."""
+    return {"input_ids", "labels"} <= columns_of(rows)
+
+
 def cut(dataset: Any, max_length: int | None) -> tuple[Any, dict[str, int]]:
     """A tokenized dataset without positions at which its attention_mask is 0, and of each row the first `max_length`
     tokens (None: all); with every count that is not 0: padded, truncated, and dropped_no_assistant: rows in which that

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from ema_scale.errors import UserError
-from ema_scale.evaluation.store import Store, digest, folder_identity, locked_store
-from ema_scale.rundir import read_jsonl
+from ema_scale.evaluation.store import Store, locked_store
+from ema_scale.rundir import digest, folder_identity, read_jsonl
 
 
 def sample(key: str, text: str = "x") -> dict[str, object]:

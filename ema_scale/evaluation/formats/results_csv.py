@@ -16,9 +16,10 @@ from typing import Any
 
 from ema_scale.errors import UserError
 from ema_scale.evaluation.asked import Asked, write_asked
-from ema_scale.evaluation.store import Row, digest, locked_store
+from ema_scale.evaluation.store import Row, locked_store
 from ema_scale.evaluation.suite import Question, Role, Suite
 from ema_scale.recipe import EvaluationRecipe
+from ema_scale.rundir import digest
 
 log = logging.getLogger(__name__)
 
