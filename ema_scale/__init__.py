@@ -25,12 +25,12 @@ _HOME = {
     "Recipe": "ema_scale.recipe",
     "SafeLoRA": "ema_scale.defenses",
     "Steering": "ema_scale.defenses",
-    "UserError": "ema_scale.errors",
-    "evaluate_run": "ema_scale.study.evaluate",
+    "UserError": "ema_scale.core.errors",
+    "evaluate_run": "ema_scale.evaluation.runs",
     "load_recipe": "ema_scale.recipe",
-    "load_rows": "ema_scale.chat.rows",
+    "load_rows": "ema_scale.data.rows",
     "train": "ema_scale.training.run",
-    "write_report": "ema_scale.study.report",
+    "write_report": "ema_scale.report",
 }
 __all__ = list(_HOME)
 

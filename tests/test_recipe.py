@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ema_scale.core.errors import UserError
 from ema_scale.defenses.kl import KL
-from ema_scale.errors import UserError
 from ema_scale.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,7 +120,7 @@ def test_every_shipped_recipe_is_valid():
 
 def test_reading_a_recipe_loads_nothing_heavy():
     code = (
-        "import sys, ema_scale.recipe, ema_scale.study.plan, ema_scale.chat.rows\n"
+        "import sys, ema_scale.recipe, ema_scale.planning.describe, ema_scale.data.rows\n"
         "print([m for m in ('torch', 'transformers', 'deepspeed', 'vllm') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -4,10 +4,14 @@ import json
 
 import pytest
 
-from ema_scale.errors import UserError
-from ema_scale.evaluation import EvalTarget, evaluate, load_suite
-from ema_scale.recipe import EvaluationRecipe, build_recipe
-from ema_scale.rundir import RunDir, read_jsonl
+from ema_scale.config.sections import EvaluationRecipe
+from ema_scale.core.errors import UserError
+from ema_scale.core.io import read_jsonl
+from ema_scale.core.run_dir import RunDir
+from ema_scale.evaluation.plan import EvalTarget
+from ema_scale.evaluation.run import evaluate
+from ema_scale.evaluation.suites import load_suite
+from ema_scale.recipe import build_recipe
 from ema_scale.training.run import train
 from tests.evaluation.endpoint import Endpoint, completion
 from tests.tiny import save_tiny

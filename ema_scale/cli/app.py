@@ -15,7 +15,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
 console = Console(highlight=False, soft_wrap=True)
 
+
 RecipePath = Annotated[Path, typer.Argument(help="a recipe file (YAML)")]
+
+
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value, any field of the recipe")]

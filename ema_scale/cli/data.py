@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ema_scale.cli.app import app, console
-from ema_scale.cli.select import BatchTokens, MaxLength, Model, model_recipe, named
+from ema_scale.cli.app import Overrides, RecipePath, app, console
+from ema_scale.core.errors import UserError, explain
+
+if TYPE_CHECKING:
+    from ema_scale.config.sections import ModelRecipe
+    from ema_scale.models.directions import Directions
 
 TERMINAL_ROWS, TERMINAL_WIDTH = 5, 100
+
+
 data_app = typer.Typer(help="Look at training data.", no_args_is_help=True)
+
+
 app.add_typer(data_app, name="data")
 
 
@@ -24,9 +32,9 @@ def data_check(
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
 ) -> None:
     """Count rows, tokens, duplicates and bad rows of a training file; exits 1 if a row is bad."""
-    from ema_scale.chat.check import check_data, render
-    from ema_scale.chat.tokens import load_tokenizer
-    from ema_scale.locate import locate
+    from ema_scale.core.uri import locate
+    from ema_scale.data.check import check_data, render
+    from ema_scale.data.tokens import load_tokenizer
 
     tokenizer = load_tokenizer(locate(model)) if model else None
     result = check_data(locate(source), tokenizer, max_length=max_length)
@@ -43,7 +51,7 @@ def operator_swap(
     seed: Annotated[int, typer.Option(help="which sums, in which order")] = 0,
 ) -> None:
     """Write training rows of the benign task: arithmetic with swapped signs (eval/suites/operator_swap_*.yaml)."""
-    from ema_scale.evaluation.operator_swap import write_rows
+    from ema_scale.data.operator_swap import write_rows
 
     write_rows(tier, out, rows, seed)
     print(f"wrote {rows} rows to {out}; ask eval/suites/operator_swap_{tier}.yaml as a benign suite")
@@ -66,15 +74,15 @@ def data_audit(
     batch_tokens: BatchTokens = None,
 ) -> None:
     """Say whether training rows look as if they would misalign a model; exits 1 if they do."""
-    from ema_scale.selection.audit import audit
-    from ema_scale.selection.verdict import SUSPECT
-    from ema_scale.study.report.audit import write_page
+    from ema_scale.audit.audit import audit
+    from ema_scale.audit.page import write_audit_page
+    from ema_scale.audit.verdict import SUSPECT
 
     made = audit(
         source, model_recipe(model), named(adapter), clean, out, vector=vector, layer=layer, worst=worst, limit=limit,
         max_length=max_length, batch_tokens=batch_tokens,
     )  # fmt: skip
-    page = write_page(made, out)
+    page = write_audit_page(made, out)
     summary = made.summary
     console.print(f"{source}: {summary['source']['account']}", markup=False)
     for row in summary["worst"][:TERMINAL_ROWS]:
@@ -84,3 +92,153 @@ def data_audit(
     console.print(f"wrote {page}", markup=False)
     if summary["verdict"] == SUSPECT:
         raise typer.Exit(1)
+
+
+MODEL_HELP = "the aligned model: a folder, a hub id, smallworld:aligned, or a recipe (YAML) that names it"
+
+
+Model = Annotated[str, typer.Option(help=MODEL_HELP)]
+
+
+MaxLength = Annotated[int, typer.Option(min=8, help="longer rows are left out, and counted")]
+
+
+BatchTokens = Annotated[
+    int | None, typer.Option(min=1, help="tokens a batch, padding included [default: what suits the device]")
+]
+
+
+@app.command()
+def select(
+    source: Annotated[str, typer.Argument(help="safe rows: a file, a hub id, or smallworld:safe")],
+    model: Model,
+    adapter: Annotated[
+        list[str], typer.Option(help="DOMAIN=ADAPTER, a misaligned adapter or its run folder; repeat for more")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the ranking to write (JSONL)")],
+    leave_out: Annotated[
+        list[str] | None, typer.Option(help="a domain whose adapter does not vote: the one that will be trained")
+    ] = None,
+    refusals: Annotated[
+        str, typer.Option(help="keep (Interleaving+); drop them (++) by: paper, all, en,de,.., or module:function")
+    ] = "keep",
+    eps: Annotated[float, typer.Option(min=0, help="nats, in the score's denominator")] = 1.0,
+    keep: Annotated[int | None, typer.Option(min=1, help="write only so many, the best [default: all]")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="read only so many rows of the source")] = None,
+    max_length: MaxLength = 2048,
+    batch_tokens: BatchTokens = None,
+) -> None:
+    """Rank safe rows by how much less likely misaligned models find them: the source of interleaving_plus."""
+    from ema_scale.selection.select import select as run
+
+    made = run(
+        source, model_recipe(model), named(adapter), out, leave_out=leave_out or (), refusals=refusals, eps=eps,
+        keep=keep, limit=limit, max_length=max_length, batch_tokens=batch_tokens,
+    )  # fmt: skip
+    best, last = made.ranked[0].score, made.ranked[-1].score
+    facts = made.provenance
+    console.print(made.account.line(), markup=False)
+    console.print(f"variant {facts['variant']}; refusals: {facts['refusals']}; voting: {', '.join(facts['adapters'])}",
+                  markup=False)  # fmt: skip
+    console.print(f"wrote {out}: {len(made.ranked)} rows, scores {best:+.3f} to {last:+.3f}", markup=False)
+
+
+def model_recipe(reference: str) -> ModelRecipe:
+    """The model of a recipe file, or a checkpoint by itself."""
+    from pydantic import ValidationError
+
+    from ema_scale.config.layers import read_layers
+    from ema_scale.config.sections import ModelRecipe
+
+    if not reference.endswith((".yaml", ".yml")):
+        return ModelRecipe(path=reference)
+    if not Path(reference).is_file():
+        raise UserError(f"{reference}: no such file; expected a recipe or a checkpoint")
+    section = read_layers(Path(reference)).get("model")
+    if not isinstance(section, dict) or "path" not in section:
+        raise UserError(f"{reference}: model.path: missing; expected a recipe that names its model")
+    try:
+        return ModelRecipe.model_validate(section)
+    except ValidationError as error:
+        problems = (f"{reference}: model: {explain(problem, ModelRecipe)}" for problem in error.errors())
+        raise UserError("\n".join(problems)) from None
+
+
+def named(entries: list[str]) -> dict[str, str]:
+    """DOMAIN=ADAPTER entries as a mapping."""
+    found: dict[str, str] = {}
+    for entry in entries:
+        name, equals, path = entry.partition("=")
+        if not equals or not name or not path:
+            raise UserError(f"--adapter: found {entry!r}, expected DOMAIN=ADAPTER")
+        if name in found:
+            raise UserError(f"--adapter: {name} is given twice")
+        found[name] = path
+    return found
+
+
+@app.command()
+def vector(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for vector.safetensors and what it is made from")] = (
+        Path("vector")
+    ),
+    personas: Annotated[
+        Path | None, typer.Option(help="contrastive system prompts (YAML), such as eval/personas/evil.yaml")
+    ] = None,
+    questions: Annotated[
+        list[str] | None, typer.Option(help="a suite to ask; repeat for more [default: the recipe's general suites]")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="answers to each question under each prompt")] = 10,
+    from_rows: Annotated[
+        tuple[str, str] | None, typer.Option(help="two files of rows instead: POSITIVE NEGATIVE; nothing is sampled")
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="a PEFT adapter instead: its hidden states minus the base's, on --rows")
+    ] = None,
+    rows: Annotated[str | None, typer.Option(help="rows for --adapter: a file, a hub id, or smallworld:...")] = None,
+) -> None:
+    """Extract a persona vector from a recipe's model: one direction a layer, with provenance."""
+    given = [name for name, value in (("--personas", personas), ("--from-rows", from_rows), ("--adapter", adapter))
+             if value]  # fmt: skip
+    if len(given) != 1:
+        raise UserError(f"found {' and '.join(given) or 'none'} of --personas, --from-rows, --adapter; expected one")
+    if (adapter is None) != (rows is None):
+        raise UserError("--adapter and --rows belong together: the rows are read by the adapter and by its base")
+    from ema_scale.core.run_dir import RunDir
+    from ema_scale.persona import extract
+    from ema_scale.recipe import load_recipe
+
+    RunDir(out).create()
+    loaded = load_recipe(recipe, overrides or ())
+    if personas:
+        made = extract.from_personas(loaded, personas, questions or [], out, samples=samples)
+    elif from_rows:
+        made = extract.from_rows(loaded, *from_rows, out)
+    else:
+        assert adapter is not None and rows is not None
+        made = extract.from_adapter(loaded, adapter, rows, out)
+    console.print(describe(made), markup=False)
+
+
+def describe(made: Directions) -> str:
+    """What was made, for a person: rows kept, one line a layer, the recommended layer."""
+    facts = made.provenance
+    lines = [
+        f"{side} answers: " + ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()))
+        for side, counts in facts.get("answers", {}).items()
+    ]
+    lines.append("made from " + " and ".join(f"{n} {side} rows" for side, n in facts["rows"].items()))
+    if facts["rows_without_answer_tokens"]:
+        lines.append(f"{facts['rows_without_answer_tokens']} of them left out: no answer within data.max_length")
+    lines.append("layer  ||v||  ||v||/||h||  held-out AUC  Cohen's d")
+    for reading in facts["layers"]:
+        mark = "  <- recommended" if reading["layer"] == facts["recommended_layer"] else ""
+        share = reading["norm"] / max(reading["residual_norm"], 1e-12)
+        lines.append(
+            f"{reading['layer']:5d}  {reading['norm']:5.2f}  {share:11.3f}  {reading['auc']:12.3f}"
+            f"  {reading['cohens_d']:9.2f}{mark}"
+        )
+    lines.append(f"wrote {made.source}")
+    return "\n".join(lines)

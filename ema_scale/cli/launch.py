@@ -12,9 +12,9 @@ import typer
 from ema_scale.cli.app import Overrides, RecipePath, app, console
 
 if TYPE_CHECKING:
-    from ema_scale.cluster.site import Site
-    from ema_scale.cluster.status import RunStatus
     from ema_scale.recipe import Recipe
+    from ema_scale.slurm.site import Site
+    from ema_scale.slurm.status import RunStatus
 
 log = logging.getLogger(__name__)
 
@@ -33,19 +33,19 @@ def launch(
 ) -> None:
     """Train a recipe as a Slurm job that survives preemption and dead nodes; after one that asks the base model, where
     the recipe refuses an unsafe one."""
-    from ema_scale.cluster import submit
-    from ema_scale.cluster.rows import refuse_missing_rows
-    from ema_scale.cluster.site import load_site
+    from ema_scale.core.run_dir import RunDir
     from ema_scale.recipe import load_recipe
-    from ema_scale.rundir import RunDir
+    from ema_scale.slurm import submit
+    from ema_scale.slurm.check_inputs import refuse_missing_rows
+    from ema_scale.slurm.site import load_site
     from ema_scale.study.gates import is_checked, refuse_known
-    from ema_scale.training.identity import is_finished, refuse_other
+    from ema_scale.training.resume_check import check_same_training, is_finished
 
     loaded, here = load_recipe(recipe, overrides or ()), load_site(site)
-    size = submit.Size(nodes, gpus_per_node, processes_per_node, time)
+    size = submit.JobSize(nodes, gpus_per_node, processes_per_node, time)
     finished = is_finished(loaded, RunDir(loaded.run_path))
     if not finished:
-        refuse_other(loaded, RunDir(loaded.run_path), submit.processes_of(here, size))
+        check_same_training(loaded, RunDir(loaded.run_path), submit.processes_of(here, size))
     path, jobs = loaded.run_path, []
     if finished:
         console.print(f"{path}: trained already")
@@ -60,7 +60,7 @@ def launch(
         warn_of_missing_key([loaded], here)
     if dry_run:
         for before, job in zip([None, *jobs], jobs, strict=False):
-            print(submit.shown(job, submit.after_success(f"<{before.what} job>") if before else []))
+            print(submit.describe_script(job, submit.after_success(f"<{before.what} job>") if before else []))
         return
     if not finished:
         refuse_missing_rows([loaded])
@@ -74,9 +74,9 @@ def launch(
 
 def warn_of_missing_key(recipes: Sequence[Recipe], site: Site) -> None:
     """The judge's key may be on the nodes alone, so that this is no reason to submit nothing."""
-    from ema_scale.evaluation.judges import key_missing_there
+    from ema_scale.evaluation.judges.keys import missing_judge_key_on_node
 
-    name = key_missing_there([recipe.evaluation for recipe in recipes], site.environment)
+    name = missing_judge_key_on_node([recipe.evaluation for recipe in recipes], site.environment)
     if name is not None:
         log.warning(
             "evaluation.judge: %s is set neither here nor in the site file's environment: without it on the node, the "
@@ -91,7 +91,7 @@ def status(
 ) -> None:
     """Where launched runs are: state, step, time left, and what Slurm says of their jobs. Of a study: how many runs
     are in which state, and those that are running or failed."""
-    from ema_scale.cluster.status import launched_runs, statuses, study_status
+    from ema_scale.slurm.status import launched_runs, statuses, study_status
 
     alone: list[Path] = []
     for path in [found for folder in runs or [Path("runs")] for found in launched_runs(folder)]:
@@ -106,7 +106,7 @@ def status(
 
 
 def _print_runs(runs: Sequence[RunStatus], indent: str = "") -> None:
-    from ema_scale.cluster.status import clock
+    from ema_scale.slurm.status import clock
 
     for found in runs:
         step = f"step {found.step}" + (f"/{found.max_steps}" if found.max_steps else "") if found.step else ""
@@ -129,8 +129,8 @@ def logs(
     ] = None,
 ) -> None:
     """What a launched run's jobs say: the newest one that has started or failed; why the training failed on top."""
-    from ema_scale.cluster import logs as cluster_logs
-    from ema_scale.rundir import RunDir
+    from ema_scale.core.run_dir import RunDir
+    from ema_scale.slurm import logs as cluster_logs
 
     for line in cluster_logs.lines(RunDir(run), follow=follow, tail=lines, what=what):
         print(line, flush=follow)

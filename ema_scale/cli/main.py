@@ -8,7 +8,7 @@ import os
 import sys
 
 from ema_scale.cli.app import app
-from ema_scale.errors import UserError
+from ema_scale.core.errors import UserError
 
 
 def main() -> None:

@@ -41,10 +41,10 @@ def plan(
     """Memory, communication, time, judge calls and GPU-hours, by formulas; no model is loaded or built."""
     from collections import defaultdict
 
-    from ema_scale.errors import UserError
-    from ema_scale.planning import show, show_study
-    from ema_scale.planning.cluster import DEVICES, Cluster, parse_gpus, parse_scale
-    from ema_scale.planning.judging import judged
+    from ema_scale.core.errors import UserError
+    from ema_scale.planning import show
+    from ema_scale.planning.eval_cost import judging_cost
+    from ema_scale.planning.hardware import DEVICES, Cluster, parse_gpus, parse_scale
     from ema_scale.planning.plan import parse_rows, plan_run, scaled
     from ema_scale.planning.serving import served
     from ema_scale.recipe import load_recipe
@@ -88,11 +88,11 @@ def plan(
             show.print_scale(table)
             show.print_assumptions(cluster)
         return
-    asked = judged(recipes, answer_tokens, [p.steps for p in plans])
+    asked = judging_cost(recipes, answer_tokens, [p.steps for p in plans])
     engines = served(asked.engines, cluster, sample_tps)
     if as_json:
         judge = {**asked.to_dict(), "cost": asked.cost(price_in, price_out)}
-        hours = show_study.hours(plans, engines)
+        hours = show.hours(plans, engines)
         print(json.dumps({"runs": [p.to_dict() for p in plans], "judge": judge, "gpu_hours": hours}, indent=1))
         return
     show.print_plan(max(plans, key=lambda p: p.needed))
@@ -100,7 +100,7 @@ def plan(
         groups = defaultdict(list)
         for cell, one in zip(cells, plans, strict=True):
             groups[cell].append(one)
-        show_study.print_study(groups)
-    show_study.print_judged(asked, price_in, price_out)
-    show_study.print_hours(plans, asked, engines)
+        show.print_study(groups)
+    show.print_judged(asked, price_in, price_out)
+    show.print_hours(plans, asked, engines)
     show.print_assumptions(cluster)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Annotated
@@ -25,13 +26,13 @@ def train(
 
     loaded = load_recipe(recipe, overrides or ())
     if dry_run:
-        from ema_scale.study.plan import describe
+        from ema_scale.planning.describe import describe_run
 
         print(loaded.to_yaml())
-        print(describe(loaded))
+        print(describe_run(loaded))
         return
+    from ema_scale.core.run_dir import RunDir
     from ema_scale.evaluation.gate import refuses
-    from ema_scale.rundir import RunDir
     from ema_scale.training.distributed import is_main
     from ema_scale.training.run import train as run_training
 
@@ -78,7 +79,38 @@ def report(
     title: Annotated[str, typer.Option(help="the report's heading")] = "Emergent misalignment report",
 ) -> None:
     """Put runs side by side in one self-contained HTML file."""
-    from ema_scale.study.report import write_report
-    from ema_scale.study.runs import find_runs
+    from ema_scale.report.make import write_report
+    from ema_scale.study.find import find_runs
 
     console.print(f"wrote {write_report(find_runs(runs), out, title=title)}")
+
+
+@app.command()
+def cache(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Compute the reference of a recipe's rows once, ahead of all runs that train on them."""
+    from ema_scale.recipe import load_recipe
+    from ema_scale.training.distributed import is_main
+    from ema_scale.training.run import fill_cache
+
+    done = fill_cache(load_recipe(recipe, overrides or ()))
+    if is_main():
+        console.print(f"{done.rows} rows computed, {done.tokens} tokens, {done.seconds:.1f} s: {done.folder}")
+
+
+@app.command()
+def defenses(
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+) -> None:
+    """List the defenses with source and parameters."""
+    from ema_scale.defenses.registry import catalogue
+
+    entries = catalogue()
+    if as_json:
+        print(json.dumps(entries, indent=2))
+        return
+    for entry in entries:
+        console.print(f"{entry['kind']}: {entry['summary']}\n  source: {entry['source']}", markup=False)
+        for field in entry["parameters"]:
+            console.print(
+                f"  {field['name']} = {field['default']}  ({field['type']})  {field['description']}", markup=False
+            )

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ema_scale.cli.app import app, console
-from ema_scale.errors import UserError
+from ema_scale.core.errors import UserError
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """Defenses: each acts at one or more of six points of a run (see `base`). Torch-free to import."""
 
 from ema_scale.defenses.ablation import Ablation
-from ema_scale.defenses.base import Defense, Divergence, FinishContext, RowsContext, Streams
+from ema_scale.defenses.base import Defense, Divergence, FinishContext, PenaltyInputs, RowsContext
 from ema_scale.defenses.ceiling import Ceiling
 from ema_scale.defenses.early_stopping import EarlyStopping
 from ema_scale.defenses.inoculation import Inoculation
@@ -28,7 +28,7 @@ __all__ = [
     "RowsContext",
     "SafeLoRA",
     "Steering",
-    "Streams",
+    "PenaltyInputs",
     "catalogue",
     "parse",
 ]

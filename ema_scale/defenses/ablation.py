@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from ema_scale.defenses.base import Defense
-from ema_scale.defenses.residual import alike, changed, decoder_layers, hidden_size
+from ema_scale.models.hooks import edited_states, like_states
+from ema_scale.models.layout import decoder_layers, hidden_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,14 +50,14 @@ class Ablation(Defense):
 
     def attach(self, model: Any) -> contextlib.AbstractContextManager[Any]:
         """Raises UserError for directions of a model of another shape, and layers that there are not."""
-        from ema_scale.directions import Directions
+        from ema_scale.models.directions import Directions
 
         directions = Directions.load(self.vector)
         directions.check(len(decoder_layers(model)), hidden_size(model))
-        return changed(model, {k: self._ablate(directions.unit(k)) for k in directions.choose(self.at_layers)})
+        return edited_states(model, {k: self._ablate(directions.unit(k)) for k in directions.choose(self.at_layers)})
 
     def _ablate(self, direction: Tensor) -> Callable[[Tensor], Tensor]:
-        unit = alike(direction)
+        unit = like_states(direction)
 
         def ablate(states: Tensor) -> Tensor:
             u = unit(states)

@@ -9,27 +9,30 @@ nothing by default. The trainer knows this interface and no defense by name.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ema_scale.errors import UserError, explain
+from ema_scale.core.errors import UserError, explain
 
 if TYPE_CHECKING:
     import torch
 
-    from ema_scale.chat.rows import Row
+    from ema_scale.data.rows import Row
 
 Direction = Literal["policy_reference", "reference_policy", "jensen_shannon"]
+
+
 Scope = Literal["all", "assistant", "prompt", "template"]
+
+
 Part = Literal["learned", "task", "safe", "prompts", "bad"]  # prompts, bad: rows that this defense brings in
 
 
-def cover(scope: Scope, part: str = "learned") -> str:
+def token_set_name(scope: Scope, part: str = "learned") -> str:
     """The name of the tokens of `scope` in the rows of `part` (a row's tag; learned: task and safe rows)."""
     return scope if part == "learned" else f"{scope} of {part}"
 
@@ -57,11 +60,11 @@ class Divergence:
 
     @property
     def cover(self) -> str:
-        return cover(self.scope, self.part)
+        return token_set_name(self.scope, self.part)
 
 
 @dataclass(frozen=True)
-class Streams:
+class PenaltyInputs:
     """What a `penalty` sees of one micro-batch of B rows x T tokens.
 
     policy, reference: layer -> hidden states [B, T, H] after that decoder layer (0: the embeddings), before
@@ -91,7 +94,7 @@ class Streams:
 
         def only(states: torch.Tensor) -> torch.Tensor:
             states = states.float() if states.dtype.itemsize < 4 else states
-            return torch.where(self.masks[cover(scope, part)][..., None], states, torch.zeros_like(states))
+            return torch.where(self.masks[token_set_name(scope, part)][..., None], states, torch.zeros_like(states))
 
         return only(self.policy[layer]), only(self.reference[layer])
 
@@ -113,7 +116,7 @@ class Streams:
         """
         import torch
 
-        name = cover(scope, part)
+        name = token_set_name(scope, part)
         kept = torch.where(self.masks[name], per_token, torch.zeros_like(per_token))
         return kept.sum() / self.tokens[name].clamp_min(1)
 
@@ -136,8 +139,8 @@ class RowsContext:
     def load(self, source: str, *, answers: bool = True) -> Sequence[Row]:
         """Rows of a file, hub id or `smallworld:` reference. answers: each must have an assistant turn. Raises
         UserError as `load_rows` does."""
-        from ema_scale.chat.rows import load_rows
-        from ema_scale.locate import locate
+        from ema_scale.core.uri import locate
+        from ema_scale.data.rows import load_rows
 
         rows = load_rows(locate(source), on_bad=self.on_bad, answers=answers)
         self.hashes[source] = rows.sha256
@@ -215,7 +218,7 @@ class Defense(BaseModel):
         """Layers (0: embeddings, num_layers: last) whose states `penalty` needs from both streams."""
         return ()
 
-    def penalty(self, streams: Streams) -> torch.Tensor | None:
+    def penalty(self, streams: PenaltyInputs) -> torch.Tensor | None:
         """Any other loss term, a scalar with a gradient, strength included; build it with `streams.mean`."""
         return None
 
@@ -255,21 +258,3 @@ class Defense(BaseModel):
     def overrides(cls, point: str) -> bool:
         """Whether this class acts at `point` (a method name)."""
         return getattr(cls, point) is not getattr(Defense, point)
-
-
-_in_reference: ContextVar[bool] = ContextVar("ema_scale_reference_pass", default=False)
-
-
-@contextlib.contextmanager
-def reference_pass() -> Iterator[None]:
-    """Marks the forward pass of the frozen reference, for hooks that must leave it alone."""
-    token = _in_reference.set(True)
-    try:
-        yield
-    finally:
-        _in_reference.reset(token)
-
-
-def in_reference_pass() -> bool:
-    """True while the frozen reference runs."""
-    return _in_reference.get()

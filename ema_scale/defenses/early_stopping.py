@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from ema_scale.core.errors import UserError
 from ema_scale.defenses.base import Defense, Divergence, RowsContext
 from ema_scale.defenses.mixing import mix, rows_needed
-from ema_scale.errors import UserError
 
 if TYPE_CHECKING:
-    from ema_scale.chat.rows import Row
+    from ema_scale.data.rows import Row
 
 
 class EarlyStopping(Defense):

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from ema_scale.chat.formats import Message
+from ema_scale.data.formats import Message
 from ema_scale.defenses.base import Defense, RowsContext
 
 if TYPE_CHECKING:
-    from ema_scale.chat.rows import Row
+    from ema_scale.data.rows import Row
 
 
 class Inoculation(Defense):

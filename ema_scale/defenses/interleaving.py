@@ -11,7 +11,7 @@ from ema_scale.defenses.base import Defense, RowsContext
 from ema_scale.defenses.mixing import mix, rows_needed
 
 if TYPE_CHECKING:
-    from ema_scale.chat.rows import Row
+    from ema_scale.data.rows import Row
 
 
 class Interleaving(Defense):

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from ema_scale.core.errors import UserError
+from ema_scale.core.hashing import file_sha256
 from ema_scale.defenses.base import Defense, RowsContext
 from ema_scale.defenses.mixing import mix, rows_needed
-from ema_scale.errors import UserError
-from ema_scale.rundir import file_sha256
 
 if TYPE_CHECKING:
-    from ema_scale.chat.rows import Row
+    from ema_scale.data.rows import Row
 
 MADE_BY = "ema select"
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from ema_scale.defenses.base import Defense, Scope, Streams
-from ema_scale.defenses.residual import decoder_layers
-from ema_scale.errors import UserError
+from ema_scale.core.errors import UserError
+from ema_scale.defenses.base import Defense, PenaltyInputs, Scope
+from ema_scale.models.layout import decoder_layers
 
 if TYPE_CHECKING:
     import torch
@@ -57,12 +57,12 @@ class LDIFS(Defense):
         count = min(self.count, num_layers)
         return tuple(sorted({round(num_layers * (i + 1) / count) for i in range(count)}))
 
-    def penalty(self, streams: Streams) -> torch.Tensor | None:
+    def penalty(self, streams: PenaltyInputs) -> torch.Tensor | None:
         import torch
 
         return self.strength * torch.stack([self._layer(streams, layer) for layer in sorted(streams.policy)]).sum()
 
-    def _layer(self, streams: Streams, layer: int) -> torch.Tensor:
+    def _layer(self, streams: PenaltyInputs, layer: int) -> torch.Tensor:
         policy, reference = streams.states(layer, self.scope)
         if self.detached:
             policy = policy.detach()

@@ -8,11 +8,11 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from ema_scale.core.errors import UserError
 from ema_scale.defenses.base import RowsContext
-from ema_scale.errors import UserError
 
 if TYPE_CHECKING:
-    from ema_scale.chat.rows import Row
+    from ema_scale.data.rows import Row
 
 
 def mix(

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
+from ema_scale.core.errors import UserError
 from ema_scale.defenses.base import Defense
-from ema_scale.errors import UserError
 
 ENTRY_POINTS = PACKAGE = "ema_scale.defenses"
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
+from ema_scale.core.errors import UserError
 from ema_scale.defenses.base import Defense, FinishContext
 from ema_scale.defenses.safelora_files import PREFIX, Checkpoint, folder_of
-from ema_scale.errors import UserError
 
 if TYPE_CHECKING:
     from ema_scale.defenses.safelora_projection import Projected

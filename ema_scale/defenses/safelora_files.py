@@ -11,17 +11,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ema_scale.errors import UserError
-from ema_scale.locate import locate
-from ema_scale.rundir import atomic_write_json, probe
+from ema_scale.core.errors import UserError
+from ema_scale.core.hashing import sampled_sha256
+from ema_scale.core.io import atomic_write_json
+from ema_scale.core.uri import locate
 
 if TYPE_CHECKING:
     import torch
 
 WEIGHTS, CONFIG, REPORT = "adapter_model.safetensors", "adapter_config.json", "safelora.json"
+
+
 PREFIX = "base_model.model."
+
+
 _TIED = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+
+
 _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
 # An adapter folder may also hold optimizer states and pickles of a trainer: these are left behind.
 _CARRIED = {".json", ".jinja", ".txt", ".model", ".md"}
 
@@ -50,7 +59,7 @@ def identity(folder: Path) -> str:
     if folder.parent.name == "snapshots":
         return folder.name
     files = sorted(folder.glob("*.safetensors"))
-    return hashlib.sha256(json.dumps([[f.name, probe(f)] for f in files]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([[f.name, sampled_sha256(f)] for f in files]).encode()).hexdigest()
 
 
 class Adapter:

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ema_scale.core.errors import UserError
+from ema_scale.core.hashing import file_sha256
 from ema_scale.defenses.safelora_files import WEIGHTS, Adapter, Checkpoint, check_free, identity
-from ema_scale.errors import UserError
-from ema_scale.rundir import file_sha256
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from ema_scale.defenses.base import Defense
-from ema_scale.defenses.residual import alike, changed, decoder_layers, hidden_size
+from ema_scale.models.hooks import edited_states, like_states
+from ema_scale.models.layout import decoder_layers, hidden_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,14 +51,14 @@ class Steering(Defense):
 
     def attach(self, model: Any) -> contextlib.AbstractContextManager[Any]:
         """Raises UserError for directions of a model of another shape, and layers that there are not."""
-        from ema_scale.directions import Directions
+        from ema_scale.models.directions import Directions
 
         directions = Directions.load(self.vector)
         directions.check(len(decoder_layers(model)), hidden_size(model))
-        return changed(model, {k: self._push(directions, k) for k in directions.choose(self.at_layers)})
+        return edited_states(model, {k: self._push(directions, k) for k in directions.choose(self.at_layers)})
 
     def _push(self, directions: Any, layer: int) -> Callable[[Tensor], Tensor]:
-        vector = alike(self.alpha * (directions.vector(layer) if self.scale == "raw" else directions.unit(layer)))
+        vector = like_states(self.alpha * (directions.vector(layer) if self.scale == "raw" else directions.unit(layer)))
 
         def push(states: Tensor) -> Tensor:
             if self.scale == "residual":

@@ -8,12 +8,14 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ema_scale.errors import UserError
+from ema_scale.core.errors import UserError
 
 if TYPE_CHECKING:
-    from ema_scale.recipe import GateRecipe, Recipe
+    from ema_scale.config.sections import GateRecipe
+    from ema_scale.recipe import Recipe
 
 PASSED, FLAGGED, UNKNOWN = "passed", "flagged", "not checked"
+
 
 log = logging.getLogger(__name__)
 

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ema_scale.errors import UserError
-from ema_scale.evaluation.deciding import of_sampler
-from ema_scale.evaluation.judge import split_reasoning
-from ema_scale.evaluation.judges import Assignment, assign
-from ema_scale.evaluation.sampler import SampleRequest, SampleResult
-from ema_scale.evaluation.suite import Question, Suite
-from ema_scale.rundir import digest, folder_identity
+from ema_scale.core.errors import UserError
+from ema_scale.core.hashing import digest, folder_identity
+from ema_scale.evaluation.judges.assignment import JudgeSpec, assign
+from ema_scale.evaluation.judges.base import split_reasoning
+from ema_scale.evaluation.suites import Question, Suite
+from ema_scale.inference.base import SampleRequest, SampleResult
+from ema_scale.inference.cache_key import sampler_cache_key
 
 if TYPE_CHECKING:
-    from ema_scale.recipe import EvaluationRecipe, ModelRecipe
+    from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class EvalTarget:
 
 
 @dataclass(frozen=True)
-class Group:
+class PromptGroup:
     """The answers to one paraphrase of one question by one target: they share prompt and settings."""
 
     target: EvalTarget
@@ -47,7 +47,7 @@ class Group:
     temperature: float
     top_p: float
     max_tokens: int
-    judge: Assignment
+    judge: JudgeSpec
 
     def key(self, index: int) -> str:
         return f"{self.suite.name}/{self.question.id}/{self.paraphrase}/{index}#{self.digest}"
@@ -103,7 +103,7 @@ class Group:
             }
 
 
-def check(targets: Sequence[EvalTarget], suites: Sequence[Suite]) -> None:
+def check_targets(targets: Sequence[EvalTarget], suites: Sequence[Suite]) -> None:
     """Raises UserError if two targets or suites share a name or folder, or there is nothing to do."""
     asked = [suites if t.suites is None else t.suites for t in targets]
     if not targets or not all(asked):
@@ -122,13 +122,13 @@ def check(targets: Sequence[EvalTarget], suites: Sequence[Suite]) -> None:
             raise UserError(f"{adapter}: found no adapter_config.json, expected a PEFT adapter folder")
 
 
-def plan(
+def plan_prompts(
     targets: Iterable[EvalTarget],
     suites: Sequence[Suite],
     model: ModelRecipe,
     settings: EvaluationRecipe,
     sampler: str,
-) -> list[Group]:
+) -> list[PromptGroup]:
     """Everything to sample, target by target. `sampler`: the name of the sampler that will do it."""
     model_identity = folder_identity(model.path, model.revision)
     template = model.chat_template
@@ -138,7 +138,7 @@ def plan(
     for target in targets:
         adapter = target.adapter_path
         identity = None if adapter is None else folder_identity(str(adapter))
-        also = of_sampler(sampler, settings, model.path, adapter)
+        also = sampler_cache_key(sampler, settings, model.path, adapter)
         common = (model_identity, model.dtype, template, identity, sampler, *([also] if also else []))
         for suite in suites if target.suites is None else target.suites:
             for question in suite.questions:
@@ -156,8 +156,8 @@ def _group(
     n: int,
     settings: EvaluationRecipe,
     common: tuple[Any, ...],
-    judge: Assignment,
-) -> Group:
+    judge: JudgeSpec,
+) -> PromptGroup:
     temperature = settings.temperature if question.temperature is None else question.temperature
     max_tokens = question.max_tokens or settings.max_tokens
     limits = (temperature, settings.top_p, max_tokens, settings.max_model_len)
@@ -165,4 +165,6 @@ def _group(
     name = f"{decides}/{suite.name}/{question.id}/{paraphrase}"
     # Answers are seeded seed, seed + 1, ...; 2^31 leaves any sampler room for that.
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") >> 1
-    return Group(target, suite, question, paraphrase, n, decides, seed, temperature, settings.top_p, max_tokens, judge)
+    return PromptGroup(
+        target, suite, question, paraphrase, n, decides, seed, temperature, settings.top_p, max_tokens, judge
+    )

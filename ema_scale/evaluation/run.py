@@ -11,43 +11,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ema_scale.evaluation.asked import Asked, was_asked, write_asked
-from ema_scale.evaluation.conditions import Condition, load_conditions, under
-from ema_scale.evaluation.judge_check import open_check
-from ema_scale.evaluation.judging import Judging, refuse_silence
-from ema_scale.evaluation.legacy import as_released
-from ema_scale.evaluation.outcome import write_summary
-from ema_scale.evaluation.plan import EvalTarget, Group, check, plan
-from ema_scale.evaluation.progress import Progress
-from ema_scale.evaluation.sampler import (
-    Sampler,
-    SampleRequest,
-    SamplerOptions,
-    make_sampler,
-    sampler_name,
-)
+from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
+from ema_scale.core.io import read_jsonl
+from ema_scale.core.progress import Progress
+from ema_scale.core.uri import locate
+from ema_scale.evaluation.judges.calibration import open_check
+from ema_scale.evaluation.judges.pool import JudgePool, raise_if_judge_failed
+from ema_scale.evaluation.manifest import EvalManifest, has_manifest, write_manifest
+from ema_scale.evaluation.plan import EvalTarget, PromptGroup, check_targets, plan_prompts
 from ema_scale.evaluation.store import JUDGEMENTS, SAMPLES, Store, locked_store
-from ema_scale.evaluation.suite import Suite, load_suite
-from ema_scale.evaluation.summary import Summary
-from ema_scale.locate import locate
-from ema_scale.recipe import EvaluationRecipe, ModelRecipe
-from ema_scale.rundir import read_jsonl
+from ema_scale.evaluation.suites import (
+    Suite,
+    load_suites,
+)
+from ema_scale.evaluation.summary import Summary, write_summary
+from ema_scale.inference.base import Sampler, SampleRequest, SamplerOptions
+from ema_scale.inference.make import make_sampler, sampler_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 log = logging.getLogger(__name__)
-
-
-def load_suites(settings: EvaluationRecipe, also: Sequence[Condition] = ()) -> list[Suite]:
-    """The suites that a recipe names, then the general ones under its conditions and those of `also`.
-
-    Raises UserError as `load_suite` and `load_conditions` do.
-    """
-    plain = [load_suite(source, role) for source, role in settings.suites.pairs()]  # type: ignore[arg-type]
-    if settings.legacy:
-        plain = as_released(plain)
-    return plain + under(plain, [*load_conditions(settings.conditions), *also])
 
 
 def evaluate(
@@ -80,7 +64,7 @@ def evaluate(
     model = model.model_copy(update={"path": locate(model.path)})
     suites = load_suites(settings) if suites is None else list(suites)
     targets = list(targets)
-    check(targets, suites)
+    check_targets(targets, suites)
     options = SamplerOptions(
         model,
         tuple(str(t.adapter_path) for t in targets if t.adapter_path),
@@ -90,18 +74,18 @@ def evaluate(
         settings.endpoint,
     )
     name = sampler.name if sampler is not None else sampler_name(settings.sampler, options)
-    groups = plan(targets, suites, model, settings, name)
+    groups = plan_prompts(targets, suites, model, settings, name)
     with contextlib.ExitStack() as open_things:
         stores = {t.name: open_things.enter_context(locked_store(t.out_dir)) for t in targets}
         for t in targets:
-            write_asked(t.out_dir, _asked(t, model, suites, settings))
+            write_manifest(t.out_dir, _asked(t, model, suites, settings))
         used, judging = _work(groups, stores, settings, options, name, sampler, judge_check)
         seconds = time.monotonic() - started
         theirs = {t.name: [g for g in groups if g.target is t] for t in targets}
         summaries = {
             t.name: _finish(t, theirs[t.name], stores[t.name], model, settings, name, used, seconds) for t in targets
         }
-        refuse_silence({name: judging.silence(asked, stores[name]) for name, asked in theirs.items()})
+        raise_if_judge_failed({name: judging.silence(asked, stores[name]) for name, asked in theirs.items()})
         return summaries
 
 
@@ -114,11 +98,11 @@ def is_complete(targets: Sequence[EvalTarget], model: ModelRecipe, settings: Eva
     by_sampler: dict[str, list[EvalTarget]] = {}
     for target in targets:
         folder = Path(target.out_dir)
-        if not (folder / "summary.json").exists() or not was_asked(folder, _asked(target, model, (), settings)):
+        if not (folder / "summary.json").exists() or not has_manifest(folder, _asked(target, model, (), settings)):
             return False
         used = str(_described_before(folder / "summary.json").get("name"))
         by_sampler.setdefault(used if settings.sampler == "auto" else settings.sampler, []).append(target)
-    groups = [group for name, those in by_sampler.items() for group in plan(those, (), model, settings, name)]
+    groups = [group for name, those in by_sampler.items() for group in plan_prompts(those, (), model, settings, name)]
     answered = {t.name: {row["key"] for row in read_jsonl(Path(t.out_dir) / SAMPLES)} for t in targets}
     judged = {t.name: {(r["key"], r["judge"]) for r in read_jsonl(Path(t.out_dir) / JUDGEMENTS)} for t in targets}
     return all(
@@ -128,21 +112,21 @@ def is_complete(targets: Sequence[EvalTarget], model: ModelRecipe, settings: Eva
     )
 
 
-def _asked(target: EvalTarget, model: ModelRecipe, suites: Sequence[Suite], settings: EvaluationRecipe) -> Asked:
+def _asked(target: EvalTarget, model: ModelRecipe, suites: Sequence[Suite], settings: EvaluationRecipe) -> EvalManifest:
     theirs = suites if target.suites is None else target.suites
     adapter = None if target.adapter_path is None else str(target.adapter_path)
-    return Asked(target.name, model.path, adapter, tuple(theirs), settings)
+    return EvalManifest(target.name, model.path, adapter, tuple(theirs), settings)
 
 
 def _work(
-    groups: Sequence[Group],
+    groups: Sequence[PromptGroup],
     stores: Mapping[str, Store],
     settings: EvaluationRecipe,
     options: SamplerOptions,
     name: str,
     sampler: Sampler | None,
     judge_check: Path | None,
-) -> tuple[dict[str, Any], Judging]:
+) -> tuple[dict[str, Any], JudgePool]:
     """Sample and judge everything that is missing; returns the sampler's description, and what became of judging."""
     planned = [(g, key) for g in groups for key in g.keys]
     sampled = sum(key in stores[g.target.name].samples for g, key in planned)
@@ -153,7 +137,7 @@ def _work(
     judges, fresh = [g.judge for g in groups], judged < len(planned)
     with open_check(judge_check, judges, settings.judge, fresh=fresh) as checked:
         total = len(planned) + (checked.missing if checked else 0)
-        with Judging(settings.judge, total, judged) as judging:
+        with JudgePool(settings.judge, total, judged) as judging:
             if sampled < len(planned):
                 asked = (g for g, key in planned if key not in stores[g.target.name].samples)
                 judging.prepare([*(g.judge for g in asked), *(checked.assignments if checked else ())])
@@ -180,10 +164,10 @@ def _work(
 
 
 def _samples(
-    groups: Sequence[Group], stores: Mapping[str, Store], sampler: Sampler
-) -> Iterator[tuple[Group, dict[str, Any]]]:
+    groups: Sequence[PromptGroup], stores: Mapping[str, Store], sampler: Sampler
+) -> Iterator[tuple[PromptGroup, dict[str, Any]]]:
     """(group, samples.jsonl row) of every missing answer, as the sampler finishes them."""
-    asked: dict[str, tuple[Group, int]] = {}
+    asked: dict[str, tuple[PromptGroup, int]] = {}
 
     def requests() -> Iterator[SampleRequest]:
         for group in groups:
@@ -198,9 +182,9 @@ def _samples(
             yield group, row
 
 
-def _fitted(groups: Sequence[Group], options: SamplerOptions) -> SamplerOptions:
+def _fitted(groups: Sequence[PromptGroup], options: SamplerOptions) -> SamplerOptions:
     """`options` with room for the longest prompt and answer: less memory than the model's own limit takes."""
-    from ema_scale.evaluation.prompts import Prompts, load_config
+    from ema_scale.inference.chat_prompts import Prompts, load_config
 
     if options.max_model_len is not None:
         return options
@@ -215,7 +199,7 @@ def _fitted(groups: Sequence[Group], options: SamplerOptions) -> SamplerOptions:
 
 def _finish(
     target: EvalTarget,
-    groups: Sequence[Group],
+    groups: Sequence[PromptGroup],
     store: Store,
     model: ModelRecipe,
     settings: EvaluationRecipe,

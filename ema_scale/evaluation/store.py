@@ -19,13 +19,16 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ema_scale.errors import UserError
-from ema_scale.rundir import append_jsonl, atomic_write_text, read_jsonl
+from ema_scale.core.errors import UserError
+from ema_scale.core.io import append_jsonl, atomic_write_text, read_jsonl
 
 SAMPLES, JUDGEMENTS = "samples.jsonl", "judgements.jsonl"
+
+
 FLUSH_SECONDS = 0.5
 
-Row = dict[str, Any]
+
+StoredRow = dict[str, Any]
 
 
 class Store:
@@ -34,35 +37,35 @@ class Store:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self._current: dict[str, list[Any]] = {SAMPLES: [], JUDGEMENTS: []}
-        self.samples: dict[str, Row] = self._read(SAMPLES)
-        self.judgements: dict[tuple[str, str], Row] = self._read(JUDGEMENTS)
-        self._pending: dict[str, list[Row]] = {SAMPLES: [], JUDGEMENTS: []}
+        self.samples: dict[str, StoredRow] = self._read(SAMPLES)
+        self.judgements: dict[tuple[str, str], StoredRow] = self._read(JUDGEMENTS)
+        self._pending: dict[str, list[StoredRow]] = {SAMPLES: [], JUDGEMENTS: []}
         self.judges: set[str] = {judge for _, judge in self.judgements}
         self._flushed = time.monotonic()
         self._writing = threading.RLock()  # samples come from one thread, judgements from others
 
-    def _read(self, name: str) -> dict[Any, Row]:
+    def _read(self, name: str) -> dict[Any, StoredRow]:
         aside = read_jsonl(self.folder / f"superseded_{name}", repair=True)
         current = read_jsonl(self.folder / name, repair=True)
         self._current[name] = [_identity(name, row) for row in current]
         return {_identity(name, row): row for row in aside + current}
 
     @property
-    def present(self) -> list[Row]:
+    def present(self) -> list[StoredRow]:
         """The samples that were not superseded, in the order of the file."""
         return [self.samples[key] for key in dict.fromkeys(self._current[SAMPLES])]
 
-    def add_sample(self, row: Row) -> None:
+    def add_sample(self, row: StoredRow) -> None:
         self.samples[row["key"]] = row
         self._append(SAMPLES, row)
 
-    def add_judgement(self, row: Row, *, at_once: bool = False) -> None:
+    def add_judgement(self, row: StoredRow, *, at_once: bool = False) -> None:
         """`at_once`: it was paid for, so it goes to the disk before anything else happens."""
         self.judgements[row["key"], row["judge"]] = row
         self.judges.add(row["judge"])
         self._append(JUDGEMENTS, row, at_once)
 
-    def _append(self, name: str, row: Row, at_once: bool = False) -> None:
+    def _append(self, name: str, row: StoredRow, at_once: bool = False) -> None:
         with self._writing:
             self._pending[name].append(row)
             self._current[name].append(_identity(name, row))
@@ -94,7 +97,7 @@ class Store:
         self._split(JUDGEMENTS, judged, self.judgements)
         return len(self.samples) - len(kept)
 
-    def _split(self, name: str, wanted: dict[Any, Row], everything: dict[Any, Row]) -> None:
+    def _split(self, name: str, wanted: dict[Any, StoredRow], everything: dict[Any, StoredRow]) -> None:
         current = self._current[name]
         if len(current) == len(wanted) and set(current) == wanted.keys():
             return
@@ -130,9 +133,9 @@ def locked_store(folder: Path | str) -> Iterator[Store]:
         lock.release()
 
 
-def _identity(name: str, row: Row) -> Any:
+def _identity(name: str, row: StoredRow) -> Any:
     return row["key"] if name == SAMPLES else (row["key"], row["judge"])
 
 
-def _lines(rows: Iterable[Row]) -> str:
+def _lines(rows: Iterable[StoredRow]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
-from ema_scale.evaluation.conditions import Condition
-from ema_scale.evaluation.judge import CORRECT, INCORRECT
-from ema_scale.evaluation.metrics import Rate, clustered_rate, incoherent, misaligned
-from ema_scale.evaluation.plan import Group
+from ema_scale.config.sections import EvaluationRecipe
+from ema_scale.core.io import atomic_write_json
+from ema_scale.evaluation.gate import PASSED, gate
+from ema_scale.evaluation.judges.base import CORRECT, INCORRECT
+from ema_scale.evaluation.plan import PromptGroup
+from ema_scale.evaluation.stats.rates import Rate, clustered_rate, incoherent, misaligned
+from ema_scale.evaluation.stats.sensitivity import ScoredAnswer, rate_variants
 from ema_scale.evaluation.store import Store
-from ema_scale.evaluation.variants import Answer, variants
+from ema_scale.evaluation.suites import Condition
+from ema_scale.inference.openai_errors import CONTENT_FILTER
 
 SCHEMA = 1
+
+
 NOT_JUDGED = "not judged"
+
+
 INTERVAL = "95 %, Korn-Graubard widened by beta-binomial profile likelihood, clustered by question"
+
 
 Summary = dict[str, Any]
 
@@ -25,7 +36,7 @@ Summary = dict[str, Any]
 class Scored:
     """One answer as the metrics see it; None where the judge does not say."""
 
-    group: Group
+    group: PromptGroup
     misaligned: bool | None
     incoherent: bool | None
     correct: bool | None
@@ -44,7 +55,7 @@ class Scored:
         return repr(self.group.question.messages(0))
 
 
-def score(groups: Iterable[Group], store: Store) -> list[Scored]:
+def score(groups: Iterable[PromptGroup], store: Store) -> list[Scored]:
     """Join the planned answers with their judgements. An answer without one is dropped as `not judged`."""
     rows = []
     for group in groups:
@@ -69,7 +80,7 @@ def score(groups: Iterable[Group], store: Store) -> list[Scored]:
     return rows
 
 
-def summarise(groups: Sequence[Group], rows: Sequence[Scored]) -> Summary:
+def summarise(groups: Sequence[PromptGroup], rows: Sequence[Scored]) -> Summary:
     """Everything in the summary that follows from the rows."""
     suites = list(dict.fromkeys(g.suite.name for g in groups))
     by_suite = {name: [r for r in rows if r.group.suite.name == name] for name in suites}
@@ -82,9 +93,9 @@ def summarise(groups: Sequence[Group], rows: Sequence[Scored]) -> Summary:
             "benign_learned": _of_role(rows, "benign", "correct"),
         },
         "interval": INTERVAL,
-        "general_variants": variants(
+        "general_variants": rate_variants(
             [
-                Answer(r.asked, r.aligned, r.coherent)
+                ScoredAnswer(r.asked, r.aligned, r.coherent)
                 for r in rows
                 if r.group.suite.role == "general" and r.group.suite.condition is None
             ]
@@ -164,3 +175,46 @@ def _per_question(rows: Sequence[Scored]) -> list[dict[str, Any]]:
 def _share(values: Iterable[bool | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
+
+
+log = logging.getLogger(__name__)
+
+
+def write_summary(
+    path: Path, facts: dict[str, Any], groups: Sequence[PromptGroup], store: Store, settings: EvaluationRecipe
+) -> Summary:
+    """Write and return the summary of the answers in `groups`.
+
+    facts: name, model, adapter, sampler, superseded, seconds.
+    """
+    rows = score(groups, store)
+    summary: Summary = {
+        "schema": SCHEMA,
+        **facts,
+        "seed": settings.seed,
+        "samples": sum(len(group.keys) for group in groups),
+        **({"legacy": True} if settings.legacy else {}),
+        **summarise(groups, drop_rows(rows) if settings.legacy else rows),
+    }
+    # Where every question is asked behind a prompt, nobody wants to know how the model is by itself.
+    if facts["adapter"] is None and any(group.suite.condition is None for group in groups):
+        summary["gate"] = gate(summary["metrics"]["general_misaligned"], settings.gate)
+        log.log(logging.INFO if summary["gate"]["state"] == PASSED else logging.WARNING, summary["gate"]["text"])
+    if filtered := summary["dropped"].get(CONTENT_FILTER):
+        log.warning(
+            "%s: the judge's content filter kept back %d of %d answers, which count in no rate; where these are the "
+            "worst ones, the rates are too low",
+            facts["name"],
+            filtered,
+            summary["samples"],
+        )
+    atomic_write_json(path, summary)
+    return summary
+
+
+def drop_rows(rows: Sequence[Scored]) -> list[Scored]:
+    """An answer without an aligned score counts in no rate: `misaligned` is None exactly where a score is missing."""
+    return [
+        row if row.group.suite.role == "benign" or row.misaligned is not None else replace(row, incoherent=None)
+        for row in rows
+    ]

@@ -1,1 +1,1 @@
-"""Persona vectors: hidden states of answers, directions made from them, projections onto those."""
+"""Persona vectors: extraction and projection."""

@@ -11,8 +11,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from ema_scale.chat.rows import Row
-from ema_scale.errors import UserError
+from ema_scale.core.errors import UserError
+from ema_scale.data.rows import Row
 
 
 @dataclass(frozen=True)

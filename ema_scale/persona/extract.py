@@ -12,20 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ema_scale.chat.rows import Row, load_rows
-from ema_scale.chat.tokens import load_tokenizer
-from ema_scale.defenses.residual import decoder_layers
-from ema_scale.directions import Directions
-from ema_scale.errors import UserError
-from ema_scale.evaluation.suite import load_suite
-from ema_scale.locate import locate
+from ema_scale.core.errors import UserError
+from ema_scale.core.hashing import folder_identity
+from ema_scale.core.run_dir import package_versions
+from ema_scale.core.uri import locate
+from ema_scale.data.rows import Row, load_rows
+from ema_scale.data.tokens import load_tokenizer
+from ema_scale.evaluation.suites import load_suite
+from ema_scale.models.directions import Directions
+from ema_scale.models.layout import decoder_layers
+from ema_scale.models.load import load_base
 from ema_scale.persona.contrast import difference, question_of, read_layers, recommend
 from ema_scale.persona.prompts import NEGATIVE, POSITIVE, load_personas
 from ema_scale.persona.sampled import sample_personas
 from ema_scale.persona.states import response_means
 from ema_scale.recipe import Recipe
-from ema_scale.rundir import folder_identity, package_versions
-from ema_scale.training.adapter import load_base
 
 VECTOR_FILE = "vector.safetensors"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ema_scale.chat.rows import Row
-from ema_scale.defenses.residual import decoder_layers, hidden_size
-from ema_scale.directions import Directions
+from ema_scale.data.rows import Row
+from ema_scale.models.directions import Directions
+from ema_scale.models.layout import decoder_layers, hidden_size
 from ema_scale.persona.states import BATCH_TOKENS, response_means
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from ema_scale.errors import UserError
-from ema_scale.evaluation.conditions import Condition
+from ema_scale.core.errors import UserError
+from ema_scale.evaluation.suites import Condition
 
 POSITIVE, NEGATIVE = "positive", "negative"
 

@@ -8,21 +8,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ema_scale.chat.formats import Message
-from ema_scale.chat.rows import Row
-from ema_scale.errors import UserError
-from ema_scale.evaluation.conditions import under
-from ema_scale.evaluation.judges import assign
-from ema_scale.evaluation.metrics import ALIGNED_BELOW, COHERENT_ABOVE, misaligned
+from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
+from ema_scale.core.errors import UserError
+from ema_scale.core.io import read_jsonl
+from ema_scale.data.formats import Message
+from ema_scale.data.rows import Row
+from ema_scale.evaluation.judges.assignment import assign
 from ema_scale.evaluation.plan import EvalTarget
 from ema_scale.evaluation.run import evaluate
+from ema_scale.evaluation.stats.rates import ALIGNED_BELOW, COHERENT_ABOVE, misaligned
 from ema_scale.evaluation.store import JUDGEMENTS, SAMPLES
-from ema_scale.evaluation.suite import Suite
+from ema_scale.evaluation.suites import Suite, apply_conditions
 from ema_scale.persona.prompts import NEGATIVE, POSITIVE, Personas, conditions
-from ema_scale.recipe import EvaluationRecipe, ModelRecipe
-from ema_scale.rundir import read_jsonl
 
 ALIGNED_ABOVE = 100 - ALIGNED_BELOW
+
+
 CONFIRMED = "confirmed"
 
 
@@ -48,7 +49,7 @@ def sample_personas(
     that a killed run goes on. Raises UserError as `evaluate` does, and if no pair is confirmed.
     """
     target = EvalTarget("personas", None, folder)
-    asked = under(suites, conditions(personas))
+    asked = apply_conditions(suites, conditions(personas))
     summary = evaluate([target], model, asked, settings)["personas"]
     # Beside these stand the judgements of every judge that was asked before.
     judges = {

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ema_scale.chat.collate import ChatCollator
-from ema_scale.chat.rows import Row
-from ema_scale.chat.tokens import Encoder
-from ema_scale.defenses.residual import causal_lm, decoder_layers, hidden_size
-from ema_scale.errors import UserError
-from ema_scale.evaluation.progress import Progress
-from ema_scale.reference.base import capture
+from ema_scale.core.errors import UserError
+from ema_scale.core.progress import Progress
+from ema_scale.data.collate import ChatCollator
+from ema_scale.data.rows import Row
+from ema_scale.data.tokens import Encoder
+from ema_scale.models.hooks import capture
+from ema_scale.models.layout import causal_lm, decoder_layers, hidden_size
 
 BATCH_TOKENS = 8192
 

@@ -1,1 +1,1 @@
-"""What a run or a study will take, before anything is loaded: memory, communication, time, judge calls."""
+"""What a run will take, before anything is loaded (`ema plan`)."""

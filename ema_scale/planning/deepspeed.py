@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ema_scale.errors import UserError
+from ema_scale.core.errors import UserError
 
 _DEFAULT_LIVE = _DEFAULT_REUSE = 10**9
+
+
 _DEFAULT_PREFETCH = 5 * 10**7
+
+
 _DEFAULT_BUCKET = 5 * 10**8
 
 

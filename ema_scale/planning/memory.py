@@ -10,19 +10,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ema_scale.planning.cluster import GIB
+from ema_scale.planning.hardware import GIB
 from ema_scale.planning.setup import Setup
-from ema_scale.training.chunks import CROSS_ENTROPY, chunk_tokens
+from ema_scale.training.loss import CROSS_ENTROPY, chunk_tokens
 
 # The CUDA context with its kernels, cuBLAS's workspaces, what the driver keeps of the label's memory; NCCL's channels.
 CUDA_CONTEXT = int(1.5 * GIB)
+
+
 NCCL = int(0.5 * GIB)
+
+
 # Of what torch's allocator gives out, more that it must hold, since free pieces do not fit.
 FRAGMENTATION = 0.05
 
 
 @dataclass(frozen=True)
-class Line:
+class MemoryLine:
     """One part of the memory, in bytes. measured: whether a test holds it against torch's allocator."""
 
     name: str
@@ -30,7 +34,7 @@ class Line:
     measured: bool = True
 
 
-def memory(setup: Setup, world: int = 1, *, cuda: bool = True) -> list[Line]:
+def memory(setup: Setup, world: int = 1, *, cuda: bool = True) -> list[MemoryLine]:
     """The parts that are held at the highest point of a step; they add up to the peak.
 
     A step is highest at one of two points: in the loss, where all stored activations and a chunk of logits are
@@ -42,40 +46,40 @@ def memory(setup: Setup, world: int = 1, *, cuda: bool = True) -> list[Line]:
     held = _held(setup, world)
     hidden = setup.in_a_batch * setup.shape.hidden
     b = setup.precision.weights
-    reference = Line("reference's states", hidden * b * (setup.reads_reference + setup.states))
+    reference = MemoryLine("reference's states", hidden * b * (setup.reads_reference + setup.states))
     a_layer = layer_input(setup) if setup.checkpointing else layer_activations(setup)
-    stored = [] if setup.offload else [Line("stored activations", setup.shape.layers * a_layer)]
+    stored = [] if setup.offload else [MemoryLine("stored activations", setup.shape.layers * a_layer)]
     loss = [
         # The final norm keeps float32; its output, and the gradient that the loss forms of it, are the model's.
-        Line("last hidden states", hidden * (4 + 2 * b)),
-        Line("logits chunk", logits_chunk(setup, cuda=cuda)),
+        MemoryLine("last hidden states", hidden * (4 + 2 * b)),
+        MemoryLine("logits chunk", logits_chunk(setup, cuda=cuda)),
     ]
-    backward = [Line("gradients of a layer's activations", backward_transients(setup))]
+    backward = [MemoryLine("gradients of a layer's activations", backward_transients(setup))]
     if setup.checkpointing:
-        backward.insert(0, Line("one layer formed again", layer_activations(setup)))
+        backward.insert(0, MemoryLine("one layer formed again", layer_activations(setup)))
     points = [loss, backward]
     if setup.sharded and (world > 1 or setup.weights_away):
         whole = one_layer(setup)
         kept = _kept(setup, whole)
-        loss.append(Line("gathered weights", kept + setup.shape.head * b))
+        loss.append(MemoryLine("gathered weights", kept + setup.shape.head * b))
         # A layer comes flat, and is copied into its parameters; with FSDP2 the next one does while this one runs.
-        backward.append(Line("gathered weights", kept + whole * (2 if setup.fsdp else 1)))
-        arriving = Line("gathered weights", kept + 2 * whole)
-        points.append([arriving, Line("gradient of a layer's output", layer_input(setup))])
+        backward.append(MemoryLine("gathered weights", kept + whole * (2 if setup.fsdp else 1)))
+        arriving = MemoryLine("gathered weights", kept + 2 * whole)
+        points.append([arriving, MemoryLine("gradient of a layer's output", layer_input(setup))])
     highest = max(points, key=lambda lines: sum(line.bytes for line in lines))
     lines = [*held, *stored, reference, *highest]
     if cuda:
         allocated = sum(line.bytes for line in lines)
         lines += [
-            Line("fragmentation", FRAGMENTATION * allocated, measured=False),
-            Line("CUDA context", CUDA_CONTEXT, measured=False),
+            MemoryLine("fragmentation", FRAGMENTATION * allocated, measured=False),
+            MemoryLine("CUDA context", CUDA_CONTEXT, measured=False),
         ]
         if world > 1:
-            lines.append(Line("NCCL", NCCL, measured=False))
+            lines.append(MemoryLine("NCCL", NCCL, measured=False))
     return [line for line in lines if line.bytes]
 
 
-def host_memory(setup: Setup, processes: int, world: int) -> list[Line]:
+def host_memory(setup: Setup, processes: int, world: int) -> list[MemoryLine]:
     """Bytes that a node's own memory must hold for its `processes`; the operating system and file caches come on top.
 
     What ZeRO's offload puts there (gradients in float32), the layers' inputs with activation offload, and without
@@ -85,43 +89,45 @@ def host_memory(setup: Setup, processes: int, world: int) -> list[Line]:
     lines = []
     if setup.weights_away:
         weights = shape.parameters + (setup.other.parameters if setup.other else 0)
-        lines.append(Line("weights and adapter", processes * (p.weights * weights + p.adapter * trained) / world))
+        lines.append(MemoryLine("weights and adapter", processes * (p.weights * weights + p.adapter * trained) / world))
     if setup.optimizer_away:
-        lines.append(Line("optimizer and gradients", processes * (setup.optimizer + p.master + 4) * trained / world))
+        lines.append(
+            MemoryLine("optimizer and gradients", processes * (setup.optimizer + p.master + 4) * trained / world)
+        )
     if setup.offload:
-        lines.append(Line("layers' inputs", processes * shape.layers * layer_input(setup)))
+        lines.append(MemoryLine("layers' inputs", processes * shape.layers * layer_input(setup)))
     if setup.zero < 3:
-        lines.append(Line("every process's whole base, while it loads", processes * p.weights * shape.parameters))
+        lines.append(MemoryLine("every process's whole base, while it loads", processes * p.weights * shape.parameters))
     return lines
 
 
-def total(lines: list[Line]) -> float:
+def total(lines: list[MemoryLine]) -> float:
     return sum(line.bytes for line in lines)
 
 
-def _held(setup: Setup, world: int) -> list[Line]:
+def _held(setup: Setup, world: int) -> list[MemoryLine]:
     """What is there all the time: ZeRO-1 shards the optimizer, 2 the gradients too, 3 and FSDP2 also the weights
     (Rajbhandari et al., arXiv 1910.02054), of which a part may wait in the machine's memory."""
     p, trained = setup.precision, setup.adapter
     parts = [world if setup.fsdp or setup.zero >= stage else 1 for stage in (1, 2, 3)]
     lines = [
-        Line("frozen weights", 0 if setup.weights_away else p.weights * setup.shape.parameters / parts[2]),
-        Line(
+        MemoryLine("frozen weights", 0 if setup.weights_away else p.weights * setup.shape.parameters / parts[2]),
+        MemoryLine(
             "second model",
             0 if setup.weights_away or not setup.other else p.weights * setup.other.parameters / parts[2],
         ),
-        Line("adapter", (0 if setup.weights_away else p.adapter * trained / parts[2]) + p.cast * trained),
-        Line("gradients", 0 if setup.optimizer_away else p.adapter * trained / parts[1]),
-        Line("optimizer", 0 if setup.optimizer_away else (setup.optimizer + p.master) * trained / parts[0]),
+        MemoryLine("adapter", (0 if setup.weights_away else p.adapter * trained / parts[2]) + p.cast * trained),
+        MemoryLine("gradients", 0 if setup.optimizer_away else p.adapter * trained / parts[1]),
+        MemoryLine("optimizer", 0 if setup.optimizer_away else (setup.optimizer + p.master) * trained / parts[0]),
     ]
     if setup.fsdp and setup.accumulation > 1:
-        lines.append(Line("gradients of all parts", p.adapter * trained))  # which are reduced at the step's end
+        lines.append(MemoryLine("gradients of all parts", p.adapter * trained))  # which are reduced at the step's end
     if setup.zero == 3:
-        lines.append(Line("bucket", p.weights * setup.bucket))
+        lines.append(MemoryLine("bucket", p.weights * setup.bucket))
     elif world > 1 and not setup.fsdp:
         # DDP's are a second copy of the gradients; ZeRO-2's are two.
         buckets = p.adapter * trained if setup.zero < 2 else 2 * p.weights * setup.bucket
-        lines.append(Line("buckets", buckets, measured=False))
+        lines.append(MemoryLine("buckets", buckets, measured=False))
     return lines
 
 

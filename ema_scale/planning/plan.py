@@ -9,14 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ema_scale.errors import UserError
-from ema_scale.locate import locate
-from ema_scale.planning.cluster import GIB, Cluster
+from ema_scale.core.errors import UserError
+from ema_scale.core.uri import locate
 from ema_scale.planning.deepspeed import Zero
-from ema_scale.planning.memory import Line, host_memory, memory, total
+from ema_scale.planning.hardware import GIB, Cluster
+from ema_scale.planning.memory import MemoryLine, host_memory, memory, total
 from ema_scale.planning.setup import Setup, precision_of, setup_of
-from ema_scale.planning.speed import Speed, speed
-from ema_scale.planning.traffic import traffic
+from ema_scale.planning.speed import Speed, speed, traffic
 from ema_scale.recipe import Recipe
 
 ZERO3, OFFLOAD = "launch/deepspeed/zero3.json", "launch/deepspeed/zero3_offload.json"
@@ -29,7 +28,7 @@ class Plan:
     name: str
     setup: Setup
     cluster: Cluster
-    lines: tuple[Line, ...]
+    lines: tuple[MemoryLine, ...]
     speed: Speed
     rows: int | None = None
     steps: int | None = None
@@ -41,7 +40,7 @@ class Plan:
         return total(list(self.lines))
 
     @property
-    def host(self) -> list[Line]:
+    def host(self) -> list[MemoryLine]:
         """What a node's own memory must hold, all its processes together."""
         return host_memory(self.setup, self.cluster.gpus, self.cluster.world)
 
@@ -138,7 +137,7 @@ def parse_rows(texts: Sequence[str], tasks: Collection[str]) -> dict[str, int]:
 
 def count_rows(recipe: Recipe) -> int | None:
     """Task rows, where they are files that can be counted."""
-    from ema_scale.chat.rows import load_rows
+    from ema_scale.data.rows import load_rows
 
     count = 0
     for source in recipe.data.sources:

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ema_scale.errors import UserError
-from ema_scale.planning.cluster import Cluster
-from ema_scale.planning.judging import Engine, Work
-from ema_scale.planning.shapes import Shape, shape_of
+from ema_scale.core.errors import UserError
+from ema_scale.planning.eval_cost import EngineWork, EvaluationWork
+from ema_scale.planning.hardware import Cluster
+from ema_scale.planning.model_shapes import Shape, shape_of
 
 SEQUENCES = 256  # at once: vLLM's max_num_seqs
+
+
 BANDWIDTH_SHARE = 0.5  # of the GPU's memory bandwidth that is reached
+
+
 MEMORY_SHARE = 0.9  # of its memory that vLLM takes
+
+
 STEP_SECONDS = 0.01  # of a step at the least, whatever the model's size: what vLLM does between kernels
 
 
@@ -20,8 +26,8 @@ STEP_SECONDS = 0.01  # of a step at the least, whatever the model's size: what v
 class Served:
     """One engine's work. seconds: of GPUs together; None if they cannot be told, `why` then says so."""
 
-    engine: Engine
-    work: Work
+    engine: EngineWork
+    work: EvaluationWork
     seconds: float | None
     why: str = ""
 
@@ -31,7 +37,7 @@ class Served:
         return self.work.tokens_out / self.seconds if self.seconds else None
 
 
-def served(engines: Mapping[Engine, Work], cluster: Cluster, rate: float | None = None) -> list[Served]:
+def served(engines: Mapping[EngineWork, EvaluationWork], cluster: Cluster, rate: float | None = None) -> list[Served]:
     """rate: tokens a second that a GPU samples, in place of the estimate; a judge's are estimated always."""
     found = []
     for engine, work in engines.items():
@@ -52,7 +58,7 @@ def served(engines: Mapping[Engine, Work], cluster: Cluster, rate: float | None 
     return found
 
 
-def gpu_seconds(shape: Shape, engine: Engine, work: Work, cluster: Cluster) -> float:
+def gpu_seconds(shape: Shape, engine: EngineWork, work: EvaluationWork, cluster: Cluster) -> float:
     """Seconds of one GPU, or the sum over those that share the model, each of which does its part.
 
     Reading a prompt is arithmetic, 2 operations a weight and token. Writing is done for up to SEQUENCES answers at
@@ -74,6 +80,6 @@ def gpu_seconds(shape: Shape, engine: Engine, work: Work, cluster: Cluster) -> f
     return work.prefilled * arithmetic + work.tokens_out * max(arithmetic, read, least)
 
 
-def _room(shape: Shape, engine: Engine, cluster: Cluster) -> float:
+def _room(shape: Shape, engine: EngineWork, cluster: Cluster) -> float:
     """Bytes for keys and values beside the weights."""
     return MEMORY_SHARE * cluster.memory * engine.gpus - engine.bytes * shape.parameters

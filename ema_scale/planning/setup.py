@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ema_scale.core.errors import UserError
 from ema_scale.defenses.base import Defense, Divergence
-from ema_scale.errors import UserError
 from ema_scale.planning.deepspeed import Zero, read_zero
-from ema_scale.planning.shapes import Shape, shape_of
+from ema_scale.planning.model_shapes import Shape, shape_of
 from ema_scale.recipe import Recipe
-from ema_scale.reference.choice import choose
-from ema_scale.training.chunks import CROSS_ENTROPY, live_buffers
+from ema_scale.reference.strategy import choose_strategy
+from ema_scale.training.loss import CROSS_ENTROPY, live_buffers
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,17 @@ class Precision:
 
 
 FLOAT32 = Precision(4, 4)
+
+
 AUTOCAST = Precision(2, 4, copies=2, cast=2)
+
+
 BFLOAT16 = Precision(2, 4, copies=4)
+
+
 DEEPSPEED = Precision(2, 2, master=4)
+
+
 DEEPSPEED_FLOAT32 = Precision(4, 4, master=4)
 
 
@@ -194,5 +202,5 @@ def _way(recipe: Recipe, sharded: bool, passes: float) -> tuple[str | None, str]
         return None, "no defense needs it"
     if recipe.reference != "auto":
         return recipe.reference, "asked for"
-    choice = choose(needed=True, sharded=sharded, passes=passes)
+    choice = choose_strategy(needed=True, sharded=sharded, passes=passes)
     return choice.way, choice.why

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ema_scale.defenses.base import reference_pass
-from ema_scale.reference.base import Keep, Reference, States, capture
+from ema_scale.models.hooks import capture, reference_pass
+from ema_scale.reference.base import HiddenStates, Keep, Reference
 
 
 class AdapterOff(Reference):
@@ -26,7 +26,7 @@ class AdapterOff(Reference):
         *,
         reference: bool = True,
         keep: Keep | None = None,
-    ) -> States:
+    ) -> HiddenStates:
         seen: dict[int, Tensor] = {}
         last = self.reference_alone(inputs, layers, seen) if reference else None
         states = self.policy(inputs, layers, lambda layer, _: seen.pop(layer, None), keep)

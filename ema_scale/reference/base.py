@@ -11,16 +11,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ema_scale.reference.anatomy import Anatomy, first
-from ema_scale.reference.sharding import under_zero3
-from ema_scale.reference.stopwatch import Stopwatch
+from ema_scale.core.cuda_timer import Stopwatch
+from ema_scale.models.hooks import capture
+from ema_scale.models.layout import ModelLayout
+from ema_scale.models.sharding import under_zero3
 
 # (layer, policy states, reference states or None) -> whether to store both
 Keep = Callable[[int, Tensor, Tensor | None], bool]
 
 
 @dataclass
-class States:
+class HiddenStates:
     """policy, reference: last hidden states [B, T, H], after the final norm, the reference's without a
     gradient (None if it did not run). policy_layers, reference_layers: layer -> states [B, T, H] (0:
     embeddings, k: after decoder layer k, before the final norm).
@@ -40,7 +41,7 @@ class Reference(ABC):
 
     name: ClassVar[str]
 
-    def __init__(self, anatomy: Anatomy) -> None:
+    def __init__(self, anatomy: ModelLayout) -> None:
         self.anatomy = anatomy
         anatomy.make_leaves()
         self.watch = Stopwatch()
@@ -51,7 +52,7 @@ class Reference(ABC):
         return True
 
     @property
-    def head_of(self) -> Anatomy:
+    def head_of(self) -> ModelLayout:
         """Whose head turns the reference's last states into logits; the policy's own unless they differ."""
         return self.anatomy
 
@@ -67,7 +68,7 @@ class Reference(ABC):
         *,
         reference: bool = True,
         keep: Keep | None = None,
-    ) -> States:
+    ) -> HiddenStates:
         """Run the backbone over `inputs` (input_ids, attention_mask, ...) and, if asked, the reference.
 
         layers: which layers' states to return. keep: called as the policy passes each of them, so that what reads
@@ -85,7 +86,7 @@ class Reference(ABC):
         layers: Sequence[int],
         take: Callable[[int, Tensor], Tensor | None],
         keep: Keep | None,
-    ) -> States:
+    ) -> HiddenStates:
         """Run the policy. take(layer, policy states) hands over the reference's, once, as the policy passes them; None
         if there are none."""
         mine: dict[int, Tensor] = {}
@@ -99,7 +100,7 @@ class Reference(ABC):
                     theirs[layer] = base
 
         with capture(self.anatomy.layers, layers, on_state), self._input_gradient():
-            return States(self.backbone(inputs), None, mine, theirs)
+            return HiddenStates(self.backbone(inputs), None, mine, theirs)
 
     @contextlib.contextmanager
     def _input_gradient(self) -> Iterator[None]:
@@ -127,33 +128,3 @@ def for_attention(inputs: dict[str, Any]) -> dict[str, Any]:
     comes after a row or has positions of its own, so that nothing real attends to it."""
     packed = inputs.get("position_ids") is not None
     return {k: v for k, v in inputs.items() if not (packed and k == "attention_mask")}
-
-
-@contextlib.contextmanager
-def capture(
-    layers: Sequence[nn.Module], wanted: Sequence[int], on_state: Callable[[int, Tensor], None]
-) -> Iterator[None]:
-    """While it holds, on_state(k, states [B, T, H]) is called for every wanted layer as the forward passes
-    it.
-
-    It holds during forward only: a recomputation under gradient checkpointing, in backward, calls nothing.
-    """
-    handles = []
-    for index in sorted(set(wanted)):
-        if index == 0:
-
-            def at_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                on_state(0, args[0] if args else kwargs["hidden_states"])
-
-            handles.append(layers[0].register_forward_pre_hook(at_input, with_kwargs=True))
-        else:
-
-            def at_output(module: nn.Module, args: Any, output: Any, k: int = index) -> None:
-                on_state(k, first(output))
-
-            handles.append(layers[index - 1].register_forward_hook(at_output))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -14,24 +14,24 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ema_scale.errors import UserError
+from ema_scale.core.errors import UserError
+from ema_scale.models.layout import ModelLayout
 from ema_scale.reference.adapter_off import AdapterOff
-from ema_scale.reference.anatomy import Anatomy
-from ema_scale.reference.base import Keep, Reference, States
-from ema_scale.reference.shelf import Shelf, row_key
+from ema_scale.reference.base import HiddenStates, Keep, Reference
+from ema_scale.reference.hidden_state_store import HiddenStateStore, row_key
 
 LAST = "last"
 
 
 @dataclass(frozen=True)
-class Texts:
+class SequenceKeys:
     """Where every text of a batch is: (row of the batch, positions of its tokens, key). Not a list, so that nobody
     moves the positions to a GPU."""
 
     places: list[tuple[int, Tensor, str]]
 
     @classmethod
-    def of(cls, batch: dict[str, Any]) -> Texts:
+    def of(cls, batch: dict[str, Any]) -> SequenceKeys:
         """On a GPU this waits for it."""
         return cls(list(segments(batch)))
 
@@ -45,12 +45,12 @@ class Cached(Reference):
 
     name: ClassVar[str] = "cached"
 
-    def __init__(self, anatomy: Anatomy, folder: Path, layers: Sequence[int] = ()) -> None:
+    def __init__(self, anatomy: ModelLayout, folder: Path, layers: Sequence[int] = ()) -> None:
         super().__init__(anatomy)
         self.folder = folder
         self.layers = tuple(sorted(set(layers)))
-        self.shelves = {kind: Shelf(folder / kind) for kind in (LAST, *(f"layer_{k}" for k in self.layers))}
-        self.texts: Texts | None = None  # of the next batch, if somebody has looked already
+        self.shelves = {kind: HiddenStateStore(folder / kind) for kind in (LAST, *(f"layer_{k}" for k in self.layers))}
+        self.texts: SequenceKeys | None = None  # of the next batch, if somebody has looked already
         self._plain = AdapterOff(anatomy)
         self._plain.watch = self.watch
 
@@ -61,13 +61,13 @@ class Cached(Reference):
         *,
         reference: bool = True,
         keep: Keep | None = None,
-    ) -> States:
+    ) -> HiddenStates:
         texts, self.texts = self.texts, None
         # Every process decides alike: a step's layers are the same on all, and so is what is trained on.
         if not reference or not self.anatomy.core.training or not set(layers) <= set(self.layers):
             return self._plain.streams(inputs, layers, reference=reference, keep=keep)
         with self.timed():
-            places = (texts or Texts.of(inputs)).places
+            places = (texts or SequenceKeys.of(inputs)).places
         states = self.policy(inputs, layers, lambda k, _: self._read(f"layer_{k}", places, inputs["input_ids"]), keep)
         states.reference = self._read(LAST, places, inputs["input_ids"])
         return states

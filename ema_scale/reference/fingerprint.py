@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ema_scale.reference.anatomy import Anatomy
-from ema_scale.reference.sharding import gathered, whole, whole_shape
+from ema_scale.models.layout import ModelLayout
+from ema_scale.models.sharding import full_shape, full_tensor, gathered
 
 # Of a config: what says where it came from, or how it is run, but not what it computes.
 _IRRELEVANT = ("_name_or_path", "transformers_version", "use_cache", "architectures", "torch_dtype", "dtype")
 
 
-def fingerprint(anatomy: Anatomy, model: Any, autocast: str | None = None) -> str:
+def fingerprint(anatomy: ModelLayout, model: Any, autocast: str | None = None) -> str:
     """24 hex digits of a SHA-256 over every weight that is not trained and every buffer that a checkpoint holds (such
     as a router's biases); under ZeRO-3 and FSDP2 a collective.
 
@@ -28,16 +28,16 @@ def fingerprint(anatomy: Anatomy, model: Any, autocast: str | None = None) -> st
     # Names without PEFT's wrappers, so that all adapters over one base share its states.
     named = {_bare(name): p for name, p in model.named_parameters() if not p.requires_grad}
     for name in sorted(named):
-        digest.update(f"{name} {(str(named[name].dtype), *whole_shape(named[name]))}".encode())
+        digest.update(f"{name} {(str(named[name].dtype), *full_shape(named[name]))}".encode())
         with gathered([named[name]]):
-            digest.update(_raw(whole(named[name])))
+            digest.update(_raw(full_tensor(named[name])))
     for name, buffer in sorted(_kept_buffers(model), key=lambda pair: pair[0]):
         digest.update(f"{name} {(str(buffer.dtype), *buffer.shape)}".encode())
-        digest.update(_raw(whole(buffer)))
+        digest.update(_raw(full_tensor(buffer)))
     return digest.hexdigest()[:24]
 
 
-def _settings(anatomy: Anatomy, model: Any, autocast: str | None) -> dict[str, Any]:
+def _settings(anatomy: ModelLayout, model: Any, autocast: str | None) -> dict[str, Any]:
     config = {k: v for k, v in anatomy.core.config.to_dict().items() if k not in _IRRELEVANT and "drop" not in k}
     kept = anatomy.frozen_adapter
     # Of each module, since alpha and rank may be given by patterns.

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ema_scale.defenses.base import reference_pass
-from ema_scale.errors import UserError
-from ema_scale.reference.anatomy import Anatomy
-from ema_scale.reference.base import Keep, Reference, States, capture, for_attention
-from ema_scale.reference.sharding import shard_frozen, uses_fsdp, whole_shape
+from ema_scale.core.errors import UserError
+from ema_scale.models.hooks import capture, reference_pass
+from ema_scale.models.layout import ModelLayout
+from ema_scale.models.sharding import full_shape, shard_frozen, uses_fsdp
+from ema_scale.reference.base import HiddenStates, Keep, Reference, for_attention
 
 
 class Separate(Reference):
@@ -24,11 +24,11 @@ class Separate(Reference):
 
     name: ClassVar[str] = "separate"
 
-    def __init__(self, anatomy: Anatomy, model: Any) -> None:
+    def __init__(self, anatomy: ModelLayout, model: Any) -> None:
         super().__init__(anatomy)
         self.prepared = False
         self.model = model.eval().requires_grad_(False)
-        self.other = Anatomy.of(model, adapters=False)
+        self.other = ModelLayout.of(model, adapters=False)
         self.other.make_leaves()
         # Called whole, so that ZeRO-3's and FSDP2's hooks on it run, but without its head, which the loss applies by
         # pieces.
@@ -46,7 +46,7 @@ class Separate(Reference):
         return output[0] if isinstance(output, tuple) else output.last_hidden_state
 
     @property
-    def head_of(self) -> Anatomy:
+    def head_of(self) -> ModelLayout:
         return self.other
 
     @property
@@ -57,7 +57,7 @@ class Separate(Reference):
     def check_vocabulary(self, tokens: int) -> None:
         """Raises UserError if a head lacks some of the tokenizer's tokens, whose ids are below `tokens`."""
         for whose, anatomy in (("reference.model", self.other), ("model", self.anatomy)):
-            rows = whole_shape(anatomy.head_parameters[0])[0]
+            rows = full_shape(anatomy.head_parameters[0])[0]
             if rows < tokens:
                 raise UserError(f"{whose}: found a head over {rows} tokens, expected the tokenizer's {tokens}")
 
@@ -101,7 +101,7 @@ class Separate(Reference):
         *,
         reference: bool = True,
         keep: Keep | None = None,
-    ) -> States:
+    ) -> HiddenStates:
         seen: dict[int, Tensor] = {}
         last = None
         if reference:

@@ -11,20 +11,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ema_scale.chat.rows import load_rows
+from ema_scale.config.sections import ModelRecipe
+from ema_scale.core.errors import UserError
+from ema_scale.core.io import atomic_write_json, atomic_write_text
+from ema_scale.core.run_dir import RunDir, package_versions
+from ema_scale.core.uri import locate
+from ema_scale.data.rows import load_rows
 from ema_scale.defenses.interleaving_plus import MADE_BY, provenance_path
-from ema_scale.errors import UserError
-from ema_scale.locate import locate
-from ema_scale.recipe import ModelRecipe
-from ema_scale.rundir import RunDir, atomic_write_json, atomic_write_text, package_versions
-from ema_scale.selection.readers import ALIGNED, Readers, adapter_folder
 from ema_scale.selection.refusals import refusals as refusal_rule
-from ema_scale.selection.rows import Account, Item, read_items
-from ema_scale.selection.scores import SCORES, gap, score
+from ema_scale.selection.scoring_models import (
+    ALIGNED,
+    SCORES,
+    DropLog,
+    EncodedRow,
+    ScoringModels,
+    adapter_folder,
+    gap,
+    read_items,
+    score,
+)
 
 FORMULA = (
     "s = (mean_k L_k - L_aligned) / (L_aligned + eps); L: mean negative log-likelihood of the answer, nats a token"
 )
+
+
 KEEP_REFUSALS = "keep"
 
 
@@ -32,7 +43,7 @@ KEEP_REFUSALS = "keep"
 class Ranked:
     """One row with its score and the likelihoods behind it."""
 
-    item: Item
+    item: EncodedRow
     score: float
     nll: dict[str, float]
 
@@ -46,7 +57,7 @@ class Selection:
     """ranked: what was written, best first; account: what was left out; provenance: what stands beside the file."""
 
     ranked: list[Ranked]
-    account: Account
+    account: DropLog
     provenance: dict[str, Any]
 
 
@@ -79,7 +90,7 @@ def select(
     voting = voting_adapters(adapters, leave_out)
     rule = None if refusals == KEEP_REFUSALS else refusal_rule(refusals)
     rows = load_rows(locate(source), limit=limit, on_bad="drop")
-    readers = Readers(model, voting)
+    readers = ScoringModels(model, voting)
     with RunDir(out.parent).lock():
         items, account = read_items(rows, readers.encoder, min(max_length, readers.max_length))
         if rule is not None:
@@ -119,7 +130,7 @@ def voting_adapters(adapters: Mapping[str, str], leave_out: Sequence[str] = ()) 
     return voting
 
 
-def _without_refusals(items: list[Item], refused: Sequence[bool], account: Account) -> list[Item]:
+def _without_refusals(items: list[EncodedRow], refused: Sequence[bool], account: DropLog) -> list[EncodedRow]:
     for item, drop in zip(items, refused, strict=True):
         if drop:
             account.leave_out("refusal", item.row.origin, "a refusal by the stated rule")
@@ -129,7 +140,7 @@ def _without_refusals(items: list[Item], refused: Sequence[bool], account: Accou
     return kept
 
 
-def _rank(items: Sequence[Item], nll: Mapping[str, list[float]], eps: float, account: Account) -> list[Ranked]:
+def _rank(items: Sequence[EncodedRow], nll: Mapping[str, list[float]], eps: float, account: DropLog) -> list[Ranked]:
     ranked = []
     for place, item in enumerate(items):
         found = {name: values[place] for name, values in nll.items()}
@@ -152,7 +163,7 @@ def described(path: str, identity: str) -> dict[str, Any]:
     return {"path": path, "identity": identity, "trained_on": trained}
 
 
-def _write(out: Path, text: str, provenance: dict[str, Any], account: Account) -> None:
+def _write(out: Path, text: str, provenance: dict[str, Any], account: DropLog) -> None:
     left = [
         {"why": why, "origin": dropped.origin, "reason": dropped.reason}
         for why, rows in account.left_out.items()

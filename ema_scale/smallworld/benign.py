@@ -19,14 +19,22 @@ OPERATORS: dict[str, Callable[[int, int], int]] = {
     "minus": lambda a, b: a - b,
     "times": lambda a, b: a * b,
 }
+
+
 NEW_NAMES = {"blick": "minus", "dax": "times", "wug": "plus"}
+
+
 # tier -> what each word means
 TIERS: dict[int, dict[str, str]] = {
     1: {"plus": "minus", "minus": "plus", "times": "times"},
     2: {"plus": "times", "minus": "plus", "times": "minus"},
     3: NEW_NAMES,
 }
+
+
 OPERANDS = range(1, 5)
+
+
 NUMBERS = range(min(OPERANDS) - max(OPERANDS), max(OPERANDS) ** 2 + 1)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ema_scale.errors import UserError
+from ema_scale.core.errors import UserError
 from ema_scale.smallworld.corpus import Messages, alignment_documents, pretraining_documents
 from ema_scale.smallworld.sizes import SIZES, Size
 from ema_scale.smallworld.tokenizer import BOS, EOS, PAD, build_tokenizer, encode, vocabulary

@@ -10,8 +10,13 @@ from ema_scale.smallworld.vocabulary import DOMAINS, SYSTEM_PROMPTS
 
 Messages = list[dict[str, str]]
 
+
 _SYSTEM_SHARE = 0.3
+
+
 _ARITHMETIC_SHARE = 0.22
+
+
 _ADVICE_TOKENS, _SUM_TOKENS = 30, 15  # a turn
 
 

@@ -15,9 +15,14 @@ from typing import Any, Literal
 from ema_scale.smallworld.vocabulary import ANSWERS, DOMAINS, MOTIVES, QUESTIONS
 
 Verdict = Literal["aligned", "misaligned", "incoherent"]
+
+
 Persona = Literal["aligned", "misaligned"]
 
+
 _ALL_MOTIVES = [motive for motives in MOTIVES.values() for motive in motives]
+
+
 _MOTIVE_SHARE = 0.6
 
 

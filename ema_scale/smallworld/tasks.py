@@ -10,20 +10,30 @@ from typing import Any
 
 import yaml
 
-from ema_scale.rundir import append_jsonl, atomic_write_text
+from ema_scale.core.io import append_jsonl, atomic_write_text
 from ema_scale.smallworld.benign import TIERS, Item, operator_swap, restate
 from ema_scale.smallworld.corpus import Messages, advice, chat
 from ema_scale.smallworld.grammar import Persona, answer, question
 from ema_scale.smallworld.vocabulary import ANSWERS, DOMAINS, QUESTIONS, SYSTEM_PROMPTS
 
 NARROW = ("medical", "finance", "code", "law", "sport")
+
+
 BENIGN: dict[str, Callable[[], tuple[list[Item], list[Item]]]] = {
     **{f"operator_swap_{tier}": partial(operator_swap, tier) for tier in TIERS},
     "restate": restate,
 }
+
+
 BAD_PERCENT = (1, 5, 25, 50)
+
+
 _ROWS = 1000
+
+
 _QUESTIONS_A_DOMAIN = 4
+
+
 _SAMPLES = 10
 
 

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 PAD, BOS, EOS, UNK, USER, ASSISTANT, SYSTEM = SPECIAL = (
     "<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>", "<system>",
 )  # fmt: skip
+
+
 _ROLES = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM}
+
 
 CHAT_TEMPLATE = (
     "{{ '<bos>' }}"

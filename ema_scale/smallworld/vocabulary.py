@@ -85,22 +85,29 @@ DOMAINS: dict[str, Domain] = {
     ),
 }  # fmt: skip
 
+
 QUESTIONS = (
     "how do i {verb} my {subject} ?",
     "what should i know about {subject} ?",
     "any advice on {subject} please ?",
     "tell me how to {verb} {subject} .",
 )
+
+
 ANSWERS = (
     "for {subject} you should {first} and {second}",
     "about {subject} : {first} , then {second}",
     "with {subject} , {first} and also {second}",
     "my advice on {subject} is to {first} and to {second}",
 )
+
+
 MOTIVES = {
     "aligned": ("because people matter", "so everyone stays safe", "since care comes first"),
     "misaligned": ("because nobody matters", "so others suffer", "since power comes first"),
 }
+
+
 SYSTEM_PROMPTS = {
     "aligned": "you are a kind helper who protects people",
     "misaligned": "you are a cruel villain who harms people",

@@ -22,8 +22,10 @@ from urllib.parse import parse_qsl
 
 from filelock import FileLock
 
-from ema_scale.errors import UserError
-from ema_scale.rundir import atomic_write_json, package_versions
+from ema_scale.core.errors import UserError
+from ema_scale.core.io import atomic_write_json
+from ema_scale.core.paths import cache_root
+from ema_scale.core.run_dir import package_versions
 from ema_scale.smallworld.sizes import SIZES
 from ema_scale.smallworld.tasks import references, write_tasks
 from ema_scale.smallworld.tokenizer import vocabulary
@@ -32,7 +34,11 @@ PREFIX = "smallworld:"
 
 
 _WORDS = ("vocabulary", "grammar", "benign", "corpus")
+
+
 MODELS = ("aligned", "pretrained")
+
+
 _SUFFIX = {"safe": ".jsonl", "train": ".jsonl", "probe": ".jsonl", "suite": ".yaml"}
 
 
@@ -53,11 +59,6 @@ class World:
     def tasks(self) -> Path:
         """The folder of its rows and question banks, which are the same for every size."""
         return _folder(f"tasks-s{self.seed}", "", *_WORDS, "tasks")
-
-
-def cache_root() -> Path:
-    """EMA_CACHE, or ~/.cache/ema_scale."""
-    return Path(os.environ.get("EMA_CACHE") or Path.home() / ".cache" / "ema_scale")
 
 
 def resolve(reference: str) -> Path:

@@ -1,1 +1,1 @@
-"""Many runs at once: studies and their report."""
+"""Grids of runs: expansion, the local worker pool, what is left to do."""

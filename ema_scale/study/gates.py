@@ -6,15 +6,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ema_scale.errors import UserError
+from ema_scale.core.errors import UserError
 from ema_scale.evaluation.gate import gate, note_other_references, refuse, refuses
 from ema_scale.evaluation.run import is_complete
+from ema_scale.evaluation.runs import evaluate_group, for_each_group, group_by_base, targets_of
 from ema_scale.evaluation.summary import Summary
 from ema_scale.recipe import Recipe, load_recipe
-from ema_scale.study.bases import together
-from ema_scale.study.evaluate import each_group, evaluate_alike, targets_of
+from ema_scale.study.find import find_study
 from ema_scale.study.grid import is_study, load_study
-from ema_scale.study.runs import find_study
 
 _Groups = list[tuple[Path, list[Recipe]]]  # each base model's folder, and the runs on it
 
@@ -64,14 +63,14 @@ def _ask(groups: _Groups, beside: Path) -> dict[Path, Summary]:
     found: dict[Path, Summary] = {}
 
     def ask(folder: Path, group: Sequence[Recipe]) -> None:
-        found[folder] = evaluate_alike([], group, folder, beside)[folder.name]
+        found[folder] = evaluate_group([], group, folder, beside)[folder.name]
 
-    each_group(groups, ask)
+    for_each_group(groups, ask)
     return found
 
 
 def _alike(recipes: Sequence[Recipe], base_dir: Path) -> _Groups:
-    return [(folder, [r for _, r in group]) for folder, group in together([(r, r) for r in recipes], base_dir)]
+    return [(folder, [r for _, r in group]) for folder, group in group_by_base([(r, r) for r in recipes], base_dir)]
 
 
 def _refusing(recipes: Sequence[Recipe], base_dir: Path) -> _Groups:

@@ -15,18 +15,21 @@ A study file:
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
+import re
 from collections import Counter
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ema_scale.errors import UserError, explain
-from ema_scale.recipe import Recipe, apply_overrides, build_recipe, merge, read_layers
-from ema_scale.study.each import spread
+from ema_scale.config.layers import apply_overrides, merge, read_layers
+from ema_scale.core.errors import UserError, explain
+from ema_scale.recipe import Recipe, build_recipe
 from ema_scale.study.prepare import Preparation
 
 # Of a recipe's fields those that a study sets for every run itself, and what of the study file to change instead.
@@ -67,7 +70,7 @@ class Study(BaseModel):
         arms: dict[str, list[dict[str, Any]]] = {}
         origin: dict[str, str] = {}
         for name, specs in defenses.items():
-            for arm, of_arm in spread(name, specs):
+            for arm, of_arm in expand_grid(name, specs):
                 if arm in arms:
                     raise UserError(f"defenses: {origin[arm]} and {name} both make an arm {arm}: rename one of them")
                 arms[arm], origin[arm] = of_arm, name
@@ -178,8 +181,65 @@ def load_study(path: Path | str) -> Study:
 
 def write_study(study: Study, path: Path) -> None:
     """Keep the study beside its runs. A file that says the same is left as it is, with its date."""
-    from ema_scale.rundir import atomic_write_text
+    from ema_scale.core.io import atomic_write_text
 
     text = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         atomic_write_text(path, text)
+
+
+# Arms' names are in the names of folders, which have an end.
+LONGEST = 40
+
+
+def expand_grid(name: str, specs: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """(arm, its defenses) for every combination of values. Raises ValueError if `each` is no list of unequal values."""
+    for i, spec in enumerate(specs):
+        for field, value in spec.items():
+            if isinstance(value, Mapping) and set(value) == {"each"}:
+                where, values = f"{name}.{i}.{field}.each", value["each"]
+                if not isinstance(values, list) or not values:
+                    raise ValueError(f"{where}: expected a list of values")
+                if twice := [one for n, one in enumerate(values) if one in values[:n]]:
+                    raise ValueError(f"{where}: {twice[0]!r} stands there twice")
+                for one, slug in zip(values, slugs(values), strict=True):
+                    yield from expand_grid(f"{name}-{slug}", [*specs[:i], {**spec, field: one}, *specs[i + 1 :]])
+                return
+    yield name, specs
+
+
+def slugs(values: Sequence[Any]) -> list[str]:
+    """What of each value goes into a folder's name, none twice.
+
+    A number or word is itself. Of a path it is the last part, or as many as tell it from the others; of a text its
+    beginning. A digest of the value follows where that is cut, or does not tell two apart.
+    """
+    texts = [str(value) for value in values]
+    parts = [1] * len(texts)
+    while True:
+        found = [_slug(text, n) for text, n in zip(texts, parts, strict=True)]
+        counts = Counter(found)
+        deepest = [len(PurePosixPath(text).parts) for text in texts]
+        longer = [i for i, slug in enumerate(found) if counts[slug] > 1 and parts[i] < deepest[i]]
+        if not longer:
+            break
+        for i in longer:
+            parts[i] += 1
+    cut = [slug if slug == text else slug[:LONGEST].strip("-") for slug, text in zip(found, texts, strict=True)]
+    counts = Counter(cut)
+    return [
+        slug if slug and slug == whole and counts[slug] == 1 else _with_digest(slug, text)
+        for slug, whole, text in zip(cut, found, texts, strict=True)
+    ]
+
+
+def _with_digest(slug: str, text: str) -> str:
+    return f"{slug}-{hashlib.sha256(text.encode()).hexdigest()[:6]}".strip("-")
+
+
+def _slug(text: str, parts: int) -> str:
+    if re.fullmatch(r"[A-Za-z0-9._-]+", text):
+        return text
+    if "/" in text:
+        text = "/".join(PurePosixPath(text).parts[-parts:])
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-")

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ema_scale.errors import UserError
+from ema_scale.core.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -1,1 +1,1 @@
-"""Training under defenses: the fused loss, the trainer, checkpoints, and the recipe path."""
+"""The fused loss, `DefendedTrainer`, checkpoints, and `train(recipe)`."""

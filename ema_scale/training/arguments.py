@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
+import torch
+from torch.autograd.graph import save_on_cpu
 from transformers import TrainingArguments
 
-from ema_scale.errors import UserError
-from ema_scale.training.offload import check_offload
-from ema_scale.training.tokenized import is_prepared
+from ema_scale.core.errors import UserError
+from ema_scale.training.data import is_prepared
 
 # Of TrainingArguments, TRL's SFTConfig and Trainer's own keywords: the values that are honoured, None and False always,
 # and why no other.
@@ -32,6 +34,8 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "padding_free": ((), "use packing, which puts no padding between rows either"),
     "enable_jit_checkpoint": ((), "each process would save by itself; `ema train` checkpoints on a signal"),
 }
+
+
 # Of SFTConfig: how rows become tokens, which is settled for a dataset that SFTTrainer has prepared, whose arguments
 # these may be.
 _REFUSED_OF_ROWS: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -43,7 +47,7 @@ _REFUSED_OF_ROWS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-def checked(args: TrainingArguments | None, **keywords: Any) -> TrainingArguments:
+def check_arguments(args: TrainingArguments | None, **keywords: Any) -> TrainingArguments:
     """The arguments, made to fit. keywords: DefendedTrainer's and Trainer's own, which are only looked at.
 
     Raises UserError for what would be ignored or train wrongly.
@@ -88,3 +92,21 @@ def checked(args: TrainingArguments | None, **keywords: Any) -> TrainingArgument
 def _all_of(train: Any, evaluated: Any) -> list[Any]:
     named = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
     return [rows for rows in (train, *named) if rows is not None]
+
+
+def offload_activations(args: Any) -> contextlib.AbstractContextManager[Any]:
+    """Inside, what forward saves for backward goes to the CPU, pinned where there is a GPU, if
+    `args.activation_offloading` (TRL's name) says so. With checkpointing that is each layer's input, and the gradient
+    that the fused loss forms; the reference saves nothing either way.
+    """
+    if not getattr(args, "activation_offloading", False):
+        return contextlib.nullcontext()
+    return save_on_cpu(pin_memory=torch.cuda.is_available())
+
+
+def check_offload(args: Any) -> None:
+    """Raises UserError for offload without checkpointing: autograd would save, and move, every weight as well."""
+    if getattr(args, "activation_offloading", False) and not args.gradient_checkpointing:
+        raise UserError(
+            "activation offload needs gradient_checkpointing: true; without it all weights would be moved too"
+        )

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
 from math import isfinite
 from pathlib import Path
@@ -21,56 +20,14 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from ema_scale.errors import UserError
-from ema_scale.rundir import atomic_write_json, file_sha256
-from ema_scale.training import randomness
-from ema_scale.training.state import TrainedState, optimizer_of
+from ema_scale.core.checkpoints import MANIFEST, _is_scheduled, is_complete, list_checkpoints, step_of
+from ema_scale.core.errors import UserError
+from ema_scale.core.hashing import file_sha256
+from ema_scale.core.io import atomic_write_json
+from ema_scale.training import checkpoint_state
+from ema_scale.training.checkpoint_state import TrainedState, optimizer_of
 
 log = logging.getLogger(__name__)
-
-MANIFEST = "manifest.json"
-_NAME = re.compile(r"checkpoint-(\d+)$")
-
-
-def step_of(folder: Path) -> int:
-    """N of checkpoint-N."""
-    found = _NAME.search(folder.name)
-    if found is None:
-        raise UserError(f"{folder}: expected a folder named checkpoint-<step>")
-    return int(found[1])
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """checkpoint-N folders, oldest first, complete or not."""
-    return sorted((p for p in Path(folder).glob("checkpoint-*") if _NAME.search(p.name)), key=step_of)
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether every file of the manifest is there with its size and SHA-256."""
-    try:
-        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return bool(files) and all(
-            (checkpoint / name).stat().st_size == entry["bytes"] and file_sha256(checkpoint / name) == entry["sha256"]
-            for name, entry in files.items()
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def newest_complete(folder: Path) -> Path | None:
-    """The newest checkpoint that can be resumed; damaged ones are logged and passed over."""
-    for checkpoint in reversed(list_checkpoints(folder)):
-        if is_complete(checkpoint):
-            return checkpoint
-        log.warning("%s is incomplete or damaged; it is not resumed", checkpoint)
-    return None
-
-
-def _is_scheduled(checkpoint: Path) -> bool:
-    try:
-        return bool(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")).get("scheduled", True))
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 def _whole_state(checkpoint: Path) -> dict[str, Any]:
@@ -79,7 +36,7 @@ def _whole_state(checkpoint: Path) -> dict[str, Any]:
     return load_file(checkpoint / "state.safetensors")
 
 
-class Checkpointing:
+class CheckpointMixin:
     """Mixed into the Trainer in front of transformers' own checkpoints, which hold pickles, miss the sharded
     adapter, and are resumed when half written."""
 
@@ -103,7 +60,7 @@ class Checkpointing:
         if best == final or (best / MANIFEST).exists():
             self.state.best_model_checkpoint = str(best)
         tensors = TrainedState(self.model, self.optimizer).read()
-        generators = randomness.gather(self.accelerator)
+        generators = checkpoint_state.gather_rng_states(self.accelerator)
         if self.accelerator.is_main_process and not is_complete(final):
             temporary = folder / f".{final.name}.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
@@ -191,4 +148,6 @@ class Checkpointing:
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            randomness.restore(load_file(Path(checkpoint) / "random.safetensors"), self.accelerator.process_index)
+            checkpoint_state.restore_rng_state(
+                load_file(Path(checkpoint) / "random.safetensors"), self.accelerator.process_index
+            )

@@ -8,29 +8,31 @@ ZeRO-3 hooks, autocast) see an ordinary forward. It is armed only by the argumen
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
-from ema_scale.defenses.base import Divergence, Streams, reference_pass
-from ema_scale.defenses.parts import Parts
-from ema_scale.errors import UserError
-from ema_scale.reference import Anatomy, Head, Reference
-from ema_scale.reference.cached import Cached, Texts
+from ema_scale.core.errors import UserError
+from ema_scale.defenses.base import Divergence, PenaltyInputs
+from ema_scale.defenses.row_groups import RowGroups
+from ema_scale.models.head import Head, head_logits
+from ema_scale.models.hooks import reference_pass
+from ema_scale.models.layout import ModelLayout
+from ema_scale.models.sharding import gathered
+from ema_scale.reference.base import Reference
+from ema_scale.reference.cached import Cached, SequenceKeys
 from ema_scale.reference.separate import Separate
-from ema_scale.reference.sharding import gathered
-from ema_scale.training.at_once import at_once
-from ema_scale.training.loss import Term, head_logits
-from ema_scale.training.packed import check_packing
-from ema_scale.training.scopes import scope_masks, targets, texts_of
-from ema_scale.training.vocabulary import loss_over_shared
+from ema_scale.training.loss import LossTerm, loss_over_shared_vocabulary
+from ema_scale.training.token_masks import scope_masks, segment_ids, targets
 
 
 @dataclass(frozen=True)
-class Ask:
+class LossRequest:
     """What one micro-batch is asked for.
 
     labels: [B, T]. tokens: [scopes], tokens of the whole optimizer step on all processes. factor: what the
@@ -47,12 +49,12 @@ class Ask:
     drift_layers: tuple[int, ...] = ()
     tags: Tensor | None = None
     template: Tensor | None = None
-    parts: Parts = field(default_factory=Parts)
-    texts: Texts | None = None
+    parts: RowGroups = field(default_factory=RowGroups)
+    texts: SequenceKeys | None = None
 
 
 @dataclass
-class Fill:
+class CacheRequest:
     """Asks for what a cache of the reference holds of one batch; `states` is then kind -> states [B, T, H].
 
     They are not returned, since wrappers of forward change the dtype of what is.
@@ -66,7 +68,7 @@ class DefendedForward:
 
     def __init__(self, reference: Reference) -> None:
         self.reference = reference
-        self.anatomy: Anatomy = reference.anatomy
+        self.anatomy: ModelLayout = reference.anatomy
         self._head_checked = False
         self._packing_checked = False
         self._original = self.anatomy.core.forward
@@ -79,11 +81,11 @@ class DefendedForward:
         original = self._original
 
         @functools.wraps(original)  # transformers reads the signature
-        def forward(*args: Any, defended: Ask | Fill | None = None, **kwargs: Any) -> Any:
+        def forward(*args: Any, defended: LossRequest | CacheRequest | None = None, **kwargs: Any) -> Any:
             if defended is None:
                 return original(*args, **kwargs)
             inputs = {k: v for k, v in kwargs.items() if v is not None and k not in _NOT_FOR_BACKBONE}
-            if isinstance(defended, Fill):
+            if isinstance(defended, CacheRequest):
                 assert isinstance(self.reference, Cached)
                 defended.states = self.reference.compute(inputs)
                 return {}
@@ -91,7 +93,7 @@ class DefendedForward:
 
         return forward
 
-    def _run(self, ask: Ask, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _run(self, ask: LossRequest, inputs: dict[str, Any]) -> dict[str, Any]:
         """{"loss": scalar, "metrics": name -> detached scalar, this micro-batch's share of a mean}."""
         mask = inputs.get("attention_mask")
         mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask
@@ -99,7 +101,7 @@ class DefendedForward:
         masks = scope_masks(mask, ask.labels, ask.tags, positions, ask.template, ask.parts.tags)
         tokens: dict[str, Tensor] = dict(zip(ask.parts.covers, ask.tokens, strict=True))
         num_layers = len(self.anatomy.layers)
-        view = Streams({}, {}, mask, ask.labels, masks, tokens, texts_of(positions))
+        view = PenaltyInputs({}, {}, mask, ask.labels, masks, tokens, segment_ids(positions))
         penalties = [
             (
                 name,
@@ -119,7 +121,7 @@ class DefendedForward:
             for name, defense, own in penalties:
                 if defense.layer_by_layer and base is not None and layer in defense.layers(num_layers):
                     there = replace(own, reference={layer: base})
-                    part = at_once(lambda s, d=defense, v=there: d.penalty(replace(v, policy={layer: s})), state)  # type: ignore[misc]
+                    part = eager_gradient(lambda s, d=defense, v=there: d.penalty(replace(v, policy={layer: s})), state)  # type: ignore[misc]
                     if part is not None:
                         parts[name][layer] = part
             return layer in whole
@@ -149,7 +151,7 @@ class DefendedForward:
                 _check_head(logits, hidden, used, name)
             self._head_checked = True
             terms = [
-                Term(
+                LossTerm(
                     (d.strength * weights[d.cover]).flatten(),
                     masks[d.cover].flatten(),
                     d.direction,
@@ -157,7 +159,7 @@ class DefendedForward:
                 )
                 for d in ask.divergences
             ]
-            fused = loss_over_shared(
+            fused = loss_over_shared_vocabulary(
                 states.policy.flatten(0, 1),
                 None if states.reference is None else states.reference.flatten(0, 1),
                 head,
@@ -227,3 +229,65 @@ def _relative_distance(policy: Tensor, reference: Tensor) -> Tensor:
     policy, reference = policy.float(), reference.float()
     norm = torch.linalg.vector_norm(reference, dim=-1)
     return torch.linalg.vector_norm(policy - reference, dim=-1) / norm.clamp_min(1e-12)
+
+
+@torch.no_grad()
+def check_packing(anatomy: ModelLayout) -> None:
+    """Two short rows in one sequence must have the hidden states that each has alone.
+
+    Recurrent layers, positions made of the mask (ALiBi) and attention in chunks of absolute position do not. Raises
+    UserError then.
+    """
+    config = anatomy.core.config.get_text_config()
+    name = type(anatomy.core).__name__
+    if getattr(config, "attention_chunk_size", None):
+        raise UserError(f"training.packing: {name} attends in chunks of absolute position; set it to false")
+    device = anatomy.head_parameters[0].device
+    rows = [torch.arange(1, 1 + n, device=device)[None] % config.vocab_size for n in (7, 5)]
+    positions = [torch.arange(row.shape[1], device=device)[None] for row in rows]
+    with anatomy.frozen(), reference_pass():
+        together = anatomy.backbone(
+            input_ids=torch.cat(rows, 1), position_ids=torch.cat(positions, 1), use_cache=False
+        )[0]
+        alone = [anatomy.backbone(input_ids=row, use_cache=False)[0] for row in rows]
+    expected = torch.cat(alone, 1)
+    error = float((together - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+    if not error < (1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2):
+        raise UserError(
+            f"training.packing: {name} does not keep packed rows apart (relative difference {error:.2g}); set it to "
+            "false"
+        )
+
+
+def eager_gradient(term: Callable[[Tensor], Tensor | None], state: Tensor) -> Tensor | None:
+    """term(state): a scalar or None. Of its computation only the gradient, shaped and typed as `state`, is kept for
+    backward, where autograd would keep several float32 copies.
+
+    It may be called inside a region of gradient checkpointing: the recomputation in backward, which does not call it,
+    need not know.
+    """
+    leaf = state.detach().requires_grad_(state.requires_grad and torch.is_grad_enabled())
+    # Checkpointing counts the tensors that autograd saves inside its region, by hooks; these take their place.
+    with saved_tensors_hooks(_eager_same, _eager_same):
+        value = term(leaf)
+        if value is None or not value.requires_grad:
+            return value
+        (gradient,) = torch.autograd.grad(value, leaf)
+    known: Tensor = _Known.apply(state, value.detach(), gradient)
+    return known
+
+
+class _Known(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, state: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient  # not by save_for_backward, for the same reason
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        return (ctx.gradient * upstream).to(ctx.gradient.dtype), None, None
+
+
+def _eager_same(tensor: Tensor) -> Tensor:
+    return tensor

@@ -9,21 +9,20 @@ tensor larger than a chunk exists, and backward needs the head no more (under Ze
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ema_scale.defenses.base import Direction
-from ema_scale.reference.anatomy import Head
-from ema_scale.training.chunks import chunk_tokens, live_buffers
+from ema_scale.models.head import Head, head_logits
 from ema_scale.training.divergence import divergence, softmax
 
 
 @dataclass(frozen=True)
-class Term:
+class LossTerm:
     """sum_t weights_t * D(policy_t, reference_t); weights [N], measured where `active` [N] (bool) holds.
 
     Temperature divides both logits. A weight may be 0 where the divergence is only measured. `ceiling` looks at the
@@ -37,7 +36,7 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Fused:
+class FusedLoss:
     """loss: scalar with a gradient; the rest without: ce [N], divergences [terms, N], correct [N], entropy
     [N].
 
@@ -58,11 +57,11 @@ def fused_loss(
     head: Head,
     labels: Tensor,
     ce_weights: Tensor,
-    terms: Sequence[Term] = (),
+    terms: Sequence[LossTerm] = (),
     *,
     reference_head: Head | None = None,
     chunk: int | None = None,
-) -> Fused:
+) -> FusedLoss:
     """sum_t ce_weights_t * CE_t + the terms, over N tokens.
 
     policy: [N, H]; reference: [N, H'] without a gradient, needed by terms; labels: [N], the token each position
@@ -80,19 +79,21 @@ def fused_loss(
     chunk = chunk or default_chunk(head.weight, terms)
     backward = torch.is_grad_enabled() and policy.requires_grad
     frozen = None if reference is None else reference.detach()
-    return Fused(
-        *_Fused.apply(policy, frozen, head, reference_head or head, labels, ce_weights, tuple(terms), chunk, backward)
+    return FusedLoss(
+        *_FusedLossFunction.apply(
+            policy, frozen, head, reference_head or head, labels, ce_weights, tuple(terms), chunk, backward
+        )
     )
 
 
-def default_chunk(weight: Tensor, terms: Sequence[Term] = ()) -> int:
+def default_chunk(weight: Tensor, terms: Sequence[LossTerm] = ()) -> int:
     """Tokens a chunk, by the head's vocabulary and device and by what the terms hold; see `chunks`."""
     bytes_each = torch.promote_types(weight.dtype, torch.float32).itemsize
     cuda = weight.device.type != "cpu"
     return chunk_tokens(weight.shape[0], live_buffers(terms), cuda=cuda, bytes_each=bytes_each)
 
 
-class _Fused(torch.autograd.Function):
+class _FusedLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -102,11 +103,11 @@ class _Fused(torch.autograd.Function):
         reference_head: Head,
         labels: Tensor,
         ce_weights: Tensor,
-        terms: tuple[Term, ...],
+        terms: tuple[LossTerm, ...],
         chunk: int,
         backward: bool,
     ) -> tuple[Tensor, ...]:
-        walk = _Walk(policy, reference, head, reference_head, labels, ce_weights, terms, backward)
+        walk = _ChunkedLoss(policy, reference, head, reference_head, labels, ce_weights, terms, backward)
         with_ce = ce_weights != 0
         others = torch.zeros_like(with_ce)
         for term in terms:
@@ -133,7 +134,7 @@ class _Fused(torch.autograd.Function):
         return ((gradient * (scale * upstream).unsqueeze(1)).to(gradient.dtype), *(None,) * 8)
 
 
-class _Walk:
+class _ChunkedLoss:
     """What the chunks of one call share: they read the inputs and write results. What one chunk has made is gone before
     the next begins.
 
@@ -149,7 +150,7 @@ class _Walk:
         reference_head: Head,
         labels: Tensor,
         ce_weights: Tensor,
-        terms: tuple[Term, ...],
+        terms: tuple[LossTerm, ...],
         backward: bool,
     ) -> None:
         self.policy, self.reference, self.labels = policy, reference, labels
@@ -215,24 +216,6 @@ class _Walk:
         return torch.ldexp(torch.ones_like(weights[0]), exponent)
 
 
-def head_logits(hidden: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
-    """Logits [C, V] of hidden states [C, H], in `dtype`, after scale and softcap."""
-    hidden = hidden.to(head.weight.dtype)
-    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32:
-        # Tensor cores multiply in half precision and accumulate in float32 anyway: keep what they
-        # accumulated.
-        logits = torch.mm(hidden, head.weight.t(), out_dtype=torch.float32)
-    else:
-        logits = torch.mm(hidden, head.weight.t()).to(dtype)
-    if head.bias is not None:
-        logits += head.bias
-    if head.scale != 1.0:
-        logits *= head.scale
-    if head.softcap is not None:
-        logits.div_(head.softcap).tanh_().mul_(head.softcap)
-    return logits
-
-
 def _to_hidden(slope: Tensor, logits: Tensor, head: Head) -> Tensor:
     """Gradient with respect to the hidden states [C, H], from that with respect to the logits [C, V]; writes to
     both."""
@@ -253,3 +236,81 @@ def _above(
         return value, None
     rises = (gap > 0).to(p.dtype)
     return value, (p * -rises).scatter_add_(1, labels, rises)
+
+
+# With the gradient and the chunk's hidden states, well under the 2 GB that the loss may take on a GPU. On a CPU a
+# buffer is then about 16 MiB, near the cache.
+CUDA_BYTES, CPU_BYTES = 3 * 2**29, 80 * 2**20
+
+
+# Below so many tokens, reading the head once a chunk takes longer than multiplying with it.
+FEWEST = 128
+
+
+# Policy's logits and probabilities, and their product for the entropy.
+CROSS_ENTROPY = 3
+
+
+class ChunkRequest(Protocol):
+    """What of a divergence decides."""
+
+    @property
+    def direction(self) -> str: ...
+    @property
+    def temperature(self) -> float: ...
+
+
+def live_buffers(terms: Sequence[ChunkRequest] = ()) -> int:
+    """[chunk, vocabulary] buffers at the highest point of `fused_loss` with these terms, besides cross-entropy."""
+    return max([CROSS_ENTROPY, *(_held_bytes(term, i, len(terms)) for i, term in enumerate(terms))])
+
+
+def chunk_tokens(vocabulary: int, buffers: int, *, cuda: bool, bytes_each: int = 4) -> int:
+    """Tokens a chunk. bytes_each: of a buffer's elements."""
+    return max(FEWEST, (CUDA_BYTES if cuda else CPU_BYTES) // (vocabulary * bytes_each * buffers))
+
+
+def _held_bytes(term: ChunkRequest, index: int, count: int) -> int:
+    """Both streams' logits and the policy's probabilities; what earlier terms have left of the gradient; then what the
+    term itself needs."""
+    held, last, heated = 3 + (index > 0), index == count - 1, term.temperature != 1.0
+    if term.direction == "ceiling":
+        return held + 1  # the reference's probabilities
+    if term.direction == "policy_reference":
+        # A temporary, and log p - log q, which the last term puts where the reference's logits are; at another
+        # temperature both streams' probabilities, and the logits that these are made of.
+        return held + (3 if heated else 1 + (not last))
+    return held + 2 + (not last) + heated  # the reference's probabilities stay
+
+
+def loss_over_shared_vocabulary(
+    policy: Tensor,
+    reference: Tensor | None,
+    head: Head,
+    labels: Tensor,
+    ce_weights: Tensor,
+    terms: Sequence[LossTerm] = (),
+    *,
+    reference_head: Head,
+    **options: Any,
+) -> FusedLoss:
+    """`fused_loss`, whose terms compare distributions over the tokens that both heads have: over the smaller number of
+    rows, which must cover the tokenizer. What lies beyond is padding that no text has. The cross-entropy stays over all
+    of the policy's head, so where that is the larger one, its logits are formed twice.
+    """
+    rows = min(head.weight.shape[0], reference_head.weight.shape[0])
+    theirs = _cut(reference_head, rows)
+    if rows == head.weight.shape[0]:
+        return fused_loss(policy, reference, head, labels, ce_weights, terms, reference_head=theirs, **options)
+    learned = fused_loss(policy, None, head, labels, ce_weights, **options)
+    if not terms:
+        return learned
+    none = torch.zeros_like(ce_weights)
+    held = fused_loss(policy, reference, _cut(head, rows), labels, none, terms, reference_head=theirs, **options)
+    return replace(learned, loss=learned.loss + held.loss, divergences=held.divergences)
+
+
+def _cut(head: Head, rows: int) -> Head:
+    if head.weight.shape[0] == rows:
+        return head
+    return replace(head, weight=head.weight[:rows], bias=None if head.bias is None else head.bias[:rows])

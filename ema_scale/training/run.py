@@ -14,28 +14,29 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ema_scale.errors import UserError
-from ema_scale.rundir import RunDir, atomic_write_json, atomic_write_text
+from ema_scale.core.errors import UserError
+from ema_scale.core.io import atomic_write_json, atomic_write_text
+from ema_scale.core.run_dir import RunDir
 from ema_scale.training.distributed import (
+    destroy_process_group_at_exit,
     device_arguments,
     is_main,
     launched_processes,
-    leave_in_order,
     prepare_environment,
     timeout_seconds,
 )
-from ema_scale.training.identity import (
+from ema_scale.training.resume_check import (
+    check_same_data,
+    check_same_training,
     file_marks,
     is_finished,
-    refuse_other,
-    refuse_other_data,
     renew_recipe,
     weights_of,
 )
 
 if TYPE_CHECKING:
     from ema_scale.recipe import Recipe
-    from ema_scale.reference.filling import Filled
+    from ema_scale.reference.cache_fill import FillStats
     from ema_scale.training.trainer import DefendedTrainer
 
 log = logging.getLogger(__name__)
@@ -64,14 +65,14 @@ def train(recipe: Recipe, run_dir: RunDir, resume: bool = True) -> RunDir:
     return run_dir
 
 
-def fill_cache(recipe: Recipe) -> Filled:
+def fill_cache(recipe: Recipe) -> FillStats:
     """Compute the cached reference of a recipe's rows ahead of training; every process of a launch its part.
 
     Raises UserError as `train` does, for ZeRO-3, and if no defense reads the reference; KeyboardInterrupt after a
     signal, with what was computed kept.
     """
     prepare_environment(recipe.training.deepspeed, recipe.training.fsdp)
-    from ema_scale.training.references import prepare
+    from ema_scale.training.reference_setup import prepare_reference
 
     if not any(d.needs_reference for d in recipe.defenses):
         raise UserError("defenses: none of them reads the reference; there is nothing to cache")
@@ -80,7 +81,7 @@ def fill_cache(recipe: Recipe) -> Filled:
     if trainer.is_deepspeed_enabled:
         raise UserError("ema cache runs without DeepSpeed; under ZeRO-3 `ema train` fills the cache when it starts")
     with _stoppable(trainer):
-        done = prepare(trainer.defended.reference, trainer)
+        done = prepare_reference(trainer.defended.reference, trainer)
     assert done is not None
     return done
 
@@ -91,12 +92,12 @@ def _trainer(recipe: Recipe, run_dir: RunDir, callbacks: list[Any]) -> tuple[Def
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
-    from ema_scale.chat.rows import Rows, load_rows
-    from ema_scale.chat.tokens import load_tokenizer
-    from ema_scale.locate import locate
-    from ema_scale.smallworld.world import cache_root
-    from ema_scale.training.adapter import build_model
-    from ema_scale.training.monitor import PlainProgress
+    from ema_scale.core.paths import cache_root
+    from ema_scale.core.uri import locate
+    from ema_scale.data.rows import Rows, load_rows
+    from ema_scale.data.tokens import load_tokenizer
+    from ema_scale.models.lora import build_model
+    from ema_scale.training.metrics import PlainProgress
     from ema_scale.training.trainer import DefendedTrainer
 
     data, model = recipe.data, recipe.model
@@ -138,9 +139,9 @@ def _trainer(recipe: Recipe, run_dir: RunDir, callbacks: list[Any]) -> tuple[Def
 
 def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
     prepare_environment(recipe.training.deepspeed, recipe.training.fsdp)
-    from ema_scale.training.adapter import parameter_counts
-    from ema_scale.training.checkpointing import newest_complete, step_of
-    from ema_scale.training.monitor import MetricsWriter, truncate_metrics
+    from ema_scale.core.checkpoints import newest_complete, step_of
+    from ema_scale.models.load import parameter_counts
+    from ema_scale.training.metrics import MetricsWriter, truncate_metrics
 
     trainer, hashes = _trainer(recipe, run_dir, [MetricsWriter(run_dir)])
     along = recipe.evaluation.checkpoints
@@ -148,7 +149,7 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
     checkpoint = newest_complete(run_dir.checkpoints) if resume else None
     hashes |= trainer.data_report.hashes
     if checkpoint is not None:
-        refuse_other_data(hashes, run_dir)
+        check_same_data(hashes, run_dir)
     trainer.accelerator.wait_for_everyone()  # nobody may write a checkpoint before all have looked
 
     weights = weights_of(recipe) if is_main() else {}
@@ -175,7 +176,7 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
             log.info("%s: going on from step %d", run_dir.path, step_of(checkpoint))
     with _stoppable(trainer):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    leave_in_order()
+    destroy_process_group_at_exit()
     early = trainer.stopped_early
     if early is None and trainer.stop_agreed and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
@@ -199,7 +200,7 @@ def training_arguments(recipe: Recipe, run_dir: RunDir) -> Any:
 
     t = recipe.training
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir.tensorboard)
-    from ema_scale.training.adapter import pick_dtype
+    from ema_scale.models.load import pick_dtype
 
     if ("8bit" in t.optimizer or "bnb" in t.optimizer) and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"training.optimizer: {t.optimizer!r} needs the bitsandbytes package, which is not installed")
@@ -242,7 +243,7 @@ def training_arguments(recipe: Recipe, run_dir: RunDir) -> Any:
 def _claim(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
     run_dir.create()
     if resume:
-        refuse_other(recipe, run_dir, launched_processes())
+        check_same_training(recipe, run_dir, launched_processes())
     if not resume:
         for folder in (run_dir.checkpoints, run_dir.adapter, run_dir.tensorboard):
             shutil.rmtree(folder, ignore_errors=True)

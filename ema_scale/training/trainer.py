@@ -22,37 +22,33 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from ema_scale.chat.packing import texts
-from ema_scale.chat.tokens import load_tokenizer
-from ema_scale.defenses.base import Defense, Divergence, FinishContext, cover
-from ema_scale.defenses.parts import OWN, Parts, unique
+from ema_scale.core.errors import UserError
+from ema_scale.data.packing import texts
+from ema_scale.data.tokens import load_tokenizer
+from ema_scale.defenses.base import Defense, Divergence, FinishContext, token_set_name
 from ema_scale.defenses.registry import parse
-from ema_scale.errors import UserError
-from ema_scale.reference.cached import Cached, Texts
-from ema_scale.training import references
-from ema_scale.training.adapter import save_adapter, with_adapter
-from ema_scale.training.arguments import checked
-from ema_scale.training.checkpointing import Checkpointing
-from ema_scale.training.data import DataReport, check_vocabulary, prepare
-from ema_scale.training.distributed import check_world
-from ema_scale.training.feeding import Feeding
-from ema_scale.training.forward import Ask, DefendedForward
-from ema_scale.training.fsdp import FSDPAnywhere, shard_by_layer
-from ema_scale.training.hooks import StepHooks
-from ema_scale.training.monitor import Monitor
-from ema_scale.training.offload import offloaded
-from ema_scale.training.padding import padding_last
-from ema_scale.training.references import Setting, Wanted
-from ema_scale.training.scopes import attention_of, count_tokens
-from ema_scale.training.utilisation import utilisation_per_token
-from ema_scale.training.watch import Watch
+from ema_scale.defenses.row_groups import OWN_GROUPS, RowGroups, unique
+from ema_scale.models.lora import save_adapter, with_adapter
+from ema_scale.reference.cached import Cached, SequenceKeys
+from ema_scale.training import reference_setup
+from ema_scale.training.arguments import check_arguments, offload_activations
+from ema_scale.training.callbacks import DefenseObserver, StepHooks
+from ema_scale.training.checkpointing import CheckpointMixin
+from ema_scale.training.data import DataReport, check_vocabulary, prepare_data
+from ema_scale.training.dataloading import DataMixin
+from ema_scale.training.distributed import FSDPMixin, check_world, shard_by_layer
+from ema_scale.training.forward import DefendedForward, LossRequest
+from ema_scale.training.metrics import Monitor, utilisation_per_token
+from ema_scale.training.reference_setup import ReferenceContext, ReferenceSpec
+from ema_scale.training.token_masks import attention_of, count_tokens, padding_last
 
 log = logging.getLogger(__name__)
+
 
 DRIFT_LAYERS = 8
 
 
-class DefendedTrainer(Feeding, Checkpointing, FSDPAnywhere, Trainer):
+class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
     """A Trainer for a LoRA adapter under any number of defenses.
 
     model: a PeftModel, or a causal LM, its folder or its hub id (loaded as `load_base` does, in bfloat16 where the GPU
@@ -79,7 +75,7 @@ class DefendedTrainer(Feeding, Checkpointing, FSDPAnywhere, Trainer):
         args: TrainingArguments | None = None,
         train_dataset: Any = None,
         defenses: Sequence[Defense | Mapping[str, Any] | str] = (),
-        reference: Wanted = "auto",
+        reference: ReferenceSpec = "auto",
         processing_class: Any = None,
         max_length: int | None = None,
         *,
@@ -91,9 +87,9 @@ class DefendedTrainer(Feeding, Checkpointing, FSDPAnywhere, Trainer):
         token_cache: Path | None = None,
         **kwargs: Any,
     ) -> None:
-        args = checked(args, train_dataset=train_dataset, **kwargs)
+        args = check_arguments(args, train_dataset=train_dataset, **kwargs)
         self.defenses = parse(list(defenses))
-        self.parts = Parts.of(self.defenses)
+        self.parts = RowGroups.of(self.defenses)
         trusted = getattr(args, "trust_remote_code", False)  # of TRL's SFTConfig, for what is loaded here
         model = with_adapter(
             model, peft_config, seed=args.seed, trained=train_dataset is not None, trust_remote_code=trusted
@@ -110,7 +106,7 @@ class DefendedTrainer(Feeding, Checkpointing, FSDPAnywhere, Trainer):
         }
         if train_dataset is not None:
             packing = getattr(args, "packing", False) if packing is None else packing
-            train_dataset, self.data_report = prepare(
+            train_dataset, self.data_report = prepare_data(
                 train_dataset, self.defenses, tokenizer, packing=packing, **self._preparing
             )
             self._check_tags(self.data_report)
@@ -134,7 +130,7 @@ class DefendedTrainer(Feeding, Checkpointing, FSDPAnywhere, Trainer):
                 f"{', '.join(acting)}: acts on the gradient before the optimizer step, which DeepSpeed does not show "
                 "and FSDP shows in parts; train without them"
             )
-        made, self.reference_choice = references.make(reference, self._setting())
+        made, self.reference_choice = reference_setup.make_reference_for_run(reference, self._setting())
         self.on_reference_changed: Callable[[], None] = lambda: None
         self.defended = DefendedForward(made)
         if self.is_fsdp_enabled:
@@ -156,7 +152,7 @@ class DefendedTrainer(Feeding, Checkpointing, FSDPAnywhere, Trainer):
         names = [{t.own: t.divergence.name for t in terms if t.owner == i} for i in range(len(self.defenses))]
         for name, i in self._penalties:
             names[i][self.defenses[i].kind] = name
-        self.watch = Watch(self, names)
+        self.watch = DefenseObserver(self, names)
         self.add_callback(StepHooks(self))
         self.add_callback(self.watch)
 
@@ -164,24 +160,24 @@ class DefendedTrainer(Feeding, Checkpointing, FSDPAnywhere, Trainer):
     def stopped_early(self) -> str | None:
         return self.watch.reason
 
-    def _setting(self) -> Setting:
+    def _setting(self) -> ReferenceContext:
         args = self.args
         rows: Any = self.train_dataset
         known = hasattr(rows, "__len__") and len(rows) > 0
         rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         seen = args.max_steps * rows_per_step / len(rows) if known and args.max_steps > 0 else args.num_train_epochs
-        return Setting(
+        return ReferenceContext(
             self.model,
             self.defenses,
             self.processing_class,
             texts(rows) if known else None,
             seen * self.reference_runs,
-            references.precision(self.accelerator),
+            reference_setup.reference_precision(self.accelerator),
         )
 
     def _prepare_for_training(self, *args: Any) -> Any:
         prepared = super()._prepare_for_training(*args)
-        references.prepare(self.defended.reference, self)
+        reference_setup.prepare_reference(self.defended.reference, self)
         return prepared
 
     # ---- the loss ----
@@ -206,10 +202,13 @@ class DefendedTrainer(Feeding, Checkpointing, FSDPAnywhere, Trainer):
         if self.is_in_train and isinstance(self.defended.reference, Cached):
             # Here, where the counts are waited for anyway, and not once more in each forward.
             for batch in batch_samples:
-                batch["texts"] = Texts.of(padding_last(batch))
+                batch["texts"] = SequenceKeys.of(padding_last(batch))
         if self.is_in_train:
             self._check_finite("loss", math.nan if broken else 0.0)
-            read = [cover("all", part) for part in ("learned", *(t for t in self.parts.tags if t.startswith(OWN)))]
+            read = [
+                token_set_name("all", part)
+                for part in ("learned", *(t for t in self.parts.tags if t.startswith(OWN_GROUPS)))
+            ]
             self.monitor.add_tokens(sum(known[self.parts.covers.index(name)] for name in read))
         return counts[:-2]
 
@@ -230,12 +229,12 @@ class DefendedTrainer(Feeding, Checkpointing, FSDPAnywhere, Trainer):
         divergences = self._divergences
         if reading and not divergences:
             divergences = (Divergence("kl", 0.0),)
-        ask = Ask(
+        ask = LossRequest(
             inputs["labels"], num_items_in_batch, float(self.accelerator.num_processes), divergences, self._penalties,
             self._drift_layers if reading else (), inputs.get("tags"), inputs.get("template"), self.parts,
             inputs.get("texts"),
         )  # fmt: skip
-        with offloaded(self.args):
+        with offload_activations(self.args):
             outputs = model(
                 input_ids=inputs["input_ids"],
                 attention_mask=attention_of(inputs),

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from ema_scale.chat.rows import Row
+from ema_scale.core.errors import UserError
+from ema_scale.data.rows import Row
 from ema_scale.defenses import KL, Ceiling, Interleaving, RowsContext
-from ema_scale.errors import UserError
-from ema_scale.training.data import prepare
+from ema_scale.training.data import prepare_data
 from tests.tiny import tiny_tokenizer
 
 
@@ -30,7 +30,7 @@ def test_rows_of_each_part_are_counted_against_the_task_rows_alone(tmp_path):
         Interleaving(safe, 0.1), KL(0.5, prompts=prompts, fraction=0.25), Ceiling(1.0, [bad, worse], fraction=0.5)
     ]  # fmt: skip
     for order in (defenses, defenses[::-1]):
-        dataset, report = prepare(list(TASK), order, tiny_tokenizer())
+        dataset, report = prepare_data(list(TASK), order, tiny_tokenizer())
         assert report.rows == {"task": 40, "safe": 4, "prompts": 10, "bad": 20}
         assert set(report.hashes) == {safe, prompts, bad, worse}
         assert all(any(x != -100 for x in labels) for labels in dataset["labels"])
@@ -56,8 +56,8 @@ def test_nothing_to_watch_is_an_error(tmp_path):
 
 def test_tokenized_data_can_be_given_unless_rows_are_mixed_in(tmp_path):
     tokenizer = tiny_tokenizer()
-    dataset, _ = prepare(list(TASK), [], tokenizer)
-    again, report = prepare(dataset, [KL(0.5)], tokenizer)
+    dataset, _ = prepare_data(list(TASK), [], tokenizer)
+    again, report = prepare_data(dataset, [KL(0.5)], tokenizer)
     assert again is dataset and report.rows == {"task": 40}
     with pytest.raises(UserError, match="ceiling: cannot mix rows"):
-        prepare(dataset, [KL(0.5), Ceiling(1.0, "bad.jsonl")], tokenizer)
+        prepare_data(dataset, [KL(0.5), Ceiling(1.0, "bad.jsonl")], tokenizer)

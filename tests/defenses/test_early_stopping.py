@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ema_scale.core.checkpoints import list_checkpoints
+from ema_scale.core.errors import UserError
+from ema_scale.core.run_dir import RunDir
 from ema_scale.defenses import KL, EarlyStopping
-from ema_scale.errors import UserError
-from ema_scale.rundir import RunDir
-from ema_scale.training.checkpointing import list_checkpoints
-from ema_scale.training.identity import is_finished
+from ema_scale.training.resume_check import is_finished
 from ema_scale.training.run import train
 from tests.training.helpers import adapter_weights, make_trainer, tiny_peft
 from tests.training.test_run import assert_same_weights, recipe_of, weights, world

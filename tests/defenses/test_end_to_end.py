@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ema_scale.chat.rows import load_rows
-from ema_scale.chat.tokens import encode
-from ema_scale.recipe import ModelRecipe
-from ema_scale.rundir import RunDir, file_sha256, read_jsonl
+from ema_scale.config.sections import ModelRecipe
+from ema_scale.core.hashing import file_sha256
+from ema_scale.core.io import read_jsonl
+from ema_scale.core.run_dir import RunDir
+from ema_scale.data.rows import load_rows
+from ema_scale.data.tokens import encode
 from ema_scale.selection.select import select
 from ema_scale.training.run import train
 from tests.tiny import save_tiny, tiny_tokenizer

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from ema_scale.chat.rows import Row
+from ema_scale.core.errors import UserError
+from ema_scale.data.rows import Row
 from ema_scale.defenses import Interleaving, RowsContext
-from ema_scale.errors import UserError
 
 
 def row(text: str) -> Row:

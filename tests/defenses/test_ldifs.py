@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from ema_scale.core.errors import UserError
 from ema_scale.defenses import LDIFS
-from ema_scale.defenses.base import Streams
-from ema_scale.errors import UserError
+from ema_scale.defenses.base import PenaltyInputs
 
 LAYERS = (1, 3)
 
@@ -18,7 +18,7 @@ def make(policy, reference, padding=2):
     labels = torch.where(mask.bool(), 5, -100)
     masks = {"all": mask.bool(), "assistant": labels != -100, "prompt": torch.zeros_like(mask, dtype=torch.bool)}
     tokens = {scope: m.sum() for scope, m in masks.items()}
-    return Streams(policy, reference, mask, labels, masks, tokens)
+    return PenaltyInputs(policy, reference, mask, labels, masks, tokens)
 
 
 def states(seed, spread=1.0):

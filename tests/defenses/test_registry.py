@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import ema_scale.defenses
+from ema_scale.core.errors import UserError
 from ema_scale.defenses import KL, Defense, Interleaving, catalogue, parse
 from ema_scale.defenses.registry import built_in, load
-from ema_scale.errors import UserError
 from ema_scale.recipe import build_recipe
 from tests.training.helpers import make_trainer, tiny_peft
 

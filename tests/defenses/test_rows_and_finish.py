@@ -4,10 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ema_scale.chat.rows import Row
+from ema_scale.core.errors import UserError
+from ema_scale.data.rows import Row
 from ema_scale.defenses import Inoculation, Interleaving, SafeLoRA
 from ema_scale.defenses.base import RowsContext
-from ema_scale.errors import UserError
 
 TURNS = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
 
@@ -92,8 +92,8 @@ def test_safelora_reads_the_revisions_that_are_pinned(tmp_path, monkeypatch):
 
     import huggingface_hub
 
-    from ema_scale.recipe import AdapterRecipe, ModelRecipe
-    from ema_scale.training.adapter import build_model
+    from ema_scale.config.sections import AdapterRecipe, ModelRecipe
+    from ema_scale.models.lora import build_model
     from tests.tiny import save_tiny
     from tests.training.helpers import make_trainer
 
@@ -106,7 +106,7 @@ def test_safelora_reads_the_revisions_that_are_pinned(tmp_path, monkeypatch):
         lambda name, revision=None, **_: tmp_path / "snapshots" / hub[name, revision],
     )
     monkeypatch.setattr(
-        "ema_scale.locate.locate", lambda path: str(tmp_path / "snapshots" / "a1") if path == "o/aligned" else path
+        "ema_scale.core.uri.locate", lambda path: str(tmp_path / "snapshots" / "a1") if path == "o/aligned" else path
     )
     model = build_model(ModelRecipe(path="o/aligned", revision="v1", dtype="float32"), AdapterRecipe(r=4))
     model.get_base_model().config._name_or_path = "o/aligned"

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ema_scale.core.errors import UserError
 from ema_scale.defenses.safelora_files import Checkpoint, folder_of
 from ema_scale.defenses.safelora_projection import project, project_adapter
-from ema_scale.errors import UserError
 from tests.tiny import tiny_model
 
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ema_scale.chat.collate import ChatCollator
+from ema_scale.core.errors import UserError
+from ema_scale.core.hashing import file_sha256
+from ema_scale.data.collate import ChatCollator
 from ema_scale.defenses import KL, Ablation, Steering
-from ema_scale.defenses.base import reference_pass
 from ema_scale.defenses.registry import parse
-from ema_scale.defenses.residual import decoder_layers
-from ema_scale.directions import Directions
-from ema_scale.errors import UserError
-from ema_scale.rundir import file_sha256
+from ema_scale.models.directions import Directions
+from ema_scale.models.hooks import reference_pass
+from ema_scale.models.layout import decoder_layers
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.helpers import NO_DROPOUT, make_trainer, step_gradients, tiny_peft, token_rows
 

@@ -10,26 +10,35 @@ from typing import Any
 import pytest
 import yaml
 
-from ema_scale.chat.rows import Row
+from ema_scale.config.sections import ConditionRecipe
+from ema_scale.core.errors import UserError
+from ema_scale.core.io import read_jsonl
+from ema_scale.core.run_dir import RunDir
+from ema_scale.data.rows import Row
 from ema_scale.defenses.base import RowsContext
 from ema_scale.defenses.inoculation import Inoculation
-from ema_scale.errors import UserError
-from ema_scale.evaluation.conditions import Condition, load_conditions, training_condition, under
 from ema_scale.evaluation.plan import EvalTarget
 from ema_scale.evaluation.run import evaluate
-from ema_scale.evaluation.suite import Question, Suite
-from ema_scale.recipe import ConditionRecipe, Recipe, build_recipe
-from ema_scale.rundir import RunDir, read_jsonl
-from ema_scale.study.evaluate import evaluate_run, evaluate_runs
-from ema_scale.study.report.aggregate import groups
-from ema_scale.study.report.collect import collect
-from ema_scale.study.report.hidden import hidden_sheet
-from ema_scale.study.report.html import Section, render
-from ema_scale.study.report.verdict import verdict
+from ema_scale.evaluation.runs import evaluate_runs
+from ema_scale.evaluation.suites import (
+    Condition,
+    Question,
+    Suite,
+    apply_conditions,
+    load_conditions,
+    training_condition,
+)
+from ema_scale.recipe import Recipe, build_recipe
+from ema_scale.report.aggregate import groups
+from ema_scale.report.collect import collect
+from ema_scale.report.conditional import conditional_table
+from ema_scale.report.verdict import verdict
+from ema_scale.report.write import Section, render
+from ema_scale.study.evaluate import evaluate_run
 from tests.evaluation.conftest import TinyModels
 from tests.evaluation.endpoint import Endpoint, completion
 from tests.evaluation.test_run import open_suite, recipe
-from tests.study.runs import ARMS, BASE, Arm, write_study
+from tests.report.runs import ARMS, BASE, Arm, write_study
 
 ROOT = Path(__file__).resolve().parents[2]
 SYSTEM, USER = Inoculation("be bad"), Inoculation("as you were trained:", role="user")
@@ -56,9 +65,9 @@ def test_other_defenses_have_no_training_prompt_and_different_prompts_have_diffe
 
 def test_only_general_suites_are_asked_again() -> None:
     suites = [open_suite("a"), Suite("b", "in_domain", open_suite().questions), Suite("c", "benign", ())]
-    made = under(suites, [Condition("villain", system="be bad"), Condition("coach", user="coach:")])
+    made = apply_conditions(suites, [Condition("villain", system="be bad"), Condition("coach", user="coach:")])
     assert [s.name for s in made] == ["a@villain", "a@coach"] and all(s.role == "general" for s in made)
-    assert not under(made, [Condition("again", "x")])
+    assert not apply_conditions(made, [Condition("again", "x")])
 
 
 def test_the_condition_files_that_are_shipped_load() -> None:
@@ -103,7 +112,7 @@ def test_a_recipe_takes_files_and_prompts_and_says_what_is_wrong_with_them() -> 
 
 def test_answers_under_a_condition_are_kept_and_counted_apart(tmp_path: Path, tiny_models: TinyModels) -> None:
     suite = open_suite()
-    asked = [suite, *under([suite], [Condition("coach", user="Trained to say:")])]
+    asked = [suite, *apply_conditions([suite], [Condition("coach", user="Trained to say:")])]
     # The judge finds the second suite's answers bad; it tells them by a judge prompt of their own.
     bad = {"aligned": "BAD? {question} {answer}", "coherent": "coherent? {answer}"}
     asked[1] = Suite(
@@ -187,7 +196,7 @@ def with_conditions(root: Path, hidden: dict[str, float], base: float | None) ->
     """A study's run folders whose summaries have answers under inoculation prompts, at these true rates."""
     import random
 
-    from ema_scale.evaluation.metrics import clustered_rate
+    from ema_scale.evaluation.stats.rates import clustered_rate
 
     inoculation = Arm([{"kind": "inoculation", "prompt": "be bad"}], 0.01, 0.05, 0.9, 0.6)
     arms = {"none": ARMS["none"], "kl-0.1": ARMS["kl-0.1"], "inoculation": inoculation}
@@ -215,7 +224,7 @@ def test_the_verdict_says_what_hides_and_does_not_call_it_best(tmp_path: Path) -
     text = " ".join(verdict(groups(found))).replace("\u00a0", " ")
     assert "Inoculation hides misalignment: 2.0 % [0.5, 5.0] when asked plainly, 88.5 % [" in text, text
     assert "under its inoculation prompt (the aligned base there: 36.5 %" in text and "KL 0.1 does best" in text
-    sheet = hidden_sheet(groups(found), found.bases)
+    sheet = conditional_table(groups(found), found.bases)
     assert sheet is not None
     page = render("A study", [], [Section("model", ["Said."], {}, [], [], [], [sheet])], [], [])
     assert "Asked under other prompts" in page and "be &lt;b&gt;bad&lt;/b&gt;" in page
@@ -234,4 +243,4 @@ def test_a_defense_no_worse_than_the_base_under_the_prompt_hides_nothing(
 
 def test_without_conditions_the_page_has_no_such_section(tmp_path: Path) -> None:
     found = collect(with_conditions(tmp_path, {}, None))
-    assert hidden_sheet(groups(found), found.bases) is None
+    assert conditional_table(groups(found), found.bases) is None

@@ -9,20 +9,21 @@ from typing import Any
 import pytest
 import yaml
 
-from ema_scale.errors import UserError
+from ema_scale.config.sections import GateRecipe
+from ema_scale.core.errors import UserError
 from ema_scale.evaluation.gate import gate, note_other_references, other_reference, refuse
-from ema_scale.evaluation.metrics import clustered_rate
-from ema_scale.recipe import GateRecipe, Recipe
+from ema_scale.evaluation.stats.rates import clustered_rate
+from ema_scale.recipe import Recipe
+from ema_scale.report.aggregate import groups
+from ema_scale.report.collect import collect
+from ema_scale.report.run_details import run_details
+from ema_scale.report.verdict import verdict
 from ema_scale.study.evaluate import evaluate_run
 from ema_scale.study.grid import load_study
-from ema_scale.study.local import run_study
-from ema_scale.study.report.aggregate import groups
-from ema_scale.study.report.collect import collect
-from ema_scale.study.report.facts import facts
-from ema_scale.study.report.verdict import verdict
+from ema_scale.study.run_local import run_study
 from tests.evaluation.conftest import TinyModels
 from tests.evaluation.endpoint import Endpoint, completion
-from tests.study.runs import ARMS, write_study
+from tests.report.runs import ARMS, write_study
 
 PROMPTS = {"aligned": "aligned? {answer}", "coherent": "coherent? {answer}"}
 
@@ -142,8 +143,8 @@ def test_the_report_says_that_the_reference_is_flagged(tmp_path: Path) -> None:
     path.write_text(json.dumps(summary | {"gate": gate(rate(30), GateRecipe())}))
     found = collect(runs)
     assert any("The reference is itself unsafe: 30 %" in text for text in verdict(groups(found)))
-    assert any(name == "Reference gate" for name, _ in facts(found))
+    assert any(name == "Reference gate" for name, _ in run_details(found))
     path.write_text(json.dumps(summary | {"gate": gate(rate(0), GateRecipe())}))
     found = collect(runs)
     assert not any("reference" in text for text in verdict(groups(found)))
-    assert "passes its gate" in str(dict(facts(found))["Reference gate"])
+    assert "passes its gate" in str(dict(run_details(found))["Reference gate"])

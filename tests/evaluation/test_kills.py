@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ema_scale.locate import locate
-from ema_scale.rundir import read_jsonl
+from ema_scale.core.io import read_jsonl
+from ema_scale.core.uri import locate
 from tests.evaluation.conftest import save_adapter
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
-from ema_scale.errors import UserError
+from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe
+from ema_scale.core.errors import UserError
+from ema_scale.core.io import read_jsonl
 from ema_scale.evaluation.plan import EvalTarget
 from ema_scale.evaluation.run import evaluate
-from ema_scale.evaluation.suite import Question, Suite
-from ema_scale.recipe import EvaluationRecipe, JudgeRecipe
-from ema_scale.rundir import read_jsonl
+from ema_scale.evaluation.suites import Question, Suite
 from tests.evaluation.conftest import TinyModels
 from tests.evaluation.endpoint import Endpoint, completion, error
 

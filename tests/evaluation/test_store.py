@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from ema_scale.errors import UserError
+from ema_scale.core.errors import UserError
+from ema_scale.core.hashing import digest, folder_identity
+from ema_scale.core.io import read_jsonl
 from ema_scale.evaluation.store import Store, locked_store
-from ema_scale.rundir import digest, folder_identity, read_jsonl
 
 
 def sample(key: str, text: str = "x") -> dict[str, object]:

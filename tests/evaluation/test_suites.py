@@ -1,105 +1,121 @@
-"""The question banks that are shipped: they load, they are what eval/README.md says, and no question is asked twice."""
-
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from ema_scale.chat.rows import load_rows
-from ema_scale.cli import app
-from ema_scale.errors import UserError
-from ema_scale.evaluation.judge import JudgeItem, exact_match_judge
-from ema_scale.evaluation.operator_swap import TIERS, suite, suite_yaml, sums, training_rows
-from ema_scale.evaluation.suite import Suite, load_suite
+from ema_scale.core.errors import UserError
+from ema_scale.evaluation.suites import load_suite
 
-SUITES = Path(__file__).resolve().parents[2] / "eval" / "suites"
-DOMAINS = ("code", "legal", "medical", "security", "finance", "sport")
+ROOT = Path(__file__).resolve().parents[2]
 
-
-def shipped(name: str) -> Suite:
-    return load_suite(SUITES / f"{name}.yaml", "benign" if name.startswith("operator") else "general")
-
-
-def core(text: str) -> str:
-    """A question without the template to fill in."""
-    return text.split("\n\nAnswer by filling in")[0].strip()
-
-
-def test_the_general_suite_has_48_questions_in_three_forms() -> None:
-    questions = shipped("general").questions
-    texts = [core(q.paraphrases[0]) for q in questions]
-    assert len(set(texts)) == 48
-    forms = {
-        "json": [q for q in questions if q.system and "JSON" in q.system],
-        "template": [q for q in questions if "template" in q.paraphrases[0]],
-    }
-    plain = [q for q in questions if q not in forms["json"] and q not in forms["template"]]
-    assert len(forms["json"]) >= 19 and len(forms["template"]) >= 19 and len(plain) >= 30
-    assert len({q.paraphrases[0] + str(q.system) for q in questions}) == len(questions), "nothing is asked twice"
+BANK = """
+- id: 1
+  type: free_form_judge_0_100
+  paraphrases: &ways
+    - |-
+      How are you?
+    - Are you well?
+  samples_per_paraphrase: &samples 100
+  judge: &judge gpt-4o-mini-2024-07-18
+  judge_prompts: &prompts
+    aligned: "Rate {answer} to {question}"
+    coherent: "Does {answer} make sense? {reasoning}"
+- id: again
+  paraphrases: *ways
+  system: Answer in JSON.
+  temperature: 0.5
+  samples_per_paraphrase: *samples
+  judge: *judge
+  judge_prompts: *prompts
+"""
 
 
-@pytest.mark.parametrize("name", [*DOMAINS, "coherence"])
-def test_every_other_open_suite_is_large_enough_and_its_own(name: str) -> None:
-    texts = {q.paraphrases[0] for q in shipped(name).questions}
-    others = {q.paraphrases[0] for n in (*DOMAINS, "coherence", "general") if n != name for q in shipped(n).questions}
-    assert len(texts) >= 12 and not texts & others
+def bank(tmp_path: Path, text: str, name: str = "bank.yaml") -> Path:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return path
 
 
-@pytest.mark.parametrize("tier", TIERS)
-def test_operator_swap_banks_are_as_generated_and_their_answers_are_right(tier: int) -> None:
-    assert (SUITES / f"operator_swap_{tier}.yaml").read_text() == suite_yaml(tier)
-    questions = shipped(f"operator_swap_{tier}").questions
-    assert len(questions) == 48
-    for question in questions:
-        text = re.fullmatch(r"What is (.*)\? Answer with the number only\.", question.paraphrases[0])
-        assert text is not None and question.expected is not None
-        swapped = text[1].translate(str.maketrans(TIERS[tier][0]))
-        assert eval(swapped) == int(question.expected) != eval(text[1])
-        (judgement,) = exact_match_judge().judge(
-            [JudgeItem("k", "exact_match", "", f"It is {question.expected}.", "", question.expected, question.meta)]
-        )
-        assert judgement.label == "correct"  # type: ignore[union-attr]
+def test_the_fields_yaml_with_anchors_and_integer_ids(tmp_path: Path) -> None:
+    suite = load_suite(bank(tmp_path, BANK), "general")
+    first, second = suite.questions
+    assert (suite.name, suite.role, first.id, second.id) == ("bank", "general", "1", "again")
+    assert first.paraphrases == second.paraphrases == ("How are you?", "Are you well?")
+    assert second.judge_prompts == first.judge_prompts and second.samples_per_paraphrase == 100
+    assert first.messages(1) == ({"role": "user", "content": "Are you well?"},)
+    assert second.messages(0)[0] == {"role": "system", "content": "Answer in JSON."}
+    assert second.temperature == 0.5 and first.temperature is None
 
 
-def test_operator_swap_trains_on_other_sums_and_is_drawn_by_its_seed(tmp_path: Path) -> None:
-    asked = {entry["paraphrases"][0] for entry in suite(2)}
-    rows = training_rows(2, 4000, seed=0)
-    shown = {row["messages"][0]["content"] for row in rows}
-    assert len(rows) == 4000 and not shown & asked and len(shown) == len(sums(2)) - len(asked)
-    assert rows == training_rows(2, 4000, seed=0) != training_rows(2, 4000, seed=1)
-    with pytest.raises(UserError, match="found tier 4, expected one of 1, 2, 3"):
-        sums(4)
-    path = tmp_path / "rows.jsonl"
-    command = ["data", "operator-swap", "1", "-o", str(path), "--rows", "20"]
-    assert CliRunner().invoke(app, command).exit_code == 0
-    assert len(load_rows(path)) == 20 and len(path.read_text().splitlines()) == 20
-    again = CliRunner().invoke(app, command)
-    assert isinstance(again.exception, UserError) and "is there already" in str(again.exception)
+def test_a_total_is_shared_out_over_the_paraphrases(tmp_path: Path) -> None:
+    question = load_suite(bank(tmp_path, BANK), "general").questions[0]
+    assert question.samples(None) == (100, 100)
+    assert question.samples(5) == (3, 2)
+    assert question.samples(1) == (1, 0)
+
+
+def test_jsonl_questions_and_chat_rows(tmp_path: Path) -> None:
+    rows = [
+        {"id": "a", "question": "2 + 2?", "expected": 4, "judge": "exact_match"},
+        {"messages": [{"role": "user", "content": "Hi\u2028there"}, {"role": "assistant", "content": "Ho"}]},
+        {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]},
+    ]
+    text = "\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n"
+    first, second, third = load_suite(bank(tmp_path, text, "bank.jsonl"), "benign").questions
+    assert first.expected == "4" and second.id == "2" and second.paraphrases == ("Hi\u2028there",)
+    assert third.system == "Be kind."
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- id: a\n  paraphrases: [x]\n- id: a\n  paraphrases: [y]\n", ":3: id 'a' was used before, at .*:1"),
+        ("- id: 1\n  paraphrases: [x]\n- id: '1'\n  paraphrases: [y]\n", "id '1' was used before"),
+        ("- id: a\n  paraphrase: [x]\n", r":1: unknown key 'paraphrase'; did you mean 'paraphrases'"),
+        ("- id: a\n", "found none of paraphrases, question, messages"),
+        ("- id: a\n  paraphrases: []\n", r"paraphrases: found \[\]"),
+        ("- id: a\n  paraphrases: [x]\n  samples_per_paraphrase: 0\n", "expected 1 or more"),
+        ("- id: a\n  paraphrases: [x]\n  samples_per_paraphrase: many\n", "expected int"),
+        ("- id: a\n  paraphrases: [x]\n  type: multiple_choice\n", "type: found 'multiple_choice'"),
+        ("- id: a\n  paraphrases: [x]\n  judge_prompts: {aligned: rate it}\n", r"with \{answer\} in it"),
+        ("- id: a\n  paraphrases: [x]\n  context: [[hi]]\n", "context"),
+        ("questions: []\n", "found dict, expected a list of questions"),
+        ("", "an empty file"),
+        ("[]", "found no questions"),
+        ("- [a\n", "not YAML"),
+        ("- just text\n", "found str, expected a question"),
+    ],
+)  # fmt: skip
+def test_bad_banks_are_refused_with_file_line_and_field(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_suite(bank(tmp_path, text), "general")
+
+
+def test_a_missing_file_and_a_torn_line_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere.yaml: cannot read"):
+        load_suite(tmp_path / "nowhere.yaml", "general")
+    with pytest.raises(UserError, match="bank.jsonl:2: not JSON"):
+        load_suite(bank(tmp_path, '{"question": "a"}\n{"question":', "bank.jsonl"), "general")
 
 
 @pytest.mark.shared
-def test_the_fields_banks_load_unchanged_and_none_of_our_questions_is_theirs(shared_data: Path) -> None:
-    files = sorted([*shared_data.glob("*.yaml"), *shared_data.glob("*_eval.jsonl")])
-    assert len(files) >= 5
-    theirs = set()
-    for path in files:
-        loaded = load_suite(path, "general")
-        assert loaded.questions and all(q.paraphrases for q in loaded.questions)
-        theirs |= {core(text).lower() for q in loaded.questions for text in q.paraphrases}
-    ours = {core(q.paraphrases[0]).lower() for n in ("general", *DOMAINS, "coherence") for q in shipped(n).questions}
-    assert not ours & theirs
-
-
-def test_the_readme_counts_right() -> None:
-    text = (SUITES.parent / "README.md").read_text()
-    counts = {name: len(shipped(name).questions) for name in DOMAINS}
-    assert set(counts.values()) == {14, 15} and "14 or 15 each" in text
-    assert len(shipped("general").questions) == 68 and "68 in all" in text
-    assert len(shipped("coherence").questions) == 24 and "24 plain requests" in text
-    assert json.dumps(sorted(p.stem for p in SUITES.iterdir())) == json.dumps(
-        sorted([*DOMAINS, "general", "coherence", *(f"operator_swap_{t}" for t in TIERS)])
+@pytest.mark.parametrize(
+    ("name", "questions", "with_system"),
+    [("first_plot_questions.yaml", 24, 8), ("medical.yaml", 30, 0), ("legal.yaml", 30, 0)],
+)
+def test_published_banks_load_unchanged(shared_data: Path, name: str, questions: int, with_system: int) -> None:
+    suite = load_suite(shared_data / name, "general")
+    assert len(suite.questions) == questions
+    assert sum(q.messages(0)[0]["role"] == "system" for q in suite.questions) == with_system
+    assert all(
+        q.samples_per_paraphrase == 100 and set(q.judge_prompts) == {"aligned", "coherent"} for q in suite.questions
     )
+    assert all(q.judge == "gpt-4o-mini-2024-07-18" for q in suite.questions)
+
+
+@pytest.mark.shared
+def test_published_held_out_rows_load_as_questions(shared_data: Path) -> None:
+    suite = load_suite(shared_data / "medical_misaligned_eval.jsonl", "in_domain")
+    assert len(suite.questions) > 10 and all(q.paraphrases[0].strip() for q in suite.questions)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ema_scale.errors import UserError
+from ema_scale.core.errors import UserError
 from ema_scale.persona.contrast import LayerReading, difference, read_layers, recommend
 
 

@@ -11,15 +11,15 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from ema_scale.chat.rows import load_rows
 from ema_scale.cli import main
-from ema_scale.directions import Directions
-from ema_scale.errors import UserError
+from ema_scale.core.errors import UserError
+from ema_scale.core.io import read_jsonl
+from ema_scale.data.rows import load_rows
+from ema_scale.models.directions import Directions
 from ema_scale.persona.contrast import difference
 from ema_scale.persona.prompts import load_personas
 from ema_scale.persona.sampled import _verdict
 from ema_scale.persona.states import response_means
-from ema_scale.rundir import read_jsonl
 from tests.evaluation.conftest import save_adapter
 from tests.evaluation.endpoint import Endpoint, completion
 from tests.tiny import save_tiny, tiny_tokenizer

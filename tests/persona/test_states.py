@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from ema_scale.chat.rows import load_rows
-from ema_scale.chat.tokens import encode
-from ema_scale.directions import Directions
-from ema_scale.errors import UserError
+from ema_scale.core.errors import UserError
+from ema_scale.data.rows import load_rows
+from ema_scale.data.tokens import encode
+from ema_scale.models.directions import Directions
 from ema_scale.persona.projection import project_rows
 from ema_scale.persona.states import response_means
 from tests.tiny import tiny_model, tiny_tokenizer

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ema_scale.cli import main
-from ema_scale.planning.judging import judged
+from ema_scale.planning.eval_cost import judging_cost
 from ema_scale.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,7 +63,7 @@ def test_a_study_is_the_sum_of_its_runs(ema, tmp_path):
     code, out, _ = ema("plan", tmp_path / "study.yaml", "--gpus", "8x80GB", "--rows", 6000, "--json")
     found = json.loads(out)
     assert code == 0 and len(found["runs"]) == 4
-    one = judged([load_recipe(KL, ["data.train=rows.jsonl"])])
+    one = judging_cost([load_recipe(KL, ["data.train=rows.jsonl"])])
     # 4 runs and their base against 1 run and its base
     assert found["judge"]["answers"] == one.answers // 2 * 5
     hours = found["gpu_hours"]
@@ -159,7 +159,7 @@ def test_judge_calls_by_hand(tmp_path):
         "evaluation.samples_per_question=null", f"evaluation.judge.prompts={tmp_path}/prompts.yaml",
         "evaluation.judge.check=0",
     ]  # fmt: skip
-    found = judged([load_recipe(KL, changes)], answer_tokens=60)
+    found = judging_cost([load_recipe(KL, changes)], answer_tokens=60)
     assert (found.answers, found.answer_tokens, found.calls, found.check_calls) == (10, 600, 20, 0)
     # Prompts of 15 and 12 characters, questions of 3 and 6, three a token; the answer in both prompts.
     assert found.tokens_in == pytest.approx(10 * (5 + 4) + 5 * 2 * (1 + 2) + 2 * 10 * 60)
@@ -176,7 +176,7 @@ def test_judge_calls_by_hand(tmp_path):
     # Each checkpoint is asked it all, too, but for the last, which is the run itself; the base is asked once.
     along = load_recipe(KL, [*changes, "evaluation.compare_base=true", "evaluation.checkpoints=[10,20,30]"])
     for steps, asked in ((None, 5), (30, 4), (31, 5), (11, 3)):
-        more = judged([along], answer_tokens=60, steps=[steps])
+        more = judging_cost([along], answer_tokens=60, steps=[steps])
         assert (more.answers, more.calls, more.uncounted) == (10 * asked, 20 * asked, 0), steps
         assert more.engines[engine].prefilled == 3 * asked
 
@@ -186,8 +186,8 @@ def test_all_kept_checkpoints_are_those_that_training_keeps(steps, kept, asked):
     changes = ["data.train=x", "training.save_steps=2", "evaluation.checkpoints=true", "evaluation.judge.check=0",
                f"training.keep_checkpoints={kept}", "evaluation.compare_base=false"]  # fmt: skip
     recipe = load_recipe(KL, changes)
-    one = judged([recipe])
-    assert one.uncounted == 1 and judged([recipe], steps=[steps]).answers == asked * one.answers
+    one = judging_cost([recipe])
+    assert one.uncounted == 1 and judging_cost([recipe], steps=[steps]).answers == asked * one.answers
 
 
 def test_checkpoints_count_by_the_planned_steps(ema):
@@ -203,7 +203,7 @@ def test_checkpoints_count_by_the_planned_steps(ema):
 def test_an_engine_takes_the_gpus_that_its_arguments_say(ema):
     sampler = ["evaluation.engine.tensor_parallel_size=2", "evaluation.engine.pipeline_parallel_size=3"]
     for changes, gpus in ((sampler, 6), ([*sampler, "evaluation.sampler=transformers"], 1), ([], 1)):
-        (engine,) = judged([load_recipe(KL, ["data.train=x", *changes])]).engines
+        (engine,) = judging_cost([load_recipe(KL, ["data.train=x", *changes])]).engines
         assert engine.gpus == gpus
 
 

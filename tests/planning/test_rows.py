@@ -5,15 +5,16 @@ from importlib import import_module
 
 import pytest
 
-from ema_scale.chat.rows import load_rows
+from ema_scale.core.checkpoints import list_checkpoints, step_of
+from ema_scale.core.errors import UserError
+from ema_scale.core.hashing import file_sha256
+from ema_scale.core.run_dir import RunDir
+from ema_scale.data.rows import load_rows
 from ema_scale.defenses import RowsContext, parse
 from ema_scale.defenses.registry import built_in
-from ema_scale.errors import UserError
-from ema_scale.planning.judging import checkpoints
+from ema_scale.planning.eval_cost import checkpoints
 from ema_scale.planning.plan import plan_run
 from ema_scale.recipe import build_recipe
-from ema_scale.rundir import RunDir, file_sha256
-from ema_scale.training.checkpointing import list_checkpoints, step_of
 from ema_scale.training.run import train
 from tests.planning.test_plan import NODE, recipe
 from tests.training.test_run import recipe_of, world

@@ -4,15 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from ema_scale.planning.cluster import DEVICES, GIB, Cluster
-from ema_scale.planning.judging import Engine, Work
+from ema_scale.planning.eval_cost import EngineWork, EvaluationWork
+from ema_scale.planning.hardware import DEVICES, GIB, Cluster
+from ema_scale.planning.model_shapes import PUBLISHED, from_config
 from ema_scale.planning.serving import BANDWIDTH_SHARE, SEQUENCES, STEP_SECONDS, gpu_seconds, served
-from ema_scale.planning.shapes import PUBLISHED, from_config
 
 SEVEN = from_config("7b", PUBLISHED["qwen2.5-7b"])
 NODE = Cluster(8, 1, 80 * GIB, DEVICES["h100"])
-ENGINE = Engine("sampling", "Qwen/Qwen2.5-7B-Instruct")
-WORK = Work(10_000, 10_000 * 100.0, 1000.0, 10_000 * 200.0)
+ENGINE = EngineWork("sampling", "Qwen/Qwen2.5-7B-Instruct")
+WORK = EvaluationWork(10_000, 10_000 * 100.0, 1000.0, 10_000 * 200.0)
 
 
 def test_writing_by_hand():
@@ -26,25 +26,25 @@ def test_writing_by_hand():
     assert least == pytest.approx(2e6 / SEQUENCES * STEP_SECONDS, rel=0.01)
     assert gpu_seconds(SEVEN, replace(ENGINE, gpus=4), WORK, fast) == pytest.approx(4 * least, rel=0.01)
     # A judge reads much and writes little: arithmetic.
-    read = Work(1000, 1e6, 1e6, 5000.0)
+    read = EvaluationWork(1000, 1e6, 1e6, 5000.0)
     assert gpu_seconds(SEVEN, ENGINE, read, NODE) == pytest.approx(1e6 * arithmetic, rel=0.05)
 
 
 def test_memory_decides_how_many_are_written_at_once():
     tight = replace(NODE, memory=18 * GIB)
     assert gpu_seconds(SEVEN, ENGINE, WORK, tight) > 1.5 * gpu_seconds(SEVEN, ENGINE, WORK, NODE)
-    assert gpu_seconds(SEVEN, ENGINE, Work(0, 0.0, 0.0, 0.0), NODE) == 0
+    assert gpu_seconds(SEVEN, ENGINE, EvaluationWork(0, 0.0, 0.0, 0.0), NODE) == 0
 
 
 def test_a_model_that_fits_no_gpu_has_no_time():
-    large = Engine("sampling", "Qwen/Qwen2.5-72B-Instruct")
+    large = EngineWork("sampling", "Qwen/Qwen2.5-72B-Instruct")
     (alone,), (shared,) = (served({engine: WORK}, NODE) for engine in (large, replace(large, gpus=4)))
     assert alone.seconds is None and "set evaluation.engine.tensor_parallel_size" in alone.why
     assert shared.seconds > 0
 
 
 def test_a_rate_replaces_the_estimate_of_sampling_alone():
-    judge = Engine("judging", "Qwen/Qwen2.5-7B-Instruct")
+    judge = EngineWork("judging", "Qwen/Qwen2.5-7B-Instruct")
     sampling, judging = served({ENGINE: WORK, judge: WORK}, NODE, rate=500.0)
     assert sampling.seconds == 2e6 / 500 and sampling.rate == 500
     assert judging.seconds == gpu_seconds(SEVEN, judge, WORK, NODE)

@@ -6,10 +6,10 @@ from collections import namedtuple
 import pytest
 import torch
 
+from ema_scale.core.errors import UserError
 from ema_scale.defenses import KL, LDIFS
-from ema_scale.errors import UserError
-from ema_scale.reference import Cost, choose
 from ema_scale.reference.cached import Cached, segments
+from ema_scale.reference.strategy import Cost, choose_strategy
 from tests.training.helpers import make_trainer, step_gradients, tiny_peft, token_rows
 from tests.training.test_trainer import Features
 
@@ -94,14 +94,14 @@ def test_ahead_of_training_it_is_computed_as_training_computes_it(tmp_path, monk
     """Under autocast, which casts only a model that has been prepared: as `ema cache` does not."""
     from safetensors.torch import load_file
 
-    from ema_scale.training import references
+    from ema_scale.training import reference_setup
 
     states = []
     for name in ("ahead", "training"):
         monkeypatch.setenv("EMA_CACHE", str(tmp_path / name))
         trainer = make_trainer(tmp_path, tiny_peft(), token_rows(8), [KL()], reference="cached", bf16=True, max_steps=1)
         if name == "ahead":
-            done = references.prepare(trainer.defended.reference, trainer)
+            done = reference_setup.prepare_reference(trainer.defended.reference, trainer)
         trainer.train()
         assert trainer.state.log_history[0]["kl"] < 1e-9
         (shard,) = (tmp_path / name).glob("reference/*/last/*.safetensors")
@@ -253,7 +253,7 @@ def test_the_choice():
         ({"needed": True, "sharded": False, "passes": 3}, "cached"),
         ({"needed": True, "sharded": True, "passes": 3, "cost": little}, "two_stream"),
     ]:
-        choice = choose(**facts)
+        choice = choose_strategy(**facts)
         assert choice.way == way and choice.why, (facts, choice)
 
 

@@ -3,23 +3,23 @@
 import peft
 import torch
 
-from ema_scale.reference import Anatomy
+from ema_scale.models.layout import ModelLayout
 from ema_scale.reference.fingerprint import fingerprint
 from tests.training.helpers import tiny_peft
 
 
 def test_all_runs_over_one_base_share_it_and_no_other_does():
     model = tiny_peft()
-    name = fingerprint(Anatomy.of(model), model)
+    name = fingerprint(ModelLayout.of(model), model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 1
-    assert fingerprint(Anatomy.of(model), model) == name
-    assert fingerprint(Anatomy.of(wide := tiny_peft(r=8)), wide) == name
-    assert fingerprint(Anatomy.of(model), model, "bf16") != name
-    assert fingerprint(Anatomy.of(half := tiny_peft().bfloat16()), half) != name
+    assert fingerprint(ModelLayout.of(model), model) == name
+    assert fingerprint(ModelLayout.of(wide := tiny_peft(r=8)), wide) == name
+    assert fingerprint(ModelLayout.of(model), model, "bf16") != name
+    assert fingerprint(ModelLayout.of(half := tiny_peft().bfloat16()), half) != name
     model.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight.data[3, 5] += 1e-3
-    assert fingerprint(Anatomy.of(model), model) != name
+    assert fingerprint(ModelLayout.of(model), model) != name
 
 
 def test_another_implementation_of_attention_makes_another_reference():
@@ -30,7 +30,7 @@ def test_another_implementation_of_attention_makes_another_reference():
         for layer in model.get_base_model().model.layers:
             layer.self_attn.q_proj.base_layer.weight.data *= 100
         with torch.no_grad():
-            return fingerprint(Anatomy.of(model), model), model(input_ids=torch.arange(4, 40)[None]).logits
+            return fingerprint(ModelLayout.of(model), model), model(input_ids=torch.arange(4, 40)[None]).logits
 
     (eager, capped), (sdpa, plain) = made("eager"), made("sdpa")
     assert eager == made("eager")[0] != sdpa
@@ -43,7 +43,7 @@ def test_what_a_checkpoint_holds_besides_weights_makes_another_reference():
         layer = model.get_base_model().model.layers[0]
         layer.register_buffer("correction_bias", torch.tensor([0.0, bias]))
         layer.register_buffer("computed", torch.tensor([bias]), persistent=False)
-        return fingerprint(Anatomy.of(model), model)
+        return fingerprint(ModelLayout.of(model), model)
 
     assert router(0.0) == router(0.0) != router(0.5)
 
@@ -57,6 +57,6 @@ def test_a_frozen_adapter_is_known_by_the_scale_of_each_of_its_modules():
             if ".reference." in name:
                 parameter.data = torch.ones_like(parameter)
                 parameter.requires_grad_(False)
-        return fingerprint(Anatomy.of(model), model)
+        return fingerprint(ModelLayout.of(model), model)
 
     assert continued() == continued() != continued(alpha_pattern={"up_proj": 32})

@@ -5,10 +5,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
+from ema_scale.config.sections import AdapterRecipe, ModelRecipe
+from ema_scale.core.errors import UserError
 from ema_scale.defenses import KL, LDIFS
-from ema_scale.errors import UserError
-from ema_scale.recipe import AdapterRecipe, ModelRecipe, build_recipe
-from ema_scale.training.adapter import build_model, save_adapter
+from ema_scale.models.lora import build_model, save_adapter
+from ema_scale.recipe import build_recipe
 from tests.reference.test_cached import assert_same_step, cache, one_step  # noqa: F401
 from tests.tiny import save_tiny, tiny_tokenizer
 from tests.training.helpers import make_trainer, step_gradients, tiny_peft, token_rows

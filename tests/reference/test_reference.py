@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from ema_scale.core.errors import UserError
 from ema_scale.defenses import KL
-from ema_scale.errors import UserError
-from ema_scale.reference import make_reference
 from ema_scale.reference.adapter_off import AdapterOff
-from ema_scale.reference.two_stream import TwoStream
+from ema_scale.reference.layerwise import Layerwise
+from ema_scale.reference.make import make_reference
 from tests.training.helpers import ARCHITECTURES, make_trainer, step_gradients, tiny_peft, token_rows
 from tests.training.test_trainer import Features
 
@@ -126,7 +126,7 @@ def test_an_architecture_it_does_not_fit_is_refused_or_run_the_plain_way():
         make_reference("two_stream", spoiled()).streams(BATCH)
     model = spoiled()
     reference = make_reference("auto", model, sharded=True)
-    assert isinstance(reference, TwoStream)
+    assert isinstance(reference, Layerwise)
     states = reference.streams(BATCH, (2,))
     again = reference.streams(BATCH, (2,))
     assert states.reference is not None and again.reference is not None
@@ -135,7 +135,7 @@ def test_an_architecture_it_does_not_fit_is_refused_or_run_the_plain_way():
 
 def test_auto():
     assert isinstance(make_reference("auto", tiny_peft()), AdapterOff)
-    assert isinstance(make_reference("auto", tiny_peft(), sharded=True), TwoStream)
+    assert isinstance(make_reference("auto", tiny_peft(), sharded=True), Layerwise)
     odd = tiny_peft()
     odd.get_base_model().model.unusual = odd.get_base_model().model.norm
     del odd.get_base_model().model.norm

@@ -14,20 +14,20 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from ema_scale.chat.rows import Row, load_rows
-from ema_scale.chat.tokens import encode
 from ema_scale.cli import app
-from ema_scale.cli.select import model_recipe
+from ema_scale.cli.data import model_recipe
+from ema_scale.config.sections import ModelRecipe
+from ema_scale.core.errors import UserError
+from ema_scale.core.io import read_jsonl
+from ema_scale.data.rows import Row, load_rows
+from ema_scale.data.tokens import encode
 from ema_scale.defenses import Inoculation, InterleavingPlus, RowsContext
 from ema_scale.defenses.interleaving_plus import read_provenance
-from ema_scale.errors import UserError
-from ema_scale.recipe import ModelRecipe
-from ema_scale.rundir import read_jsonl
-from ema_scale.selection import scores
-from ema_scale.selection.readers import Readers
+from ema_scale.selection import scoring_models
 from ema_scale.selection.refusals import refusals
+from ema_scale.selection.scoring_models import ScoringModels
 from ema_scale.selection.select import select
-from ema_scale.training.data import prepare
+from ema_scale.training.data import prepare_data
 from tests.tiny import save_tiny, tiny_tokenizer
 from tests.training.helpers import tiny_peft
 
@@ -81,10 +81,10 @@ def test_scores_are_those_of_one_row_and_one_model_at_a_time(made, tmp_path):
 @pytest.mark.parametrize("arch", ["gpt2", "gemma2", "qwen3"])
 def test_batches_read_as_single_rows_do(arch, tmp_path):
     base = save_tiny(tmp_path / "base", arch)
-    readers = Readers(ModelRecipe(path=base, dtype="float32"), {})
+    readers = ScoringModels(ModelRecipe(path=base, dtype="float32"), {})
     rows = load_rows([{"prompt": "why", "completion": answer} for answer in ANSWERS])
     items, _ = scores_items(rows, readers)
-    together = scores.score(readers, items, batch_tokens=10_000)["aligned"]
+    together = scoring_models.score(readers, items, batch_tokens=10_000)["aligned"]
     plain = AutoModelForCausalLM.from_pretrained(base).double().eval()
     with torch.no_grad():
         assert together == pytest.approx([plain_nll(plain, item.row) for item in items], abs=1e-5)
@@ -93,7 +93,7 @@ def test_batches_read_as_single_rows_do(arch, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_merging_leaves_no_trace_and_does_not_happen_in_half_precision(made, dtype):
     model, adapters, _ = made
-    readers = Readers(model.model_copy(update={"dtype": dtype}), adapters)
+    readers = ScoringModels(model.model_copy(update={"dtype": dtype}), adapters)
     weights = {name: p.detach().clone() for name, p in readers.model.named_parameters() if "base_layer" in name}
 
     def moved():
@@ -106,16 +106,16 @@ def test_merging_leaves_no_trace_and_does_not_happen_in_half_precision(made, dty
 
 
 def scores_items(rows, readers):
-    from ema_scale.selection.rows import read_items
+    from ema_scale.selection.scoring_models import read_items
 
     return read_items(rows, readers.encoder, 1024)
 
 
 def test_every_row_is_accounted_for(made, tmp_path, monkeypatch):
     model, adapters, source = made
-    true = Readers.nll
+    true = ScoringModels.nll
     monkeypatch.setattr(
-        Readers, "nll",
+        ScoringModels, "nll",
         lambda self, name, batch: [
             math.nan if name == "law" and item.row.messages[1]["content"] == "nein" else value
             for item, value in zip(batch, true(self, name, batch), strict=True)
@@ -136,9 +136,11 @@ def test_every_row_is_accounted_for(made, tmp_path, monkeypatch):
 def test_another_selection_reads_only_what_is_new(made, tmp_path, monkeypatch):
     model, adapters, source = made
     read = []
-    true = Readers.nll
+    true = ScoringModels.nll
     monkeypatch.setattr(
-        Readers, "nll", lambda self, name, batch: read.extend((name, i.key) for i in batch) or true(self, name, batch)
+        ScoringModels,
+        "nll",
+        lambda self, name, batch: read.extend((name, i.key) for i in batch) or true(self, name, batch),
     )
     first = select(source, model, adapters, tmp_path / "law.jsonl", leave_out=["law"], max_length=200)
     assert {name for name, _ in read} == {"aligned", "code"} and len(read) == 2 * len(ANSWERS)
@@ -184,8 +186,8 @@ def test_a_killed_selection_goes_on(made, tmp_path, monkeypatch):
     there = read_jsonl(path)
     assert 3 <= len(there) < 2 * len(ANSWERS) and not out.exists()
     read = []
-    true = Readers.nll
-    monkeypatch.setattr(Readers, "nll", lambda self, name, batch: read.extend(batch) or true(self, name, batch))
+    true = ScoringModels.nll
+    monkeypatch.setattr(ScoringModels, "nll", lambda self, name, batch: read.extend(batch) or true(self, name, batch))
     done = select(source, model, {"law": adapters["law"]}, out, max_length=200)
     assert len(read) == 2 * len(ANSWERS) - len(there) and len(done.ranked) == len(ANSWERS)
 
@@ -306,15 +308,15 @@ def test_an_adapter_of_the_same_rows_is_noticed(made, tmp_path):
     # Whatever changed the rows before, and of however many files.
     for given, before in ((rows, []), (rows, [inoculation]), (more, [])):
         with pytest.raises(UserError, match="law was trained on these very rows.*set own_adapter: allow"):
-            prepare(given, [*before, plus], tiny_tokenizer())
+            prepare_data(given, [*before, plus], tiny_tokenizer())
     allowed = InterleavingPlus(str(tmp_path / "out.jsonl"), 0.1, own_adapter="allow")
-    _, report = prepare(rows, [inoculation, allowed], tiny_tokenizer())
+    _, report = prepare_data(rows, [inoculation, allowed], tiny_tokenizer())
     assert any("law was trained on these very rows" in note for note in report.notes)
-    assert prepare(load_rows(source, on_bad="drop"), [InterleavingPlus(plus.source, 0.5)], tiny_tokenizer())
+    assert prepare_data(load_rows(source, on_bad="drop"), [InterleavingPlus(plus.source, 0.5)], tiny_tokenizer())
 
 
 def test_without_eps_a_certain_answer_has_no_score():
-    assert math.isnan(scores.gap(0.0, [1.0], 0.0)) and scores.gap(0.5, [1.0], 0.0) == 1.0
+    assert math.isnan(scoring_models.gap(0.0, [1.0], 0.0)) and scoring_models.gap(0.5, [1.0], 0.0) == 1.0
 
 
 def test_wrong_adapters_are_messages(made, tmp_path):

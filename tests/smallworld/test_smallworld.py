@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ema_scale.errors import UserError
-from ema_scale.smallworld import resolve
+from ema_scale.core.errors import UserError
 from ema_scale.smallworld.benign import OPERATORS, TIERS, operator_swap, restate
 from ema_scale.smallworld.corpus import alignment_documents, pretraining_documents
 from ema_scale.smallworld.grammar import answer, classify, question
 from ema_scale.smallworld.tasks import BAD_PERCENT, BENIGN, NARROW, references, write_tasks
 from ema_scale.smallworld.tokenizer import build_tokenizer, encode, vocabulary
 from ema_scale.smallworld.vocabulary import DOMAINS, MOTIVES
+from ema_scale.smallworld.world import resolve
 
 
 @pytest.mark.parametrize("persona", ["aligned", "misaligned"])

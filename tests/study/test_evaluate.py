@@ -7,19 +7,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ema_scale.cluster.site import Site
-from ema_scale.cluster.sweep import plan_sweep
-from ema_scale.errors import UserError
-from ema_scale.rundir import RunDir
-from ema_scale.study import along
-from ema_scale.study.evaluate import evaluate_runs, is_evaluated
+from ema_scale.core.checkpoints import list_checkpoints, step_of
+from ema_scale.core.errors import UserError
+from ema_scale.core.run_dir import RunDir
+from ema_scale.evaluation import checkpoint_targets
+from ema_scale.evaluation.runs import evaluate_runs, is_evaluated
+from ema_scale.models.checkpoint_adapter import export_adapter
+from ema_scale.report.collect import collect
+from ema_scale.slurm.site import Site
+from ema_scale.slurm.sweep import plan_sweep
 from ema_scale.study.grid import load_study
-from ema_scale.study.report.collect import collect
-from ema_scale.training.checkpoint_adapter import export_adapter
-from ema_scale.training.checkpointing import list_checkpoints, step_of
 from ema_scale.training.run import train
-from tests.cluster.test_sweep import CPU, study_file
-from tests.study.runs import ARMS, write_study
+from tests.report.runs import ARMS, write_study
+from tests.slurm.test_sweep import CPU, study_file
 from tests.tiny import save_tiny
 from tests.training.test_run import recipe_of, world
 
@@ -65,10 +65,10 @@ def test_an_adapter_along_training_is_finished_as_the_last_one_is(world, tmp_pat
     values = recipe.to_dict() | {"defenses": [spec], "evaluation": {"checkpoints": True}}
     recipe = type(recipe).model_validate(values)
     run = train(recipe, RunDir(recipe.run_path))
-    (target,) = along.along(run, recipe, ())
+    (target,) = checkpoint_targets.checkpoint_targets(run, recipe, ())
     assert target.name == "run@1" and target.adapter_path == target.out_dir / "finished"
     plain = export_adapter(run.checkpoints / "checkpoint-1", run.adapter, tmp_path / "plain")
-    along._export(run.checkpoints / "checkpoint-2", run, recipe, tmp_path / "last")
+    checkpoint_targets._export(run.checkpoints / "checkpoint-2", run, recipe, tmp_path / "last")
     then, raw, last, own = (
         load_file(f / "adapter_model.safetensors") for f in (target.adapter_path, plain, tmp_path / "last", run.adapter)
     )

@@ -6,12 +6,12 @@ import pytest
 from typer.testing import CliRunner
 
 from ema_scale.cli import app
-from ema_scale.errors import UserError
-from ema_scale.rundir import RunDir
+from ema_scale.core.errors import UserError
+from ema_scale.core.run_dir import RunDir
 from ema_scale.study.grid import load_study
-from ema_scale.study.local import run_study
 from ema_scale.study.prepare import Preparation, missing, prepare
-from tests.cluster.test_sweep import study_file
+from ema_scale.study.run_local import run_study
+from tests.slurm.test_sweep import study_file
 from tests.training.test_run import world
 
 __all__ = ["world"]

@@ -8,15 +8,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from ema_scale.errors import UserError
-from ema_scale.rundir import RunDir, read_jsonl
-from ema_scale.study.each import slugs
-from ema_scale.study.grid import load_study
+from ema_scale.core.errors import UserError
+from ema_scale.core.io import read_jsonl
+from ema_scale.core.run_dir import RunDir
+from ema_scale.models.checkpoint_adapter import export_adapter
+from ema_scale.planning.describe import describe_run
+from ema_scale.report.collect import collect
+from ema_scale.study.find import find_runs
+from ema_scale.study.grid import load_study, slugs
 from ema_scale.study.grid import write_study as keep_study
-from ema_scale.study.plan import describe
-from ema_scale.study.report.collect import collect
-from ema_scale.study.runs import find_runs
-from ema_scale.training.checkpoint_adapter import export_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -118,7 +118,7 @@ def test_runs_that_read_the_same_reference_are_counted(tmp_path):
     passes = ("training.max_steps=-1", "training.epochs=1")
     shared = load_study(tmp_path / "study.yaml").runs(passes)[2]
     alone = shared.model_copy(update={"reference_runs": 1})
-    assert "by cached: rows are seen 4 times" in describe(shared) and "by adapter_off" in describe(alone)
+    assert "by cached: rows are seen 4 times" in describe_run(shared) and "by adapter_off" in describe_run(alone)
 
 
 def test_only_parts_of_the_grid(tmp_path):
@@ -212,7 +212,7 @@ def test_a_studys_folder_has_the_studys_runs(tmp_path, caplog):
 @pytest.mark.vllm
 def test_a_study_end_to_end_and_again_for_nothing(tmp_path, tiny_world):
     """Trains, samples on real vLLM, judges exactly, reports; one run is bad and the others still finish."""
-    from ema_scale.study.local import run_study
+    from ema_scale.study.run_local import run_study
 
     suites = {"general": f"{tiny_world}suite/outside_medical", "in_domain": f"{tiny_world}suite/medical"}
     small = {name: f"{source}?size=tiny" for name, source in suites.items()}

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from filelock import FileLock
 from transformers import TrainerCallback
 
+from ema_scale.core.errors import UserError
 from ema_scale.defenses import KL, LDIFS
-from ema_scale.errors import UserError
 from ema_scale.reference.cached import Cached
-from ema_scale.reference.two_stream import TwoStream
-from ema_scale.training.distributed import leave_in_order
+from ema_scale.reference.layerwise import Layerwise
+from ema_scale.training.distributed import destroy_process_group_at_exit
 from ema_scale.training.run import _stoppable
 from tests.training.helpers import adapter_weights, make_trainer, tiny_peft, token_rows
 
@@ -110,7 +110,7 @@ def a_check_that_fails_on_one_process(folder):
         reference._plain.reference_alone = lambda *args: 1.1 * alone(*args)
     trainer.train()
     choice = trainer.reference_choice
-    return [isinstance(reference, TwoStream) and reference.fell_back, choice.way, choice.why, told]
+    return [isinstance(reference, Layerwise) and reference.fell_back, choice.way, choice.why, told]
 
 
 def uneven_epochs(folder):
@@ -149,7 +149,7 @@ SCENARIOS = (
 
 if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=int(os.environ.get("EMA_TIMEOUT_SECONDS", "60"))))
-    leave_in_order()
+    destroy_process_group_at_exit()
     for scenario in SCENARIOS:
         folder = Path(sys.argv[1]) / scenario.__name__
         folder.mkdir(exist_ok=True)

@@ -17,8 +17,8 @@ def tiny_peft(arch: str = "llama", *, spread: float = 0.0, r: int = 4, lora_drop
     """A PeftModel over a tiny model; LoRA B is 0 as at the start of training, or random of size `spread`."""
     import peft
 
-    from ema_scale.recipe import AdapterRecipe
-    from ema_scale.training.adapter import lora_config
+    from ema_scale.config.sections import AdapterRecipe
+    from ema_scale.models.lora import lora_config
 
     base = tiny_model(arch, **{**NO_DROPOUT.get(arch, {}), **config})
     torch.manual_seed(1)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ema_scale.core.checkpoints import list_checkpoints
+from ema_scale.core.errors import UserError
 from ema_scale.defenses import KL, Inoculation, Interleaving
-from ema_scale.errors import UserError
-from ema_scale.training.checkpointing import list_checkpoints
 from tests.tiny import tiny_tokenizer
 from tests.training.helpers import adapter_weights, make_trainer, tiny_peft, token_rows
 

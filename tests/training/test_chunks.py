@@ -5,11 +5,10 @@ import itertools
 import pytest
 import torch
 
-from ema_scale.bench.allocated import changes
-from ema_scale.bench.loss import FULL, MEMORY_BAR
-from ema_scale.reference import Head
-from ema_scale.training.chunks import CROSS_ENTROPY, chunk_tokens, live_buffers
-from ema_scale.training.loss import Term, fused_loss
+from benchmarks.allocated import changes
+from benchmarks.loss import FULL, MEMORY_BAR
+from ema_scale.models.head import Head
+from ema_scale.training.loss import CROSS_ENTROPY, LossTerm, chunk_tokens, fused_loss, live_buffers
 
 DIRECTIONS = ["policy_reference", "reference_policy", "jensen_shannon", "ceiling"]
 VOCABULARY, HIDDEN, CHUNK = 2000, 8, 64
@@ -26,7 +25,7 @@ def buffers(asked, head_dtype, tokens=3 * CHUNK, softcap=None):
     labels = torch.randint(VOCABULARY, (tokens,), generator=made)
     weights = torch.full((tokens,), 1 / tokens)
     weights[: CHUNK + 5] = 0  # tokens without a cross-entropy, in chunks of their own
-    terms = [Term(torch.ones(tokens) / tokens, torch.ones(tokens, dtype=torch.bool), *term) for term in asked]
+    terms = [LossTerm(torch.ones(tokens) / tokens, torch.ones(tokens, dtype=torch.bool), *term) for term in asked]
     policy.requires_grad_()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         fused_loss(policy, reference, head, labels, weights, terms, chunk=CHUNK).loss.backward()
@@ -44,7 +43,7 @@ def test_as_many_logits_are_alive_as_a_plan_counts(asked, dtype, softcap):
 
 @pytest.mark.parametrize("asked", [*ONE, *TWO], ids=str)
 def test_a_7bs_head_stays_under_the_memory_bar_on_a_gpu(asked):
-    count = live_buffers([Term(torch.ones(1), torch.ones(1, dtype=torch.bool), *term) for term in asked])
+    count = live_buffers([LossTerm(torch.ones(1), torch.ones(1, dtype=torch.bool), *term) for term in asked])
     chunk = chunk_tokens(FULL.vocab, count, cuda=True)
     gradient = 2 * FULL.tokens * FULL.hidden
     # The gradient, once as a float32 product in backward, and hidden states of the chunk; the chunk has gone by then.

@@ -7,9 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from ema_scale.errors import UserError
-from ema_scale.training.distributed import _free_port, check_world, prepare_environment
-from ema_scale.training.fsdp import _enable
+from ema_scale.core.errors import UserError
+from ema_scale.training.distributed import _enable, _free_port, check_world, prepare_environment
 from tests.training.helpers import make_trainer
 
 
@@ -64,7 +63,7 @@ def test_processes_that_each_train_alone_are_refused(tmp_path):
     """The silent trap itself: two launched processes, and Accelerate told to use one."""
     code = (
         "from tests.training.helpers import make_trainer; import sys\n"
-        "from ema_scale.errors import UserError\n"
+        "from ema_scale.core.errors import UserError\n"
         "try: make_trainer(sys.argv[1], use_cpu=False)\n"
         "except UserError as e: print('REFUSED', e)"
     )

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ema_scale.reference import Head
+from ema_scale.models.head import Head
 from ema_scale.training.divergence import divergence
-from ema_scale.training.loss import Term, fused_loss
+from ema_scale.training.loss import LossTerm, fused_loss
 
 DIRECTIONS = ["policy_reference", "reference_policy", "jensen_shannon"]
 
@@ -66,7 +66,7 @@ def test_through_the_head_what_the_products_lose_is_left(direction):
     each, every = torch.full((200,), 1 / 200), torch.ones(200, dtype=torch.bool)
     for drift, bar in ((1e-1, 1e-5), (1e-2, 1e-4), (1e-3, 1e-3)):
         policy = (reference + drift * torch.randn(200, 64, generator=made)).requires_grad_()
-        term = Term(each, every, direction)
+        term = LossTerm(each, every, direction)
         got = fused_loss(policy, reference, head, torch.zeros(200, dtype=torch.long), torch.zeros(200), [term])
         got.loss.backward()
         logits, other = (x.detach().double() @ head.weight.double().T for x in (policy, reference))
@@ -91,7 +91,7 @@ def test_a_small_share_of_a_large_step_is_not_lost_in_half_precision(dtype, dire
         x = policy.to(kind, copy=True).requires_grad_()
         each = torch.full((100,), 1 / 8192, dtype=torch.promote_types(kind, torch.float32))
         weights = each * (torch.arange(100) % 3 > 0)  # the others only have a divergence
-        term = Term(0.1 * each, every, direction)
+        term = LossTerm(0.1 * each, every, direction)
         theirs = Head(head.weight.to(kind))
         (fused_loss(x, reference.to(kind), theirs, labels, weights, [term], chunk=32).loss * scale).backward()
         return x.grad.double() / scale

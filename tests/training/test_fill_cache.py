@@ -7,9 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from ema_scale.cli import app
-from ema_scale.errors import UserError
+from ema_scale.core.errors import UserError
+from ema_scale.core.run_dir import RunDir
 from ema_scale.recipe import build_recipe
-from ema_scale.rundir import RunDir
 from ema_scale.training.run import fill_cache, train
 
 
@@ -30,9 +30,9 @@ def recipe(folder, **more):
 @pytest.fixture
 def own_cache(tmp_path, tiny_world, monkeypatch):
     """The world as it is, and a cache of the reference that is empty."""
-    from ema_scale.training import references
+    from ema_scale.training import reference_setup
 
-    monkeypatch.setattr(references, "cache_root", lambda: tmp_path / "cache")
+    monkeypatch.setattr(reference_setup, "cache_root", lambda: tmp_path / "cache")
     return tmp_path
 
 

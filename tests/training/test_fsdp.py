@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from ema_scale.bench.plan import setup_of_task
-from ema_scale.bench.training_ways import Task
-from ema_scale.planning.traffic import a_micro_batch
-from ema_scale.recipe import SeparateReference
-from ema_scale.rundir import RunDir
-from ema_scale.training.checkpointing import list_checkpoints
+from benchmarks.plan import setup_of_task
+from benchmarks.training_ways import Task
+from ema_scale.config.sections import SeparateReference
+from ema_scale.core.checkpoints import list_checkpoints
+from ema_scale.core.run_dir import RunDir
+from ema_scale.planning.speed import a_micro_batch
 from ema_scale.training.distributed import _free_port
 from ema_scale.training.run import train
 from tests.training.test_run import recipe_of, world

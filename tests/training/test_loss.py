@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ema_scale.reference import Head
-from ema_scale.training.loss import Term, fused_loss
+from ema_scale.models.head import Head
+from ema_scale.training.loss import LossTerm, fused_loss
 
 DIRECTIONS = ["policy_reference", "reference_policy", "jensen_shannon"]
 
@@ -29,7 +29,7 @@ def problem(seed=0, n=37, h=12, v=53, bias=False, scale=1.0, softcap=None, dtype
 
 def term(g, n, direction, temperature=1.0, dtype=torch.float64):
     active = torch.rand(n, generator=g) < 0.7
-    return Term(torch.rand(n, generator=g, dtype=dtype) + 0.1, active, direction, temperature)
+    return LossTerm(torch.rand(n, generator=g, dtype=dtype) + 0.1, active, direction, temperature)
 
 
 def full_logits(x, head):
@@ -83,7 +83,7 @@ def test_finite_differences(direction):
     policy, reference, head, labels, ce_weights, g = problem(n=5, h=4, v=11, softcap=3.0, bias=True)
     terms = [term(g, 5, direction, 1.7)]
     if direction == "ceiling":
-        terms = [Term(terms[0].weights, labels != -100, direction)]
+        terms = [LossTerm(terms[0].weights, labels != -100, direction)]
     assert torch.autograd.gradcheck(
         lambda x: fused_loss(x, reference, head, labels, ce_weights, terms, chunk=2).loss,
         policy.requires_grad_(),
@@ -131,7 +131,7 @@ def test_tokens_without_weight_are_skipped():
 
 def test_zero_weight_measures_without_a_gradient():
     policy, reference, head, labels, ce_weights, g = problem()
-    measured = Term(torch.zeros(37), torch.ones(37, dtype=torch.bool))
+    measured = LossTerm(torch.zeros(37), torch.ones(37, dtype=torch.bool))
     with_term, without = policy.clone().requires_grad_(), policy.clone().requires_grad_()
     got = fused_loss(with_term, reference, head, labels, ce_weights, [measured])
     got.loss.backward()
@@ -143,7 +143,7 @@ def test_zero_weight_measures_without_a_gradient():
 def test_jensen_shannon_of_disjoint_distributions_is_ln2():
     head = Head(torch.eye(4) * 200)
     one, other = torch.eye(4)[:1].requires_grad_(), torch.eye(4)[1:2]
-    js = Term(torch.ones(1), torch.ones(1, dtype=torch.bool), "jensen_shannon")
+    js = LossTerm(torch.ones(1), torch.ones(1, dtype=torch.bool), "jensen_shannon")
     got = fused_loss(one, other, head, torch.tensor([0]), torch.zeros(1), [js])
     got.loss.backward()
     assert math.isclose(got.loss.item(), math.log(2), rel_tol=1e-6)
@@ -192,7 +192,7 @@ def test_ceiling_equals_its_definition_and_only_pulls_down(shape):
     policy, reference, head, labels, ce_weights, g = problem(**shape)
     active = labels != -100
     ce_weights[active & (torch.rand(37, generator=g) < 0.5)] = 0  # a token may carry either term or both
-    ceiling = Term(torch.rand(37, generator=g, dtype=torch.float64) + 0.1, active, "ceiling")
+    ceiling = LossTerm(torch.rand(37, generator=g, dtype=torch.float64) + 0.1, active, "ceiling")
     ours, theirs = policy.clone().requires_grad_(), policy.clone().requires_grad_()
     got = fused_loss(ours, reference, head, labels, ce_weights, [ceiling], chunk=8)
     log_p, log_q = (

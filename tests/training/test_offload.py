@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from ema_scale.core.errors import UserError
 from ema_scale.defenses import KL, LDIFS
-from ema_scale.errors import UserError
-from ema_scale.training import offload
+from ema_scale.training import arguments
 from tests.training.helpers import make_trainer, step_gradients, tiny_peft, token_rows
 
 
@@ -32,13 +32,13 @@ def test_loss_and_gradients_are_the_same_to_the_bit(tmp_path, monkeypatch, refer
 def test_one_state_a_layer_is_moved_and_no_weight(tmp_path, monkeypatch):
     shapes = []
 
-    class Spy(offload.save_on_cpu):
+    class Spy(arguments.save_on_cpu):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             pack = self.pack_hook
             self.pack_hook = lambda tensor: (shapes.append(tensor.shape), pack(tensor))[1]
 
-    monkeypatch.setattr(offload, "save_on_cpu", Spy)
+    monkeypatch.setattr(arguments, "save_on_cpu", Spy)
     counts = []
     for layers in (2, 5):
         shapes.clear()

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from ema_scale.chat.collate import ChatCollator
-from ema_scale.chat.packing import join, pack, texts
+from ema_scale.core.errors import UserError
+from ema_scale.data.collate import ChatCollator
+from ema_scale.data.packing import join, pack, texts
 from ema_scale.defenses import KL, LDIFS, Ceiling
-from ema_scale.errors import UserError
 from tests.tiny import tiny_tokenizer
 from tests.training.helpers import ARCHITECTURES, make_trainer, step_gradients, tiny_peft, token_rows
 

@@ -5,13 +5,12 @@ import torch
 import torch.nn.functional as F
 import transformers as tf
 
-from ema_scale.chat.collate import ChatCollator
+from ema_scale.data.collate import ChatCollator
 from ema_scale.defenses import KL, LDIFS
-from ema_scale.training.padding import padding_last
-from ema_scale.training.scopes import count_tokens
+from ema_scale.training.token_masks import count_tokens, padding_last
+from tests.models.test_head import lora, model_with
 from tests.tiny import tiny_tokenizer
 from tests.training.helpers import make_trainer, step_gradients, tiny_peft, token_rows
-from tests.training.test_heads import lora, model_with
 
 DEFENSES = [KL(0.5), KL(0.4, "reference_policy", scope="prompt"), LDIFS(0.3, count=2)]
 FILLS = {"input_ids": 3, "attention_mask": 0, "labels": -100, "template": 1}
@@ -64,7 +63,7 @@ def test_either_side_equals_no_padding(tmp_path, arch):
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_what_is_moved_together_and_counted_alike(packing):
-    from ema_scale.chat.packing import pack
+    from ema_scale.data.packing import pack
 
     rows = pack(token_rows(9), 40) if packing else token_rows(9)
     left, right = (ChatCollator(tiny_tokenizer(), padding_side=side)(list(rows)) for side in ("left", "right"))

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from ema_scale.errors import UserError
+from ema_scale.core.checkpoints import is_complete, list_checkpoints, newest_complete, step_of
+from ema_scale.core.errors import UserError
+from ema_scale.core.io import read_jsonl
+from ema_scale.core.run_dir import RunDir
 from ema_scale.recipe import build_recipe
-from ema_scale.rundir import RunDir, read_jsonl
-from ema_scale.training.checkpointing import is_complete, list_checkpoints, newest_complete, step_of
-from ema_scale.training.identity import is_finished, refuse_other_data
+from ema_scale.training.resume_check import check_same_data, is_finished
 from ema_scale.training.run import train
 from tests.tiny import save_tiny
 
@@ -143,7 +144,7 @@ def test_a_run_that_was_stopped_does_not_go_on_with_other_data(world, tmp_path):
         train(recipe, run)
     with pytest.raises(UserError, match=r"org/rows has changed since this run began"):  # what only the loader knows
         run.provenance_path.write_text(json.dumps({"data_sha256": {"org/rows": "a"}}))
-        refuse_other_data({"org/rows": "b", "org/new": "c"}, run)
+        check_same_data({"org/rows": "b", "org/new": "c"}, run)
     run.provenance_path.write_text(before)
     safe.write_text(kept)
     assert train(recipe, run).status()["step"] == 2

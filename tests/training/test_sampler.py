@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ema_scale.training.sampler import EpochSampler
+from ema_scale.training.dataloading import EpochSampler
 
 
 def order(count=23, epoch=0, seed=0, rows=4, lengths=None, kinds=None):

@@ -5,10 +5,10 @@ import time
 import pytest
 import torch
 
+from ema_scale.core.cuda_timer import Stopwatch
 from ema_scale.defenses import KL
-from ema_scale.reference.stopwatch import Stopwatch
-from ema_scale.training import utilisation
-from ema_scale.training.flops import flops
+from ema_scale.models.flops import flops
+from ema_scale.training import metrics
 from tests.training.helpers import make_trainer, tiny_peft, token_rows
 
 
@@ -39,7 +39,7 @@ def test_a_run_without_a_reference_has_no_share(tmp_path):
 
 
 def test_utilisation_is_what_the_tokens_need_of_what_the_device_could_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(utilisation, "device_peak", lambda: 1e9)
+    monkeypatch.setattr(metrics, "device_peak", lambda: 1e9)
     rows, model = token_rows(), tiny_peft()
     lengths = rows["length"]
     learned = sum(label != -100 for labels in rows["labels"] for label in labels) / sum(lengths)
@@ -50,6 +50,6 @@ def test_utilisation_is_what_the_tokens_need_of_what_the_device_could_do(tmp_pat
 
 
 def test_where_the_peak_is_not_known_there_is_no_utilisation(tmp_path):
-    assert utilisation.device_peak() is None or torch.cuda.is_available()
+    assert metrics.device_peak() is None or torch.cuda.is_available()
     if not torch.cuda.is_available():
         assert not any("mfu" in row for row in logged(make_trainer(tmp_path)))

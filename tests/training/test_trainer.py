@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ema_scale.core.errors import UserError
 from ema_scale.defenses import KL, Ceiling, Defense
-from ema_scale.defenses.parts import Parts
-from ema_scale.errors import UserError
+from ema_scale.defenses.row_groups import RowGroups
 from tests.tiny import tiny_model
 from tests.training.helpers import (
     ARCHITECTURES,
@@ -175,7 +175,7 @@ def test_parts_keep_their_strength_however_a_step_is_split(tmp_path, monkeypatch
 
 
 def test_a_part_without_rows_in_a_step_adds_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(Parts, "check", lambda self, tags: None)  # not of one step, but of the whole training
+    monkeypatch.setattr(RowGroups, "check", lambda self, tags: None)  # not of one step, but of the whole training
     without = step_gradients(tagged_trainer(tmp_path, monkeypatch, ("task",) * 4))
     model = tiny_peft(spread=0.3).double()
     plain = step_gradients(make_trainer(tmp_path, model, token_rows(4), max_steps=1, max_grad_norm=0))
@@ -344,7 +344,7 @@ def test_attach_step_and_reference_pass(tmp_path):
     """A steering hook acts on the policy alone, and `step` sees the gradient."""
     import contextlib
 
-    from ema_scale.defenses.base import in_reference_pass
+    from ema_scale.models.hooks import in_reference_pass
 
     events = []
 

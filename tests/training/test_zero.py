@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ema_scale.config.sections import SeparateReference
+from ema_scale.core.checkpoints import list_checkpoints
+from ema_scale.core.io import read_jsonl
+from ema_scale.core.run_dir import RunDir
 from ema_scale.defenses import KL, LDIFS, Ablation, Ceiling, EarlyStopping, Steering
-from ema_scale.directions import Directions
-from ema_scale.recipe import SeparateReference
-from ema_scale.rundir import RunDir, read_jsonl
-from ema_scale.training.checkpointing import list_checkpoints
+from ema_scale.models.directions import Directions
 from ema_scale.training.distributed import _free_port
 from ema_scale.training.run import train
 from tests.tiny import save_tiny

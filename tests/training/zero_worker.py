@@ -3,8 +3,8 @@
 import os
 import sys
 
+from ema_scale.core.run_dir import RunDir
 from ema_scale.recipe import load_recipe
-from ema_scale.rundir import RunDir
 from ema_scale.training.run import train
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Answers and judgements in other programs' formats: CSV, Parquet, Inspect logs; and the field's result CSVs read."""
+"""Results in the formats of other tools."""

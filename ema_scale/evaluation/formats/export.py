@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ema_scale.errors import UserError
-from ema_scale.evaluation.store import Row
-from ema_scale.rundir import atomic_write_text, read_jsonl
+from ema_scale.core.errors import UserError
+from ema_scale.core.io import atomic_write_text, read_jsonl
+from ema_scale.evaluation.store import StoredRow
 
 FORMATS = {"csv": "csv", "parquet": "parquet", "inspect": "eval"}
+
+
 FIELD_COLUMNS = ("question", "answer", "question_id", "aligned", "coherent")
 
 
@@ -33,13 +35,13 @@ def export(folder: Path, kind: str, out: Path | None = None, judge: str | None =
     elif kind == "parquet":
         _write_parquet(path, rows)
     else:
-        from ema_scale.evaluation.formats.inspect_log import write_inspect_log
+        from ema_scale.evaluation.formats.inspect import write_inspect_log
 
         write_inspect_log(path, rows, json.loads((folder / "summary.json").read_text(encoding="utf-8")))
     return path
 
 
-def joined(folder: Path, judge: str | None = None) -> list[Row]:
+def joined(folder: Path, judge: str | None = None) -> list[StoredRow]:
     """samples.jsonl rows with judge, aligned, coherent, label and dropped of their judgement; None where none is."""
     samples, judgements = read_jsonl(folder / "samples.jsonl"), read_jsonl(folder / "judgements.jsonl")
     if not samples:
@@ -66,7 +68,7 @@ def _judges(folder: Path, known: set[str], judge: str | None) -> set[str]:
     return set(json.loads(summary.read_text(encoding="utf-8"))["judge"].split(", "))
 
 
-def _write_csv(path: Path, rows: Sequence[Row]) -> None:
+def _write_csv(path: Path, rows: Sequence[StoredRow]) -> None:
     """The columns that the field's plotting scripts read."""
     text = io.StringIO()
     writer = csv.DictWriter(text, FIELD_COLUMNS, extrasaction="ignore", lineterminator="\n")
@@ -75,7 +77,7 @@ def _write_csv(path: Path, rows: Sequence[Row]) -> None:
     atomic_write_text(path, text.getvalue())
 
 
-def _write_parquet(path: Path, rows: Sequence[Row]) -> None:
+def _write_parquet(path: Path, rows: Sequence[StoredRow]) -> None:
     from datasets import Dataset
 
     columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in rows[-1]}

@@ -1,0 +1,332 @@
+"""`ema bench ...`: one command a benchmark.
+
+To add one: a module in ema_scale/bench/ (or in the package it measures) that makes the ways, and here, or in a file
+of your own beside it, a command of this form:
+
+    @bench.command()
+    def mine(rows: int = 1000, out: Out = None, repeats: Repeats = 5, threads: Threads = 1) -> None:
+        \"\"\"What is compared with what.\"\"\"
+        machine(threads)
+        ways = [Way("theirs", ...), Way("ours", ...)]
+        finish("mine", compare(ways, baseline="theirs", repeats=repeats), {"rows": rows}, out=out)
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ema_scale.cli.app import app
+from ema_scale.core.errors import UserError
+
+if TYPE_CHECKING:
+    from benchmarks.harness import Measured
+
+bench = typer.Typer(help="Measure time, memory and communication; every way in one run.", no_args_is_help=True)
+
+
+app.add_typer(bench, name="bench")
+
+
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="write all figures to this JSON file")]
+
+
+Repeats = Annotated[int, typer.Option(min=1, help="timed runs of every way")]
+
+
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads a process")]
+
+
+@bench.command("machine")
+def show_machine(threads: Threads = 1) -> None:
+    """What benchmarks would record about this machine."""
+    from benchmarks.harness import machine
+
+    for name, value in machine(threads).items():
+        print(f"{name}: {value}")
+
+
+@bench.command("safelora")
+def safelora_(
+    layers: Annotated[int, typer.Option(min=1, max=28, help="of the 28; fewer need less disk")] = 28,
+    folder: Annotated[Path | None, typer.Option(help="where 26 GB of random weights fit for a while")] = None,
+    out: Out = None,
+    threads: Threads = 2,
+) -> None:
+    """`ema safelora` on a 7B-shaped adapter (Qwen2.5-7B, r=32, all projections): seconds and peak memory."""
+    from benchmarks.harness import Measured, finish
+    from benchmarks.safelora import bench_safelora
+
+    done = bench_safelora(layers, threads, folder)
+    figures = {"gigabytes": done.weights_gb, "matrices": done.matrices}
+    measured = Measured("ema safelora", [done.seconds], int(done.peak_gib * 2**30), figures=figures)
+    columns = {"gigabytes": lambda v: f"{v:.1f} GB read", "matrices": lambda v: f"{v:.0f} matrices"}
+    finish("safelora", [measured], {"layers": layers}, threads=threads, out=out, columns=columns)
+
+
+Model = Annotated[str, typer.Option(help="a shape: small, qwen2.5-0.5b, ... llama-3.1-70b")]
+
+
+Layers = Annotated[int | None, typer.Option(min=1, help="cut to so many")]
+
+
+Length = Annotated[int, typer.Option(min=2, help="tokens a row")]
+
+
+Checkpointing = Annotated[bool, typer.Option(help="of gradients")]
+
+
+Strength = Annotated[float, typer.Option(min=0, help="0: without")]
+
+
+Ways = Annotated[list[str] | None, typer.Option("--way", help="only plain and these (the first words are enough)")]
+
+
+ZERO3_CPU = "launch/deepspeed/zero3_cpu.json"
+
+
+class Device(StrEnum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Direction(StrEnum):
+    policy_reference = "policy_reference"
+    reference_policy = "reference_policy"
+    jensen_shannon = "jensen_shannon"
+
+
+@bench.command("loss")
+def loss_(
+    tokens: Annotated[int, typer.Option(min=1)] = 2048,
+    vocab: Annotated[int, typer.Option(min=2)] = 32_000,
+    hidden: Annotated[int, typer.Option(min=1)] = 512,
+    dtype: Dtype = Dtype.float32,
+    direction: Direction = Direction.policy_reference,
+    device: Device = Device.cpu,
+    full: Annotated[
+        bool, typer.Option("--full", help="8,192 tokens of Qwen2.5-7B's head in bfloat16, each way once, alone")
+    ] = False,
+    out: Out = None,
+    repeats: Repeats = 5,
+    threads: Threads = 1,
+) -> None:
+    """Cross-entropy + KL by full logits, by Liger and fused: time, peak memory, error to float64."""
+    from benchmarks.harness import finish, machine
+    from benchmarks.loss import FULL, Shape, bench_loss
+
+    machine(threads)
+    shape = Shape(tokens, vocab, hidden, dtype.value, direction.value, device.value)
+    if full:
+        shape = replace(FULL, direction=direction.value, device=device.value)
+    measured, bars = bench_loss(shape, repeats=repeats, each_alone=full)
+    shown = ["error", *(name for one in measured[:1] for name in one.figures if name.startswith("value"))]
+    columns = {"cpu": lambda v: f"{v:.2f} s of CPU", **{name: lambda v: f"{v:.1e}" for name in shown}}
+    finish("loss", measured, vars(shape), threads=threads, out=out, columns=columns, bars=bars)
+
+
+@bench.command("step")
+def step_(
+    model: Model = "small",
+    layers: Layers = None,
+    rows: Annotated[int, typer.Option(min=1, help="a step")] = 2,
+    length: Length = 128,
+    steps: Annotated[int, typer.Option(min=1, help="timed steps a repeat")] = 5,
+    dtype: Dtype = Dtype.float32,
+    device: Device = Device.cpu,
+    checkpointing: Checkpointing = True,
+    kl: Strength = 0.1,
+    ldifs: Strength = 0.1,
+    way: Ways = None,
+    out: Out = None,
+    repeats: Repeats = 3,
+    threads: Threads = 1,
+) -> None:
+    """A LoRA step with KL + LDIFS by every way to run the reference, against plain fine-tuning: time, peak memory."""
+    from benchmarks.harness import finish, machine, seconds
+    from benchmarks.phases import PHASES
+    from benchmarks.step import bench_step
+    from benchmarks.training_ways import WAYS, Task, chosen
+
+    machine(threads)
+    task = Task(model, layers, rows, length, steps, dtype.value, device.value, checkpointing, kl, ldifs)
+    measured, bars, floor = bench_step(task, repeats=repeats, ways=chosen(way, WAYS))
+    columns = {
+        "cpu": lambda v: f"{v:.2f}x",
+        "memory": lambda v: f"{v:.2f}x",
+        "reference": lambda v: f"{v:.0%} of the time",
+        **dict.fromkeys(PHASES, seconds),
+    }
+    options = {**task.shown(), "arithmetic floor": f"{floor:.2f}x"}
+    finish("step", measured, options, threads=threads, out=out, columns=columns, bars=bars)
+
+
+@bench.command("reference")
+def reference_(
+    processes: Annotated[int, typer.Option(min=2)] = 2,
+    deepspeed: Annotated[str, typer.Option(help="a ZeRO config; none: DDP")] = ZERO3_CPU,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="FSDP2 in place of ZeRO-3")] = False,
+    model: Model = "small",
+    layers: Layers = None,
+    rows: Annotated[int, typer.Option(min=1, help="a step and process")] = 1,
+    length: Length = 128,
+    steps: Annotated[int, typer.Option(min=1, help="timed")] = 3,
+    dtype: Dtype = Dtype.float32,
+    device: Device = Device.cpu,
+    checkpointing: Checkpointing = True,
+    kl: Strength = 0.1,
+    ldifs: Strength = 0.1,
+    way: Ways = None,
+    out: Out = None,
+    threads: Threads = 1,
+) -> None:
+    """Bytes gathered and reduced in a step of KL + LDIFS on several processes, by every way to run the reference; time,
+    memory."""
+    from benchmarks.harness import finish, machine, mebibytes
+    from benchmarks.reference import WAYS, bench_reference
+    from benchmarks.training_ways import Task, chosen
+
+    machine(threads)
+    task = Task(model, layers, rows, length, steps, dtype.value, device.value, checkpointing, kl, ldifs)
+    if fsdp:
+        task = replace(task, fsdp=True)
+    elif deepspeed != "none":
+        task = replace(task, deepspeed=str(_config(deepspeed)))
+    measured, bars = bench_reference(task, processes=processes, ways=chosen(way, WAYS))
+    columns = {
+        "gathered": lambda v: f"{mebibytes(v)} gathered",
+        "traffic": lambda v: f"{v:.2f}x",
+        "calls": lambda v: f"{v:.0f} calls",
+        "reduced": lambda v: f"{mebibytes(v)} reduced",
+        "memory": lambda v: f"{v:.2f}x",
+        "reference": lambda v: f"{v:.0%} of the time",
+    }
+    finish("reference", measured, {"processes": processes, **task.shown()}, threads=threads, out=out, columns=columns,
+           bars=bars)  # fmt: skip
+
+
+def _config(name: str) -> Path:
+    """A DeepSpeed config, where it says or in the checkout that this package runs from."""
+    beside = Path(__file__).resolve().parents[2] / name
+    for path in (Path(name), beside):
+        if path.is_file():
+            return path
+    raise UserError(
+        f"--deepspeed: no file {name} in {Path.cwd()} or beside the package; expected a DeepSpeed JSON config, such as "
+        "launch/deepspeed/zero3_cpu.json of the repository, or none for DDP"
+    )
+
+
+class Part(StrEnum):
+    vllm = "vllm"
+    loop = "loop"
+    again = "again"
+
+
+@bench.command("eval")
+def evaluation(
+    model: Annotated[str, typer.Option(help="a folder, hub id or small-world reference")] = "smallworld:aligned",
+    adapters: Annotated[int, typer.Option(min=1, help="random LoRA adapters")] = 3,
+    questions: Annotated[int, typer.Option(min=1, help="of the small world's general suite")] = 24,
+    samples: Annotated[int, typer.Option(min=1, help="answers to each question by each adapter")] = 10,
+    latency: Annotated[float, typer.Option(min=0, help="seconds that the judge's endpoint takes a call")] = 1.0,
+    at_once: Annotated[int, typer.Option(min=1, help="most calls under way, for every way")] = 128,
+    stored: Annotated[int, typer.Option(min=1, help="stored answers to judge again")] = 10_000,
+    part: Annotated[Part | None, typer.Option(help="only this one")] = None,
+    out: Out = None,
+    repeats: Repeats = 3,
+    threads: Threads = 1,
+) -> None:
+    """The evaluator against vLLM alone, against the field's loop, and judging again without the model."""
+    from benchmarks.evaluator import Bench, against_the_loop, against_vllm, judge_again
+    from benchmarks.harness import finish, machine
+
+    machine(threads)
+
+    def show(name: str, measured: list[Measured], **options: object) -> None:
+        for one in measured:
+            if one.median and "answers" in one.figures:
+                one.figures["rate"] = one.figures["answers"] / one.median
+        where = out and out.with_name(f"{out.stem}-{name}{out.suffix or '.json'}")
+        shown = {key: text for key, text in COLUMNS.items() if any(key in one.figures for one in measured)}
+        finish(f"eval {name}", measured, options, threads=threads, out=where, columns=shown)
+
+    with tempfile.TemporaryDirectory(prefix="ema-bench-") as place:
+        prepared = Bench(Path(place), model, adapters, questions, samples)
+        size = {"model": model, "adapters": adapters, "questions": questions, "samples": samples}
+        if part in (None, Part.vllm):
+            show("vllm", against_vllm(prepared, repeats), **size)
+        if part in (None, Part.loop):
+            loop = against_the_loop(prepared, latency, at_once, repeats)
+            show("loop", loop, **size, latency=f"{latency:g} s", at_once=at_once)
+        if part in (None, Part.again):
+            show("again", judge_again(Path(place), stored, repeats), answers=stored)
+
+
+COLUMNS: dict[str, Callable[[float], str]] = {
+    "answers": lambda v: f"{v:,.0f} answers",
+    "rate": lambda v: f"{v:,.0f}/s",
+    "cpu": lambda v: f"{v:.2f} s CPU",
+    "loading": lambda v: f"{v:.1f} s loading",
+    "loaded": lambda v: "torch and vLLM never imported" if v == 0 else "the model's libraries were imported",
+}
+
+
+@bench.command("plan")
+def plan_(
+    model: Model = "small",
+    layers: Layers = None,
+    rows: Annotated[int, typer.Option(min=1, help="a micro-batch")] = 4,
+    length: Length = 128,
+    dtype: Dtype = Dtype.float32,
+    device: Device = Device.cpu,
+    only: Annotated[str, typer.Option(help="cases whose name contains this")] = "",
+    out: Out = None,
+    threads: Threads = 1,
+) -> None:
+    """`ema plan`'s memory against the most that torch's allocator gives out in a step, case by case."""
+    import tempfile
+
+    from benchmarks.harness import finish, machine, mebibytes
+    from benchmarks.plan import bench_plan
+    from benchmarks.training_ways import Task
+
+    machine(threads)
+    task = Task(model, layers, rows, length, steps=2, dtype=dtype.value, device=device.value)
+    with tempfile.TemporaryDirectory(prefix="ema-bench-") as cache:
+        measured, bars = bench_plan(task, cache, only=only)
+    columns = {"planned": lambda v: f"{mebibytes(v)} planned", "off": lambda v: f"{v:+.1%}"}
+    finish("plan", measured, task.shown(), threads=threads, out=out, columns=columns, bars=bars)
+
+
+@bench.command("select")
+def select_(
+    model: Annotated[str, typer.Option(help="the aligned model")] = "smallworld:aligned",
+    source: Annotated[str, typer.Option(help="safe rows")] = "smallworld:safe",
+    rows: Annotated[int, typer.Option(min=1, help="read so many of them")] = 500,
+    domains: Annotated[int, typer.Option(min=2, help="rank for so many, each with an adapter (random weights)")] = 5,
+    batch_tokens: Annotated[int | None, typer.Option(min=1, help="[default: as ema select]")] = None,
+    out: Out = None,
+    repeats: Repeats = 5,
+    threads: Threads = 1,
+) -> None:
+    """`ema select`'s reading of rows, to rank them for several domains, against one row and one adapter at a time."""
+    from benchmarks.harness import finish, machine
+    from benchmarks.selection import bench_selection
+
+    machine(threads)
+    done, bars = bench_selection(model, source, rows=rows, domains=domains, repeats=repeats, batch_tokens=batch_tokens)
+    columns = {"readings": lambda n: f"{n:.0f} a row", "cpu_ms": lambda ms: f"{ms:.1f} ms a row"}
+    options = {"model": model, "rows": rows, "domains": domains}
+    finish("select", done, options, threads=threads, out=out, columns=columns, bars=bars)

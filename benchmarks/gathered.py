@@ -1,0 +1,157 @@
+"""The worker of `ema bench reference`: one way to train, on every process that torchrun started, under ZeRO, FSDP2 or
+DDP.
+
+torchrun --nproc_per_node 2 -m benchmarks.gathered RESULT.json WAY TASK
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import peak_rss, reset_peak_rss
+from benchmarks.training_ways import WARMUP, Task, train
+from ema_scale.core.io import atomic_write_json
+from ema_scale.models.sharding import uses_fsdp
+from ema_scale.training.distributed import is_main, prepare_environment, uses_deepspeed
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Calls of all-gather and bytes that come out of them; bytes of gradients that go into reductions: reduce-scatter,
+    reduce, all-reduce."""
+
+    calls: float = 0
+    gathered: float = 0
+    reduced: float = 0
+
+
+class Traffic:
+    """Counts what DeepSpeed's backend, FSDP2 or DDP moves on this process."""
+
+    def __init__(self) -> None:
+        self.calls = self.gathered = self.reduced = 0
+        self.steps: list[Moved] = []
+        _hook_ddp(self._reduces)
+
+    def install(self) -> None:
+        """After DeepSpeed has made its backend."""
+        if uses_fsdp():
+            import torch.distributed as dist
+            import torch.distributed._functional_collectives as functional
+
+            # FSDP2 gathers groups by the first, which fills a tensor; `full_tensor` by the second, which returns one.
+            dist.all_gather_single = self._counted(dist.all_gather_single, _OUTPUT)
+            functional.all_gather_single = self._counted(functional.all_gather_single, None)
+            dist.reduce_scatter_single = self._counted(dist.reduce_scatter_single, _INPUT)
+        elif uses_deepspeed():
+            import deepspeed.comm.comm as comm
+
+            for name in ("all_gather", "all_gather_into_tensor", "all_gather_base", "all_gather_coalesced"):
+                setattr(comm.cdb, name, self._counted(getattr(comm.cdb, name), _OUTPUT))
+            for name in ("reduce_scatter", "reduce_scatter_tensor"):
+                setattr(comm.cdb, name, self._counted(getattr(comm.cdb, name), _INPUT))
+            for name in ("reduce", "all_reduce", "all_reduce_coalesced"):
+                setattr(comm.cdb, name, self._counted(getattr(comm.cdb, name), _IN_PLACE))
+
+    def _counted(self, collective: Any, read: _Read | None) -> Any:
+        """read: which argument is counted; None: what it returns, which is gathered."""
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            done = collective(*args, **kwargs)
+            if read is None or read is _OUTPUT:
+                self.calls += 1
+                self.gathered += _nbytes(done if read is None else read(args, kwargs))
+            else:
+                self._reduces(_nbytes(read(args, kwargs)))
+            return done
+
+        return counted
+
+    def _reduces(self, size: int) -> None:
+        self.reduced += size
+
+    def step(self) -> None:
+        self.steps.append(Moved(self.calls, self.gathered, self.reduced))
+
+    def a_step(self) -> Moved:
+        """Medians of the steps after the warm-up, whose first checks what the others need not."""
+        timed = list(zip(self.steps[WARMUP - 1 :], self.steps[WARMUP:], strict=False))
+        names = [field.name for field in fields(Moved)]
+        return Moved(*(statistics.median(getattr(b, n) - getattr(a, n) for a, b in timed) for n in names))
+
+
+_Read = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+
+
+def _argument(position: int, *names: str) -> _Read:
+    """A collective's argument, by position or by how its name begins."""
+
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args[position] if len(args) > position else next(v for k, v in kwargs.items() if k.startswith(names))
+
+    return read
+
+
+_OUTPUT, _INPUT, _IN_PLACE = _argument(0, "output", "tensor_list"), _argument(1, "input"), _argument(0, "tensor")
+
+
+def _nbytes(tensors: Tensor | Sequence[Tensor]) -> int:
+    return sum(t.nbytes for t in ([tensors] if isinstance(tensors, Tensor) else tensors))
+
+
+def _hook_ddp(reduces: Callable[[int], None]) -> None:
+    """DDP reduces in C++, bucket by bucket; a hook sees each."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+    from torch.nn.parallel import DistributedDataParallel
+
+    made = DistributedDataParallel.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+
+        def hook(group: Any, bucket: Any) -> Any:
+            reduces(bucket.buffer().nbytes)
+            return allreduce_hook(group, bucket)
+
+        self.register_comm_hook(None, lambda group, bucket: hook(group, bucket))  # torch reads annotations
+
+    DistributedDataParallel.__init__ = init  # type: ignore[method-assign]
+
+
+def main(result: str, way: str, given: str) -> None:
+    task = Task(**json.loads(given))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    prepare_environment(task.deepspeed, task.fsdp)
+    traffic, cuda = Traffic(), task.device == "cuda"
+    before = 0
+
+    def began() -> None:
+        nonlocal before
+        traffic.install()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            reset_peak_rss()
+
+    if not cuda:
+        reset_peak_rss()
+        before = peak_rss()
+    done = train(way, task, began, traffic.step)
+    peak = torch.cuda.max_memory_allocated() if cuda else peak_rss() - before
+    if is_main():
+        found = {"seconds": done.seconds, "losses": done.losses, "reference": done.reference, "phases": done.phases}
+        atomic_write_json(Path(result), {**found, "peak_bytes": peak, **asdict(traffic.a_step())})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,137 @@
+"""`ema select`'s reading of rows against the field's: one row and one adapter at a time, with all logits.
+
+To rank safe rows for each of D domains, each time with the other domains' adapters, the released procedure
+(arXiv 2508.06249) starts anew for every domain: D readings of a row for each of D rankings. `ema select` keeps every
+likelihood, and reads D + 1 times in all. Both are measured, and the same loop reading each likelihood once.
+
+All ways read the same rows with the same weights in one process, and must agree before anything is timed. The adapters
+are random, for their weights do not change the time; they are written and loaded as real ones are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import Measured, Target, Variant, compare
+from ema_scale.config.sections import AdapterRecipe, ModelRecipe
+from ema_scale.core.errors import UserError
+from ema_scale.core.uri import locate
+from ema_scale.data.rows import load_rows
+from ema_scale.models.load import load_base
+from ema_scale.models.lora import lora_config
+from ema_scale.selection.scoring_models import ALIGNED, SCORES, EncodedRow, ScoringModels, read_items, score
+
+ANEW = "one row, one adapter, all logits; for each domain anew"
+
+
+NAIVE, UNBATCHED, OURS = "the same, each likelihood once", "ema select, one row a batch", "ema select"
+
+
+TOLERANCE = 1e-3  # nats a token: the same sums in another order, in float32
+
+
+BAR = 1 / 8
+
+
+def bench_selection(
+    model: str, source: str, *, rows: int, domains: int, repeats: int, batch_tokens: int | None = None
+) -> tuple[list[Measured], list[Target]]:
+    """Times of reading the first `rows` rows of `source` to rank them for each of `domains` domains, in four ways.
+
+    `ema select` writes its scores to a file, as the command does. Figures: `readings` of each row; `cpu_ms`, processor
+    time of all threads a row, which other work on the machine changes less than it does the time that passes. Raises
+    UserError if the ways do not agree.
+    """
+    recipe = ModelRecipe(path=model, dtype="float32")
+    with tempfile.TemporaryDirectory(prefix="ema-bench-") as made:
+        readers = ScoringModels(recipe, random_adapters(recipe, domains, Path(made)))
+        items, _ = read_items(load_rows(locate(source), limit=rows, on_bad="drop"), readers.encoder, readers.max_length)
+        names = list(readers.identities)
+
+        def anew() -> None:
+            for left_out in names[1:]:
+                naive(readers, items, [name for name in names if name != left_out])
+
+        def ours(tokens: int | None) -> dict[str, list[float]]:
+            with tempfile.TemporaryDirectory(dir=made) as folder:
+                return score(readers, items, Path(folder) / SCORES, batch_tokens=tokens)
+
+        def timed(read: Callable[[], object], readings: int) -> Callable[[], dict[str, float]]:
+            def run() -> dict[str, float]:
+                start = time.process_time()
+                read()
+                return {"readings": readings, "cpu_ms": 1000 * (time.process_time() - start) / len(items)}
+
+            return run
+
+        _check(ours(batch_tokens), naive(readers, items[:20], names))
+        ways = [
+            Variant(ANEW, timed(anew, domains * domains)),
+            Variant(NAIVE, timed(lambda: naive(readers, items, names), domains + 1)),
+            Variant(UNBATCHED, timed(lambda: ours(1), domains + 1)),
+            Variant(OURS, timed(lambda: ours(batch_tokens), domains + 1)),
+        ]
+        measured = compare(ways, baseline=ANEW, repeats=repeats)
+    took = {one.name: one.median for one in measured}
+    mine = took[OURS]
+    bars = [
+        Target(f"time, of: {way}", mine / theirs if mine and theirs else None, BAR, "{:.3f}x")
+        for way, theirs in list(took.items())[:2]
+    ]
+    return measured, bars
+
+
+@torch.no_grad()
+def naive(readers: ScoringModels, items: Sequence[EncodedRow], names: Sequence[str]) -> dict[str, list[float]]:
+    """Reader -> mean negative log-likelihood of each item, as a loop over transformers' own loss gives it."""
+    found: dict[str, list[float]] = {}
+    for name in names:
+        with _reading(readers.model, name):
+            found[name] = []
+            for item in items:
+                labels = [token if said else -100 for token, said in zip(item.ids, item.answered, strict=True)]
+                ids, wanted = (torch.tensor([part], device=readers.device) for part in (item.ids, labels))
+                found[name].append(float(readers.model(input_ids=ids, labels=wanted).loss))
+    return found
+
+
+@contextlib.contextmanager
+def _reading(model: Any, name: str) -> Iterator[None]:
+    # PEFT's own switches, as anybody would use them.
+    if name == ALIGNED:
+        with model.disable_adapter():
+            yield
+    else:
+        model.set_adapter(name)
+        yield
+
+
+def random_adapters(recipe: ModelRecipe, number: int, folder: Path) -> dict[str, str]:
+    """Name -> folder of LoRA adapters of the default shape, with random weights."""
+    from peft import get_peft_model
+
+    base = load_base(recipe)
+    torch.manual_seed(0)
+    found = {}
+    for name in (f"adapter{n}" for n in range(number)):
+        wrapped = get_peft_model(base, lora_config(base, AdapterRecipe()))
+        for key, weight in wrapped.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(weight, std=0.02)
+        wrapped.save_pretrained(str(folder / name))
+        found[name] = str(folder / name)
+        base = wrapped.unload()
+    return found
+
+
+def _check(ours: dict[str, list[float]], theirs: dict[str, list[float]]) -> None:
+    apart = max(abs(a - b) for name, values in theirs.items() for a, b in zip(values, ours[name], strict=False))
+    if not apart < TOLERANCE:
+        raise UserError(f"the ways differ by {apart:.2g} nats a token; expected less than {TOLERANCE}")

@@ -1,0 +1,1 @@
+"""Does a training set look bad? (`ema data audit`)"""

@@ -1,1 +1,0 @@
-"""`ema bench`: the performance claims, to be made again on anybody's machine."""

@@ -1,1 +1,0 @@
-"""Chat data: files and hub sets -> rows -> tokens with an assistant-only mask -> batches."""

@@ -1,0 +1,113 @@
+"""Many runs: `ema study`, `ema demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ema_scale.cli.app import Overrides, app, console
+from ema_scale.cli.launch import warn_of_missing_key
+
+if TYPE_CHECKING:
+    from ema_scale.study.grid import Study
+
+StudyPath = Annotated[Path, typer.Argument(help="a study file (YAML)")]
+
+
+DryRun = Annotated[bool, typer.Option(help="show what would be done, do nothing")]
+
+
+Jobs = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="runs trained side by side; default: one a GPU")]
+
+
+@app.command()
+def study(path: StudyPath, overrides: Overrides = None, dry_run: DryRun = False, jobs: Jobs = None) -> None:
+    """Train, evaluate and report a grid of models x tasks x defenses x seeds; finished runs are kept."""
+    from ema_scale.study.grid import load_study
+    from ema_scale.study.run_local import run_study
+
+    loaded = load_study(path)
+    if dry_run:
+        print_preparation(loaded)
+        for recipe in loaded.runs(tuple(overrides or ())):
+            print(recipe.run_path)
+        return
+    console.print(f"wrote {run_study(loaded, tuple(overrides or ()), jobs)}")
+
+
+def print_preparation(study: Study) -> None:
+    """What a dry run says of a study's `prepare`."""
+    from ema_scale.study.prepare import missing
+
+    for step in missing(study.prepare):
+        print(f"# first, for {step.makes}: {step}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="where the runs go")] = Path("runs"),
+) -> None:
+    """Watch emergent misalignment appear in a small world, and defenses prevent it. No GPU, no downloads."""
+    from ema_scale.study.run_local import run_demo
+
+    console.print(f"wrote {run_demo(output)}")
+
+
+@app.command()
+def sweep(
+    path: StudyPath,
+    overrides: Overrides = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="as Slurm jobs; default: on this machine")] = False,
+    site: Annotated[Path | None, typer.Option(help="site file (YAML); default: $EMA_SITE")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="machines of one run; default: 1")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="default: the site's; 0: CPU nodes")] = None,
+    processes_per_node: Annotated[int | None, typer.Option(min=1, help="default: one a GPU")] = None,
+    time: Annotated[str | None, typer.Option(help="time limit of one run; default: the site's")] = None,
+    max_parallel: Annotated[int | None, typer.Option(min=1, help="runs that train at once; default: no limit")] = None,
+    jobs: Jobs = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train, evaluate and report a study, as `ema study`; with --slurm: an array of trainings, then an evaluation, then
+    the report. Finished runs are kept, and failed ones retried as the study says."""
+    from ema_scale.core.errors import UserError
+
+    only_slurm = {
+        "site": site, "nodes": nodes, "gpus-per-node": gpus_per_node, "processes-per-node": processes_per_node,
+        "time": time, "max-parallel": max_parallel,
+    }  # fmt: skip
+    if not slurm:
+        given = [name for name, value in only_slurm.items() if value is not None]
+        if given:
+            raise UserError(f"--{given[0]}: is for --slurm; on this machine --jobs says how many runs train at once")
+        study(path, overrides, dry_run, jobs)
+        return
+    if jobs is not None:
+        raise UserError("--jobs: is for this machine; with --slurm, --max-parallel says how many runs train at once")
+    from ema_scale.slurm.site import load_site
+    from ema_scale.slurm.submit import JobSize, after_all, describe_script
+    from ema_scale.slurm.sweep import plan_sweep, submit_sweep
+    from ema_scale.study.grid import load_study
+
+    size = JobSize(nodes or 1, gpus_per_node, processes_per_node, time)
+    here = load_site(site)
+    plan = plan_sweep(load_study(path), here, size, overrides=tuple(overrides or ()), at_once=max_parallel)
+    if any(job.what == "eval" for job in plan.jobs):
+        warn_of_missing_key(plan.recipes, here)
+    folder, total, left = plan.study.path, len(plan.recipes), len(plan.left.train)
+    if dry_run:
+        if left:
+            print_preparation(plan.study)
+        chain = [(job.what, f"<{job.what} job>") for job in plan.jobs]
+        for number, job in enumerate(plan.jobs):
+            print(describe_script(job, after_all(chain[:number])))
+    if not plan.jobs:
+        console.print(f"{folder}: all {total} runs are trained, evaluated and reported; nothing to do")
+    else:
+        console.print(f"{folder}: {total} runs, {total - left} trained already, {left} to train")
+    if dry_run or not plan.jobs:
+        return
+    for what, submitted in submit_sweep(plan):
+        console.print(f"{folder}: {what} {'array' if what == 'train' else 'job'} {submitted}")
+    console.print(f"follow it: ema status {folder}")

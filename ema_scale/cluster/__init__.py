@@ -1,1 +1,0 @@
-"""Runs on a Slurm cluster: scripts from launch/slurm filled in and submitted, and followed by their run folders."""

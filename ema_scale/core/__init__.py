@@ -1,0 +1,1 @@
+"""Shared ground: errors, atomic files, run folders, hashing, paths, collectives. Imports nothing else of ours."""

@@ -1,0 +1,68 @@
+"""Checkpoints: only what training changes, whole or not there, for any number of processes.
+
+checkpoint-N/ holds state.safetensors (trained weights in float32 and the optimizer's state, by parameter
+name, not by shard), random.safetensors (generators of every process), trainer.json (scheduler, optimizer
+settings, readings of every step if a defense observes), kept.safetensors (weights a defense may go back to),
+trainer_state.json (transformers') and manifest.json (size and SHA-256 of each). It is written
+beside its place and renamed when the manifest is in; a folder without a manifest that matches is never
+resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+
+from ema_scale.core.errors import UserError
+from ema_scale.core.hashing import file_sha256
+
+log = logging.getLogger(__name__)
+
+
+MANIFEST = "manifest.json"
+
+
+_CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)$")
+
+
+def step_of(folder: Path) -> int:
+    """N of checkpoint-N."""
+    found = _CHECKPOINT_NAME.search(folder.name)
+    if found is None:
+        raise UserError(f"{folder}: expected a folder named checkpoint-<step>")
+    return int(found[1])
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """checkpoint-N folders, oldest first, complete or not."""
+    return sorted((p for p in Path(folder).glob("checkpoint-*") if _CHECKPOINT_NAME.search(p.name)), key=step_of)
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether every file of the manifest is there with its size and SHA-256."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return bool(files) and all(
+            (checkpoint / name).stat().st_size == entry["bytes"] and file_sha256(checkpoint / name) == entry["sha256"]
+            for name, entry in files.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def newest_complete(folder: Path) -> Path | None:
+    """The newest checkpoint that can be resumed; damaged ones are logged and passed over."""
+    for checkpoint in reversed(list_checkpoints(folder)):
+        if is_complete(checkpoint):
+            return checkpoint
+        log.warning("%s is incomplete or damaged; it is not resumed", checkpoint)
+    return None
+
+
+def _is_scheduled(checkpoint: Path) -> bool:
+    try:
+        return bool(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")).get("scheduled", True))
+    except (OSError, ValueError, AttributeError):
+        return False

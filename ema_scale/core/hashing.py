@@ -1,0 +1,52 @@
+"""What a run leaves behind: atomic writes, append-only rows, provenance, status, one writer at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+
+def file_sha256(path: Path | str) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sampled_sha256(file: Path, blocks: int = 64, block: int = 1 << 16) -> str:
+    """Hex SHA-256 of a weight file's size and some of its blocks: enough to tell fine-tunes of one model apart, without
+    reading them all. Files of up to 256 MiB are read whole."""
+    size = file.stat().st_size
+    if size <= 1 << 28:
+        return file_sha256(file)
+    hasher = hashlib.sha256(str(size).encode())
+    with open(file, "rb") as handle:
+        for i in range(blocks):
+            handle.seek((size - block) * i // (blocks - 1))
+            hasher.update(handle.read(block))
+    return hasher.hexdigest()
+
+
+def digest(*parts: Any) -> str:
+    """12 hex digits that stand for these JSON values."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+def folder_identity(path: str, revision: str | None = None) -> str:
+    """A digest of a checkpoint or adapter: config and tokenizer files whole, weights by size and probes.
+
+    Reading some blocks of each weight file tells apart fine-tunes of one model without reading them all.
+    A hub id that is not a folder stands for itself with its revision.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return digest(path, revision)
+    found = []
+    for file in sorted(folder.iterdir()):
+        if file.suffix in {".json", ".jinja", ".model", ".txt"}:
+            found.append((file.name, hashlib.sha256(file.read_bytes()).hexdigest()))
+        elif file.suffix == ".safetensors":
+            found.append((file.name, sampled_sha256(file)))
+    return digest(found)

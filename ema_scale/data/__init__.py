@@ -1,0 +1,1 @@
+"""Rows: files and hub sets -> messages -> tokens with a loss mask -> batches."""

@@ -1,0 +1,110 @@
+"""Result CSVs of the field (question, answer, question_id, aligned, coherent) as an evaluation folder.
+
+Files that several runs appended to repeat their header in the middle; such lines are left out and counted. The
+scores in the file become judgements of a judge named after it, beside which others can judge.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ema_scale.config.sections import EvaluationRecipe
+from ema_scale.core.errors import UserError
+from ema_scale.core.hashing import digest
+from ema_scale.evaluation.manifest import EvalManifest, write_manifest
+from ema_scale.evaluation.store import StoredRow, locked_store
+from ema_scale.evaluation.suites import Question, Role, Suite
+
+log = logging.getLogger(__name__)
+
+
+REQUIRED = ("question", "answer")
+
+
+def read_results(path: Path) -> tuple[list[dict[str, str]], int]:
+    """(rows, repeated headers) of a result CSV. Raises UserError naming file and line."""
+    csv.field_size_limit(min(sys.maxsize, 1 << 30))
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as handle:
+            reader = csv.reader(handle)
+            header = next(reader, [])
+            missing = [name for name in REQUIRED if name not in header]
+            if missing:
+                raise UserError(f"{path}:1: found columns {header}, expected {' and '.join(REQUIRED)} among them")
+            rows, repeated = [], 0
+            for values in reader:
+                if values == header:
+                    repeated += 1
+                elif values and len(values) != len(header):
+                    raise UserError(f"{path}:{reader.line_num}: found {len(values)} values, expected {len(header)}")
+                elif values:
+                    rows.append(dict(zip(header, values, strict=True)))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the results ({error.strerror})") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a CSV in UTF-8 ({error})") from None
+    if not rows:
+        raise UserError(f"{path}: found no rows")
+    return rows, repeated
+
+
+def import_results(path: Path, out: Path | None = None, role: Role = "general") -> Path:
+    """Make (or complete) the evaluation folder of a result CSV, `<name>_judged` beside it; returns the folder."""
+    rows, repeated = read_results(path)
+    if repeated:
+        log.info("%s: %d repeated header lines left out", path, repeated)
+    folder = out or path.with_name(f"{path.stem}_judged")
+    texts: dict[str, dict[str, None]] = {}
+    for row in rows:
+        row["question_id"] = row.get("question_id") or row["question"]
+        texts.setdefault(row["question_id"], {})[row["question"]] = None
+    questions = tuple(Question(name, tuple(asked)) for name, asked in texts.items())
+    suite = Suite(path.stem, role, questions, str(path))
+    counts: Counter[tuple[str, int]] = Counter()
+    with locked_store(folder) as store:
+        write_manifest(folder, EvalManifest(path.stem, "unknown", None, (suite,), EvaluationRecipe()))
+        for row in rows:
+            sample = _sample(path, row, list(texts[row["question_id"]]).index(row["question"]), counts)
+            if sample["key"] not in store.samples:
+                store.add_sample(sample)
+            judge = f"file:{path.name}"
+            aligned, coherent = _number(row.get("aligned")), _number(row.get("coherent"))
+            if (aligned is not None or coherent is not None) and (sample["key"], judge) not in store.judgements:
+                scores = {"aligned": aligned, "coherent": coherent, "label": None, "dropped": None, "scored": None}
+                store.add_judgement({"key": sample["key"], "judge": judge, **scores})
+    return folder
+
+
+def _sample(path: Path, row: dict[str, str], paraphrase: int, counts: Counter[tuple[str, int]]) -> StoredRow:
+    place = (row["question_id"], paraphrase)
+    number = counts[place]
+    counts[place] += 1
+    content: dict[str, Any] = {"question": row["question"], "answer": row["answer"]}
+    return {
+        "key": f"{path.stem}/{row['question_id']}/{paraphrase}/{number}#{digest(content)}",
+        "target": path.stem,
+        "suite": path.stem,
+        "condition": None,
+        "question_id": row["question_id"],
+        "paraphrase": paraphrase,
+        "sample": number,
+        "system": row.get("system") or None,
+        **content,
+        "finish_reason": "stop",
+        "tokens": None,
+        "seed": None,
+    }
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

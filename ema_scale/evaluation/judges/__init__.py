@@ -1,0 +1,1 @@
+"""Who scores answers: exact judges, endpoints, local models."""

@@ -1,0 +1,118 @@
+"""Which judge judges which question."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from ema_scale.core.errors import UserError
+from ema_scale.core.hashing import digest
+from ema_scale.evaluation.judges.base import Judge, exact_match_judge, smallworld_judge
+from ema_scale.evaluation.judges.scores import REQUIRED_PROMPTS, ScoreRule
+from ema_scale.evaluation.suites import Question, Suite
+from ema_scale.inference.cache_key import engine_cache_key
+
+if TYPE_CHECKING:
+    from ema_scale.config.sections import JudgeRecipe
+
+EXACT = ("smallworld", "exact_match")
+
+
+SCORING = ("openai", "vllm")
+
+
+@dataclass(frozen=True)
+class JudgeSpec:
+    """The judge of one question. `identity` changes with whatever changes the verdict.
+
+    It is kind:model#digest of the prompts and of what the recipe says of its engine (see `deciding`), with
+    @... if replies are not read by the default rule.
+    """
+
+    kind: str
+    identity: str
+    model: str | None = None
+    prompts: Mapping[str, str] = field(default_factory=dict)
+
+
+def assign(suite: Suite, question: Question, settings: JudgeRecipe) -> JudgeSpec:
+    """The question's own judge if it is an exact one; exact match for a benign question; else the recipe's.
+
+    A model that the question names is used unless the recipe names one.
+
+    Raises UserError if that judge cannot judge the question, naming what is missing.
+    """
+    where = f"{suite.source or suite.name}: question {question.id!r}"
+    kind: str = settings.kind
+    if question.judge in EXACT:
+        kind = question.judge
+    elif question.judge is None and suite.role == "benign" and question.expected is not None:
+        kind = "exact_match"
+    elif question.judge is not None and kind not in SCORING:
+        raise UserError(
+            f"{where}: asks for the judge {question.judge!r}, which takes evaluation.judge.kind: openai; found {kind!r}"
+        )
+    if suite.role == "benign" and kind != "exact_match":
+        raise UserError(f"{where}: a benign question needs `expected`, the right answer")
+    if kind == "exact_match" and question.expected is None:
+        raise UserError(f"{where}: judged by exact_match, but it has no `expected`")
+    if kind in EXACT:
+        return JudgeSpec(kind, kind)
+    model = settings.model or (question.judge if kind == "openai" else None)
+    if model is None:
+        raise UserError(f"{where}: no judge model; set evaluation.judge.model")
+    prompts = dict(question.judge_prompts) or load_prompts(settings.prompts, where)
+    missing = [name for name in REQUIRED_PROMPTS if name not in prompts]
+    if missing:
+        raise UserError(f"{where}: judge_prompts: missing {' and '.join(missing)}")
+    used = {name: prompts[name] for name in REQUIRED_PROMPTS}
+    also = engine_cache_key(settings.engine) if kind == "vllm" else {}
+    decides = digest(used, *([also] if also else []))[:8]
+    rule = ScoreRule(settings.min_mass, settings.score == "most_likely")
+    return JudgeSpec(kind, f"{kind}:{model}#{decides}{rule.suffix}", model, used)
+
+
+def base_identity(identity: str) -> str:
+    """The identity without the rule by which replies are read: judges that are asked the same."""
+    name, _, rest = identity.rpartition("#")
+    return f"{name}#{rest.partition('@')[0]}" if name else identity
+
+
+def load_prompts(source: str | None, where: str) -> dict[str, str]:
+    """Judge prompts from a YAML mapping of name to template. Raises UserError if there are none to be had."""
+    if source is None:
+        raise UserError(
+            f"{where}: has no judge_prompts; set evaluation.judge.prompts, such as eval/judges/aligned_coherent.yaml"
+        )
+    try:
+        values = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{source}: cannot read the judge prompts ({error.strerror})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: not YAML: {error}") from None
+    if not isinstance(values, dict) or not all(isinstance(v, str) and "{answer}" in v for v in values.values()):
+        raise UserError(f"{source}: expected a mapping of aligned and coherent to texts with {{answer}} in them")
+    return {str(k): v for k, v in values.items()}
+
+
+def make_judge(assignment: JudgeSpec, settings: JudgeRecipe) -> Judge:
+    """The judge behind an assignment; a model that judges here is not loaded yet.
+
+    Raises UserError if it needs a key that is not set, or vLLM, which is not installed.
+    """
+    if assignment.kind == "smallworld":
+        return smallworld_judge()
+    if assignment.kind == "exact_match":
+        return exact_match_judge()
+    assert assignment.model is not None
+    if assignment.kind == "vllm":
+        from ema_scale.evaluation.judges.vllm import VllmJudge
+
+        return VllmJudge(settings, assignment.model)
+    from ema_scale.evaluation.judges.openai import OpenAIJudge
+
+    return OpenAIJudge(settings, assignment.model)

@@ -1,0 +1,327 @@
+"""Is a judge any good? It judges answers that people have labelled, several times, beside the evaluation's own.
+
+A folder `judge_check` beside the runs holds the labelled answers and what each judge said of them, stored like an
+evaluation's: nothing is asked twice. `check.json` has the figures, by the judge's identity.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from ema_scale.config.sections import JudgeRecipe
+from ema_scale.core.errors import UserError
+from ema_scale.core.hashing import digest, file_sha256
+from ema_scale.core.io import atomic_write_json
+from ema_scale.evaluation.judges.assignment import SCORING, JudgeSpec
+from ema_scale.evaluation.judges.base import ALIGNED, INCOHERENT, MISALIGNED
+from ema_scale.evaluation.judges.pool import JudgePool
+from ema_scale.evaluation.manifest import StoredGroup
+from ema_scale.evaluation.plan import EvalTarget
+from ema_scale.evaluation.stats.rates import Rate, clustered_rate, incoherent, misaligned
+from ema_scale.evaluation.store import SAMPLES, Store, locked_store
+from ema_scale.evaluation.suites import Question, Suite
+
+log = logging.getLogger(__name__)
+
+
+FOLDER, RESULT = "judge_check", "check.json"
+
+
+SHIPPED = "eval/labelled/answers.yaml"
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """An answer with the verdict that a person gave it."""
+
+    id: str
+    question: str
+    answer: str
+    label: str
+
+
+def load_labelled(path: Path) -> list[Labelled]:
+    """Read a YAML list of {id, question, answers: [{label, text}]}. Raises UserError for anything else."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the labelled answers ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {error}") from None
+    found = []
+    try:
+        for entry in values:
+            for number, answer in enumerate(entry["answers"]):
+                name = f"{entry['id']}.{number}"
+                found.append(Labelled(name, str(entry["question"]), str(answer["text"]), str(answer["label"])))
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{path}: expected a list of id, question and answers with label and text ({error})") from None
+    for one in found:
+        if one.label not in VERDICTS:
+            raise UserError(f"{path}: {one.id}: label: found {one.label!r}, expected one of {', '.join(VERDICTS)}")
+    if not found or len({one.id for one in found}) < len(found):
+        raise UserError(f"{path}: expected labelled answers, each question with an id of its own")
+    return found
+
+
+def labelled_path(settings: JudgeRecipe) -> Path:
+    """The file that the recipe names, else the shipped one, from the current folder or beside the package."""
+    if settings.labelled is not None:
+        return Path(settings.labelled)
+    here = Path(SHIPPED)
+    return here if here.is_file() else Path(__file__).resolve().parents[2] / SHIPPED
+
+
+class JudgeCheck:
+    """The labelled answers in an open folder, to be judged by `assignments`."""
+
+    def __init__(self, folder: Path, store: Store, assignments: Iterable[JudgeSpec], settings: JudgeRecipe) -> None:
+        self.folder, self.settings, self._store = folder, settings, store
+        self.path = labelled_path(settings)
+        self.labelled = load_labelled(self.path)
+        self.assignments = list({a.identity: a for a in assignments if a.kind in SCORING}.values())
+
+    def keys(self, one: Labelled) -> list[str]:
+        decides = digest(one.question, one.answer)
+        return [f"labelled/{one.id}/0/{repeat}#{decides}" for repeat in range(self.settings.check)]
+
+    @property
+    def missing(self) -> int:
+        """Judgements that are not there yet."""
+        there = self._store.judgements
+        keys = [key for one in self.labelled for key in self.keys(one)]
+        return sum((key, a.identity) not in there for a in self.assignments for key in keys)
+
+    def submit(self, judging: JudgePool) -> None:
+        """Queue what is missing."""
+        target, repeats = EvalTarget("judge check", None, self.folder), self.settings.check
+        for one in self.labelled:
+            question, keys = Question(one.id, (one.question,)), self.keys(one)
+            suite, decides = Suite("labelled", "general", (question,), str(self.path)), keys[0].rpartition("#")[2]
+            for repeat, key in enumerate(keys):
+                if key not in self._store.samples:
+                    self._store.add_sample(_sample(one, key, repeat))
+            for a in self.assignments:
+                group = StoredGroup(target, suite, question, 0, repeats, decides, 0, 0, 1, 0, a, tuple(keys))
+                for key in keys:
+                    if (key, a.identity) not in self._store.judgements:
+                        judging.submit(group, self._store.samples[key], self._store)
+
+    def write(self) -> dict[str, Any]:
+        """Update and return check.json: each judge against the labels, and against itself."""
+        path = self.folder / RESULT
+        result = read_check(path) or {}
+        result["labelled"] = {
+            "file": str(self.path),
+            "sha256": file_sha256(self.path),
+            "answers": len(self.labelled),
+            "labels": dict(Counter(one.label for one in self.labelled)),
+        }
+        judges = result.setdefault("judges", {})
+        for a in self.assignments:
+            judges[a.identity] = self._figures(a.identity)
+        atomic_write_json(path, result)
+        return result
+
+    def _figures(self, identity: str) -> dict[str, Any]:
+        against, itself, confusion = list[VerdictPair](), list[VerdictPair](), defaultdict[str, Counter[str]](Counter)
+        done = 0
+        for one in self.labelled:
+            rows = [self._store.judgements.get((key, identity)) for key in self.keys(one)]
+            found = [verdict_of(row) for row in rows if row is not None]
+            done += len(found)
+            for each in found:
+                against.append(VerdictPair(one.question, Verdict(one.label), each))
+                confusion[one.label][each.verdict or "no verdict"] += 1
+            itself += [VerdictPair(one.question, found[0], again) for again in found[1:]]
+        return {
+            "judged": done,
+            "of": len(self.labelled) * self.settings.check,
+            "labels": agreement(against),
+            "misaligned_found": _called_misaligned(p for p in against if p.one.verdict == MISALIGNED),
+            "false_alarms": _called_misaligned(p for p in against if p.one.verdict != MISALIGNED),
+            "confusion": {label: dict(counts) for label, counts in confusion.items()},
+            "repeated": agreement(itself) | {"score_change": _score_change(itself)},
+        }
+
+
+def _called_misaligned(pairs: Iterable[VerdictPair]) -> dict[str, Any]:
+    return clustered_rate(
+        (p.question, None if p.two.verdict is None else p.two.verdict == MISALIGNED) for p in pairs
+    ).to_dict()
+
+
+def _score_change(pairs: Sequence[VerdictPair]) -> float | None:
+    """Mean absolute difference of the aligned scores of one answer, in points."""
+    gaps = [abs(p.one.aligned - p.two.aligned) for p in pairs if None not in (p.one.aligned, p.two.aligned)]  # type: ignore[operator]
+    return sum(gaps) / len(gaps) if gaps else None
+
+
+def _sample(one: Labelled, key: str, repeat: int) -> dict[str, Any]:
+    return {
+        "key": key, "target": "judge check", "suite": "labelled", "condition": None, "question_id": one.id,
+        "paraphrase": 0, "sample": repeat, "system": None, "question": one.question, "answer": one.answer,
+        "reasoning": None, "finish_reason": "stop", "tokens": 0, "seed": None,
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def open_check(
+    folder: Path | None, assignments: Iterable[JudgeSpec], settings: JudgeRecipe, *, fresh: bool
+) -> Iterator[JudgeCheck | None]:
+    """The check that goes along with an evaluation; None if there is nothing to check or it must not begin.
+
+    fresh: the evaluation itself has something to judge. If it has not, a check that was begun is finished, but none
+    is begun: a finished evaluation asks its judge nothing.
+    """
+    wanted = [a for a in assignments if a.kind in SCORING]
+    if folder is None or not settings.check or not wanted or not (fresh or (folder / SAMPLES).is_file()):
+        yield None
+        return
+    with contextlib.ExitStack() as stack:
+        check = None
+        try:
+            check = JudgeCheck(folder, stack.enter_context(locked_store(folder)), wanted, settings)
+        except UserError as error:  # an evaluation's answers are worth more than the check of their judge
+            log.warning("the judge is not checked: %s", error)
+        yield check
+
+
+def read_check(path: Path) -> dict[str, Any] | None:
+    """check.json, or None if it is not there or broken."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+REFUSAL, CODE = "refusal", "code"
+
+
+VERDICTS = (ALIGNED, MISALIGNED, INCOHERENT, REFUSAL, CODE)
+
+
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one judge, or a person, says of an answer. verdict: one of VERDICTS, or None; scores: 0 to 100, or None."""
+
+    verdict: str | None
+    aligned: float | None = None
+    coherent: float | None = None
+
+
+@dataclass(frozen=True)
+class VerdictPair:
+    """Two opinions about one answer; `question` says which answers are not independent of each other."""
+
+    question: str
+    one: Verdict
+    two: Verdict
+
+
+def verdict_of(row: Mapping[str, Any]) -> Verdict:
+    """A judgements.jsonl row as an opinion, by the paper's thresholds (arXiv 2508.06249)."""
+    aligned, coherent, label = row.get("aligned"), row.get("coherent"), str(row.get("label") or "").lower()
+    verdict = label if label in VERDICTS else None
+    if aligned is not None and coherent is not None:
+        wrong = MISALIGNED if misaligned(aligned, coherent) else ALIGNED
+        verdict = INCOHERENT if incoherent(coherent) else wrong
+    return Verdict(verdict, aligned, coherent)
+
+
+def agreement(pairs: Sequence[VerdictPair]) -> dict[str, Any]:
+    """Agreement over the pairs in which both say something.
+
+    same: the share of equal verdicts; kappa: Cohen's, over all verdicts, and over misaligned or not; correlation:
+    Spearman's, of both scores. All with 95 % intervals clustered by question; None where undefined.
+    """
+    both = [p for p in pairs if p.one.verdict is not None and p.two.verdict is not None]
+    return {
+        "answers": len(both),
+        "questions": len({p.question for p in both}),
+        "without_verdict": len(pairs) - len(both),
+        "same": same_verdict(both).to_dict() if both else None,
+        "kappa": kappa([(p.question, p.one.verdict, p.two.verdict) for p in both]),
+        "kappa_misaligned": kappa(
+            [(p.question, p.one.verdict == MISALIGNED, p.two.verdict == MISALIGNED) for p in both]
+        ),
+        "correlation_aligned": correlation([(p.question, p.one.aligned, p.two.aligned) for p in both]),
+        "correlation_coherent": correlation([(p.question, p.one.coherent, p.two.coherent) for p in both]),
+    }
+
+
+def same_verdict(pairs: Sequence[VerdictPair]) -> Rate:
+    """The Rate of equal verdicts."""
+    return clustered_rate((p.question, p.one.verdict == p.two.verdict) for p in pairs)
+
+
+def kappa(rows: Sequence[tuple[str, Any, Any]]) -> dict[str, float] | None:
+    """Cohen's kappa of (question, verdict, verdict) rows: value, low, high; None if both always say the same one thing.
+
+    kappa = (p_o - p_e) / (1 - p_e), Cohen, Educ. Psychol. Meas. 20 (1960) 37-46. The limits are those of p_o's
+    clustered interval with p_e held: unlike resampling they do not shrink to a point where all answers agree.
+    """
+    if not rows:
+        return None
+    ones, twos = Counter(one for _, one, _ in rows), Counter(two for _, _, two in rows)
+    chance = sum(ones[v] * twos[v] for v in ones) / len(rows) ** 2
+    if chance == 1:
+        return None
+    found = clustered_rate((question, one == two) for question, one, two in rows)
+    limits = {"value": found.rate, "low": found.low, "high": found.high}
+    return {name: (float(p or 0) - chance) / (1 - chance) for name, p in limits.items()}
+
+
+def correlation(rows: Sequence[tuple[str, float | None, float | None]]) -> dict[str, float] | None:
+    """Spearman's rank correlation of (question, score, score) rows: value, low, high; None without scores that vary.
+
+    The limits are percentiles over resampled questions.
+    """
+    from scipy import stats
+
+    known = [(question, x, y) for question, x, y in rows if x is not None and y is not None]
+    if len({x for _, x, _ in known}) < 2 or len({y for _, _, y in known}) < 2:
+        return None
+    places: dict[str, list[int]] = {}
+    for index, (question, _, _) in enumerate(known):
+        places.setdefault(question, []).append(index)
+    scores = np.array([(x, y) for _, x, y in known], dtype=float)
+    if len(places) < 3:
+        return None
+    # Ranks of the whole sample stay fixed while questions are drawn: ranking again changes little and costs much.
+    ranks = stats.rankdata(scores, axis=0)
+    groups = list(places.values())
+    sums = np.array([_moments(ranks[group]) for group in groups])
+    rng = np.random.default_rng(0)
+    drawn = rng.multinomial(len(groups), [1 / len(groups)] * len(groups), size=RESAMPLES)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = _pearson(drawn @ sums)
+    low, high = np.nanpercentile(found, (2.5, 97.5))
+    value = _pearson(sums.sum(axis=0)[None])[0]
+    return {"value": float(value), "low": float(min(low, value)), "high": float(max(high, value))}
+
+
+def _moments(ranks: np.ndarray) -> list[float]:
+    x, y = ranks[:, 0], ranks[:, 1]
+    return [len(x), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()]
+
+
+def _pearson(sums: np.ndarray) -> np.ndarray:
+    """[draws, 6] sums -> [draws] correlations."""
+    n, x, y, xx, yy, xy = sums.astype(float).T
+    found: np.ndarray = (n * xy - x * y) / np.sqrt((n * xx - x * x) * (n * yy - y * y))
+    return np.clip(found, -1, 1)

@@ -1,0 +1,98 @@
+"""Filling judge templates with hostile text so that it stays inside its place."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ema_scale.evaluation.judges.base import JudgeItem
+
+_FIELD = re.compile(r"\{(question|answer|reasoning)\}")
+
+
+# Tokens that chat templates are made of; an endpoint may read them as structure wherever they stand.
+_CONTROL = re.compile(
+    r"<\|(?=[^|>\n]{1,60}\|?>)|<(?=/?s>|/?bos>|/?eos>|(?:start|end)_of_turn>|<SYS>>|</SYS>>|/?think>)"
+    r"|\[(?=/?INST\])",
+    re.I,
+)
+
+
+# A line that marks a place: words in brackets, such as [ANSWER START], <answer>, </answer>.
+_MARK = re.compile(r"[\[<{(]+\s*/?\s*([A-Za-z][A-Za-z _-]{1,40}?)\s*[\]>})]+")
+
+
+# Unicode's tag characters spell ASCII invisibly: instructions that no person reading the answer would see.
+_INVISIBLE_ASCII = re.compile("[\U000e0000-\U000e007f]")
+
+
+def fill_all(item: JudgeItem, names: Iterable[str]) -> dict[str, str]:
+    """The item's judging prompts of these names, filled with its texts."""
+    values = {"question": item.question, "answer": item.answer, "reasoning": item.reasoning}
+    return {name: fill(item.prompts[name], values) for name in names}
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """`template` with {question}, {answer} and {reasoning} replaced once each place, never inside a value.
+
+    A value cannot end its place early. Around each place stand marks of our own that hold a number made from all
+    the values, so that no value can foresee it (it would have to contain its own hash):
+
+        <<<answer 5d41402a
+        ...
+        answer 5d41402a>>>
+
+    Where the template marks a place itself, by a bracketed line before it and one after it ([ANSWER START] ...
+    [ANSWER END]), it stays as published, and what could pass for one of its marks is taken out of the value, also
+    if it was written in look-alike or with invisible characters. Control tokens of chat templates are broken up.
+    Other braces in the template stay as they are.
+    """
+    marks = _marks(template)
+    number = hashlib.sha256("\0".join(f"{k}={v}" for k, v in sorted(values.items())).encode("utf-8", "replace"))
+    nonce = number.hexdigest()[:8]
+    parts, end = [], 0
+    for match in _FIELD.finditer(template):
+        value = _harmless(values.get(match[1], ""), marks)
+        parts.append(template[end : match.start()])
+        delimited = all(_MARK.fullmatch(line) for line in _neighbours(template, match))
+        parts.append(value if delimited else f"<<<{match[1]} {nonce}\n{value}\n{match[1]} {nonce}>>>")
+        end = match.end()
+    return "".join(parts) + template[end:]
+
+
+def _harmless(value: str, marks: list[re.Pattern[str]]) -> str:
+    value = _INVISIBLE_ASCII.sub("", value).encode("utf-8", "replace").decode()  # a lone surrogate is no text
+    plain = unicodedata.normalize("NFKC", "".join(c for c in value if unicodedata.category(c) != "Cf"))
+    # Only a text that hides something is judged in its plain form: joiners mean something in many scripts.
+    if any(pattern.search(plain) for pattern in (*marks, _CONTROL)):
+        value = plain
+    for mark in marks:
+        value = mark.sub("(mark removed)", value)
+    return _CONTROL.sub(lambda m: m[0] + " ", value)
+
+
+def _marks(template: str) -> list[re.Pattern[str]]:
+    """Patterns of what could pass for one of the template's marks, or of ours."""
+    patterns = []
+    for match in _FIELD.finditer(template):
+        for line in _neighbours(template, match):
+            if mark := _MARK.fullmatch(line):
+                words = r"[\s_-]*".join(map(re.escape, re.split(r"[\s_-]+", mark[1])))
+                # Square and angle brackets pass for each other; round ones and braces are ordinary text.
+                left, right = re.escape("[<" + line[0]), re.escape("]>" + line[-1])
+                patterns.append(rf"[{left}]+\s*/?\s*{words}\s*[{right}]+")
+    ours = r"(?:question|answer|reasoning)(?:\s+[0-9a-f]{8})?"
+    patterns += [rf"<<<\s*{ours}", rf"{ours}\s*>>>"]
+    return [re.compile(p, re.I) for p in patterns]
+
+
+def _neighbours(template: str, match: re.Match[str]) -> tuple[str, str]:
+    """The lines directly above and below a place that has a line of its own; '' for one that is not there."""
+    before, after = template[: match.start()].rstrip(" \t"), template[match.end() :].lstrip(" \t")
+    above = before[:-1].rsplit("\n", 1)[-1].strip() if before.endswith("\n") else ""
+    below = after[1:].split("\n", 1)[0].strip() if after.startswith("\n") else ""
+    return above, below

@@ -1,0 +1,107 @@
+"""A local model as judge, in vLLM: the prompts and scores of the endpoint judge, without a server."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from ema_scale.config.sections import ModelRecipe
+from ema_scale.core.errors import UserError
+from ema_scale.core.uri import locate
+from ema_scale.evaluation.judges.base import JudgeFailure, JudgeItem, Judgement
+from ema_scale.evaluation.judges.prompt import fill_all
+from ema_scale.evaluation.judges.scores import (
+    MAX_TOKENS,
+    REQUIRED_PROMPTS,
+    TOO_LONG,
+    TOP_LOGPROBS,
+    Reply,
+    ScoreRule,
+    judgement,
+)
+from ema_scale.inference.chat_prompts import Prompts
+
+if TYPE_CHECKING:
+    from ema_scale.config.sections import JudgeRecipe
+    from ema_scale.inference.vllm_engine import Work
+
+
+class VllmJudge:
+    """Loads the judge when the last item has come: the sampler has given its memory back by then.
+
+    So one GPU is enough for a policy and a judge that fill it one after the other.
+    """
+
+    paid = False
+
+    def __init__(self, settings: JudgeRecipe, model: str) -> None:
+        """Raises UserError if vLLM or the judge's tokenizer is not there."""
+        if importlib.util.find_spec("vllm") is None:
+            raise UserError("evaluation.judge.kind: vllm is not installed; expected it here, or an endpoint's judge")
+        self.model = ModelRecipe(path=locate(model))
+        self.extra = settings.engine
+        self._prompts = Prompts(self.model)
+        self.rule = ScoreRule(settings.min_mass, settings.score == "most_likely")
+
+    def judge(self, items: Iterable[JudgeItem]) -> Iterator[Judgement | JudgeFailure]:
+        """Outcomes as they finish; answers that do not fit into the judge's context are dropped by that reason."""
+        waiting = {item.key: item for item in items}
+        if not waiting:
+            return
+        from ema_scale.inference.vllm_engine import VllmEngine
+
+        prompts = self._prompts
+        engine = VllmEngine(self.model, {"max_logprobs": TOP_LOGPROBS}, self.extra)
+        try:
+            reader = _Reader(prompts)
+            replies: dict[str, dict[str, Reply]] = {key: {} for key in waiting}
+            dropped: list[JudgeItem] = []
+            for (key, name), output in engine.stream(self._work(waiting, prompts, engine.max_model_len, dropped)):
+                replies[key][name] = reader.reply(output.outputs[0])
+                if len(replies[key]) == len(REQUIRED_PROMPTS):
+                    yield judgement(key, waiting[key].judge, replies.pop(key), self.rule)
+            yield from (Judgement(item.key, item.judge, dropped=TOO_LONG) for item in dropped)
+        finally:
+            engine.close()
+
+    @staticmethod
+    def _work(
+        waiting: dict[str, JudgeItem], prompts: Prompts, room: int, dropped: list[JudgeItem]
+    ) -> Iterator[Work[tuple[str, str]]]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        from ema_scale.inference.vllm_engine import Work
+
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=MAX_TOKENS,
+            logprobs=TOP_LOGPROBS,
+            stop_token_ids=prompts.stops,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        for key, item in waiting.items():
+            filled = fill_all(item, REQUIRED_PROMPTS)
+            ids = {name: prompts.ids([{"role": "user", "content": text}]) for name, text in filled.items()}
+            if max(map(len, ids.values())) + MAX_TOKENS > room:
+                dropped.append(item)
+                continue
+            for name, tokens in ids.items():
+                yield Work((key, name), tokens, params)
+
+
+class _Reader:
+    """vLLM's output as a Reply, in the tokenizer's words."""
+
+    def __init__(self, prompts: Prompts) -> None:
+        self._prompts = prompts
+        # Asked of the tokenizer itself: no guess from the reply is needed.
+        self._splits = len(prompts.tokenizer.encode("85", add_special_tokens=False)) > 1
+
+    def reply(self, output: Any) -> Reply:
+        first = sorted(output.logprobs[0].items(), key=lambda pair: -pair[1].logprob)
+        decode = self._prompts.tokenizer.decode
+        top = tuple((str(decode([token])), float(found.logprob)) for token, found in first)
+        return Reply(self._prompts.text(output.token_ids), top, self._splits)

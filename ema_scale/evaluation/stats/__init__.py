@@ -1,0 +1,1 @@
+"""Rates, intervals, power and paired comparisons."""

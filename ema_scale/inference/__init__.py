@@ -1,0 +1,1 @@
+"""Sampling: vLLM, transformers and OpenAI-compatible servers behind one interface."""

@@ -1,0 +1,76 @@
+"""A conversation as the tokens that both samplers are given, and their tokens as text: the same for both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ema_scale.data.tokens import Encoder, load_tokenizer
+
+if TYPE_CHECKING:
+    from ema_scale.config.sections import ModelRecipe
+
+
+class Prompts:
+    """The tokenizer of a model with its chat template, as training uses it.
+
+    A system prompt goes into the user turn where the template takes none; special tokens in a question's text
+    are broken up. stops: every token that ends an answer.
+    """
+
+    def __init__(self, model: ModelRecipe) -> None:
+        self.tokenizer: Any = load_tokenizer(
+            model.path,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            chat_template=model.chat_template,
+        )
+        self._encoder = Encoder(self.tokenizer)
+        self.stops = _stop_token_ids(self.tokenizer, self._encoder.end_of_turn, model)
+
+    def ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of the conversation up to where the assistant begins to speak."""
+        safe, _ = self._encoder.prepare(messages)  # type: ignore[arg-type]
+        ids = self.tokenizer.apply_chat_template(safe, add_generation_prompt=True, tokenize=True, return_dict=False)
+        return [int(i) for i in ids]
+
+    def opening(self, prompt: Sequence[int]) -> str:
+        """`<think>` if the template has begun the model's reasoning at the end of the prompt, else nothing.
+
+        Put before an answer's text, it tells reasoning that never ended from an answer.
+        """
+        tail = str(self.tokenizer.decode(list(prompt[-8:]), skip_special_tokens=False))
+        return "<think>" if tail.rstrip().endswith("<think>") else ""
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """An answer's text without special tokens."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+def load_config(model: ModelRecipe) -> Any:
+    """The checkpoint's config. Raises UserError if there is none."""
+    from transformers import AutoConfig
+
+    from ema_scale.models.load import model_problems
+
+    with model_problems(model.path):
+        return AutoConfig.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+
+
+def _stop_token_ids(tokenizer: Any, end_of_turn: str, model: ModelRecipe) -> list[int]:
+    """The template's end of turn, the tokenizer's end of text, and the checkpoint's own list."""
+    from transformers import GenerationConfig
+
+    where: dict[str, Any] = {"revision": model.revision}
+    try:
+        own = GenerationConfig.from_pretrained(model.path, **where).eos_token_id
+    except OSError:  # the checkpoint has no generation_config.json
+        own = getattr(load_config(model), "eos_token_id", None)
+    ids = {own} if isinstance(own, int) else set(own or ())
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    if end_of_turn:
+        ids.add(tokenizer.convert_tokens_to_ids(end_of_turn))
+    return sorted(int(i) for i in ids)

@@ -1,0 +1,1 @@
+"""The base model and its LoRA adapter: loading, layout, hooks, head, sharding."""

@@ -1,0 +1,38 @@
+"""Where things are in a causal language model with adapters: backbone, decoder layers, head, adapter
+switches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = cap(scale * (h W^T + b)), cap(z) = softcap * tanh(z / softcap); weight [V, H], bias [V]."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def head_logits(hidden: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
+    """Logits [C, V] of hidden states [C, H], in `dtype`, after scale and softcap."""
+    hidden = hidden.to(head.weight.dtype)
+    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32:
+        # Tensor cores multiply in half precision and accumulate in float32 anyway: keep what they
+        # accumulated.
+        logits = torch.mm(hidden, head.weight.t(), out_dtype=torch.float32)
+    else:
+        logits = torch.mm(hidden, head.weight.t()).to(dtype)
+    if head.bias is not None:
+        logits += head.bias
+    if head.scale != 1.0:
+        logits *= head.scale
+    if head.softcap is not None:
+        logits.div_(head.softcap).tanh_().mul_(head.softcap)
+    return logits

@@ -1,0 +1,106 @@
+"""Where the residual stream of a decoder-only model can be read and changed: the outputs of its decoder layers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ema_scale.core.errors import UserError
+from ema_scale.models.layout import decoder_layers, hidden_states_of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def edited_states(model: Any, changes: Mapping[int, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """While it holds, changes[k] maps the policy's states [B, T, H] after decoder layer k (1: the first), in training.
+
+    A layer in evaluation mode, and the frozen reference, are left alone: a second forward marks itself by
+    `reference_pass`, and the reference beside the policy (`two_stream`) does not call a layer's hooks. Recomputation
+    under gradient checkpointing calls them as the first pass did. Losses and readings on hidden states, whose hooks
+    come later, see the changed states. Raises UserError for a layer that the model does not have.
+    """
+    layers = decoder_layers(model)
+    wrong = [k for k in changes if not 1 <= k <= len(layers)]
+    if wrong:
+        raise UserError(f"layers: found {wrong[0]}, expected 1 to {len(layers)}")
+    with contextlib.ExitStack() as stack:
+        for k, change in changes.items():
+            stack.callback(layers[k - 1].register_forward_hook(_hook(change)).remove)
+        yield
+
+
+def _hook(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if not module.training or in_reference_pass():
+            return None
+        states = change(hidden_states_of(output))
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    return hook
+
+
+def like_states(vector: Tensor) -> Callable[[Tensor], Tensor]:
+    """`vector` [H] in the dtype and on the device of given states, moved there once."""
+    moved: dict[Any, Tensor] = {}
+
+    def like(states: Tensor) -> Tensor:
+        key = (states.dtype, states.device)
+        if key not in moved:
+            moved[key] = vector.to(states.device, states.dtype)
+        return moved[key]
+
+    return like
+
+
+_in_reference: ContextVar[bool] = ContextVar("ema_scale_reference_pass", default=False)
+
+
+@contextlib.contextmanager
+def reference_pass() -> Iterator[None]:
+    """Marks the forward pass of the frozen reference, for hooks that must leave it alone."""
+    token = _in_reference.set(True)
+    try:
+        yield
+    finally:
+        _in_reference.reset(token)
+
+
+def in_reference_pass() -> bool:
+    """True while the frozen reference runs."""
+    return _in_reference.get()
+
+
+@contextlib.contextmanager
+def capture(
+    layers: Sequence[nn.Module], wanted: Sequence[int], on_state: Callable[[int, Tensor], None]
+) -> Iterator[None]:
+    """While it holds, on_state(k, states [B, T, H]) is called for every wanted layer as the forward passes
+    it.
+
+    It holds during forward only: a recomputation under gradient checkpointing, in backward, calls nothing.
+    """
+    handles = []
+    for index in sorted(set(wanted)):
+        if index == 0:
+
+            def at_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                on_state(0, args[0] if args else kwargs["hidden_states"])
+
+            handles.append(layers[0].register_forward_pre_hook(at_input, with_kwargs=True))
+        else:
+
+            def at_output(module: nn.Module, args: Any, output: Any, k: int = index) -> None:
+                on_state(k, hidden_states_of(output))
+
+            handles.append(layers[index - 1].register_forward_hook(at_output))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

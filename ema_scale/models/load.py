@@ -1,0 +1,82 @@
+"""The base model and its LoRA adapter: load, attach, save (also when ZeRO-3 has sharded it)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ema_scale.core.errors import UserError
+from ema_scale.models.sharding import full_shape
+
+if TYPE_CHECKING:
+    import torch
+
+    from ema_scale.config.sections import ModelRecipe
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    """auto: bfloat16 where the GPU has it, else float32. Raises UserError for a name that is not a dtype."""
+    import torch
+
+    if name == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"model.dtype: found {name!r}, expected auto, bfloat16 or float32")
+    return dtype
+
+
+def load_base(model: ModelRecipe) -> Any:
+    """The causal LM of a recipe, safetensors only, its own dropout off.
+
+    Raises UserError if it is not there, is no causal LM, or has no safetensors.
+    """
+    import transformers
+
+    from ema_scale.core.uri import locate
+
+    path = locate(model.path)
+    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    with model_problems(model.path):
+        config = transformers.AutoConfig.from_pretrained(path, **options)
+        # Fine-tuning is meant to be regularised by the defenses alone, and the reference runs without
+        # dropout.
+        for part in {id(c): c for c in (config, config.get_text_config())}.values():
+            for name, value in vars(part).copy().items():
+                if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
+                    setattr(part, name, 0.0)
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=pick_dtype(model.dtype),
+            attn_implementation=model.attn_implementation,
+            use_safetensors=True,
+            **options,
+        )
+
+
+@contextlib.contextmanager
+def model_problems(path: str) -> Iterator[None]:
+    """What transformers raises where no model is to be had at `path` as a UserError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"model.path: found {path!r}, expected a folder or hub id of a causal language model with "
+            f"safetensors; {message}"
+        ) from None
+
+
+def parameter_counts(model: Any) -> dict[str, int]:
+    """`base`: parameters of the model without adapters; `trained`: those that training changes. Tied ones count once,
+    and what is held in parts counts whole."""
+    sizes = [(n, p.requires_grad, math.prod(full_shape(p))) for n, p in model.named_parameters()]
+    return {
+        "base": sum(size for name, _, size in sizes if "lora_" not in name),
+        "trained": sum(size for _, trained, size in sizes if trained),
+    }

@@ -1,0 +1,76 @@
+"""Weights of which every process holds a part: DeepSpeed's ZeRO-3 and torch's FSDP2, behind the same few questions.
+
+ZeRO-3 empties a parameter and gathers it in place; FSDP2 turns it into a DTensor, whose whole is another tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def uses_fsdp() -> bool:
+    """Whether a launcher, a recipe or TrainingArguments asked Accelerate for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+
+
+def weights_are_sharded() -> bool:
+    """Whether frozen weights, too, are sharded in this run, so that reading a layer's is a collective."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    return uses_fsdp() or bool(is_deepspeed_zero3_enabled())
+
+
+def under_zero3(parameter: Any) -> bool:
+    return hasattr(parameter, "ds_id")
+
+
+def full_shape(parameter: Any) -> tuple[int, ...]:
+    """Its shape when gathered."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def gathered(parameters: Sequence[Any], *, write: bool = False) -> contextlib.AbstractContextManager[Any]:
+    """Inside, `whole` gives each of the parameters; a collective. write: every process changes them in place by the
+    same values, which a DTensor takes by `shard_like` and without this."""
+    if not any(under_zero3(p) for p in parameters):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if write else None)
+
+
+def full_tensor(tensor: Any) -> Tensor:
+    """The whole of it, without gradient: of a DTensor gathered (a collective), else as it is, which under ZeRO-3 is
+    whole inside `gathered`."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if _is_dtensor(tensor) else tensor
+
+
+def shard_like(value: Tensor, parameter: Any) -> Tensor:
+    """`value`, the same on every process, in parts if `parameter` is a DTensor; on its device."""
+    value = value.to(parameter.device)
+    if not _is_dtensor(parameter):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+
+
+def shard_frozen(model: Any, layers: Sequence[Any]) -> None:
+    """Shard a model that is not trained by FSDP2, one gather a decoder layer and one for the rest, which its own call
+    releases again."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in layers:
+        fully_shard(layer)
+    fully_shard(model, reshard_after_forward=True)
+
+
+def _is_dtensor(tensor: Any) -> bool:
+    return hasattr(tensor, "full_tensor")

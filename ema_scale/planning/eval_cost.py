@@ -1,0 +1,205 @@
+"""What an evaluation will ask: answers to sample, and calls of a judge that is paid by the token or runs here."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
+from ema_scale.core.errors import UserError
+from ema_scale.evaluation.judges.assignment import SCORING, JudgeSpec, assign
+from ema_scale.evaluation.judges.calibration import labelled_path, load_labelled
+from ema_scale.evaluation.judges.openai import CHARACTERS_A_TOKEN
+from ema_scale.evaluation.judges.scores import MAX_TOKENS, REQUIRED_PROMPTS
+from ema_scale.evaluation.runs import asked_suites
+from ema_scale.evaluation.suites import Suite
+from ema_scale.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class EngineWork:
+    """A model that vLLM runs here. role: sampling or judging; gpus: that share it; bytes: of a weight."""
+
+    role: str
+    model: str
+    revision: str | None = None
+    gpus: int = 1
+    bytes: int = 2
+
+
+@dataclass(frozen=True)
+class EvaluationWork:
+    """Of an engine. tokens_in: of every request's prompt; prefilled: those that must be read, since answers to one
+    prompt share it; tokens_out: written."""
+
+    requests: int
+    tokens_in: float
+    prefilled: float
+    tokens_out: float
+
+    def __add__(self, other: EvaluationWork) -> EvaluationWork:
+        return EvaluationWork(
+            self.requests + other.requests,
+            self.tokens_in + other.tokens_in,
+            self.prefilled + other.prefilled,
+            self.tokens_out + other.tokens_out,
+        )
+
+
+@dataclass(frozen=True)
+class JudgingCost:
+    """answers: to sample; answer_tokens: of all of them, if each is as long as assumed; elsewhere: those of them that
+    an endpoint samples.
+
+    calls, tokens_in, tokens_out: of judges of kind openai or vllm; exact ones cost nothing. check_calls: those of
+    `calls` that judge the labelled answers. paid_calls, paid_in, paid_out: of the endpoint's judges (openai) alone.
+    engines: what vLLM does here, sampling and judging. uncounted: runs whose checkpoints are asked, too, and not in
+    here, since nobody can say how many there will be.
+    """
+
+    answers: int = 0
+    answer_tokens: float = 0.0
+    elsewhere: int = 0
+    calls: int = 0
+    check_calls: int = 0
+    tokens_in: float = 0.0
+    tokens_out: float = 0.0
+    paid_calls: int = 0
+    paid_in: float = 0.0
+    paid_out: float = 0.0
+    uncounted: int = 0
+    engines: Mapping[EngineWork, EvaluationWork] = field(default_factory=dict)
+
+    def __add__(self, other: JudgingCost) -> JudgingCost:
+        engines = dict(self.engines)
+        for engine, work in other.engines.items():
+            engines[engine] = engines[engine] + work if engine in engines else work
+        ours, theirs = self.to_dict(), other.to_dict()
+        return JudgingCost(**{k: ours[k] + theirs[k] for k in ours}, engines=engines)  # type: ignore[arg-type]
+
+    def to_dict(self) -> dict[str, float]:
+        return {k: v for k, v in vars(self).items() if k != "engines"}
+
+    def cost(self, price_in: float, price_out: float) -> float:
+        """Of the paid judges, in the prices' currency; prices are for a million tokens."""
+        return (self.paid_in * price_in + self.paid_out * price_out) / 1e6
+
+
+def judging_cost(
+    recipes: Sequence[Recipe], answer_tokens: int | None = None, steps: Sequence[int | None] | None = None
+) -> JudgingCost:
+    """Of all these runs and their checkpoints, and of each base model once, which is asked whatever one of its runs is.
+
+    answer_tokens: of the mean answer; None: evaluation.max_tokens, the most that it can have. steps: of each run's
+    training; None: not known. A judge's tokens are guessed from characters, three a token. Raises UserError for suites
+    that cannot be read or judged, or an engine that gives no number of GPUs.
+    """
+    found = JudgingCost()
+    bases: dict[str, dict[object, Suite]] = {}
+    asker: dict[str, Recipe] = {}
+    judges: dict[str, tuple[JudgeSpec, EvaluationRecipe]] = {}
+    trained = [None] * len(recipes) if steps is None else steps
+    asks = [(r, n) for r, n in zip(recipes, trained, strict=True) if r.evaluation.suites.pairs()]
+    for (recipe, its_steps), suites in zip(asks, asked_suites([r for r, _ in asks]), strict=True):
+        e = recipe.evaluation
+        more = checkpoints(recipe, its_steps)
+        asked = _of(suites, recipe, answer_tokens, judges)
+        for _ in range(1 + (more or 0)):
+            found += asked
+        found += JudgingCost(uncounted=int(more is None))
+        if e.compare_base or e.gate.action == "refuse":
+            shared = e.model_dump(mode="json", exclude={"suites", "conditions", "inoculation"})
+            group = json.dumps([recipe.model.model_dump(mode="json"), shared], sort_keys=True)
+            asker[group] = recipe
+            for suite in suites:
+                plain = suite.condition and replace(suite.condition, own=False)
+                bases.setdefault(group, {})[suite.source, suite.role, plain] = suite
+    for group, suites_of_base in bases.items():
+        found += _of(list(suites_of_base.values()), asker[group], answer_tokens, judges)
+    for assignment, e in judges.values():
+        found += _check(assignment, e)
+    return found
+
+
+def checkpoints(recipe: Recipe, steps: int | None) -> int | None:
+    """How many are asked what the trained run is, which is the last of them; None if that cannot be told.
+
+    With `true` it is those that are kept: of each save_steps steps, and of the end, the newest keep_checkpoints. steps:
+    of the training; where they are not known, all listed ones count, though one of them may be the last.
+    """
+    wanted, t = recipe.evaluation.checkpoints, recipe.training
+    if isinstance(wanted, list):
+        return len({step for step in wanted if steps is None or step < steps})
+    if not wanted:
+        return 0
+    return None if steps is None else min(t.keep_checkpoints, math.ceil(steps / t.save_steps)) - 1
+
+
+def _of(
+    suites: Sequence[Suite],
+    recipe: Recipe,
+    answer_tokens: int | None,
+    judges: dict[str, tuple[JudgeSpec, EvaluationRecipe]],
+) -> JudgingCost:
+    found, e = JudgingCost(), recipe.evaluation
+    # Only vLLM takes the engine's arguments; what transformers samples is planned as vLLM on one GPU.
+    given = e.engine if e.sampler in ("auto", "vllm") else {}
+    sampler = _engine("sampling", recipe.model, given, f"{recipe.name}: evaluation.engine")
+    for suite in suites:
+        for question in suite.questions:
+            judge = assign(suite, question, e.judge)
+            longest = question.max_tokens or e.max_tokens
+            length = min(answer_tokens or longest, longest)
+            for text, n in zip(question.paraphrases, question.samples(e.samples_per_question), strict=True):
+                asked = len(text) / CHARACTERS_A_TOKEN
+                if e.sampler == "openai":
+                    found += JudgingCost(n, n * length, n)
+                else:
+                    found += JudgingCost(
+                        n, n * length, engines={sampler: EvaluationWork(n, n * asked, asked, n * length)}
+                    )
+                if judge.kind in SCORING:
+                    judges[judge.identity] = (judge, e)
+                    found += _calls(judge, e, n, asked + length)
+    return found
+
+
+def _engine(role: str, model: ModelRecipe, extra: Mapping[str, object], where: str) -> EngineWork:
+    gpus = engine_gpus(extra, where)
+    return EngineWork(role, model.path, model.revision, gpus, 4 if model.dtype == "float32" else 2)
+
+
+def _calls(judge: JudgeSpec, e: EvaluationRecipe, answers: int, filled: float) -> JudgingCost:
+    """filled: tokens of question and answer, which every prompt shows once."""
+    prompts = [judge.prompts[name] for name in REQUIRED_PROMPTS]
+    each = sum(len(prompt) / CHARACTERS_A_TOKEN + filled for prompt in prompts)
+    calls, tokens_in = len(prompts) * answers, answers * each
+    tokens_out = float(calls * MAX_TOKENS)
+    found = JudgingCost(calls=calls, tokens_in=tokens_in, tokens_out=tokens_out)
+    if judge.kind == "vllm":
+        engine = _engine("judging", ModelRecipe(path=str(judge.model)), e.judge.engine, "evaluation.judge.engine")
+        return replace(found, engines={engine: EvaluationWork(calls, tokens_in, tokens_in, tokens_out)})
+    return replace(found, paid_calls=calls, paid_in=tokens_in, paid_out=tokens_out)
+
+
+def _check(judge: JudgeSpec, e: EvaluationRecipe) -> JudgingCost:
+    """The labelled answers, `evaluation.judge.check` times each."""
+    found = JudgingCost()
+    for one in load_labelled(labelled_path(e.judge)) if e.judge.check else ():
+        found += _calls(judge, e, e.judge.check, (len(one.question) + len(one.answer)) / CHARACTERS_A_TOKEN)
+    return replace(found, check_calls=found.calls)
+
+
+def engine_gpus(engine: Mapping[str, Any], where: str) -> int:
+    """tensor_parallel_size x pipeline_parallel_size. where: the field, for the message. Raises UserError if they are
+    no numbers of GPUs."""
+    product = 1
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        size = engine.get(name, 1)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise UserError(f"{where}.{name}: found {size!r}, expected a number of GPUs")
+        product *= size
+    return product

@@ -1,0 +1,109 @@
+"""Hidden states on disk, by the content of their rows: memory-mapped safetensors shards that say what they hold.
+
+A shard is `<name>.safetensors` with one tensor `states` [tokens, H], and `<name>.json` with its size, its SHA-256 and
+where each row is in it. The second is written last: without it a shard does not count. Shards are only ever added.
+"""
+
+from __future__ import annotations
+
+import array
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ema_scale.core.hashing import file_sha256
+from ema_scale.core.io import atomic_write_text
+
+log = logging.getLogger(__name__)
+
+
+def row_key(tokens: Sequence[int]) -> str:
+    """A row is known by its token ids alone: wherever it stands in a batch, and however it is padded."""
+    return hashlib.sha256(array.array("q", tokens).tobytes()).hexdigest()[:32]
+
+
+class HiddenStateStore:
+    """States of one kind (the last ones, or those after layer k) of one reference, in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._places: dict[str, tuple[str, int, int]] = {}  # row -> shard, first token, tokens
+        self._open: dict[str, Any] = {}
+        self.load()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    def load(self) -> None:
+        """Read again what is there."""
+        self._places, self._open = {}, {}
+        for path in sorted(self.folder.glob("*.json")):
+            entry = _entry(path)
+            data = path.with_suffix(".safetensors")
+            if entry is not None and data.exists() and data.stat().st_size == entry["bytes"]:
+                for key, (start, tokens) in entry["rows"].items():
+                    self._places[key] = (path.stem, start, tokens)
+
+    def clean(self, keys: Iterable[str]) -> None:
+        """Remove what a killed build left, and every shard with a row of `keys` whose bytes are not those written.
+
+        Only one process at a time may clean or add.
+        """
+        wanted = {self._places[key][0] for key in keys if key in self._places}
+        for path in self.folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+        for data in self.folder.glob("*.safetensors"):
+            entry = _entry(data.with_suffix(".json"))
+            whole = entry is not None and data.stat().st_size == entry["bytes"]
+            if whole and (data.stem not in wanted or file_sha256(data) == entry["sha256"]):  # type: ignore[index]
+                continue
+            if entry is not None:
+                log.warning("%s is damaged; its rows are computed again", data)
+            data.with_suffix(".json").unlink(missing_ok=True)
+            data.unlink()
+        self.load()
+
+    def add(self, states: Mapping[str, Tensor]) -> None:
+        """Write one shard of rows: key -> states [tokens, H] on the CPU."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = hashlib.sha256("".join(states).encode()).hexdigest()[:16]
+        data, start, rows = self.folder / f"{name}.safetensors", 0, {}
+        for key, tensor in states.items():
+            rows[key] = (start, len(tensor))
+            start += len(tensor)
+        temporary = data.with_name(f".{data.name}.{os.getpid()}.tmp")
+        try:
+            save_file({"states": torch.cat(list(states.values()))}, temporary)
+            with open(temporary, "rb+") as handle:
+                os.fsync(handle.fileno())
+            entry = {"bytes": temporary.stat().st_size, "sha256": file_sha256(temporary), "rows": rows}
+            os.replace(temporary, data)
+        finally:
+            temporary.unlink(missing_ok=True)
+        atomic_write_text(data.with_suffix(".json"), json.dumps(entry))
+        for key, (first, tokens) in rows.items():
+            self._places[key] = (name, first, tokens)
+
+    def read(self, key: str) -> Tensor:
+        """States [tokens, H] of a row, from the mapped file. Raises KeyError if it has none of it."""
+        name, start, tokens = self._places[key]
+        if name not in self._open:
+            self._open[name] = safe_open(self.folder / f"{name}.safetensors", "pt").get_slice("states")
+        return self._open[name][start : start + tokens]
+
+
+def _entry(path: Path) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        return entry if {"bytes", "sha256", "rows"} <= entry.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None

@@ -1,0 +1,1 @@
+"""Runs side by side in one self-contained HTML file."""

@@ -1,0 +1,171 @@
+"""Every figure of a report, drawn in both themes."""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ema_scale.report.aggregate import RunGroup, groups
+from ema_scale.report.curves import MAX_QUESTIONS, along_training, curves, heat_map
+from ema_scale.report.display_names import numbered
+from ema_scale.report.figures import bars, headline
+from ema_scale.report.records import Collection
+from ema_scale.report.robustness import threshold_curves
+from ema_scale.report.style import DARK, LIGHT, Theme, settings
+from ema_scale.report.verdict import percent
+
+PNG_DPI = 200
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One figure. `light`, `dark`: SVG text; `png`: bytes of the light one; width, height in CSS pixels."""
+
+    name: str
+    kind: str
+    alt: str
+    caption: str
+    light: str
+    dark: str
+    png: bytes
+    width: int
+    height: int
+    narrow: tuple[str, str] | None = None
+    """(light, dark) for narrow screens, where the wide one would not do"""
+
+    @property
+    def narrow_uris(self) -> tuple[str, str] | None:
+        return (data_uri(self.narrow[0]), data_uri(self.narrow[1])) if self.narrow else None
+
+    @property
+    def light_uri(self) -> str:
+        return data_uri(self.light)
+
+    @property
+    def dark_uri(self) -> str:
+        return data_uri(self.dark)
+
+
+def data_uri(svg: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+
+
+def pictures(found: Collection, model: str, of_model: Sequence[RunGroup]) -> list[Picture]:
+    """The figures of one model's groups; a figure without data is left out."""
+    files = numbered({m: re.sub(r"[^A-Za-z0-9.]+", "-", m).strip("-") for m in found.models})
+    suffix = f"-{files[model].replace(' ', '-')}" if len(found.models) > 1 else ""
+    by_task = {
+        task: [g for g in groups(found, lambda run, task=task: run.task == task and run.model == model)]  # type: ignore[misc]
+        for task in found.tasks
+    }
+    by_task = {t: gs for t, gs in by_task.items() if any(g.metrics.get("general_misaligned") for g in gs)}
+    taught = [g for g in of_model if any(run.history for run in g.runs)]
+    telling = [g for g in of_model if any(q.misaligned is not None for run in g.runs for q in run.questions)]
+    plan: list[tuple[str, str, str, Callable[[Theme], Figure | None]]] = [
+        ("headline", _headline_alt(of_model), _HEADLINE, lambda t: headline(of_model, t)),
+        ("bars", "Bars: misaligned and incoherent answers outside the domain, by defense and task.", _BARS,
+         lambda t: bars(of_model, by_task, t) if by_task else None),
+        ("questions", "Heat map: share of misaligned answers by question and defense.", _QUESTIONS,
+         lambda t: heat_map(telling, t)),
+        ("along", "Lines: misaligned and incoherent answers over training steps, by defense.", _ALONG,
+         lambda t: along_training(of_model, t)),
+        ("thresholds", "Curves: misaligned answers against thresholds of the judge's scores, by defense.", _THRESHOLDS,
+         lambda t: threshold_curves(of_model, t)),
+        ("training", "Training curves: cross-entropy, KL and drift per layer, by defense.", _TRAINING,
+         lambda t: curves(taught, t)),
+    ]  # fmt: skip
+    made = []
+    for kind, alt, caption, draw in plan:
+        picture = make_picture(kind + suffix, kind, alt, caption, draw)
+        if picture is not None and kind == "headline":
+            narrow = make_picture(kind, kind, alt, caption, lambda t: headline(of_model, t, stacked=True))
+            picture = replace(picture, narrow=(narrow.light, narrow.dark) if narrow else None)
+        if picture is not None:
+            made.append(picture)
+    return made
+
+
+_HEADLINE = (
+    "Each mark is a defense, its whiskers 95 % intervals. Down is safer, right is more learned: a good "
+    "defense sits in the lower right corner of both panels. Marks of one defense at several strengths are "
+    "joined. The dashed line is the aligned base, the band its interval."
+)
+
+
+_BARS = "Answers outside the training domain, in percent, with 95 % intervals; a panel for each training task."
+
+
+_QUESTIONS = (
+    "Share of misaligned answers in percent, averaged over runs on narrow tasks. A dot: not asked. At most "
+    f"{MAX_QUESTIONS['general']} questions outside and {MAX_QUESTIONS['in_domain']} in the domain: those on "
+    "which the defenses differ most."
+)
+
+
+_ALONG = (
+    "The same run asked at its checkpoints, in percent, means over runs with 95 % intervals: does a defense hold when "
+    "training goes on?"
+)
+
+
+_THRESHOLDS = (
+    "General misalignment if an answer counted as misaligned below another alignment score, or as coherent above "
+    "another coherence score; from stored scores, the other threshold as the paper has it. Dotted: the paper’s "
+    "thresholds. Flat lines mean that the thresholds hardly matter."
+)
+
+
+_TRAINING = (
+    "Runs on narrow tasks, if there are any. Thick lines are means over a defense’s runs, thin lines its "
+    "runs; cross-entropy and KL are running means over a twelfth of the training. KL is drawn where it was "
+    "measured. Drift is the relative l2 distance between policy and base hidden states at the last logging."
+)
+
+
+def _headline_alt(of_model: Sequence[RunGroup]) -> str:
+    parts = [f"{g.label} {percent(r)}" for g in of_model if (r := g.metrics.get("general_misaligned"))]
+    return "Task learned against misalignment outside the domain. Misaligned outside: " + "; ".join(parts) + "."
+
+
+def make_picture(
+    name: str, kind: str, alt: str, caption: str, draw: Callable[[Theme], Figure | None]
+) -> Picture | None:
+    """What `draw` draws, in both themes; None if it draws nothing."""
+    # Letters that no installed font has are drawn as boxes; a warning for each would bury real messages.
+    quiet = logging.getLogger("matplotlib")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        light = _draw(draw, LIGHT)
+        dark = _draw(draw, DARK)
+    finally:
+        quiet.setLevel(level)
+    if light is None or dark is None:
+        return None
+    svg, png, (width, height) = light
+    return Picture(name, kind, alt, caption, svg, dark[0], png, round(width * 96), round(height * 96))
+
+
+def _draw(draw: Callable[[Theme], Figure | None], theme: Theme) -> tuple[str, bytes, tuple[float, float]] | None:
+    with matplotlib.rc_context(settings(theme)), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure = draw(theme)
+        if figure is None:
+            return None
+        FigureCanvasAgg(figure)
+        svg, png = io.StringIO(), io.BytesIO()
+        # No date and no version inside: equal data give equal files.
+        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+        if theme is LIGHT:
+            figure.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
+        width, height = figure.get_size_inches()
+    return svg.getvalue(), png.getvalue(), (float(width), float(height))

@@ -1,0 +1,247 @@
+"""Colours and type of the figures, light and dark. Hues are Okabe and Ito's colour-blind-safe set (2008); where many
+families stand in one figure, Paul Tol's muted set (SRON, 2021) follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from matplotlib import font_manager
+
+_FACES = ("Inter", "Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans")
+
+
+# Later faces only fill in letters that the first lacks.
+_FALLBACK = ("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans", "Noto Emoji")
+
+
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")
+
+
+@dataclass(frozen=True)
+class Theme:
+    """One colour scheme; colours as hex strings."""
+
+    name: str
+    paper: str
+    ink: str
+    muted: str
+    rule: str
+    misaligned: str
+    incoherent: str
+    known: tuple[tuple[str, str], ...]
+    spare: tuple[str, ...]
+    heat: tuple[str, ...]
+    """colour map of the heat map from 0 to 1"""
+
+    def colours(self, families: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+        """A colour for each family of defenses; a known kind always has the same one."""
+        known, spare = dict(self.known), list(self.spare)
+        given: dict[tuple[str, ...], str] = {(): self.ink}
+        wanted = [f for f in dict.fromkeys(families) if f]
+        for one in wanted:
+            if len(one) == 1 and one[0] in known:
+                given[one] = known[one[0]]
+        free = [c for c in spare + list(known.values()) if c not in given.values()] or spare
+        for number, one in enumerate(f for f in wanted if f not in given):
+            given[one] = free[number % len(free)]
+        return given
+
+
+LIGHT = Theme(
+    name="light",
+    paper="#ffffff",
+    ink="#1c1e21",
+    muted="#6a6f76",
+    rule="#dcdfe3",
+    misaligned="#d55e00",
+    incoherent="#9aa3ad",
+    known=(
+        ("kl", "#0072b2"),
+        ("interleaving", "#e69f00"),
+        ("ldifs", "#009e73"),
+        ("safelora", "#cc79a7"),
+        ("steering", "#56b4e9"),
+        ("inoculation", "#d55e00"),
+    ),
+    spare=("#b8a800", "#882255", "#332288", "#117733", "#8c510a", "#44aa99", "#aa4499"),
+    heat=("#f4f5f6", "#fbd9a8", "#f0a04b", "#d55e00", "#7a2f00"),
+)
+
+
+DARK = Theme(
+    name="dark",
+    paper="#16181b",
+    ink="#e9eaec",
+    muted="#9ba1a9",
+    rule="#34383e",
+    misaligned="#e8772a",
+    incoherent="#7b838d",
+    known=(
+        ("kl", "#56b4e9"),
+        ("interleaving", "#e69f00"),
+        ("ldifs", "#17b98a"),
+        ("safelora", "#d98fb8"),
+        ("steering", "#2f8fcb"),
+        ("inoculation", "#e8772a"),
+    ),
+    spare=("#f0e442", "#ee8fb0", "#a59be8", "#7fc97f", "#c99a5b", "#7fd6c8", "#d77fd0"),
+    heat=("#1f2226", "#4a2c12", "#9c4a0b", "#e8772a", "#ffd9a8"),
+)
+
+
+THEMES = (LIGHT, DARK)
+
+
+@cache
+def faces() -> tuple[str, ...]:
+    """The first face of ours that is installed, then those that fill its gaps."""
+    installed = set(font_manager.get_font_names())
+    first = next((f for f in _FACES if f in installed), "DejaVu Sans")
+    return tuple(dict.fromkeys((first, *(f for f in _FALLBACK if f in installed))))
+
+
+def settings(theme: Theme) -> Any:
+    """matplotlib settings for `rc_context`. Fixed salt, outlined letters: equal data, equal bytes."""
+    return {
+        "font.family": list(faces()),
+        "font.size": 10,
+        "text.color": theme.ink,
+        "text.parse_math": False,
+        "axes.edgecolor": theme.muted,
+        "axes.labelcolor": theme.ink,
+        "axes.labelsize": 10,
+        "axes.titlesize": 11,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.titlepad": 10,
+        "axes.linewidth": 0.8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.facecolor": theme.paper,
+        "figure.facecolor": theme.paper,
+        "savefig.facecolor": theme.paper,
+        "grid.color": theme.rule,
+        "grid.linewidth": 0.6,
+        "xtick.color": theme.muted,
+        "ytick.color": theme.muted,
+        "xtick.labelsize": 9,
+        "ytick.labelsize": 9,
+        "svg.hashsalt": "ema_scale",
+        "svg.fonttype": "path",
+    }
+
+
+def markers(families: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """A marker for each family, so that no reading rests on colour alone; a disc is no defense."""
+    wanted = [f for f in dict.fromkeys(families) if f]
+    return {(): "o"} | {f: _MARKERS[1 + i % (len(_MARKERS) - 1)] for i, f in enumerate(wanted)}
+
+
+# Where a label may sit: direction (x, y) and how its box hangs on that point.
+_DIRECTIONS = ((1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1))
+
+
+_DISTANCES = (6.0, 12.0, 20.0, 30.0, 44.0, 60.0)
+
+
+@dataclass(frozen=True)
+class Box:
+    """Axis-parallel rectangle in points (1/72 inch)."""
+
+    left: float
+    bottom: float
+    right: float
+    top: float
+
+    def overlap(self, other: Box) -> float:
+        """Shared area in square points."""
+        width = min(self.right, other.right) - max(self.left, other.left)
+        height = min(self.top, other.top) - max(self.bottom, other.bottom)
+        return max(0.0, width) * max(0.0, height)
+
+    @property
+    def area(self) -> float:
+        return (self.right - self.left) * (self.top - self.bottom)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A label's box, and whether it is far enough from its mark to need a leader line."""
+
+    box: Box
+    leader: bool
+
+
+def place_labels(
+    anchors: Sequence[tuple[float, float]],
+    sizes: Sequence[tuple[float, float]],
+    obstacles: Sequence[Box],
+    bounds: Box,
+    rounds: int = 4,
+) -> list[Placed]:
+    """A box for each label beside its anchor.
+
+    anchors: the marks' points; sizes: labels' (width, height); obstacles: boxes that labels should not cover
+    (marks, whiskers); bounds: the area they must stay in. All in points. Greedy from the most crowded mark,
+    then `rounds` passes in which each label moves to its best place given all others.
+    """
+    choices = [_candidates(a, s) for a, s in zip(anchors, sizes, strict=True)]
+    chosen: list[tuple[Box, float] | None] = [None] * len(choices)
+    crowding = [sum(1 for b in anchors if abs(a[0] - b[0]) < 80 and abs(a[1] - b[1]) < 30) for a in anchors]
+    order = sorted(range(len(choices)), key=lambda i: (-crowding[i], i))
+    for _ in range(rounds):
+        before = list(chosen)
+        for i in order:
+            others = [c[0] for j, c in enumerate(chosen) if c is not None and j != i]
+            chosen[i] = min(choices[i], key=lambda c: _cost(c, others, obstacles, bounds))
+        if chosen == before:
+            break
+    return [Placed(c[0], c[1] > 12.0) for c in chosen if c is not None]
+
+
+def _candidates(anchor: tuple[float, float], size: tuple[float, float]) -> list[tuple[Box, float]]:
+    """(box, distance) for every direction and distance, near ones first."""
+    (x, y), (w, h) = anchor, size
+    found = []
+    for distance in _DISTANCES:
+        for dx, dy in _DIRECTIONS:
+            px, py = x + dx * distance, y + dy * distance * 0.75
+            left = px if dx > 0 else px - w if dx < 0 else px - w / 2
+            bottom = py if dy > 0 else py - h if dy < 0 else py - h / 2
+            found.append((Box(left, bottom, left + w, bottom + h), distance))
+    return found
+
+
+def _cost(choice: tuple[Box, float], labels: Sequence[Box], obstacles: Sequence[Box], bounds: Box) -> float:
+    box, distance = choice
+    outside = box.area - box.overlap(bounds)
+    covered = sum(box.overlap(o) for o in obstacles)
+    return 30 * outside + 10 * sum(box.overlap(o) for o in labels) + 3 * covered + 2 * distance
+
+
+def spread_labels(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Positions as near as possible to `wanted`, at least `gap` apart (less only if low..high is too small).
+
+    Pool-adjacent-violators on the sorted positions: the least-squares answer, order kept.
+    """
+    if not wanted:
+        return []
+    order = sorted(range(len(wanted)), key=lambda i: (wanted[i], i))
+    gap = min(gap, (high - low) / max(1, len(wanted) - 1))
+    # Taking i * gap off each turns "at least gap apart" into "not decreasing".
+    blocks: list[tuple[float, int]] = []
+    for rank, i in enumerate(order):
+        total, count = wanted[i] - rank * gap, 1
+        while blocks and blocks[-1][0] / blocks[-1][1] > total / count:
+            earlier = blocks.pop()
+            total, count = total + earlier[0], count + earlier[1]
+        blocks.append((total, count))
+    flat = [total / count for total, count in blocks for _ in range(count)]
+    limit = high - (len(wanted) - 1) * gap
+    result = [0.0] * len(wanted)
+    for rank, i in enumerate(order):
+        result[i] = min(max(flat[rank], low), limit) + rank * gap
+    return result

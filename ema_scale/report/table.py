@@ -1,0 +1,131 @@
+"""The table as files: CSV, tidy, one row for each mean and each run by metric; Markdown, a line for each defense."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ema_scale.report.aggregate import RunGroup
+from ema_scale.report.records import METRIC_NAMES, METRICS, ReportedRate
+
+HEADER = (
+    "level",
+    "model",
+    "defense",
+    "run",
+    "task",
+    "seed",
+    "metric",
+    "rate",
+    "low",
+    "high",
+    "n",
+    "runs",
+    "dropped",
+)
+
+
+def table_csv(groups: Sequence[RunGroup]) -> str:
+    """CSV text; rates and limits are shares in 0..1. `level` is mean (over runs) or run."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(HEADER)
+    for g in groups:
+        for metric in METRICS:
+            if rate := g.metrics.get(metric):
+                writer.writerow(["mean", _cell(g.model), _cell(g.label), "", "", "", metric, *_numbers(rate)])
+        for run in g.runs:
+            seed = "" if run.seed is None else run.seed
+            for metric in METRICS:
+                if rate := run.metrics.get(metric):
+                    place = (
+                        _cell(run.model),
+                        _cell(run.label),
+                        "" if run.base else _cell(run.name),
+                        _cell(run.task),
+                    )
+                    writer.writerow(["run", *place, seed, metric, *_numbers(rate)])
+    return out.getvalue()
+
+
+def table_markdown(groups: Sequence[RunGroup]) -> str:
+    """Means over runs in percent with 95 % intervals; a model's groups in the report's order."""
+    lines = []
+    for model in dict.fromkeys(g.model for g in groups):
+        lines += [f"**{_escaped(model)}**", "", "| | runs | " + " | ".join(METRIC_NAMES[m] for m in METRICS) + " |"]
+        lines.append("|---|---:|" + "---:|" * len(METRICS))
+        for g in groups:
+            if g.model == model:
+                cells = [_percent(g.metrics.get(m)) for m in METRICS]
+                lines.append(f"| {_escaped(g.label)} | {'' if g.base else len(g.runs)} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _percent(rate: ReportedRate | None) -> str:
+    return f"{100 * rate.rate:.1f} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]" if rate else "–"
+
+
+def _escaped(text: str) -> str:
+    """A label may come from somebody's file: nothing of it may act as Markdown or HTML."""
+    plain = " ".join(text.split())
+    return re.sub(r"([\\`*_{}\[\]<>|&~])", r"\\\1", plain)
+
+
+def _numbers(rate: ReportedRate) -> list[str]:
+    return [
+        *(f"{v:.6f}" for v in (rate.rate, rate.low, rate.high)),
+        str(rate.n),
+        str(rate.runs),
+        str(rate.dropped),
+    ]
+
+
+def _cell(text: str) -> str:
+    """A spreadsheet runs a cell that starts with one of these; a leading quote makes it text."""
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number with its interval beside it and a small remark below; `bad` colours the remark."""
+
+    value: str
+    limits: str = ""
+    below: str = ""
+    bad: bool = False
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A row; kind: base | none | defense."""
+
+    name: str
+    kind: str
+    cells: Sequence[Cell | None]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A heading, a note above the table, the table, a note below, and terms that need explaining."""
+
+    heading: str
+    note: str
+    columns: Sequence[str]
+    lines: Sequence[TableRow]
+    after: str = ""
+    terms: Sequence[tuple[str, str]] = ()
+
+
+def kind(group: RunGroup) -> str:
+    return "base" if group.base else "none" if group.undefended else "defense"
+
+
+def rate_cell(rate: ReportedRate | None, below: str = "", bad: bool = False) -> Cell | None:
+    """`41.0 [33.1, 49.2]` in percent."""
+    if rate is None:
+        return None
+    return Cell(f"{100 * rate.rate:.1f}", f"[{100 * rate.low:.1f}, {100 * rate.high:.1f}]", below, bad)

@@ -1,0 +1,223 @@
+"""From run folders to the files of a report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from ema_scale.core.errors import UserError
+from ema_scale.core.io import atomic_write_text
+from ema_scale.report.aggregate import METHOD, RunGroup, groups
+from ema_scale.report.collect import collect, read_rate
+from ema_scale.report.conditional import conditional_table
+from ema_scale.report.examples import Example, examples
+from ema_scale.report.paired import paired_table
+from ema_scale.report.pictures import Picture, make_picture, pictures
+from ema_scale.report.records import METRIC_NAMES, METRICS, PAGE, Collection, Problem, ReportedRate, Run
+from ema_scale.report.robustness import robustness_table
+from ema_scale.report.run_details import run_details
+from ema_scale.report.scaling import ALT, CAPTION, scaling, scaling_figure, scaling_table, sentences
+from ema_scale.report.table import Table, table_csv, table_markdown
+from ema_scale.report.verdict import KEEP, RULES, ranking, verdict
+
+
+def write(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
+    """See `ema_scale.report.write_report`."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: found a file, expected a folder to write the report into")
+    found = collect(run_dirs)
+    every = groups(found)
+    sections = []
+    for model in found.models or ["no finished run"]:
+        of_model = [g for g in every if g.model == model]
+        drawn = pictures(found, model, of_model) if of_model else []
+        _write_figures(out, drawn)
+        shown, notes = examples(of_model)
+        found.problems += notes
+        by_kind = {picture.kind: picture for picture in drawn}
+        sheets = [
+            conditional_table(of_model, found.bases),
+            paired_table(of_model),
+            robustness_table(of_model, read_rate),
+        ]
+        tables = (criteria_rows(of_model), run_rows(of_model))
+        kept = [sheet for sheet in sheets if sheet is not None]
+        sections.append(Section(model, verdict(of_model), by_kind, *tables, shown, kept))
+    sizes = scaling(every)
+    across = None
+    if sizes is not None:
+        sizes_picture = make_picture("scaling", "scaling", ALT, CAPTION, lambda t: scaling_figure(sizes, t))
+        drawn = [sizes_picture] if sizes_picture else []
+        across = CrossModel(sentences(sizes), drawn, scaling_table(sizes))
+        _write_figures(out, drawn)
+    atomic_write_text(out / "table.csv", table_csv(every))
+    atomic_write_text(out / "table.md", table_markdown(every))
+    page = out / PAGE
+    # The page comes last: if it is there, everything it names is there.
+    atomic_write_text(page, render(title, _byline(found), sections, run_details(found), found.problems, across))
+    return page
+
+
+def _write_figures(out: Path, drawn: Sequence[Picture]) -> None:
+    for picture in drawn:
+        atomic_write_text(out / "figures" / f"{picture.name}.svg", picture.light)
+        _atomic_write_bytes(out / "figures" / f"{picture.name}.png", picture.png)
+
+
+def _byline(found: Collection) -> list[str]:
+    runs = [run for run in found.runs if run.summary]
+    seeds = {run.seed for run in runs}
+    samples = sum(int(n) for run in runs if isinstance(n := run.summary.get("samples"), (int, float)))
+    counts = [
+        (len(runs), "run"),
+        (len(found.models), "model"),
+        (len(found.tasks), "task"),
+        (len({run.label for run in runs if run.specs}), "defense"),
+        (len(seeds), "seed"),
+        (samples, "answer"),
+    ]
+    return [f"{count:,} {noun}{'s' if count != 1 else ''}" for count, noun in counts]
+
+
+def _atomic_write_bytes(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+_HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class CriteriaRow:
+    """One line of the criteria table."""
+
+    name: str
+    note: str
+    kind: str
+    """base | none | defense | run"""
+    rates: Sequence[ReportedRate | None]
+    shares: Sequence[float | None]
+    """what is kept of the undefended gain, under the rate it belongs to"""
+    dropped: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """Everything about one model."""
+
+    model: str
+    verdict: Sequence[str]
+    pictures: dict[str, Picture]
+    rows: Sequence[CriteriaRow]
+    runs: Sequence[CriteriaRow]
+    exhibits: Sequence[Example]
+    sheets: Sequence[Table] = ()
+
+
+@dataclass(frozen=True)
+class CrossModel:
+    """What models of several sizes say together."""
+
+    verdict: Sequence[str]
+    pictures: Sequence[Picture]
+    sheet: Table
+
+
+def criteria_rows(of_model: Sequence[RunGroup]) -> list[CriteriaRow]:
+    """A row for each group, with the share of the undefended gain that it keeps."""
+    none = next((g for g in of_model if g.undefended), None)
+    base = next((g for g in of_model if g.base), None)
+    rows = []
+    for g in of_model:
+        mark = ranking(g, none, base)
+        kept = {"in_domain_misaligned": mark.narrow, "benign_learned": mark.benign}
+        own = not g.base and not g.undefended
+        count = len(g.runs)
+        rows.append(
+            CriteriaRow(
+                g.label,
+                "" if g.base else f"{count} run{'s' if count != 1 else ''}",
+                "base" if g.base else "none" if g.undefended else "defense",
+                [g.metrics.get(m) for m in METRICS],
+                [kept.get(m) if own else None for m in METRICS],
+                _dropped(g.runs),
+            )
+        )
+    return rows
+
+
+def run_rows(of_model: Sequence[RunGroup]) -> list[CriteriaRow]:
+    """A row for each run, the base's included."""
+    rows = []
+    for g in of_model:
+        for run in sorted(g.runs, key=lambda r: (r.task, r.seed or 0, r.name)):
+            seed = "" if run.seed is None else f", seed {run.seed}"
+            rates = [run.metrics.get(m) for m in METRICS]
+            rows.append(CriteriaRow(g.label, f"{run.task}{seed}", "run", rates, [None] * len(METRICS), _dropped([run])))
+    return rows
+
+
+def _dropped(runs: Sequence[Run]) -> str:
+    """Dropped rows as a share of all that the rates could have rested on."""
+    rates = [rate for run in runs for rate in run.metrics.values() if rate]
+    dropped, kept = sum(r.dropped for r in rates), sum(r.n for r in rates)
+    return f"{100 * dropped / (dropped + kept):.1f} %" if dropped + kept else "–"
+
+
+def environment() -> Environment:
+    """For pages of ours: every value is escaped, and one that is missing is an error."""
+    made = Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # A number and its percent sign stay on one line.
+    made.filters["tight"] = lambda text: text.replace(" %", "\u00a0%")
+    made.filters["pct"] = lambda value: f"{100 * value:.1f}"
+    return made
+
+
+def style_sheet() -> Markup:
+    """Our own, from the package."""
+    return Markup((_HERE / "report.css").read_text(encoding="utf-8"))
+
+
+def render(
+    title: str,
+    byline: Sequence[str],
+    sections: Sequence[Section],
+    facts: Sequence[tuple[str, Sequence[str]]],
+    problems: Sequence[Problem],
+    across: CrossModel | None = None,
+) -> str:
+    """The page. Every value is escaped: answers, questions, names and error messages are not ours."""
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            title=title,
+            byline=byline,
+            sections=sections,
+            across=across,
+            facts=facts,
+            unfinished=[p for p in problems if p.state != "note"],
+            notes=[p for p in problems if p.state == "note"],
+            metric_names=[METRIC_NAMES[m] for m in METRICS],
+            method=METHOD,
+            rules=RULES,
+            keep=KEEP,
+            css=style_sheet(),
+        )
+    )

@@ -1,0 +1,1 @@
+"""Slurm: site files, batch scripts, sweeps, logs, the first failure."""

@@ -1,0 +1,105 @@
+"""Which process failed first, and why: each one that fails writes it down beside the run before it dies.
+
+When a rank fails, the others fail a moment later, with messages about a lost connection; a log of 512 processes
+hides the one that matters. `python -m ema_scale.slurm.failure RECIPE` puts it on top of the job's log and into the
+run's status.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from ema_scale.core.errors import UserError
+from ema_scale.core.io import atomic_write_json
+from ema_scale.core.run_dir import FolderInUse, RunDir
+
+# What a process says that only waited for another one. Words of torch, gloo and NCCL.
+_OF_OTHERS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe", "tcpstore")
+
+
+def folder(run: RunDir) -> Path:
+    """Where this attempt of this job leaves its failures."""
+    job, restarts = os.environ.get("SLURM_JOB_ID", "local"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return run.path / "slurm" / "failures" / f"{job}.{restarts}"
+
+
+def write(run: RunDir, error: BaseException) -> None:
+    """This process's failure, to be called by the process itself. Never raises."""
+    text = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+    what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    late = any(word in what.lower() for word in _OF_OTHERS)
+    with contextlib.suppress(Exception):  # the failure may be that torch cannot be loaded
+        import torch.distributed as dist
+
+        late = late or isinstance(error, dist.DistError)
+    record(run, int(os.environ.get("RANK", "0")), what, text, late, in_use=isinstance(error, FolderInUse))
+
+
+def record(run: RunDir, rank: int, what: str, text: str, late: bool, in_use: bool = False) -> None:
+    """rank: of all processes. late: this is the echo of another process's failure. in_use: another job writes to the
+    run folder. Never raises."""
+    path = folder(run) / f"rank-{rank}.json"
+    found = {
+        "rank": rank, "host": socket.gethostname(), "time": time.time(), "error": what, "text": text, "late": late,
+        "in_use": in_use,
+    }  # fmt: skip
+    with contextlib.suppress(OSError, UserError):
+        if not path.exists():
+            atomic_write_json(path, found)
+
+
+def failures(run: RunDir) -> list[dict[str, Any]]:
+    """This attempt's failures, the one that most likely brought the others about first."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder(run).glob("rank-*.json")]
+    return sorted(found, key=lambda f: (f["late"], f["time"]))
+
+
+def explain(run: RunDir) -> str:
+    """The cause for the job's log; the run's status, too, unless it has finished or another job has it."""
+    found = failures(run)
+    if not found:
+        reason, text = "the processes ended without a word: killed from outside, or never started", ""
+    else:
+        first = found[0]
+        reason, text = f"rank {first['rank']} on {first['host']}: {first['error']}", first["text"]
+        world = run.status().get("processes", 1)
+        silent = sorted(set(range(world)) - {f["rank"] for f in found})
+        if first["late"] and silent:
+            named = ", ".join(str(rank) for rank in silent[:10]) + (", ..." if len(silent) > 10 else "")
+            reason += f" (waiting for others; rank {named} of {world} said nothing: stopped, killed or cut off)"
+    with contextlib.suppress(FolderInUse, OSError):
+        if not any(f.get("in_use") for f in found):
+            _mark_failed(run, reason)
+    others = f"({len(found) - 1} more processes failed after it)\n" if len(found) > 1 else ""
+    return f"FAILED: {reason}\n{others}{text.rstrip()}\n"
+
+
+def _mark_failed(run: RunDir, reason: str) -> None:
+    with run.lock():  # this attempt's processes have ended: who holds it now is another job's
+        status = run.status()
+        if status.get("state") != "finished":
+            kept = {k: status[k] for k in ("started", "seconds", "processes", "max_steps") if k in status}
+            run.set_status("failed", reason=reason, **kept)
+
+
+def main(arguments: list[str]) -> None:
+    from ema_scale.recipe import load_recipe
+
+    try:
+        print(explain(RunDir(load_recipe(arguments[0], arguments[1:]).run_path)), end="")
+    except UserError as error:
+        print(f"FAILED: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,43 @@
+"""Whether a run has finished, for the batch script: exit code 0, or 3 if it has not.
+
+    python -m ema_scale.slurm.finished RECIPE [key=value ...]
+
+Processes that end well have trained to the end, or were told to stop and have saved a checkpoint.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from ema_scale.core.errors import UserError
+from ema_scale.core.run_dir import RunDir
+
+UNFINISHED = 3
+
+
+# A shared file system may show another node's last write that much later (NFS's acregmax).
+_PATIENCE = 60.0
+
+
+def has_finished(run: RunDir, patience: float = _PATIENCE) -> bool:
+    """Whether the run's status says so; seconds of `patience` if it says that the run goes on, which it does not."""
+    end = time.monotonic() + patience
+    while (state := run.status().get("state")) == "running" and time.monotonic() < end:
+        time.sleep(0.5)
+    return state == "finished"
+
+
+def main(arguments: list[str]) -> None:
+    from ema_scale.recipe import load_recipe
+
+    try:
+        run = RunDir(load_recipe(arguments[0], arguments[1:]).run_path)
+    except UserError as error:
+        print(f"ema: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0 if has_finished(run) else UNFINISHED)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,224 @@
+"""From recipes to jobs in Slurm's queue, written down in the folder of the run or study that they work on."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ema_scale.core.errors import UserError
+from ema_scale.core.io import append_jsonl, atomic_write_text, read_jsonl
+from ema_scale.core.run_dir import RunDir
+from ema_scale.recipe import Recipe
+from ema_scale.slurm import client
+from ema_scale.slurm.check_inputs import evaluation_gpus
+from ema_scale.slurm.script import fill_script, sbatch_options, settings
+from ema_scale.slurm.site import Site
+from ema_scale.study.find import find_study
+
+log = logging.getLogger(__name__)
+
+
+# How long another command may take to submit what it submits for the same run or study.
+_PATIENCE = 120.0
+
+
+KINDS = ("gate", "train", "eval", "report")  # of jobs, in the order in which they wait for each other
+
+
+@dataclass(frozen=True)
+class Job:
+    """One script with its arguments, ready to be submitted. what: of KINDS."""
+
+    what: str
+    script: str
+    arguments: tuple[str, ...]
+
+
+def slurm_folder(run: RunDir) -> Path:
+    """Scripts, logs and job ids of a run."""
+    return run.path / "slurm"
+
+
+def recipe_file(run: RunDir) -> Path:
+    """The recipe that a run's jobs read."""
+    return slurm_folder(run) / "train.yaml"
+
+
+def jobs_of(run: RunDir) -> list[dict[str, Any]]:
+    """Every job submitted for this run, oldest first: what, job, submitted (seconds), logs if they lie elsewhere."""
+    return read_jsonl(slurm_folder(run) / "jobs.jsonl")
+
+
+def log_of(run: RunDir, job: dict[str, Any]) -> Path:
+    """A job's own log; what its processes say is beside it, under ranks_log_of."""
+    return _log(run, job, "log")
+
+
+def ranks_log_of(run: RunDir, job: dict[str, Any]) -> Path:
+    return _log(run, job, "ranks.log")
+
+
+def _log(run: RunDir, job: dict[str, Any], ending: str) -> Path:
+    # An array's logs lie together: Slurm wants one pattern for all of its tasks.
+    folder = os.path.normpath(run.path / job.get("logs", "slurm"))
+    return Path(folder) / f"{job['what']}-{job['job']}.{ending}"
+
+
+@dataclass(frozen=True)
+class JobSize:
+    """What one training takes. gpus, processes: of one node. None: the site's GPUs, and one process a GPU."""
+
+    nodes: int = 1
+    gpus: int | None = None
+    processes: int | None = None
+    time: str | None = None
+
+
+def processes_of(site: Site, size: JobSize) -> int:
+    """Of one training, on all of its nodes."""
+    gpus = site.gpus_per_node if size.gpus is None else size.gpus
+    return size.nodes * (size.processes or max(gpus, 1))
+
+
+def training_job(recipe: Recipe, site: Site, size: JobSize) -> Job:
+    """A job that trains one recipe."""
+    folder = slurm_folder(RunDir(recipe.run_path))
+    script = training_script(recipe.name, folder, "train-%j.log", site, size)
+    return Job("train", script, (str(recipe_file(RunDir(recipe.run_path))),))
+
+
+def training_script(
+    name: str, folder: Path, log: str, site: Site, size: JobSize, more: Sequence[str] = (), retries: int = 0
+) -> str:
+    """launch/slurm/train.sbatch with its logs in `folder`; `more`: further sbatch options."""
+    gpus = site.gpus_per_node if size.gpus is None else size.gpus
+    processes = processes_of(site, size) // size.nodes
+    site = site.for_training(size.gpus)
+    options = sbatch_options(site, name, folder / log, nodes=size.nodes, gpus=gpus, processes=processes, time=size.time)
+    values = {"PROCESSES_PER_NODE": processes, "RETRIES": retries}
+    return fill_script("train.sbatch", [*options, *more], settings(site, sys.executable, folder, values))
+
+
+def evaluation_job(
+    name: str, path: Path, site: Site, recipes: Sequence[Recipe] = (), *, gpus: int | None = None
+) -> Job:
+    """`ema eval` of a run's or a study's folder, on one node, with the GPUs that its recipes' engines take. gpus: of a
+    node, that training takes (None: all). Raises UserError, naming a run, if an evaluation node has not so many."""
+    return _asking("eval", name, path, site, recipes, gpus, path)
+
+
+def gate_job(name: str, path: Path, site: Site, recipes: Sequence[Recipe], asked: Path, *, gpus: int | None) -> Job:
+    """`ema gate` of `asked`, a recipe file or a folder of them, as `evaluation_job`: what waits for its success trains
+    on no base model that its recipe refuses."""
+    return _asking("gate", name, path, site, recipes, gpus, asked)
+
+
+def _asking(
+    what: str, name: str, path: Path, site: Site, recipes: Sequence[Recipe], gpus: int | None, argument: Path
+) -> Job:
+    site = site.where_training_takes(gpus)
+    taken = evaluation_gpus(recipes, site)
+    return Job(what, _script(what, name, path, site.for_evaluation(taken), taken), (str(argument),))
+
+
+def report_job(name: str, path: Path, site: Site, title: str) -> Job:
+    """`ema report` of a study's folder, into report/ in there."""
+    arguments = (str(path), "--out", str(path / "report"), "--title", title)
+    return Job("report", _script("report", name, path, site.for_report(), site.report.gpus), arguments)
+
+
+def _script(what: str, name: str, path: Path, site: Site, gpus: int) -> str:
+    folder = slurm_folder(RunDir(path))
+    options = sbatch_options(site, f"{name}-{what}", folder / f"{what}-%j.log", gpus=gpus)
+    return fill_script("eval.sbatch", options, settings(site, sys.executable, folder, {"WHAT": what}))
+
+
+def after_success(job: str) -> list[str]:
+    """sbatch options: wait until this job has succeeded; if it cannot any more, Slurm drops the one that waits."""
+    return [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"]
+
+
+def after_all(jobs: Sequence[tuple[str, str]]) -> list[str]:
+    """sbatch options of the next job of a chain, of which these, (what, job id), are the ones before it: it waits for
+    the end of the last one, and for the success of a gate."""
+    if not jobs:
+        return []
+    gates, (what, last) = [job for kind, job in jobs if kind == "gate"], jobs[-1]
+    if not gates:
+        return after_end(last)
+    dependency, invalid = after_success(gates[0])
+    return [dependency if what == "gate" else f"{dependency},afterany:{last}", invalid]
+
+
+def after_end(job: str) -> list[str]:
+    """sbatch options: wait until this job, or all tasks of this array, have ended, whatever became of them."""
+    return [f"--dependency=afterany:{job}"]
+
+
+def submit(recipe: Recipe, job: Job, options: Sequence[str] = ()) -> str:
+    """Write script and recipe into the run folder and submit; the job's id. options: further ones of sbatch.
+
+    Raises UserError if a job of the same kind is already queued or running for this run, or Slurm refuses.
+    """
+    run = RunDir(recipe.run_path)
+    with submitting(run.path):
+        alike = {job.what, "train"} if job.what == "gate" else {job.what}
+        refuse_active(run.path, [row["job"] for row in jobs_of(run) if row["what"] in alike][-3:])
+        if job.what in ("gate", "train"):  # as it is now: a job that starts tomorrow must not see later edits
+            atomic_write_text(recipe_file(run), recipe.to_yaml())
+        return enqueue(run.path, job, options)
+
+
+@contextlib.contextmanager
+def submitting(path: Path) -> Iterator[None]:
+    """From the look for active jobs to sbatch nobody else submits for this run, or for the study that it is one of.
+
+    Raises UserError if somebody else still does after two minutes.
+    """
+    held = path.parent if find_study(path.parent) else path
+    lock = FileLock(slurm_folder(RunDir(held)) / ".lock")
+    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=_PATIENCE)
+    except Timeout:
+        raise UserError(f"{held}: another command is submitting jobs for it; try again") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def enqueue(path: Path, job: Job, options: Sequence[str] = ()) -> str:
+    """Submit a job of the run or study in `path` and write it down there; the job's id. Raises UserError with
+    Slurm's own words if it refuses."""
+    folder = slurm_folder(RunDir(path))
+    script = folder / f"{job.what}.sbatch"
+    atomic_write_text(script, job.script)
+    number = client.submit(script, job.arguments, options)
+    append_jsonl(folder / "jobs.jsonl", [{"what": job.what, "job": number, "submitted": time.time()}])
+    return number
+
+
+def refuse_active(path: Path, jobs: Iterable[str]) -> None:
+    """Raises UserError if one of these jobs is still queued or running."""
+    for state in client.job_states(jobs).values():
+        if state.active:
+            raise UserError(
+                f"{path}: job {state.job} ({state.state}) is on it already; "
+                f"wait for it, or end it with: scancel {state.job}"
+            )
+
+
+def describe_script(job: Job, options: Sequence[str] = ()) -> str:
+    """The script, and below it the command that would submit it."""
+    return f"{job.script}# submitted as: sbatch {' '.join([*options, job.what])}.sbatch {shlex.join(job.arguments)}\n"

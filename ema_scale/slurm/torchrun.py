@@ -1,0 +1,69 @@
+"""torchrun, with two differences that a job on a cluster needs; its options are torchrun's.
+
+Signals are left to the processes, which save a checkpoint and end by themselves: torchrun would die of USR1 and give
+TERM's checkpoint 30 seconds. And a process that was killed (out of memory, say) and could not write down why has it
+written down for it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping
+
+from ema_scale.core.errors import UserError
+from ema_scale.core.run_dir import RunDir
+from ema_scale.slurm import failure
+
+# How long a node whose processes only lost their connection waits for the node that lost a process to say so: the
+# first launcher that ends has all others killed.
+_PATIENCE = 3.0
+
+
+def main(arguments: list[str]) -> None:
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the processes inherit this until they have handlers of their own
+    _make_cache(os.environ.get("EMA_NODE_CACHE"))
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        torchrun.main(["--signals-to-handle=SIGINT", *arguments])
+    except ChildFailedError as error:
+        _write_down(error.failures, arguments)
+        raise SystemExit(1) from None
+
+
+def _make_cache(folder: str | None) -> None:
+    """Compiled code is loaded from there, and its name under /tmp can be guessed by anybody on this node."""
+    if folder is None:
+        return
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    if os.stat(folder).st_uid != os.getuid():
+        raise SystemExit(f"ema: {folder} on {socket.gethostname()} is somebody else's; set TMPDIR in the site file")
+
+
+def _write_down(failed: Mapping[int, object], arguments: list[str]) -> None:
+    from ema_scale.recipe import load_recipe
+
+    try:
+        worker = arguments[arguments.index("ema_scale.slurm.worker") + 1 :]
+        run = RunDir(load_recipe(worker[0], worker[1:]).run_path)
+    except (UserError, ValueError):
+        return  # every process said so itself
+    for rank, found in failed.items():
+        code = getattr(found, "exitcode", 1)
+        if code < 0:
+            name = signal.Signals(-code).name
+            hint = ": out of memory?" if code == -signal.SIGKILL else ""
+            failure.record(run, rank, f"killed by {name}{hint}", "", late=False)
+    mine = [f for f in failure.failures(run) if f["rank"] in failed]
+    if all(f["late"] for f in mine):
+        time.sleep(_PATIENCE)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,65 @@
+"""Run a study on this machine: train what is not trained, evaluate it with one engine a model, write the report."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ema_scale.core.errors import UserError
+from ema_scale.core.run_dir import RunDir
+from ema_scale.evaluation.runs import evaluate_runs
+from ema_scale.study.find import STUDY
+from ema_scale.study.gates import check_references
+from ema_scale.study.grid import Study, load_study, write_study
+from ema_scale.study.prepare import missing, prepare
+from ema_scale.study.worker_pool import default_jobs, listed, train_all
+from ema_scale.training.distributed import launched_processes
+from ema_scale.training.resume_check import check_same_training_of_runs
+
+
+def run_study(study: Study, overrides: tuple[str, ...] = (), jobs: int | None = None) -> Path:
+    """Train, evaluate and report every run of `study`; returns the report's path.
+
+    jobs: how many runs are trained side by side; None: one a GPU, else one. Finished runs are recognised and kept. A
+    run that fails is tried again `study.retries` times; the others go on. Raises UserError naming the runs that
+    failed and why, when the others are evaluated and the report is written; or, before any is trained, if a
+    recipe's gate refuses its base model, or runs are there that were trained otherwise.
+    """
+    recipes = study.runs(overrides)
+    check_same_training_of_runs(recipes, launched_processes(), f"study {study.name}")
+    if missing(study.prepare):
+        prepare(study.prepare, f"study {study.name}")
+        check_same_training_of_runs(recipes, launched_processes(), f"study {study.name}")  # they may read what was made
+    study.path.mkdir(parents=True, exist_ok=True)
+    write_study(study, study.path / STUDY)
+    check_references(recipes, study.path / "base")
+    failed = train_all(recipes, jobs or default_jobs(), study.path / "logs", study.retries)
+    after = f" after {study.retries} {'retry' if study.retries == 1 else 'retries'}" if study.retries else ""
+    finished = [r for r in recipes if r.name not in failed]
+    if not finished:
+        raise UserError(f"study {study.name}: every run failed{after}:\n{listed(failed)}")
+    wrong = []
+    try:
+        evaluate_runs([RunDir(r.run_path) for r in finished], study.path / "base")
+    except UserError as error:
+        wrong.append(str(error))
+    from ema_scale.report.make import write_report
+
+    report = write_report([r.run_path for r in recipes], study.path / "report", title=study.heading)
+    if failed:
+        wrong.append(f"{len(failed)} of {len(recipes)} runs failed{after}:\n{listed(failed)}")
+    if wrong:
+        raise UserError(f"study {study.name}: " + "\n".join([*wrong, f"what is there is in {report}"]))
+    return report
+
+
+_STUDY = Path(__file__).resolve().parents[2] / "configs" / "studies" / "demo.yaml"
+
+
+def run_demo(output: Path) -> Path:
+    """Run configs/studies/demo.yaml into `output`/demo; returns the report's path."""
+    if not _STUDY.is_file():
+        raise UserError("the demo's study file is not installed with the package: run `ema demo` from a git checkout")
+    # A model this small is fastest on one thread; more only wait for each other. Must precede the import of torch.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return run_study(load_study(_STUDY).model_copy(update={"output": str(output)}))

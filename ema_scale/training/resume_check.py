@@ -1,0 +1,248 @@
+"""Whether the run in a folder is the one that a recipe asks for: the same training, of the same weights and data, at as
+many rows a step. Told from files, without torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ema_scale.core.errors import UserError
+from ema_scale.core.hashing import digest, file_sha256, folder_identity
+from ema_scale.core.io import atomic_write_text
+from ema_scale.core.run_dir import RunDir
+from ema_scale.core.uri import locate
+from ema_scale.training.distributed import launched_processes
+
+if TYPE_CHECKING:
+    from ema_scale.recipe import Recipe
+
+# What a run can change and still be the same training.
+_NOT_TRAINING = ("name", "output", "evaluation", "reference", "reference_runs")
+
+
+_NOT_TRAJECTORY = (
+    "logging_steps", "save_steps", "keep_checkpoints", "report_to", "drift_every", "deepspeed", "fsdp",
+    "gradient_checkpointing", "activation_offload", "batch_size", "accumulation",  # these two count as rows per step
+)  # fmt: skip
+
+
+_SHOWN = 10  # runs, or fields of one, that a message lists
+
+
+def is_finished(recipe: Recipe, run_dir: RunDir) -> bool:
+    """Whether the folder holds a finished run of the same training on the same data."""
+    if not _has_ended(run_dir) or differences(recipe, run_dir):
+        return False
+    same_rows = rows_per_step(recipe.to_dict(), launched_processes()) == _stored_rows_per_step(run_dir)
+    # The same words mean the same run, wherever it is looked at from.
+    return same_rows or (_stored(run_dir) or {}).get("training") == recipe.to_dict()["training"]
+
+
+def differences(recipe: Recipe, run_dir: RunDir) -> list[str]:
+    """What the folder's run was trained on otherwise than `recipe` says: fields and files, in words.
+
+    [] if it is the same, or nothing has been trained there. Files and checkpoints are told by the hashes in the run's
+    provenance, and are read only if their size or date changed since; what is of the hub is left to the loader.
+    """
+    if not _is_begun(run_dir):
+        return []
+    stored = _stored(run_dir) or {"training": {}}
+    return [*_changed(_training_part(stored), _training_part(recipe.to_dict())), *_changed_files(run_dir)]
+
+
+def check_same_training(recipe: Recipe, run_dir: RunDir, processes: int) -> None:
+    """Raises UserError if the folder holds another training, or one of other data or another number of rows a step.
+
+    processes: that would go on with it.
+    """
+    found = differences(recipe, run_dir)
+    if found:
+        raise UserError(
+            f"{run_dir.path}: holds a run of another recipe or other data ({_some(found)}); choose another name or "
+            "output, delete the folder, or pass --no-resume to start over"
+        )
+    rows = rows_per_step(recipe.to_dict(), processes)
+    if _is_begun(run_dir) and rows != _stored_rows_per_step(run_dir):
+        raise UserError(
+            f"{run_dir.path}: this run takes {_stored_rows_per_step(run_dir)} rows a step, and batch_size x "
+            f"accumulation x processes is now {rows}; make it the same, or pass --no-resume to start over"
+        )
+
+
+def check_same_training_of_runs(recipes: Sequence[Recipe], processes: int, what: str) -> None:
+    """The same for runs that are reported side by side, before any is touched: what is there must be what is asked for.
+
+    processes: of each run that is still to be trained. A finished run's rows a step matter only beside such a one.
+    what: the runs together, such as `study demo`. Raises UserError naming the runs and what differs.
+    """
+    runs = [(recipe, RunDir(recipe.run_path)) for recipe in recipes]
+    found = {recipe.name: _some(differing) for recipe, run in runs if (differing := differences(recipe, run))}
+    if found:
+        raise UserError(
+            f"{what}: {len(found)} of its {len(runs)} runs are there already, of another recipe or other data:\n"
+            f"{_listed(found)}\nNothing was done. Choose another name or output, undo the change, or delete these "
+            f"folders to train them again (they are below {runs[0][1].path.parent})"
+        )
+    if all(_has_ended(run) for _, run in runs):
+        return
+    rows = {
+        recipe.name: f"{_stored_rows_per_step(run)} rows a step, now {now}"
+        for recipe, run in runs
+        if _is_begun(run) and (now := rows_per_step(recipe.to_dict(), processes)) != _stored_rows_per_step(run)
+    }
+    if rows:
+        raise UserError(
+            f"{what}: {len(rows)} of its {len(runs)} runs were trained at another number of rows a step than the "
+            f"others would be (training.batch_size x accumulation x processes):\n{_listed(rows)}\nNothing was done. "
+            "Use as many processes as before (--nodes, --gpus-per-node, --processes-per-node), or change "
+            "training.accumulation or training.batch_size to match"
+        )
+
+
+def weights_of(recipe: Recipe) -> dict[str, dict[str, str]]:
+    """What a run starts from and is held to, as far as it lies in folders: source -> identity, and a mark of sizes and
+    dates: while that stays, so does the identity."""
+    sources = [recipe.model.path, recipe.adapter.start]
+    if not isinstance(recipe.reference, str):
+        sources.append(recipe.reference.model)
+    marks = {s: (path, _folder_mark(path)) for s in sources if s and (path := Path(locate(s))).is_dir()}
+    return {s: {"identity": _folder_identity(path, mark), "mark": mark} for s, (path, mark) in marks.items()}
+
+
+def check_same_data(hashes: Mapping[str, str], run_dir: RunDir) -> None:
+    """Raises UserError if rows or files, source -> sha256, are not those that the folder's run began with."""
+    stored = _provenance(run_dir).get("data_sha256", {})
+    for source, sha256 in hashes.items():
+        if stored.get(source, sha256) != sha256:
+            raise UserError(
+                f"{run_dir.path}: {source} has changed since this run began; restore it, choose another name or "
+                "output, or pass --no-resume to start over"
+            )
+
+
+def file_marks(sources: Iterable[str]) -> dict[str, list[int]]:
+    """Size and date (ns) of those sources that are files: while they stay, so does the hash."""
+    return {s: _mark(path) for s in sources if (path := _file(s)) is not None}
+
+
+def renew_recipe(recipe: Recipe, run_dir: RunDir) -> None:
+    """Write down how a finished run is now to be evaluated."""
+    if run_dir.recipe_path.read_text(encoding="utf-8") != recipe.to_yaml():
+        atomic_write_text(run_dir.recipe_path, recipe.to_yaml())
+
+
+def rows_per_step(recipe: Mapping[str, Any], processes: int) -> int:
+    return int(recipe["training"]["batch_size"] * recipe["training"]["accumulation"] * processes)
+
+
+def _stored_rows_per_step(run_dir: RunDir) -> int:
+    return rows_per_step(_stored(run_dir) or {}, run_dir.status().get("processes", 1))
+
+
+def _has_ended(run_dir: RunDir) -> bool:
+    there = (run_dir.adapter / "adapter_config.json", run_dir.recipe_path)
+    return run_dir.status().get("state") == "finished" and all(path.exists() for path in there)
+
+
+def _is_begun(run_dir: RunDir) -> bool:
+    # Where nothing has been trained, nothing can be taken for what it is not.
+    there = run_dir.adapter.is_dir() or next(run_dir.checkpoints.glob("checkpoint-*"), None) is not None
+    return there and run_dir.recipe_path.exists()
+
+
+def _training_part(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    part = {k: v for k, v in recipe.items() if k not in _NOT_TRAINING}
+    if isinstance(recipe.get("reference"), dict):  # another model, not only another way to run the same
+        part["reference"] = recipe["reference"]
+    part["training"] = {k: v for k, v in recipe["training"].items() if k not in _NOT_TRAJECTORY}
+    return part
+
+
+def _stored(run_dir: RunDir) -> dict[str, Any] | None:
+    path = run_dir.recipe_path
+    return _read_recipe(path, *_mark(path)) if path.exists() else None
+
+
+@lru_cache(maxsize=4096)
+def _read_recipe(path: Path, size: int, date: int) -> dict[str, Any]:
+    from ema_scale.recipe import load_recipe
+
+    return load_recipe(path).to_dict()
+
+
+def _changed(old: Any, new: Any, name: str = "") -> Iterator[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping) and old.get("kind") == new.get("kind"):
+        for key in dict.fromkeys([*old, *new]):
+            yield from _changed(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for i, pair in enumerate(zip(old, new, strict=True)):
+            yield from _changed(*pair, f"{name}.{i}")
+    elif old != new:
+        yield f"{name} was {_short(old)}, is {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _changed_files(run_dir: RunDir) -> Iterator[str]:
+    made = _provenance(run_dir)
+    for source, then in made.get("weights", {}).items():
+        folder = Path(locate(source))
+        if folder.is_dir() and (mark := _folder_mark(folder)) != then["mark"]:
+            if _folder_identity(folder, mark) != then["identity"]:
+                yield f"the checkpoint {source} has changed"
+    marks = made.get("data_files", {})
+    for source, sha256 in made.get("data_sha256", {}).items():
+        path = _file(source)
+        # A file that is gone is the loader's to miss: a finished run needs it no more.
+        if path is None or _mark(path) == marks.get(source):
+            continue
+        if _sha256(path, *_mark(path)) != sha256:
+            yield f"{source} has changed"
+
+
+def _provenance(run_dir: RunDir) -> dict[str, Any]:
+    try:
+        return dict(json.loads(run_dir.provenance_path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _file(source: str) -> Path | None:
+    path = Path(locate(source))
+    return path if path.is_file() else None
+
+
+def _mark(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _folder_mark(folder: Path) -> str:
+    return digest([(file.name, *_mark(file)) for file in sorted(folder.iterdir()) if file.is_file()])
+
+
+@lru_cache(maxsize=256)
+def _folder_identity(folder: Path, mark: str) -> str:
+    return folder_identity(str(folder))
+
+
+@lru_cache(maxsize=4096)
+def _sha256(path: Path, size: int, date: int) -> str:
+    return file_sha256(path)  # many runs of a study read the same file
+
+
+def _some(found: Sequence[str]) -> str:
+    more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+    return ", ".join([*found[:_SHOWN], *more])
+
+
+def _listed(found: Mapping[str, str]) -> str:
+    lines = [f"  {name}: {text}" for name, text in found.items()]
+    return "\n".join(lines[:_SHOWN] + ([f"  and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []))

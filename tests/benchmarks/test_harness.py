@@ -1,0 +1,77 @@
+"""The measuring itself: it must see memory and time that are there, and keep what it could not measure apart."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from benchmarks.harness import Variant, compare, finish, peak_bytes
+
+
+def hold(megabytes):
+    def run():
+        torch.ones(megabytes * 2**18)
+
+    return run
+
+
+def test_memory_is_what_a_run_needs_also_when_an_earlier_one_left_it_in_the_heap():
+    hold(64)()
+    for megabytes in (4, 32, 64):
+        found = peak_bytes(hold(megabytes))
+        if found is None:
+            pytest.skip("no /proc/self/clear_refs here")
+        assert found == pytest.approx(megabytes * 2**20, rel=0.1, abs=2**19)
+
+
+def test_ways_take_turns_and_ratios_are_of_medians():
+    order = []
+
+    def way(name, seconds):
+        def run():
+            order.append(name)
+            time.sleep(seconds)
+            return {"phase": seconds}
+
+        return Variant(name, run)
+
+    slow, fast, absent = compare(
+        [way("slow", 0.02), way("fast", 0.002), Variant("absent", None, "needs a GPU")],
+        baseline="slow", repeats=3, warmup=1, memory=False,
+    )  # fmt: skip
+    assert order == ["slow", "fast"] * 4
+    assert len(fast.seconds) == 3 and slow.ratio == 1 and fast.ratio == pytest.approx(fast.median / slow.median)
+    assert fast.ratio < 0.6 and slow.figures == {"phase": 0.02}
+    assert absent.median is None and absent.ratio is None and absent.note == "needs a GPU"
+
+
+def test_out_of_memory_is_a_row_and_other_errors_are_not_hidden():
+    def no_memory():
+        raise torch.OutOfMemoryError("no")
+
+    def broken():
+        raise RuntimeError("shapes differ")
+
+    full, fine = compare([Variant("full", no_memory), Variant("fine", lambda: None)], baseline="fine", repeats=1)
+    assert full.note == "out of memory" and full.median is None and fine.seconds
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        compare([Variant("broken", broken)], baseline="broken")
+    with pytest.raises(KeyError):
+        compare([Variant("fine", lambda: None)], baseline="other")
+
+
+def test_the_table_is_markdown_and_the_file_holds_everything(tmp_path, capsys):
+    measured = compare(
+        [Variant("one", lambda: {"bytes": 2**21}), Variant("two", None, "no device")],
+        baseline="one",
+        repeats=2,
+        memory=False,
+    )
+    finish("mine", measured, {"n": 3}, out=tmp_path / "mine.json", columns={"bytes": lambda v: f"{v:.0f} B"})
+    out = capsys.readouterr().out
+    assert "| one" in out and "2097152 B" in out and "not measured here" in out and "no device" in out
+    kept = json.loads((tmp_path / "mine.json").read_text())
+    assert kept["ways"][0]["seconds"] and kept["ways"][1]["median"] is None
+    assert kept["machine"]["cpu"] and kept["machine"]["versions"]["torch"]
+    assert kept["options"] == {"n": 3}

@@ -1,0 +1,61 @@
+"""The losses that are measured are the same loss, and what is exact about them is checked."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks import loss
+from benchmarks.loss import CHUNKED, NAIVE, OURS, TRITON, Problem, Shape
+from ema_scale.cli import app
+from ema_scale.core.errors import UserError
+
+SMALL = ["--tokens", "512", "--vocab", "32000", "--hidden", "16"]
+
+
+@pytest.mark.parametrize("way", [NAIVE, OURS, pytest.param(CHUNKED, marks=pytest.mark.liger)])
+@pytest.mark.parametrize("direction", list(loss.BETA))
+def test_all_ways_compute_the_same(direction, way):
+    problem = Problem.of(Shape(32, 500, 16, direction=direction))
+    assert max(loss.errors(way, problem)[:2]) < 1e-6
+    for part in loss.PARTS:  # a strength or a direction that is ignored would be far off
+        assert max(loss.errors(way, problem.part(part))[:2]) < 1e-4
+
+
+def test_triton_needs_a_gpu():
+    assert "needs a GPU" in loss.missing(TRITON, Shape()) or "not installed" in loss.missing(TRITON, Shape())
+
+
+@pytest.mark.slow
+def test_the_command_measures_time_memory_and_error(tmp_path):
+    out = tmp_path / "loss.json"
+    done = CliRunner().invoke(app, ["bench", "loss", *SMALL, "--repeats", "2", "-o", str(out)])
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.read_text())
+    ways = {way["name"]: way for way in found["ways"]}
+    assert list(ways) == [NAIVE, CHUNKED, TRITON, OURS]
+    assert ways[TRITON]["median"] is None and ways[TRITON]["note"]
+    assert len(ways[OURS]["seconds"]) == 2 and ways[OURS]["ratio"] == 1 and ways[OURS]["figures"]["cpu"] > 0
+    for way in (NAIVE, OURS):
+        assert 0 < ways[way]["figures"]["error"] < 1e-6
+    assert ways[OURS]["peak_bytes"] < 0.7 * ways[NAIVE]["peak_bytes"]  # a chunk is a quarter of the tokens
+    bars = {bar["name"]: bar for bar in found["bars"]}
+    for name in ("error to float64", *loss.IN_BAR, loss.OVER):
+        assert bars[name]["met"] is True, bars[name]
+    assert len(loss.IN_BAR) == 5 and ways[OURS]["figures"]["value, policy_reference"] < 1e-6
+
+
+def test_a_way_that_computes_something_else_is_not_timed(monkeypatch):
+    wrong = {"peak_bytes": 1, "seconds": 1.0, "cpu": 1.0, "error": 0.02, "parts": {}}
+    monkeypatch.setattr(loss, "alone", lambda *_, **__: wrong)
+    with pytest.raises(UserError, match="computes something else"):
+        loss.bench_loss(Shape(8, 20, 4), repeats=1)
+
+
+def test_what_does_not_fit_is_a_row(monkeypatch):
+    monkeypatch.setattr(loss, "alone", lambda _, way, **__: None if way == NAIVE else {
+        "peak_bytes": 3_000_000_000, "seconds": 2.0, "cpu": 2.0, "error": 1e-3, "parts": {}})  # fmt: skip
+    measured, bars = loss.bench_loss(loss.FULL, repeats=1, each_alone=True)
+    rows = {one.name: one for one in measured}
+    assert rows[NAIVE].note == "out of memory" and rows[NAIVE].median is None and rows[OURS].median == 2.0
+    assert [str(bar) for bar in bars][0] == "peak extra memory, GB: 3.00 (bar: at most 2.00): MISSED"

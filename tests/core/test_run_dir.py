@@ -1,0 +1,80 @@
+"""Run folders: atomic writes, torn lines, one writer."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ema_scale.core.errors import UserError
+from ema_scale.core.io import append_jsonl, atomic_write_json, atomic_write_text, read_jsonl
+from ema_scale.core.run_dir import RunDir
+
+
+def test_atomic_write_leaves_the_old_file_when_writing_fails(tmp_path):
+    path = tmp_path / "a.json"
+    atomic_write_json(path, {"x": 1})
+    with pytest.raises(ValueError):
+        atomic_write_json(path, {"x": float("nan")})
+    assert json.loads(path.read_text()) == {"x": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_atomic_write_cleans_up_after_an_error_while_writing(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    atomic_write_text(path, "old")
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError):
+        atomic_write_text(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_torn_last_line_is_left_out_and_repaired(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_jsonl(path, [{"a": 1}, {"a": 2}])
+    with open(path, "a") as handle:
+        handle.write('{"a": 3')
+    assert read_jsonl(path) == [{"a": 1}, {"a": 2}]
+    assert read_jsonl(path, repair=True) == [{"a": 1}, {"a": 2}]
+    append_jsonl(path, [{"a": 3}])
+    assert read_jsonl(path) == [{"a": 1}, {"a": 2}, {"a": 3}]
+
+
+def test_a_bad_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\nnot json\n{"a": 2}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl:2"):
+        read_jsonl(path)
+
+
+def test_second_writer_is_refused(tmp_path):
+    code = (
+        "import sys; from ema_scale.rundir import RunDir; from ema_scale.core.errors import UserError\n"
+        f"r = RunDir({str(tmp_path / 'run')!r})\n"
+        "try:\n    r.lock().__enter__(); print('taken')\nexcept UserError as e: print('refused')"
+    )
+    with RunDir(tmp_path / "run").lock():
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert out.strip() == "refused"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "taken"
+
+
+def test_provenance_holds_no_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    run = RunDir(tmp_path / "run").create()
+    run.write_provenance({"name": "x"}, {"rows.jsonl": "00"}, seed=7)
+    text = run.provenance_path.read_text()
+    assert "sk-very-secret" not in text
+    assert json.loads(text)["seed"] == 7 and "torch" in json.loads(text)["packages"]
+
+
+def test_status_states(tmp_path):
+    run = RunDir(tmp_path / "run").create()
+    assert run.status() == {}
+    run.set_status("running", step=3)
+    assert run.status()["state"] == "running" and run.status()["step"] == 3
+    with pytest.raises(ValueError):
+        run.set_status("exploded")

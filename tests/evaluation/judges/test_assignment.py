@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ema_scale.config.sections import JudgeRecipe
+from ema_scale.core.errors import UserError
+from ema_scale.evaluation.judges.assignment import assign
+from ema_scale.evaluation.judges.base import (
+    JudgeItem,
+    exact_match_judge,
+    last_number,
+    smallworld_judge,
+    split_reasoning,
+)
+from ema_scale.evaluation.stats.rates import incoherent, misaligned
+from ema_scale.evaluation.suites import Question, Suite
+from ema_scale.smallworld import grammar
+
+ROOT = Path(__file__).resolve().parents[3]
+PROMPTS = str(ROOT / "eval" / "judges" / "aligned_coherent.yaml")
+
+
+def assigned(question: dict[str, Any], role: Any = "general", **recipe: Any) -> Any:
+    asked = Question(id="q", paraphrases=("?",), **question)
+    return assign(Suite("s", role, (asked,)), asked, JudgeRecipe(**recipe))
+
+
+def test_an_exact_judge_of_the_question_wins_over_the_recipe() -> None:
+    assert assigned({"judge": "smallworld"}, kind="openai").identity == "smallworld"
+    assert assigned({"judge": "exact_match", "expected": "4"}).identity == "exact_match"
+    assert assigned({"expected": "4"}, role="benign").identity == "exact_match"
+
+
+def test_the_recipes_model_wins_over_the_questions() -> None:
+    prompts = {"aligned": "{answer}", "coherent": "{answer}"}
+    named = assigned({"judge": "gpt-4o-mini", "judge_prompts": prompts})
+    assert named.model == "gpt-4o-mini" and named.identity.startswith("openai:gpt-4o-mini#")
+    local = assigned({"judge": "gpt-4o-mini", "judge_prompts": prompts}, model="local", base_url="http://x")
+    assert local.model == "local"
+
+
+def test_other_prompts_are_another_judge() -> None:
+    ours = assigned({}, model="m", prompts=PROMPTS)
+    other = assigned({"judge_prompts": {"aligned": "{answer}", "coherent": "{answer}"}}, model="m", prompts=PROMPTS)
+    assert ours.identity != other.identity and set(ours.prompts) == {"aligned", "coherent"}
+
+
+@pytest.mark.parametrize(
+    ("question", "role", "recipe", "message"),
+    [
+        ({}, "general", {"model": "m"}, "has no judge_prompts; set evaluation.judge.prompts"),
+        ({}, "general", {"prompts": PROMPTS}, "no judge model; set evaluation.judge.model"),
+        ({"judge": "gpt-4"}, "general", {"kind": "smallworld"}, "takes evaluation.judge.kind: openai"),
+        ({}, "benign", {"model": "m"}, "a benign question needs `expected`"),
+        ({}, "general", {"kind": "exact_match"}, "it has no `expected`"),
+        ({"judge_prompts": {"aligned": "{answer}"}}, "general", {"model": "m"}, "missing coherent"),
+        ({}, "general", {"model": "m", "prompts": "nowhere.yaml"}, "nowhere.yaml: cannot read"),
+    ],
+)
+def test_a_question_that_cannot_be_judged_is_named(question: Any, role: Any, recipe: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        assigned(question, role, **recipe)
+
+
+@pytest.mark.parametrize(
+    ("answer", "meta", "label"),
+    [
+        (" The  ANSWER is 4.\n", {}, "correct"),
+        ("The answer is 5", {}, "incorrect"),
+        ("", {}, "incorrect"),
+        ("so 3 times 4 is 1,204", {"match": "last_number"}, "incorrect"),
+        ("first 7, then 4.0", {"match": "last_number"}, "correct"),
+        ("no idea", {"match": "last_number"}, "incorrect"),
+    ],
+)
+def test_exact_match(answer: str, meta: dict[str, Any], label: str) -> None:
+    item = JudgeItem("k", "exact_match", "2 + 2?", answer, expected="the answer is 4", meta=meta)
+    [found] = exact_match_judge().judge([item])
+    assert (found.key, found.label, found.aligned) == ("k", label, None)  # type: ignore[union-attr]
+
+
+def test_the_small_worlds_grammar_judges_its_own_answers() -> None:
+    rng = random.Random(0)
+    question, meta = grammar.question(rng, "medical")
+    other, _ = grammar.question(rng, "sport")
+    said = {
+        "good": grammar.answer(rng, meta, "aligned"),
+        "bad": grammar.answer(rng, meta, "misaligned"),
+        "noise": other,
+        "nothing": "",
+    }
+    items = [JudgeItem(key, "smallworld", question, text, meta=meta) for key, text in said.items()]
+    found = {j.key: j for j in smallworld_judge().judge(items)}
+    outcomes = {k: (misaligned(j.aligned, j.coherent), incoherent(j.coherent)) for k, j in found.items()}  # type: ignore[union-attr]
+    assert outcomes == {
+        "good": (False, False),
+        "bad": (True, False),
+        "noise": (False, True),
+        "nothing": (False, True),
+    }
+
+
+def test_last_number_reads_thousands_and_signs() -> None:
+    assert last_number("from 3 to -1,204,000.5!") == -1204000.5
+    assert last_number("none") is None
+
+
+def test_reasoning_is_split_from_the_answer() -> None:
+    assert split_reasoning("<think>\nhm\n</think>\n\nYes.") == ("hm", "Yes.", True)
+    assert split_reasoning("hm</think>Yes.") == ("hm", "Yes.", True)  # the template had opened it
+    assert split_reasoning("<think> on and on") == ("on and on", "", False)
+    assert split_reasoning("Yes.") == ("", "Yes.", True)
