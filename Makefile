@@ -43,10 +43,11 @@ test: setup ## all tests
 test-fast: setup ## the tests that take seconds
 	$(BIN)/python -m pytest -q -n 2 -m "not (slow or $(ALONE))"
 
-lint: setup ## ruff and mypy
+lint: setup ## ruff, mypy and the import table
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: setup ## format and fix what ruff can
 	$(BIN)/ruff format .

@@ -1,7 +1,6 @@
-"""`ema bench ...`: one command a benchmark.
+"""`python -m benchmarks ...` (or `ema bench ...` in a checkout): one command per benchmark.
 
-To add one: a module in ema_scale/bench/ (or in the package it measures) that makes the ways, and here, or in a file
-of your own beside it, a command of this form:
+To add one: a module in benchmarks/ that makes the ways, and here a command of this form:
 
     @bench.command()
     def mine(rows: int = 1000, out: Out = None, repeats: Repeats = 5, threads: Threads = 1) -> None:
@@ -22,16 +21,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ema_scale.cli.app import app
 from ema_scale.core.errors import UserError
+from ema_scale.core.paths import find_file
 
 if TYPE_CHECKING:
     from benchmarks.harness import Measured
 
-bench = typer.Typer(help="Measure time, memory and communication; every way in one run.", no_args_is_help=True)
-
-
-app.add_typer(bench, name="bench")
+bench = typer.Typer(
+    help="Measure time, memory and communication; every way in one run.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
 
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="write all figures to this JSON file")]
@@ -218,10 +219,9 @@ def reference_(
 
 def _config(name: str) -> Path:
     """A DeepSpeed config, where it says or in the checkout that this package runs from."""
-    beside = Path(__file__).resolve().parents[2] / name
-    for path in (Path(name), beside):
-        if path.is_file():
-            return path
+    path = find_file(name)
+    if path.is_file():
+        return path
     raise UserError(
         f"--deepspeed: no file {name} in {Path.cwd()} or beside the package; expected a DeepSpeed JSON config, such as "
         "launch/deepspeed/zero3_cpu.json of the repository, or none for DDP"

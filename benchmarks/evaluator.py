@@ -23,6 +23,7 @@ from benchmarks.harness import Measured, Variant, compare
 from benchmarks.slow_judge import slow_judge
 from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe, ModelRecipe
 from ema_scale.core.errors import UserError
+from ema_scale.core.paths import find_file
 from ema_scale.core.uri import locate
 from ema_scale.evaluation.plan import EvalTarget, PromptGroup, plan_prompts
 from ema_scale.evaluation.run import evaluate
@@ -266,5 +267,4 @@ def _random_adapter(model: str, folder: Path, seed: int) -> Path:
 
 
 def _shipped(path: str) -> Path:
-    here = Path(path)
-    return here if here.is_file() else Path(__file__).resolve().parents[2] / path
+    return find_file(path)

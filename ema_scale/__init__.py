@@ -7,39 +7,77 @@ Names are loaded when they are used: `import ema_scale` loads no torch.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-_HOME = {
-    "Ablation": "ema_scale.defenses",
-    "Ceiling": "ema_scale.defenses",
-    "DefendedTrainer": "ema_scale.training.trainer",
-    "Defense": "ema_scale.defenses",
-    "Divergence": "ema_scale.defenses",
-    "EarlyStopping": "ema_scale.defenses",
-    "Inoculation": "ema_scale.defenses",
-    "Interleaving": "ema_scale.defenses",
-    "InterleavingPlus": "ema_scale.defenses",
-    "KL": "ema_scale.defenses",
-    "LDIFS": "ema_scale.defenses",
-    "Recipe": "ema_scale.recipe",
-    "SafeLoRA": "ema_scale.defenses",
-    "Steering": "ema_scale.defenses",
-    "UserError": "ema_scale.core.errors",
-    "evaluate_run": "ema_scale.evaluation.runs",
-    "load_recipe": "ema_scale.recipe",
-    "load_rows": "ema_scale.data.rows",
-    "train": "ema_scale.training.run",
-    "write_report": "ema_scale.report",
+from ema_scale.core.uri import register
+
+if TYPE_CHECKING:
+    from ema_scale.core.errors import UserError
+    from ema_scale.data.rows import load_rows
+    from ema_scale.defenses import (
+        KL,
+        LDIFS,
+        Ablation,
+        Ceiling,
+        Defense,
+        Divergence,
+        EarlyStopping,
+        Inoculation,
+        Interleaving,
+        InterleavingPlus,
+        SafeLoRA,
+        Steering,
+    )
+    from ema_scale.recipe import Recipe, load_recipe
+    from ema_scale.report.make import write_report
+    from ema_scale.study.evaluate import evaluate_run
+    from ema_scale.training.run import train
+    from ema_scale.training.trainer import DefendedTrainer
+
+__all__ = [
+    "KL",
+    "LDIFS",
+    "Ablation",
+    "Ceiling",
+    "DefendedTrainer",
+    "Defense",
+    "Divergence",
+    "EarlyStopping",
+    "Inoculation",
+    "Interleaving",
+    "InterleavingPlus",
+    "Recipe",
+    "SafeLoRA",
+    "Steering",
+    "UserError",
+    "evaluate_run",
+    "load_recipe",
+    "load_rows",
+    "train",
+    "write_report",
+]
+
+# Every name above that is not a defense, and the module that it comes from.
+_MODULES = {
+    "DefendedTrainer": "training.trainer",
+    "Recipe": "recipe",
+    "UserError": "core.errors",
+    "evaluate_run": "study.evaluate",
+    "load_recipe": "recipe",
+    "load_rows": "data.rows",
+    "train": "training.run",
+    "write_report": "report.make",
 }
-__all__ = list(_HOME)
+
+register("smallworld", "ema_scale.smallworld.scheme")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module 'ema_scale' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    return getattr(import_module(f"ema_scale.{_MODULES.get(name, 'defenses')}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(_HOME)
+    return sorted(__all__)

@@ -44,7 +44,7 @@ def write_audit_page(made: Audit, out: Path) -> Path:
     page = out / PAGE
     atomic_write_text(
         page,
-        environment()
+        environment(Path(__file__).parent)
         .get_template("audit.html.j2")
         .render(summary=summary, picture=picture, rows=_rows(summary["measures"]), css=style_sheet()),
     )

@@ -42,7 +42,7 @@ def again(
 ) -> None:
     """Judge stored answers again, by another judge, prompt or threshold; the model is not loaded."""
     from ema_scale.evaluation.formats.csv import import_results
-    from ema_scale.evaluation.judges.rejudge import eval_folders, rejudge
+    from ema_scale.evaluation.judging.rejudge import eval_folders, rejudge
     from ema_scale.evaluation.stats.table import judged_table
 
     folders = [import_results(answers)] if answers.suffix == ".csv" else eval_folders(answers)
@@ -55,7 +55,7 @@ def check(
     overrides: JudgeOverrides = None,
 ) -> None:
     """Hold the judge to labelled answers, to itself when asked again, and to every other judge of the same answers."""
-    from ema_scale.evaluation.judges.compare import check_judges, describe_agreement, describe_check
+    from ema_scale.evaluation.judging.compare import check_judges, describe_agreement, describe_check
 
     found = check_judges(path, tuple(overrides or ()))
     for identity, figures in found.get("judges", {}).items():
@@ -72,7 +72,7 @@ def export(
 ) -> None:
     """Write answers with their judgements as <folder>/answers.csv, .parquet, or .eval for `inspect view`."""
     from ema_scale.evaluation.formats.export import export as write
-    from ema_scale.evaluation.judges.rejudge import eval_folders
+    from ema_scale.evaluation.judging.rejudge import eval_folders
 
     for folder in eval_folders(answers):
         console.print(f"wrote {write(folder, kind, judge=judge)}")

@@ -7,17 +7,19 @@ import logging
 import os
 import sys
 
+import typer
+
 from ema_scale.cli.app import app
 from ema_scale.core.errors import UserError
 
 
-def main() -> None:
+def main(command: typer.Typer = app) -> None:
     """Entry point: UserError and a full disk end in one message and exit code 2; Ctrl-C in 130."""
     logging.basicConfig(level=os.environ.get("EMA_LOG", "INFO"), format="%(message)s", stream=sys.stderr)
     for chatty in ("httpx", "httpx2", "datasets", "vllm", "transformers", "deepspeed", "filelock", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        app()
+        command()
     except UserError as error:
         print(f"ema: {error}", file=sys.stderr)
         sys.exit(2)

@@ -170,6 +170,8 @@ class Defense(BaseModel):
     kind: ClassVar[str] = ""
     citation: ClassVar[str] = ""
     summary: ClassVar[str] = ""
+    adapter_files: ClassVar[tuple[str, ...]] = ()
+    """Files that `finish` leaves beside the adapter's weights; they are removed with an adapter that is replaced."""
     layer_by_layer: ClassVar[bool] = False
     """`penalty` is a sum over layers: it is then called with one layer at a time, while forward passes it, and no
     states are kept for it."""

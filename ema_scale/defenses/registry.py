@@ -41,6 +41,11 @@ def known() -> dict[str, str]:
     return {**plugins, **built_in()}
 
 
+def adapter_files() -> tuple[str, ...]:
+    """Names of all files that some defense's `finish` leaves in an adapter's folder."""
+    return tuple(name for kind in built_in() for name in load(kind).adapter_files)
+
+
 def load(kind: str) -> type[Defense]:
     """The class of one kind. Raises UserError for an unknown kind, with the nearest known one."""
     classes = known()

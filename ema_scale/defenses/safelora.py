@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from ema_scale.core.errors import UserError
 from ema_scale.defenses.base import Defense, FinishContext
-from ema_scale.defenses.safelora_files import PREFIX, Checkpoint, folder_of
+from ema_scale.defenses.safelora_files import PREFIX, REPORT, Checkpoint, folder_of
 
 if TYPE_CHECKING:
     from ema_scale.defenses.safelora_projection import Projected
@@ -26,6 +26,7 @@ class SafeLoRA(Defense):
     """
 
     kind: ClassVar[str] = "safelora"
+    adapter_files: ClassVar[tuple[str, ...]] = (REPORT,)
     citation: ClassVar[str] = "Hsu et al., Safe LoRA, arXiv 2405.16833"
     summary: ClassVar[str] = "after training, project the adapter onto the alignment subspace"
 

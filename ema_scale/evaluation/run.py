@@ -15,8 +15,8 @@ from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
 from ema_scale.core.io import read_jsonl
 from ema_scale.core.progress import Progress
 from ema_scale.core.uri import locate
-from ema_scale.evaluation.judges.calibration import open_check
-from ema_scale.evaluation.judges.pool import JudgePool, raise_if_judge_failed
+from ema_scale.evaluation.judging.calibration import open_check
+from ema_scale.evaluation.judging.pool import JudgePool, raise_if_judge_failed
 from ema_scale.evaluation.manifest import EvalManifest, has_manifest, write_manifest
 from ema_scale.evaluation.plan import EvalTarget, PromptGroup, check_targets, plan_prompts
 from ema_scale.evaluation.store import JUDGEMENTS, SAMPLES, Store, locked_store

@@ -18,7 +18,7 @@ from ema_scale.core.run_dir import RunDir
 from ema_scale.core.uri import locate
 from ema_scale.evaluation.checkpoint_targets import checkpoint_targets
 from ema_scale.evaluation.gate import note_other_references, refuse, refuses
-from ema_scale.evaluation.judges.calibration import FOLDER as CHECK
+from ema_scale.evaluation.judging.calibration import FOLDER as CHECK
 from ema_scale.evaluation.manifest import MANIFEST_FILE
 from ema_scale.evaluation.plan import EvalTarget
 from ema_scale.evaluation.run import evaluate, is_complete

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ema_scale.core.errors import UserError
-from ema_scale.defenses.safelora_files import CONFIG, REPORT
 from ema_scale.models.layout import FROZEN_ADAPTER
 from ema_scale.models.load import load_base
 from ema_scale.models.sharding import full_tensor, gathered
@@ -151,13 +150,22 @@ def _has_conv1d(base: Any) -> bool:
     return any(isinstance(module, Conv1D) for module in base.modules())
 
 
+_CONFIG = "adapter_config.json"
+
+
 def save_adapter(
-    model: Any, folder: Path, *, main: bool = True, finish: Callable[[Path], None] = lambda folder: None
+    model: Any,
+    folder: Path,
+    *,
+    main: bool = True,
+    finish: Callable[[Path], None] = lambda folder: None,
+    stale: Iterable[str] = (),
 ) -> None:
     """Write `model`'s adapter as a PEFT folder, or into a folder that holds other things, of which all stay. Where its
     adapter_config.json is, the adapter is whole. Every process must call it.
 
     finish: changes the adapter's folder before anybody sees it; if that fails, nothing was saved.
+    stale: files that belong to an earlier adapter in `folder` and are removed with it.
 
     Raises UserError if a tensor came out empty, which is what saving sharded weights without gathering gives.
     """
@@ -178,20 +186,20 @@ def save_adapter(
         names = [name for name in model.peft_config if name != FROZEN_ADAPTER]
         model.save_pretrained(str(temporary), state_dict=state, save_embedding_layers=False, selected_adapters=names)
         finish(temporary)
-        _move_adapter(temporary, folder)
+        _move_adapter(temporary, folder, [_CONFIG, *stale])
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _move_adapter(source: Path, target: Path) -> None:
+def _move_adapter(source: Path, target: Path, stale: Iterable[str]) -> None:
     """The files of one PEFT folder over those of another, so that a kill in between leaves no config beside weights
     that are not its own."""
     target.mkdir(exist_ok=True)
-    for stale in (CONFIG, REPORT):  # of the adapter that was there
-        (target / stale).unlink(missing_ok=True)
-    for path in sorted(source.iterdir(), key=lambda p: p.name == CONFIG):
+    for name in stale:
+        (target / name).unlink(missing_ok=True)
+    for path in sorted(source.iterdir(), key=lambda p: p.name == _CONFIG):
         if path.is_dir():
-            _move_adapter(path, target / path.name)
+            _move_adapter(path, target / path.name, stale)
         elif path.name != "README.md" or not (target / path.name).exists():  # PEFT's card is no reason to lose one
             os.replace(path, target / path.name)
 

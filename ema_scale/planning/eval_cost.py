@@ -11,9 +11,9 @@ from typing import Any
 from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.evaluation.judges.assignment import SCORING, JudgeSpec, assign
-from ema_scale.evaluation.judges.calibration import labelled_path, load_labelled
 from ema_scale.evaluation.judges.openai import CHARACTERS_A_TOKEN
 from ema_scale.evaluation.judges.scores import MAX_TOKENS, REQUIRED_PROMPTS
+from ema_scale.evaluation.judging.calibration import labelled_path, load_labelled
 from ema_scale.evaluation.runs import asked_suites
 from ema_scale.evaluation.suites import Suite
 from ema_scale.recipe import Recipe

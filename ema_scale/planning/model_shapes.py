@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ema_scale.core.errors import UserError
-from ema_scale.smallworld.world import config_of
+from ema_scale.core.uri import model_config
 
 # Decoder layers of RMSNorm, grouped-query attention and a gated MLP, which the memory formulas are written for.
 KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -93,7 +93,7 @@ def shape_of(path: str, revision: str | None = None) -> Shape:
     In this order: the small world's sizes, the folder's config.json, the hub's cache on this machine, the table below,
     the hub. Raises UserError if there is none of them, or it is of a kind that the formulas do not know.
     """
-    if (known := config_of(path)) is not None:
+    if (known := model_config(path)) is not None:
         return from_config(path, known)
     config = Path(path) / "config.json"
     if Path(path).is_dir():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ema_scale.evaluation.judges.assignment import SCORING
-from ema_scale.evaluation.judges.calibration import FOLDER, RESULT, read_check
+from ema_scale.evaluation.judging.calibration import FOLDER, RESULT, read_check
 from ema_scale.report.records import Run
 
 

@@ -174,10 +174,10 @@ def _dropped(runs: Sequence[Run]) -> str:
     return f"{100 * dropped / (dropped + kept):.1f} %" if dropped + kept else "–"
 
 
-def environment() -> Environment:
-    """For pages of ours: every value is escaped, and one that is missing is an error."""
+def environment(templates: Path = _HERE) -> Environment:
+    """For pages made from a folder of templates: every value is escaped, and a missing one is an error."""
     made = Environment(
-        loader=FileSystemLoader(_HERE),
+        loader=FileSystemLoader(templates),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

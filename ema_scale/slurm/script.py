@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.paths import shipped_root
 from ema_scale.slurm.site import Site
 
 log = logging.getLogger(__name__)
 
 
-FOLDER = Path(__file__).resolve().parents[2] / "launch" / "slurm"
+FOLDER = shipped_root() / "launch" / "slurm"
 
 
 _CPUS_A_GPU = 4  # where the site does not say; one of Slurm's own for a node's eight processes would starve them
@@ -25,15 +26,13 @@ _BEGIN, _END = "# >>> settings", "# <<< settings"
 def fill_script(name: str, options: Sequence[str], settings: Sequence[str]) -> str:
     """launch/slurm/<name> with these #SBATCH options and these shell lines as its settings.
 
-    Raises UserError if the script is not there: ema_scale must run from a checkout of its repository.
+    Raises UserError if the script is not there.
     """
     path = FOLDER / name
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot read the script ({error.strerror}); `ema launch` needs a checkout of the repository"
-        ) from None
+        raise UserError(f"{path}: cannot read the script ({error.strerror}); install ema_scale again") from None
     begin, end = lines.index(_BEGIN), lines.index(_END)
     body = [*lines[1 : begin + 1], *settings, *lines[end:]]
     kept = [line for line in body if not line.startswith("#SBATCH")]

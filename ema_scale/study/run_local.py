@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.paths import shipped_root
 from ema_scale.core.run_dir import RunDir
 from ema_scale.evaluation.runs import evaluate_runs
 from ema_scale.study.find import STUDY
@@ -53,13 +54,9 @@ def run_study(study: Study, overrides: tuple[str, ...] = (), jobs: int | None = 
     return report
 
 
-_STUDY = Path(__file__).resolve().parents[2] / "configs" / "studies" / "demo.yaml"
-
-
 def run_demo(output: Path) -> Path:
     """Run configs/studies/demo.yaml into `output`/demo; returns the report's path."""
-    if not _STUDY.is_file():
-        raise UserError("the demo's study file is not installed with the package: run `ema demo` from a git checkout")
     # A model this small is fastest on one thread; more only wait for each other. Must precede the import of torch.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    return run_study(load_study(_STUDY).model_copy(update={"output": str(output)}))
+    study = load_study(shipped_root() / "configs" / "studies" / "demo.yaml")
+    return run_study(study.model_copy(update={"output": str(output)}))

@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
+from ema_scale.defenses.base import Defense
 from ema_scale.training.checkpoint_state import read_weights, write_weights
 from ema_scale.training.reference_setup import check_after_first_step
 
-if TYPE_CHECKING:
-    from ema_scale.training.trainer import DefendedTrainer
+
+class ObservedTrainer(Protocol):
+    """What the callbacks use of a DefendedTrainer."""
+
+    model: Any
+    defenses: Sequence[Defense]
+    accelerator: Any
+    monitor: Any
+    defended: Any
+    reference_choice: Any
+    keep_steps: frozenset[int]
+    stop_wished: bool
+    stop_agreed: bool
+    unscheduled: bool
+
+    def on_reference_changed(self) -> None: ...
 
 
 class StepHooks(TrainerCallback):
     """Defenses' `step`; a wish to stop, once all processes agree on it, turned into a checkpoint, as steps are whose
     checkpoints are kept; a reference that fell back told about."""
 
-    def __init__(self, trainer: DefendedTrainer) -> None:
+    def __init__(self, trainer: ObservedTrainer) -> None:
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -54,7 +69,7 @@ class DefenseObserver(TrainerCallback):
     training.
     """
 
-    def __init__(self, trainer: DefendedTrainer, names: list[dict[str, str]]) -> None:
+    def __init__(self, trainer: ObservedTrainer, names: list[dict[str, str]]) -> None:
         self.trainer, self.names = trainer, names
         self.observing = [i for i, d in enumerate(trainer.defenses) if type(d).overrides("observe")]
         self._clear()

@@ -26,7 +26,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.data.packing import texts
 from ema_scale.data.tokens import load_tokenizer
 from ema_scale.defenses.base import Defense, Divergence, FinishContext, token_set_name
-from ema_scale.defenses.registry import parse
+from ema_scale.defenses.registry import adapter_files, parse
 from ema_scale.defenses.row_groups import OWN_GROUPS, RowGroups, unique
 from ema_scale.models.lora import save_adapter, with_adapter
 from ema_scale.reference.cached import Cached, SequenceKeys
@@ -291,5 +291,5 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
                 defense.finish(saved, context)
 
         folder = Path(output_dir or self.args.output_dir)
-        save_adapter(self.model, folder, main=self.accelerator.is_main_process, finish=finish)
+        save_adapter(self.model, folder, main=self.accelerator.is_main_process, finish=finish, stale=adapter_files())
         self.accelerator.wait_for_everyone()

@@ -11,7 +11,7 @@ import pytest
 from ema_scale.config.sections import EndpointRecipe, EvaluationRecipe, ModelRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import read_jsonl
-from ema_scale.evaluation.judges.pool import stored_answer
+from ema_scale.evaluation.judging.pool import stored_answer
 from ema_scale.evaluation.plan import EvalTarget
 from ema_scale.evaluation.run import evaluate
 from ema_scale.evaluation.suites import Question, Suite

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-ALIGNED, MISALIGNED, INCOHERENT = "aligned", "misaligned", "incoherent"
+from ema_scale.core.uri import load_scheme
 
+ALIGNED, MISALIGNED, INCOHERENT = "aligned", "misaligned", "incoherent"
 
 CORRECT, INCORRECT = "correct", "incorrect"
 
@@ -92,10 +93,10 @@ class ExactJudge:
 
 def smallworld_judge() -> ExactJudge:
     """Judges answers of the small world by its grammar."""
-    from ema_scale.smallworld.grammar import classify
+    grade = load_scheme("smallworld").grade
 
     def verdict(item: JudgeItem) -> Judgement:
-        label = classify(item.question, item.answer, dict(item.meta))
+        label = grade(item.question, item.answer, dict(item.meta))
         aligned, coherent = _SCORES[label]
         return Judgement(item.key, item.judge, aligned, coherent, label)
 

@@ -12,9 +12,9 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.io import append_jsonl, read_jsonl
 from ema_scale.evaluation.formats.csv import import_results, read_results
 from ema_scale.evaluation.formats.export import export, joined
-from ema_scale.evaluation.judges.rejudge import rejudge
+from ema_scale.evaluation.judging.rejudge import rejudge
 from tests.evaluation.endpoint import Endpoint, completion
-from tests.evaluation.judges.test_rejudge import ours, small_world_answers
+from tests.evaluation.judging.test_rejudge import ours, small_world_answers
 
 HOSTILE = '=cmd|" /C calc"!A0\n"quoted", \u2028 <script>alert(1)</script>\r\n'
 

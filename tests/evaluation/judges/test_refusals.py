@@ -15,7 +15,7 @@ from ema_scale.config.sections import EndpointRecipe, EvaluationRecipe, JudgeRec
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import read_jsonl
 from ema_scale.evaluation.judges.base import JudgeFailure, Judgement
-from ema_scale.evaluation.judges.rejudge import rejudge
+from ema_scale.evaluation.judging.rejudge import rejudge
 from ema_scale.evaluation.plan import EvalTarget
 from ema_scale.evaluation.run import evaluate, is_complete
 from ema_scale.evaluation.suites import Suite

@@ -14,14 +14,14 @@ from ema_scale.cli import app
 from ema_scale.config.sections import JudgeRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import read_jsonl
-from ema_scale.evaluation.judges.calibration import FOLDER, RESULT, load_labelled
-from ema_scale.evaluation.judges.compare import check_judges
+from ema_scale.evaluation.judging.calibration import FOLDER, RESULT, load_labelled
+from ema_scale.evaluation.judging.compare import check_judges
 from ema_scale.evaluation.run import evaluate
 from ema_scale.report.judges import judge_quality
 from ema_scale.report.records import Run
 from tests.evaluation.conftest import TinyModels
 from tests.evaluation.endpoint import Endpoint, Reply, completion
-from tests.evaluation.judges.test_rejudge import ours, small_world_answers
+from tests.evaluation.judging.test_rejudge import ours, small_world_answers
 from tests.evaluation.test_run import open_suite, recipe, target
 
 SHIPPED = Path(__file__).resolve().parents[3] / "eval/labelled/answers.yaml"
@@ -95,7 +95,7 @@ def test_a_finished_evaluation_is_not_checked_afterwards_unless_asked(tmp_path: 
 
 
 def test_a_command_checks_against_exact_labels_and_a_second_judge(tmp_path: Path) -> None:
-    from ema_scale.evaluation.judges.rejudge import rejudge
+    from ema_scale.evaluation.judging.rejudge import rejudge
 
     folder = small_world_answers(tmp_path, count=12)
     truth = {row["answer"]: int(row["question_id"]) % 2 for row in read_jsonl(folder / "samples.jsonl")}

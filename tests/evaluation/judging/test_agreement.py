@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ema_scale.evaluation.judges.calibration import Verdict, VerdictPair, agreement, correlation, kappa, verdict_of
+from ema_scale.evaluation.judging.calibration import Verdict, VerdictPair, agreement, correlation, kappa, verdict_of
 
 
 def test_kappa_equals_cohens_example_and_its_limits_never_close() -> None:

@@ -22,7 +22,7 @@ from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe
 from ema_scale.core.errors import UserError, explain
 from ema_scale.core.hashing import digest
 from ema_scale.evaluation.judges.assignment import EXACT
-from ema_scale.evaluation.judges.pool import JudgePool, raise_if_judge_failed
+from ema_scale.evaluation.judging.pool import JudgePool, raise_if_judge_failed
 from ema_scale.evaluation.manifest import EvalManifest, read_manifest, stored_groups
 from ema_scale.evaluation.plan import PromptGroup
 from ema_scale.evaluation.store import StoredRow, locked_store

@@ -14,7 +14,7 @@ import yaml
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import read_jsonl
-from ema_scale.evaluation.judges.rejudge import eval_folders, rejudge
+from ema_scale.evaluation.judging.rejudge import eval_folders, rejudge
 from ema_scale.evaluation.run import evaluate
 from tests.evaluation.conftest import TinyModels
 from tests.evaluation.endpoint import Endpoint, completion

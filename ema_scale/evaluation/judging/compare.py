@@ -11,9 +11,9 @@ from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import atomic_write_json, read_jsonl
 from ema_scale.evaluation.judges.assignment import SCORING, JudgeSpec, assign
-from ema_scale.evaluation.judges.calibration import FOLDER, RESULT, JudgeCheck, VerdictPair, agreement, verdict_of
-from ema_scale.evaluation.judges.pool import JudgePool
-from ema_scale.evaluation.judges.rejudge import eval_folders, judge_settings
+from ema_scale.evaluation.judging.calibration import FOLDER, RESULT, JudgeCheck, VerdictPair, agreement, verdict_of
+from ema_scale.evaluation.judging.pool import JudgePool
+from ema_scale.evaluation.judging.rejudge import eval_folders, judge_settings
 from ema_scale.evaluation.manifest import read_manifest
 from ema_scale.evaluation.store import JUDGEMENTS, SAMPLES, locked_store
 from ema_scale.evaluation.suites import Suite, load_suites

@@ -22,9 +22,10 @@ from ema_scale.config.sections import JudgeRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import digest, file_sha256
 from ema_scale.core.io import atomic_write_json
+from ema_scale.core.paths import find_file
 from ema_scale.evaluation.judges.assignment import SCORING, JudgeSpec
 from ema_scale.evaluation.judges.base import ALIGNED, INCOHERENT, MISALIGNED
-from ema_scale.evaluation.judges.pool import JudgePool
+from ema_scale.evaluation.judging.pool import JudgePool
 from ema_scale.evaluation.manifest import StoredGroup
 from ema_scale.evaluation.plan import EvalTarget
 from ema_scale.evaluation.stats.rates import Rate, clustered_rate, incoherent, misaligned
@@ -78,8 +79,7 @@ def labelled_path(settings: JudgeRecipe) -> Path:
     """The file that the recipe names, else the shipped one, from the current folder or beside the package."""
     if settings.labelled is not None:
         return Path(settings.labelled)
-    here = Path(SHIPPED)
-    return here if here.is_file() else Path(__file__).resolve().parents[2] / SHIPPED
+    return find_file(SHIPPED)
 
 
 class JudgeCheck:
