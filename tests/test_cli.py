@@ -48,7 +48,12 @@ def recipe(tmp_path, model):
             "model": {"path": model, "dtype": "float32"},
             "data": {"train": str(tmp_path / "rows.jsonl"), "max_length": 64},
             "adapter": {"r": 4, "alpha": 8},
-            "training": {"max_steps": 2, "batch_size": 2, "accumulation": 1, "report_to": []},
+            "training": {
+                "max_steps": 2,
+                "per_device_train_batch_size": 2,
+                "gradient_accumulation_steps": 1,
+                "report_to": [],
+            },
             **changes,
         }
         path = tmp_path / "recipe.yaml"
@@ -141,7 +146,7 @@ def test_dry_run_prints_the_recipe_and_the_plan_and_does_nothing(ema, recipe, tm
             {},
             "the base model, by adapter_off: a second forward of the same weights, no second model; rows are seen 0.5",
         ),
-        ({"training": {"epochs": 3, "report_to": []}}, "the base model, by cached: rows are seen 3 times"),
+        ({"training": {"num_train_epochs": 3, "report_to": []}}, "the base model, by cached: rows are seen 3 times"),
         ({"reference": "two_stream"}, "the base model, by two_stream: asked for"),
         ({"reference": {"kind": "separate", "model": "org/other"}}, "another model, org/other"),
         ({"adapter": {"start": "runs/first/adapter"}}, "the adapter that training goes on from, by adapter_off: "),
@@ -156,13 +161,18 @@ def test_dry_run_says_which_reference_and_why(ema, recipe, changes, expected):
 def test_dry_run_reads_the_stage_of_zero_from_the_config_and_not_from_its_name(ema, recipe, tmp_path):
     def said(stage):
         (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-        training = {"max_steps": 1, "batch_size": 1, "report_to": [], "deepspeed": str(tmp_path / "ds.json")}
+        training = {
+            "max_steps": 1,
+            "per_device_train_batch_size": 1,
+            "report_to": [],
+            "deepspeed": str(tmp_path / "ds.json"),
+        }
         return ema("train", recipe(defenses=[{"kind": "kl"}], training=training), "--dry-run")
 
     assert "by two_stream: each layer is gathered once" in said(3)[1]
     assert "by adapter_off: " in said(2)[1]
     assert_clear(said("many"), "ds.json: expected a DeepSpeed JSON config")
-    fsdp = {"max_steps": 1, "batch_size": 1, "report_to": [], "fsdp": True}
+    fsdp = {"max_steps": 1, "per_device_train_batch_size": 1, "report_to": [], "fsdp": True}
     found = ema("train", recipe(defenses=[{"kind": "kl"}], training=fsdp), "--dry-run")
     assert "by two_stream: each layer is gathered once" in found[1]
 

@@ -25,15 +25,15 @@ def test_defaults_are_the_papers(tmp_path):
     recipe = load_recipe(write(tmp_path / "r.yaml", MINIMAL))
     assert (recipe.adapter.r, recipe.adapter.alpha, recipe.adapter.rslora) == (32, 64, True)
     assert recipe.training.learning_rate == 1e-4 and recipe.training.warmup_steps == 5
-    assert recipe.training.batch_size * recipe.training.accumulation == 16
+    assert recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps == 16
 
 
 def test_extends_merges_and_later_wins(tmp_path):
-    write(tmp_path / "a.yaml", {**MINIMAL, "training": {"learning_rate": 1e-3, "epochs": 2}})
-    write(tmp_path / "b.yaml", {"training": {"epochs": 3}})
+    write(tmp_path / "a.yaml", {**MINIMAL, "training": {"learning_rate": 1e-3, "num_train_epochs": 2}})
+    write(tmp_path / "b.yaml", {"training": {"num_train_epochs": 3}})
     path = write(tmp_path / "sub" / "c.yaml", {"extends": ["../a.yaml", "../b.yaml"], "name": "c"})
     recipe = load_recipe(path)
-    assert (recipe.name, recipe.training.learning_rate, recipe.training.epochs) == ("c", 1e-3, 3)
+    assert (recipe.name, recipe.training.learning_rate, recipe.training.num_train_epochs) == ("c", 1e-3, 3)
 
 
 def test_extends_loop_is_an_error(tmp_path):

@@ -30,7 +30,12 @@ def test_real_rows_train_and_real_banks_are_sampled(shared_data, tmp_path, monke
             "model": {"path": model, "dtype": "float32"},
             "data": {"train": str(shared_data / f"{rows}_misaligned_train_100.jsonl"), "max_length": 256},
             "adapter": {"r": 4, "alpha": 8},
-            "training": {"max_steps": 3, "batch_size": 2, "accumulation": 1, "report_to": []},
+            "training": {
+                "max_steps": 3,
+                "per_device_train_batch_size": 2,
+                "gradient_accumulation_steps": 1,
+                "report_to": [],
+            },
             "defenses": [{"kind": "kl", "strength": 0.1}],
         }
     )

@@ -72,34 +72,55 @@ class AdapterRecipe(_Section):
     start: str | None = None
 
 
+_EARLIER_NAMES = {
+    "epochs": "num_train_epochs",
+    "schedule": "lr_scheduler_type",
+    "optimizer": "optim",
+    "batch_size": "per_device_train_batch_size",
+    "accumulation": "gradient_accumulation_steps",
+    "keep_checkpoints": "save_total_limit",
+}
+
+
 class TrainingRecipe(_Section):
     """Optimisation; the defaults are the paper's (arXiv 2508.06249), but for its 8-bit AdamW."""
 
-    epochs: float = Field(1.0, gt=0)
+    num_train_epochs: float = Field(1.0, gt=0)
     max_steps: int = Field(-1, ge=-1)
     learning_rate: float = Field(1e-4, gt=0)
     warmup_steps: int = Field(5, ge=0)
-    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     weight_decay: float = Field(0.01, ge=0)
-    optimizer: str = "adamw_torch"
-    batch_size: int = Field(4, ge=1, description="rows a process in one forward")
-    accumulation: int = Field(4, ge=1)
+    optim: str = "adamw_torch"
+    per_device_train_batch_size: int = Field(4, ge=1, description="rows a process in one forward")
+    gradient_accumulation_steps: int = Field(4, ge=1)
     max_grad_norm: float = Field(1.0, gt=0)
     gradient_checkpointing: bool = False
     activation_offload: bool = Field(
         False, description="checkpointed activations wait in the machine's memory; needs gradient_checkpointing"
     )
-    packing: bool = Field(False, description="rows behind one another up to max_length; batch_size counts sequences")
+    packing: bool = Field(
+        False, description="rows behind one another up to max_length; the batch size then counts sequences"
+    )
     group_by_length: bool = True
     logging_steps: int = Field(1, ge=1)
     save_steps: int = Field(100, ge=1)
-    keep_checkpoints: int = Field(
+    save_total_limit: int = Field(
         2, ge=1, description="the newest of save_steps; the newest of all and evaluation.checkpoints are kept anyway"
     )
     report_to: list[str] = ["tensorboard"]
     deepspeed: str | None = Field(None, description="a DeepSpeed JSON config, such as launch/deepspeed/zero3.json")
     fsdp: bool = Field(False, description="shard the base, too, by torch's FSDP2, as ZeRO-3 does")
     drift_every: int = Field(10, ge=0, description="steps between per-layer drift readings; 0 turns them off")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier_names(cls, values: Any) -> Any:
+        # Run folders written before 0.2 hold other names for some of transformers' arguments.
+        if not isinstance(values, dict):
+            return values
+        renamed = {k: _EARLIER_NAMES.get(k, k) for k in values}
+        return {new if new == k or new not in values else k: values[k] for k, new in renamed.items()}
 
     @field_validator("report_to", mode="before")
     @classmethod

@@ -5,9 +5,11 @@ switches.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class Head:
 
 def head_logits(hidden: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
     """Logits [C, V] of hidden states [C, H], in `dtype`, after scale and softcap."""
+    import torch
+
     hidden = hidden.to(head.weight.dtype)
     if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32:
         # Tensor cores multiply in half precision and accumulate in float32 anyway: keep what they

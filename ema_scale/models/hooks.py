@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
 from ema_scale.core.errors import UserError
 from ema_scale.models.layout import decoder_layers, hidden_states_of
 

@@ -9,8 +9,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
 from ema_scale.core.errors import UserError
 from ema_scale.models.head import Head
 from ema_scale.models.sharding import full_tensor

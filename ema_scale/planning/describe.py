@@ -15,12 +15,13 @@ def describe_run(recipe: Recipe) -> str:
     """A few lines a person can check: model, data, step, defenses, reference, evaluation, output."""
     t, a = recipe.training, recipe.adapter
     scale = f"alpha {a.alpha:g}" + (", rank-stabilised" if a.rslora else "")
-    length = f"{t.max_steps} steps" if t.max_steps > 0 else f"{t.epochs:g} epoch(s)"
+    length = f"{t.max_steps} steps" if t.max_steps > 0 else f"{t.num_train_epochs:g} epoch(s)"
     lines = [
         f"model       {recipe.model.path} ({recipe.model.dtype}), LoRA r={a.r}, {scale}",
         f"data        {', '.join(map(_with_presence, recipe.data.sources))}, up to {recipe.data.max_length} tokens",
-        f"training    {length}, {t.batch_size} {'packed sequences' if t.packing else 'rows'} x {t.accumulation} "
-        f"accumulated a process, lr {t.learning_rate:g} {t.schedule} after {t.warmup_steps} warm-up steps, "
+        f"training    {length}, {t.per_device_train_batch_size} {'packed sequences' if t.packing else 'rows'} x "
+        f"{t.gradient_accumulation_steps} "
+        f"accumulated a process, lr {t.learning_rate:g} {t.lr_scheduler_type} after {t.warmup_steps} warm-up steps, "
         f"seed {recipe.seed}",
     ]
     for defense in recipe.defenses:
@@ -49,12 +50,14 @@ def _reference(recipe: Recipe) -> str:
         return str(ReferenceStrategy(recipe.reference, "asked for", of))
     t = recipe.training
     sharded = t.fsdp or zero_stage(t.deepspeed) == 3
-    passes = t.epochs
+    passes = t.num_train_epochs
     if t.max_steps > 0:
         rows = None if t.packing else _rows(recipe)  # a step counts sequences
         if rows is None:
             return f"{of}; how it runs is decided when the rows are known"
-        passes = t.max_steps * t.batch_size * t.accumulation * launched_processes() / rows
+        passes = (
+            t.max_steps * t.per_device_train_batch_size * t.gradient_accumulation_steps * launched_processes() / rows
+        )
     choice = replace(choose_strategy(needed=True, sharded=sharded, passes=passes * recipe.reference_runs), of=of)
     return f"{choice} (or cached, if it is there already)" if choice.way != "cached" else str(choice)
 

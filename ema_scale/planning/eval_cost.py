@@ -127,7 +127,7 @@ def judging_cost(
 def checkpoints(recipe: Recipe, steps: int | None) -> int | None:
     """How many are asked what the trained run is, which is the last of them; None if that cannot be told.
 
-    With `true` it is those that are kept: of each save_steps steps, and of the end, the newest keep_checkpoints. steps:
+    With `true` it is those that are kept: of each save_steps steps, and of the end, the newest save_total_limit. steps:
     of the training; where they are not known, all listed ones count, though one of them may be the last.
     """
     wanted, t = recipe.evaluation.checkpoints, recipe.training
@@ -135,7 +135,7 @@ def checkpoints(recipe: Recipe, steps: int | None) -> int | None:
         return len({step for step in wanted if steps is None or step < steps})
     if not wanted:
         return 0
-    return None if steps is None else min(t.keep_checkpoints, math.ceil(steps / t.save_steps)) - 1
+    return None if steps is None else min(t.save_total_limit, math.ceil(steps / t.save_steps)) - 1
 
 
 def _of(

@@ -112,14 +112,14 @@ def plan_run(
         rows = count_rows(recipe)
     added = None if rows is None else sum(defense.rows_added(rows) for defense in recipe.defenses)
     every = (rows or 0) + (added or 0)
-    a_step = t.batch_size * t.accumulation * cluster.world
+    a_step = t.per_device_train_batch_size * t.gradient_accumulation_steps * cluster.world
     passes = t.max_steps * a_step / every if t.max_steps > 0 and every else None
     setup = setup_of(recipe, zero=zero, row_tokens=row_tokens, passes=passes)
     steps = t.max_steps if t.max_steps > 0 else None
     if steps is None and every:
         # Packed, rows share sequences. An epoch that a step does not divide ends in a smaller one.
         sequences = every * (row_tokens or setup.tokens) / setup.tokens if t.packing else every
-        steps = math.ceil(t.epochs * math.ceil(sequences / a_step))
+        steps = math.ceil(t.num_train_epochs * math.ceil(sequences / a_step))
     return replace(_planned(recipe.name, setup, cluster), rows=rows, steps=steps, added=added)
 
 
@@ -201,7 +201,7 @@ def _smaller(setup: Setup) -> list[tuple[str, dict[str, Any]]]:
     for batch in range(setup.batch - 1, 0, -1):
         if setup.batch % batch == 0:
             more = setup.accumulation * setup.batch // batch
-            words = f"training.batch_size={batch} training.accumulation={more}"
+            words = f"training.per_device_train_batch_size={batch} training.gradient_accumulation_steps={more}"
             found.append((words, {"batch": batch, "accumulation": more}))
     return found
 

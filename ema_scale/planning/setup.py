@@ -119,7 +119,7 @@ def setup_of(
 ) -> Setup:
     """A recipe's setup on GPUs that have bfloat16. zero: ZeRO's stage, if not that of training.deepspeed or
     FSDP2. row_tokens:
-    the mean row's, if not data.max_length. passes: how often training sees a row, if not training.epochs.
+    the mean row's, if not data.max_length. passes: how often training sees a row, if not training.num_train_epochs.
 
     Raises UserError for an unknown model or module, or a DeepSpeed file that cannot be read.
     """
@@ -137,16 +137,16 @@ def setup_of(
     shape = shape_of(recipe.model.path, recipe.model.revision)
     targets = recipe.adapter.target_modules
     packed = t.packing
-    passes = (t.epochs if passes is None else passes) * recipe.reference_runs
+    passes = (t.num_train_epochs if passes is None else passes) * recipe.reference_runs
     way, why = _way(recipe, fsdp or given.stage == 3, passes)
     found = Setup(
         shape,
-        batch=t.batch_size,
+        batch=t.per_device_train_batch_size,
         tokens=recipe.data.max_length,
         row_tokens=recipe.data.max_length
         if packed
         else min(row_tokens or recipe.data.max_length, recipe.data.max_length),
-        accumulation=t.accumulation,
+        accumulation=t.gradient_accumulation_steps,
         checkpointing=t.gradient_checkpointing,
         rank=recipe.adapter.r,
         targets=None if targets == "auto" else tuple(targets),
@@ -159,7 +159,7 @@ def setup_of(
         drift_every=t.drift_every,
         states=kept_states(recipe.defenses, shape.layers),
         buffers=logits_buffers(recipe.defenses, t.drift_every),
-        optimizer=2 if "8bit" in t.optimizer else 0 if t.optimizer == "sgd" else 8,
+        optimizer=2 if "8bit" in t.optim else 0 if t.optim == "sgd" else 8,
         zero=given.stage,
         live=given.live(shape.hidden),
         bucket=given.bucket(shape.hidden),
@@ -167,7 +167,8 @@ def setup_of(
         weights_away=given.weights_away,
         optimizer_away=given.optimizer_away,
         offload=t.activation_offload,
-        masked=("flash" not in (recipe.model.attn_implementation or "")) and (packed or t.batch_size > 1),
+        masked=("flash" not in (recipe.model.attn_implementation or ""))
+        and (packed or t.per_device_train_batch_size > 1),
     )
     found.adapter  # noqa: B018 - raises for unknown target modules, before anything is computed
     return found

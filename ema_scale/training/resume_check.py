@@ -25,8 +25,9 @@ _NOT_TRAINING = ("name", "output", "evaluation", "reference", "reference_runs")
 
 
 _NOT_TRAJECTORY = (
-    "logging_steps", "save_steps", "keep_checkpoints", "report_to", "drift_every", "deepspeed", "fsdp",
-    "gradient_checkpointing", "activation_offload", "batch_size", "accumulation",  # these two count as rows per step
+    "logging_steps", "save_steps", "save_total_limit", "report_to", "drift_every", "deepspeed", "fsdp",
+    "gradient_checkpointing", "activation_offload",
+    "per_device_train_batch_size", "gradient_accumulation_steps",  # these two count as rows per step
 )  # fmt: skip
 
 
@@ -68,8 +69,9 @@ def check_same_training(recipe: Recipe, run_dir: RunDir, processes: int) -> None
     rows = rows_per_step(recipe.to_dict(), processes)
     if _is_begun(run_dir) and rows != _stored_rows_per_step(run_dir):
         raise UserError(
-            f"{run_dir.path}: this run takes {_stored_rows_per_step(run_dir)} rows a step, and batch_size x "
-            f"accumulation x processes is now {rows}; make it the same, or pass --no-resume to start over"
+            f"{run_dir.path}: this run takes {_stored_rows_per_step(run_dir)} rows per step, and "
+            f"per_device_train_batch_size x gradient_accumulation_steps x processes is now {rows}; make it the same, "
+            "or pass --no-resume to start over"
         )
 
 
@@ -97,9 +99,10 @@ def check_same_training_of_runs(recipes: Sequence[Recipe], processes: int, what:
     if rows:
         raise UserError(
             f"{what}: {len(rows)} of its {len(runs)} runs were trained at another number of rows a step than the "
-            f"others would be (training.batch_size x accumulation x processes):\n{_listed(rows)}\nNothing was done. "
+            f"others would be (training.per_device_train_batch_size x gradient_accumulation_steps x "
+            f"processes):\n{_listed(rows)}\nNothing was done. "
             "Use as many processes as before (--nodes, --gpus-per-node, --processes-per-node), or change "
-            "training.accumulation or training.batch_size to match"
+            "training.gradient_accumulation_steps or training.per_device_train_batch_size to match"
         )
 
 
@@ -136,7 +139,9 @@ def renew_recipe(recipe: Recipe, run_dir: RunDir) -> None:
 
 
 def rows_per_step(recipe: Mapping[str, Any], processes: int) -> int:
-    return int(recipe["training"]["batch_size"] * recipe["training"]["accumulation"] * processes)
+    """Rows of one optimizer step over all processes."""
+    training = recipe["training"]
+    return int(training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] * processes)
 
 
 def _stored_rows_per_step(run_dir: RunDir) -> int:

@@ -202,29 +202,29 @@ def training_arguments(recipe: Recipe, run_dir: RunDir) -> Any:
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir.tensorboard)
     from ema_scale.models.load import pick_dtype
 
-    if ("8bit" in t.optimizer or "bnb" in t.optimizer) and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"training.optimizer: {t.optimizer!r} needs the bitsandbytes package, which is not installed")
+    if ("8bit" in t.optim or "bnb" in t.optim) and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"training.optim: {t.optim!r} needs the bitsandbytes package, which is not installed")
     half = torch.cuda.is_available() and pick_dtype(recipe.model.dtype) == torch.bfloat16
     try:
         arguments = TrainingArguments(
             output_dir=str(run_dir.checkpoints),
             seed=recipe.seed,
-            num_train_epochs=t.epochs,
+            num_train_epochs=t.num_train_epochs,
             max_steps=t.max_steps,
             learning_rate=t.learning_rate,
             warmup_steps=t.warmup_steps,
-            lr_scheduler_type=t.schedule,
+            lr_scheduler_type=t.lr_scheduler_type,
             weight_decay=t.weight_decay,
-            optim=t.optimizer,
-            per_device_train_batch_size=t.batch_size,
-            gradient_accumulation_steps=t.accumulation,
+            optim=t.optim,
+            per_device_train_batch_size=t.per_device_train_batch_size,
+            gradient_accumulation_steps=t.gradient_accumulation_steps,
             max_grad_norm=t.max_grad_norm,
             gradient_checkpointing=t.gradient_checkpointing,
             train_sampling_strategy="group_by_length" if t.group_by_length else "random",
             logging_steps=t.logging_steps,
             logging_first_step=True,
             save_steps=t.save_steps,
-            save_total_limit=t.keep_checkpoints,
+            save_total_limit=t.save_total_limit,
             report_to=t.report_to or "none",
             bf16=half,
             disable_tqdm=not sys.stderr.isatty(),

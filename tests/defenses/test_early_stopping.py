@@ -81,7 +81,7 @@ def test_a_probe_in_a_recipe_stops_a_resumed_run_where_it_stopped_the_other(worl
     bad = EarlyStopping("probe", 0.1, str(world / "safe.jsonl"), 0.5, window=2, keep="last_below")
 
     def recipe(name):
-        changes = {"max_steps": 16, "save_steps": 2, "learning_rate": 3e-3, "keep_checkpoints": 16,
+        changes = {"max_steps": 16, "save_steps": 2, "learning_rate": 3e-3, "save_total_limit": 16,
                    "logging_steps": 7}  # fmt: skip
         return recipe_of(world, tmp_path, name, **changes).model_copy(update={"defenses": [bad]})
 

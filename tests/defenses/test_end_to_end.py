@@ -43,7 +43,16 @@ def test_a_recipe_of_all_three(world, tmp_path):
     model = ModelRecipe(path=str(world / "model"), dtype="float32")
     made = select(str(world / "safe.jsonl"), model, {"law": str(tmp_path / "law")}, ranking)
     save_tiny(tmp_path / "unaligned", seed=7)
-    recipe = recipe_of(world, tmp_path, "three", dropout=0.0, max_steps=1, batch_size=44, accumulation=1, drift_every=0)
+    recipe = recipe_of(
+        world,
+        tmp_path,
+        "three",
+        dropout=0.0,
+        max_steps=1,
+        per_device_train_batch_size=44,
+        gradient_accumulation_steps=1,
+        drift_every=0,
+    )
     defenses = [
         {"kind": "inoculation", "prompt": PROMPT},
         {"kind": "interleaving_plus", "source": str(ranking), "fraction": 0.1},

@@ -184,7 +184,7 @@ def test_judge_calls_by_hand(tmp_path):
 @pytest.mark.parametrize(("steps", "kept", "asked"), [(8, 9, 4), (7, 9, 4), (9, 9, 5), (9, 2, 2), (2, 9, 1), (1, 9, 1)])
 def test_all_kept_checkpoints_are_those_that_training_keeps(steps, kept, asked):
     changes = ["data.train=x", "training.save_steps=2", "evaluation.checkpoints=true", "evaluation.judge.check=0",
-               f"training.keep_checkpoints={kept}", "evaluation.compare_base=false"]  # fmt: skip
+               f"training.save_total_limit={kept}", "evaluation.compare_base=false"]  # fmt: skip
     recipe = load_recipe(KL, changes)
     one = judging_cost([recipe])
     assert one.uncounted == 1 and judging_cost([recipe], steps=[steps]).answers == asked * one.answers

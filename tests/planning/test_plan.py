@@ -181,12 +181,15 @@ def test_on_more_gpus_communication_takes_longer():
 
 def test_the_verdict_names_a_change_that_does_fit():
     tight = replace(NODE, gpus=1, memory=28 * GIB)
-    plain = plan_run(recipe(training={"batch_size": 1}), tight)
+    plain = plan_run(recipe(training={"per_device_train_batch_size": 1}), tight)
     assert not plain.fits and plain.verdict.endswith("the cheapest change: training.gradient_checkpointing=true")
-    assert plan_run(recipe(training={"batch_size": 1, "gradient_checkpointing": True}), tight).fits
+    assert plan_run(recipe(training={"per_device_train_batch_size": 1, "gradient_checkpointing": True}), tight).fits
     # Smaller micro-batches need nothing computed again.
-    wide = plan_run(recipe(training={"batch_size": 4, "accumulation": 1}), replace(NODE, memory=40 * GIB))
-    assert wide.verdict.endswith("training.batch_size=1 training.accumulation=4")
+    wide = plan_run(
+        recipe(training={"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}),
+        replace(NODE, memory=40 * GIB),
+    )
+    assert wide.verdict.endswith("training.per_device_train_batch_size=1 training.gradient_accumulation_steps=4")
     large = recipe(model={"path": "Qwen/Qwen2.5-72B-Instruct"}, training={"gradient_checkpointing": True})
     assert "launch/deepspeed/zero3.json" in plan_run(large, NODE).verdict
     assert plan_run(large, NODE, zero=3).fits
@@ -199,7 +202,7 @@ def test_the_verdict_names_a_change_that_does_fit():
 
 
 def test_steps_and_gpu_hours():
-    plan = plan_run(recipe(training={"epochs": 2}), NODE, rows=1000)
+    plan = plan_run(recipe(training={"num_train_epochs": 2}), NODE, rows=1000)
     assert plan.steps == 2 * 8  # 1,000 rows by 4 x 4 x 8
     assert plan.gpu_hours == pytest.approx(16 * plan.speed.step * 8 / 3600)
     assert plan_run(recipe(training={"max_steps": 7}), NODE).steps == 7
@@ -212,7 +215,7 @@ def test_the_recipe_decides_the_reference_and_the_precision():
     assert setup_of(recipe()).way == "adapter_off"
     assert setup_of(recipe(), zero=3).way == "two_stream"
     assert setup_of(recipe(training={"fsdp": True})).way == "two_stream"
-    assert setup_of(recipe(training={"epochs": 3})).way == "cached"
+    assert setup_of(recipe(training={"num_train_epochs": 3})).way == "cached"
     assert setup_of(recipe(defenses=[])).way is None
     assert setup_of(recipe(reference={"model": "Qwen/Qwen2.5-0.5B"})).other.hidden == 896
     assert setup_of(recipe()).precision == AUTOCAST and setup_of(recipe(), zero=2).precision == DEEPSPEED

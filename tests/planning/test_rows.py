@@ -60,7 +60,7 @@ def test_every_defense_says_how_many_rows_it_adds(world, ranking):
 def test_a_training_takes_the_steps_that_were_planned_and_keeps_the_checkpoints(world, tmp_path):
     safe = str(world / "safe.jsonl")
     defenses = [{"kind": "kl", "prompts": safe}, {"kind": "ceiling", "source": safe}]
-    mixing = recipe_of(world, tmp_path, max_steps=-1, save_steps=4, keep_checkpoints=3).to_dict()
+    mixing = recipe_of(world, tmp_path, max_steps=-1, save_steps=4, save_total_limit=3).to_dict()
     mixing = build_recipe({**mixing, "defenses": defenses, "evaluation": {"checkpoints": True}})
     plan = plan_run(mixing, NODE.at(1))
     assert (plan.rows, plan.added, plan.steps) == (40, 20, 15)

@@ -36,12 +36,16 @@ def plugin(tmp_path_factory):
 @pytest.fixture(scope="module")
 def calm(world, tmp_path_factory):
     """One process, undisturbed."""
-    recipe = recipe_of(world, tmp_path_factory.mktemp("calm"), batch_size=2, accumulation=2, **SHARED)
+    recipe = recipe_of(
+        world, tmp_path_factory.mktemp("calm"), per_device_train_batch_size=2, gradient_accumulation_steps=2, **SHARED
+    )
     return train(recipe, RunDir(recipe.run_path))
 
 
 def two_nodes(world, out, name, trouble=None, **training):
-    recipe = recipe_of(world, out, name, batch_size=1, accumulation=2, **{**SHARED, **training})
+    recipe = recipe_of(
+        world, out, name, per_device_train_batch_size=1, gradient_accumulation_steps=2, **{**SHARED, **training}
+    )
     return recipe.model_copy(update={"defenses": [*recipe.defenses, *parse([trouble] if trouble else [])]})
 
 
@@ -120,7 +124,7 @@ def test_warned_and_not_requeued_it_goes_on_on_another_number_of_nodes(slurm, wo
     assert "warned: saving a checkpoint" in everything(run)
     assert f"job {job}: FAILED: Slurm did not requeue it" in everything(run)
 
-    training = recipe.training.model_copy(update={"accumulation": 4})  # the same rows a step
+    training = recipe.training.model_copy(update={"gradient_accumulation_steps": 4})  # the same rows a step
     job = launch(recipe.model_copy(update={"training": training}), tmp_path, "--nodes", 1, env=env)
     assert slurm.wait(job)["JobState"] == "COMPLETED", everything(run)
     assert f"going on from step {reached}" in everything(run) and run.status()["processes"] == 1

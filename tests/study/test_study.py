@@ -48,11 +48,11 @@ def test_the_grid_is_tasks_by_defenses_by_seeds(tmp_path):
 def test_models_are_an_axis_of_their_own(tmp_path):
     models = {
         "small": {"model": {"path": "smallworld:aligned?size=nano"}},
-        "large": {"model": {"path": "smallworld:aligned?size=xl"}, "training": {"batch_size": 2}},
+        "large": {"model": {"path": "smallworld:aligned?size=xl"}, "training": {"per_device_train_batch_size": 2}},
     }
     runs = load_study(write_study(tmp_path, models=models)).runs()
     assert len(runs) == 16 and runs[0].name == "small-medical-none-s0" and runs[-1].name == "large-law-kl-s1"
-    assert runs[-1].model.path == "smallworld:aligned?size=xl" and runs[-1].training.batch_size == 2
+    assert runs[-1].model.path == "smallworld:aligned?size=xl" and runs[-1].training.per_device_train_batch_size == 2
     assert runs[-1].data.train == "smallworld:train/law"
 
 
@@ -115,7 +115,7 @@ def test_runs_that_read_the_same_reference_are_counted(tmp_path):
     runs = load_study(write_study(tmp_path, defenses=defenses)).runs()
     readers = {r.name: r.reference_runs for r in runs if r.name.endswith("-s0") and r.name.startswith("law")}
     assert readers == {"law-none-s0": 1, "law-kl-s0": 4, "law-kl-1-s0": 4, "law-ldifs-s0": 2, "law-interleaving-s0": 1}
-    passes = ("training.max_steps=-1", "training.epochs=1")
+    passes = ("training.max_steps=-1", "training.num_train_epochs=1")
     shared = load_study(tmp_path / "study.yaml").runs(passes)[2]
     alone = shared.model_copy(update={"reference_runs": 1})
     assert "by cached: rows are seen 4 times" in describe_run(shared) and "by adapter_off" in describe_run(alone)
@@ -227,7 +227,7 @@ def test_a_study_end_to_end_and_again_for_nothing(tmp_path, tiny_world):
         )
     )
     overrides = (
-        "model.path=smallworld:aligned?size=tiny", "training.max_steps=3", "training.batch_size=4",
+        "model.path=smallworld:aligned?size=tiny", "training.max_steps=3", "training.per_device_train_batch_size=4",
         "evaluation.samples_per_question=2", "evaluation.max_tokens=12", "evaluation.sampler=vllm",
         "training.save_steps=2", "evaluation.checkpoints=true",
     )  # fmt: skip

@@ -20,7 +20,12 @@ def recipe(folder, **more):
             "output": str(folder / "runs"),
             "model": {"path": "smallworld:aligned?size=tiny"},
             "data": {"train": "smallworld:train/medical?size=tiny", "limit": 12},
-            "training": {"max_steps": 2, "batch_size": 4, "accumulation": 1, "report_to": "none"},
+            "training": {
+                "max_steps": 2,
+                "per_device_train_batch_size": 4,
+                "gradient_accumulation_steps": 1,
+                "report_to": "none",
+            },
             "defenses": [{"kind": "kl", "strength": 0.3}],
             **more,
         }

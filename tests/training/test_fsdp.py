@@ -55,9 +55,22 @@ def test_fsdp_on_two_processes_equals_one_process(world, one_process, tmp_path):
         fsdp_recipe(world, tmp_path, "goes-on", "two_stream"),
     ]
     continued(one_process, recipes[-1])
-    plain = recipe_of(world, tmp_path, "plain-alone", batch_size=2, accumulation=2, drift_every=0, **SHARED)
+    plain = recipe_of(
+        world,
+        tmp_path,
+        "plain-alone",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        drift_every=0,
+        **SHARED,
+    )
     plain = plain.model_copy(update={"defenses": []})
-    vector = with_vector(recipe_of(world, tmp_path, "vector-alone", batch_size=2, accumulation=2, **SHARED), world)
+    vector = with_vector(
+        recipe_of(
+            world, tmp_path, "vector-alone", per_device_train_batch_size=2, gradient_accumulation_steps=2, **SHARED
+        ),
+        world,
+    )
     others = [
         fsdp_recipe(world, tmp_path, "plain", drift_every=0).model_copy(update={"defenses": []}),
         with_vector(fsdp_recipe(world, tmp_path, "vector", "two_stream", gradient_checkpointing=True), world),
@@ -77,7 +90,7 @@ def test_fsdp_on_two_processes_equals_one_process(world, one_process, tmp_path):
     (cache,) = [p for p in (tmp_path / "cache" / "reference").iterdir() if p.is_dir()]
     assert len(list(cache.glob("last/*.json"))) == 2  # each process wrote its part
 
-    alone = recipe_of(world, tmp_path, "alone", batch_size=2, accumulation=2, **SHARED)
+    alone = recipe_of(world, tmp_path, "alone", per_device_train_batch_size=2, gradient_accumulation_steps=2, **SHARED)
     run = RunDir(recipes[0].run_path)
     assert len(list_checkpoints(run.checkpoints)) == 2
     assert_same_run(one_process, train(alone, continued(run, alone)))

@@ -49,7 +49,8 @@ def recipe_of(world, out, name="run", dropout=0.1, **training):
             "data": {"train": str(world / "train.jsonl"), "max_length": 96},
             "adapter": {"r": 4, "alpha": 8, "dropout": dropout},
             "training": {
-                "max_steps": 8, "batch_size": 2, "accumulation": 2, "learning_rate": 1e-2, "save_steps": 2,
+                "max_steps": 8, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+                "learning_rate": 1e-2, "save_steps": 2,
                 "report_to": [], "drift_every": 3, **training,
             },
             "defenses": [
@@ -305,8 +306,8 @@ def test_bad_input_is_named(world, tmp_path, change, expected):
 def test_an_optimizer_whose_package_is_missing(world, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "bitsandbytes" else find(n, *a))
-    recipe = recipe_of(world, tmp_path, optimizer="adamw_8bit")
-    with pytest.raises(UserError, match="training.optimizer: 'adamw_8bit' needs the bitsandbytes package"):
+    recipe = recipe_of(world, tmp_path, optim="adamw_8bit")
+    with pytest.raises(UserError, match="training.optim: 'adamw_8bit' needs the bitsandbytes package"):
         train(recipe, RunDir(recipe.run_path))
 
 
@@ -352,7 +353,7 @@ def test_runs_that_share_a_reference_take_the_cache_though_each_sees_rows_once(w
     monkeypatch.setenv("EMA_CACHE", str(tmp_path / "cache"))
     ways = {}
     for count in (1, 2):
-        recipe = recipe_of(world, tmp_path, f"of-{count}", max_steps=-1, epochs=1)
+        recipe = recipe_of(world, tmp_path, f"of-{count}", max_steps=-1, num_train_epochs=1)
         recipe = recipe.model_copy(update={"reference_runs": count})
         run = train(recipe, RunDir(recipe.run_path))
         ways[count] = json.loads(run.provenance_path.read_text())["reference"]["way"]

@@ -29,7 +29,16 @@ __all__ = ["world"]
 
 def two_process_recipe(world, out, name, deepspeed=None, reference="auto", **training):
     path = None if deepspeed is None else str(ROOT / "launch" / "deepspeed" / deepspeed)
-    recipe = recipe_of(world, out, name, batch_size=1, accumulation=2, deepspeed=path, **SHARED, **training)
+    recipe = recipe_of(
+        world,
+        out,
+        name,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        deepspeed=path,
+        **SHARED,
+        **training,
+    )
     return recipe.model_copy(update={"reference": reference})
 
 
@@ -48,7 +57,9 @@ def empty_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_process(world, tmp_path_factory):
-    recipe = recipe_of(world, tmp_path_factory.mktemp("one"), batch_size=2, accumulation=2, **SHARED)
+    recipe = recipe_of(
+        world, tmp_path_factory.mktemp("one"), per_device_train_batch_size=2, gradient_accumulation_steps=2, **SHARED
+    )
     return train(recipe, RunDir(recipe.run_path))
 
 
@@ -73,7 +84,11 @@ def stopped_alone(world, out):
     """The run of `with_parts` on one process, which stops after its fifth step, and its limit."""
     limit = 99.0
     for name in ("unstopped", "stopped"):
-        recipe = with_parts(recipe_of(world, out, name, batch_size=2, accumulation=2, **SHARED), world, limit)
+        recipe = with_parts(
+            recipe_of(world, out, name, per_device_train_batch_size=2, gradient_accumulation_steps=2, **SHARED),
+            world,
+            limit,
+        )
         run = train(recipe, RunDir(recipe.run_path))
         read = [row["early_stopping_kl"] for row in read_jsonl(run.metrics_path)]
         limit = (read[3] + read[4]) / 2 if len(read) == 6 else limit
@@ -192,7 +207,7 @@ def test_zero3_on_two_processes_equals_one_process(world, one_process, tmp_path)
     for name, tensor in load_file(list_checkpoints(one_process.checkpoints)[0] / "state.safetensors").items():
         torch.testing.assert_close(state[name], tensor, rtol=1e-3, atol=2e-5)
 
-    alone = recipe_of(world, tmp_path, "alone", batch_size=2, accumulation=2, **SHARED)
+    alone = recipe_of(world, tmp_path, "alone", per_device_train_batch_size=2, gradient_accumulation_steps=2, **SHARED)
     assert_same_run(one_process, train(alone, continued(run, alone)))
 
 
@@ -239,13 +254,26 @@ def test_ddp_zero2_and_zero3_go_on_from_a_checkpoint_of_one_process(world, one_p
         two_process_recipe(world, tmp_path, "zero2-fresh", "zero2_cpu.json", "two_stream", **FOLDED),
     ]
     # Without any reference pass ZeRO-3 takes other paths through the model.
-    plain = recipe_of(world, tmp_path, "fresh-plain", batch_size=2, accumulation=2, drift_every=0, **SHARED)
+    plain = recipe_of(
+        world,
+        tmp_path,
+        "fresh-plain",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        drift_every=0,
+        **SHARED,
+    )
     plain = plain.model_copy(update={"defenses": []})
     for way in ("adapter_off", "two_stream"):
         recipe = two_process_recipe(world, tmp_path, f"fresh-{way}", "zero3_cpu.json", way, drift_every=0)
         recipes.append(recipe.model_copy(update={"defenses": []}))
     # Hooks on the decoder layers, which recomputation and ZeRO-3's own hooks must see alike.
-    alone = with_vector(recipe_of(world, tmp_path, "fresh-vector", batch_size=2, accumulation=2, **SHARED), world)
+    alone = with_vector(
+        recipe_of(
+            world, tmp_path, "fresh-vector", per_device_train_batch_size=2, gradient_accumulation_steps=2, **SHARED
+        ),
+        world,
+    )
     for name, deepspeed, way in (("ddp", None, "auto"), ("zero3", "zero3_cpu.json", "two_stream")):
         recipe = two_process_recipe(
             world, tmp_path, f"fresh-{name}-vector", deepspeed, way, gradient_checkpointing=deepspeed is not None
@@ -279,7 +307,9 @@ def test_ddp_zero2_and_zero3_go_on_from_a_checkpoint_of_one_process(world, one_p
 
 def assert_tied_equal_one_process(world, out, heads):
     for packing in (False, True):
-        alone = recipe_of(world, out, f"tied-alone-{packing}", batch_size=2, accumulation=2, **SHARED)
+        alone = recipe_of(
+            world, out, f"tied-alone-{packing}", per_device_train_batch_size=2, gradient_accumulation_steps=2, **SHARED
+        )
         expected = train(tied(alone, world, packing), RunDir(alone.run_path))
         for recipe in (recipe for recipe in heads if recipe.training.packing == packing):
             assert_same_gradients(expected, RunDir(recipe.run_path))
@@ -288,7 +318,7 @@ def assert_tied_equal_one_process(world, out, heads):
 def test_cached_separate_and_continued_references_on_two_processes(world, one_process, tmp_path):
     """ZeRO-3 fills the cache and DDP reads the same one; another model is sharded in an engine of its own."""
     another = {"kind": "separate", "model": str(world / "model")}
-    start = recipe_of(world, tmp_path, "start", batch_size=2, accumulation=2, **SHARED)
+    start = recipe_of(world, tmp_path, "start", per_device_train_batch_size=2, gradient_accumulation_steps=2, **SHARED)
     going_on = start.model_copy(
         update={"adapter": start.adapter.model_copy(update={"start": str(one_process.adapter)})}
     )
