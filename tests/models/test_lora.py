@@ -9,6 +9,7 @@ import torch
 from ema_scale.config.sections import AdapterRecipe, ModelRecipe
 from ema_scale.core.checkpoints import is_complete
 from ema_scale.core.errors import UserError
+from ema_scale.defenses.registry import adapter_files
 from ema_scale.models.load import pick_dtype
 from ema_scale.models.lora import build_model, lora_config, save_adapter
 from tests.tiny import save_tiny, tiny_model
@@ -50,7 +51,7 @@ def test_save_adapter_takes_the_place_of_an_older_one_and_loads(tmp_path):
     folder = tmp_path / "adapter"
     save_adapter(build_model(ModelRecipe(path=path), AdapterRecipe(r=2, target_modules=["q_proj"])), folder)
     (folder / "safelora.json").write_text("{}")  # what an older run's projection said of its own weights
-    save_adapter(model, folder)
+    save_adapter(model, folder, stale=adapter_files())
     assert sorted(p.name for p in folder.iterdir()) == [
         "README.md",
         "adapter_config.json",
