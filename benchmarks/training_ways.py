@@ -190,7 +190,7 @@ def _separate(trainer: DefendedTrainer, task: Task) -> None:
 
     trainer.defended.remove()
     other = task.base()
-    trainer.defended = DefendedForward(Separate(trainer.defended.anatomy, other))
+    trainer.defended = DefendedForward(Separate(trainer.defended.layout, other))
 
 
 class FullLogits(FSDPMixin, Trainer):
@@ -230,7 +230,7 @@ class FullLogits(FSDPMixin, Trainer):
         asked = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         if self.way == PLAIN_LOGITS:
             return model(**asked, labels=inputs["labels"]).loss
-        layers = [k for d in self.task.defenses for k in d.layers(len(self.parts.layers))]
+        layers = [k for d in self.task.defenses for k in d.penalty_layers(len(self.parts.layers))]
         theirs: dict[int, Tensor] = {}
         ours: dict[int, Tensor] = {}
         with torch.no_grad():

@@ -39,13 +39,13 @@ def launch(
     from ema_scale.slurm.check_inputs import refuse_missing_rows
     from ema_scale.slurm.site import load_site
     from ema_scale.study.gates import is_checked, refuse_known
-    from ema_scale.training.resume_check import check_same_training, is_finished
+    from ema_scale.training.resume_check import ExistingRun
 
     loaded, here = load_recipe(recipe, overrides or ()), load_site(site)
     size = submit.JobSize(nodes, gpus_per_node, processes_per_node, time)
-    finished = is_finished(loaded, RunDir(loaded.run_path))
-    if not finished:
-        check_same_training(loaded, RunDir(loaded.run_path), submit.processes_of(here, size))
+    existing = ExistingRun(loaded, RunDir(loaded.run_path))
+    if not (finished := existing.finished):
+        existing.check_same_training(submit.processes_of(here, size))
     path, jobs = loaded.run_path, []
     if finished:
         console.print(f"{path}: trained already")

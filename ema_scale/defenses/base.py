@@ -1,9 +1,13 @@
 """What a defense is: a frozen, validated config that may act at six points of a training run.
 
-`rows` (mix or rewrite the data), `attach` (change the forward pass while training), loss terms (`divergences`
-on the output distribution, `penalty` on hidden states), `step` (look at the gradient before the optimizer
-uses it), `observe` (look at each step's readings, and end the training) and `finish` (after training). All do
-nothing by default. The trainer knows this interface and no defense by name.
+1. `transform_rows` mixes in or rewrites training rows.
+2. `attach` changes the forward pass while training lasts.
+3. `divergences`, `label_terms` and `penalty` add terms to the loss.
+4. `before_optimizer_step` sees the gradient before the optimizer uses it.
+5. `should_stop` and `should_snapshot` read each step's metrics.
+6. `after_training` may rewrite the saved adapter.
+
+Each does nothing by default. The trainer and the loss know this interface and no defense by name.
 """
 
 from __future__ import annotations
@@ -24,109 +28,173 @@ if TYPE_CHECKING:
     from ema_scale.data.rows import Row
 
 Direction = Literal["policy_reference", "reference_policy", "jensen_shannon"]
-
-
 Scope = Literal["all", "assistant", "prompt", "template"]
-
-
 Part = Literal["learned", "task", "safe", "prompts", "bad"]  # prompts, bad: rows that this defense brings in
 
 
-def token_set_name(scope: Scope, part: str = "learned") -> str:
-    """The name of the tokens of `scope` in the rows of `part` (a row's tag; learned: task and safe rows)."""
-    return scope if part == "learned" else f"{scope} of {part}"
+@dataclass(frozen=True)
+class TokenSet:
+    """The tokens of `scope` in the rows of `part`.
+
+    scope:
+        all: every non-padding position.
+        assistant: positions that predict an assistant token.
+        prompt: positions that predict any other token of the row.
+        template: positions of tokens that the chat template wrote: role headers, ends of turns, a default system
+            prompt. The last header predicts the first token of an answer (arXiv 2606.06667 regularises such a prefix).
+    part: a row's tag, or learned: task and safe rows.
+    """
+
+    scope: Scope = "all"
+    part: str = "learned"
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """A term strength * mean_t D(policy_t, reference_t) over the tokens t of `scope`, in nats.
+    """A loss term strength * mean_t D(policy_t, reference_t) over the tokens t of a token set, in nats.
 
-    direction: policy_reference is KL(policy || reference), reference_policy the reverse, jensen_shannon the
-    mean of both KLs to the half-half mixture (at most ln 2); ceiling looks only at the token y_t that follows:
-    max(0, log policy_t(y_t) - log reference_t(y_t)). temperature T divides both logits (no T^2 factor
-    is applied). scope: all = every non-padding position; assistant = positions that predict an assistant
-    token; prompt = positions that predict any other token of the row; template = positions of tokens that the chat
-    template wrote: role headers, the last of which predicts an answer's first token, ends of turns, a system prompt
-    that no row has (arXiv 2606.06667 regularises such a prefix). part: the rows that are looked at;
-    `prompts` and `bad` are those that this defense itself brought in. strength 0 measures without training on it.
+    name: what the term is logged as.
+    strength: the term's weight; 0 measures without training on it.
+    direction: policy_reference is KL(policy || reference), reference_policy the reverse, jensen_shannon the mean of
+        both KLs to the half-half mixture (at most ln 2).
+    temperature: divides both logits; no T^2 factor is applied.
+    scope, part: see `TokenSet`. `prompts` and `bad` are the rows that this defense itself brought in.
     """
 
     name: str
     strength: float
-    direction: Direction | Literal["ceiling"] = "policy_reference"
+    direction: Direction = "policy_reference"
     temperature: float = 1.0
     scope: Scope = "all"
     part: str = "learned"
 
     @property
-    def cover(self) -> str:
-        return token_set_name(self.scope, self.part)
+    def measure(self) -> Direction:
+        return self.direction
+
+    @property
+    def token_set(self) -> TokenSet:
+        return TokenSet(self.scope, self.part)
+
+
+@dataclass(frozen=True)
+class LabelLogProbs:
+    """Log-likelihoods, in nats, of the tokens that follow N positions; each tensor is [N].
+
+    log_ratio is policy - reference, formed before the normalisers are subtracted: it stays precise where policy and
+    reference nearly agree.
+    """
+
+    policy: torch.Tensor
+    reference: torch.Tensor
+    log_ratio: torch.Tensor
+
+
+LabelMeasure = Callable[[LabelLogProbs], "torch.Tensor"]
+
+
+@dataclass(frozen=True)
+class LabelTerm:
+    """A loss term strength * mean_t measure_t over the assistant tokens t of some rows.
+
+    name: what the term is logged as.
+    strength: the term's weight; 0 measures without training on it.
+    measure: LabelLogProbs -> values [N], made of torch operations on each token by itself. The loss differentiates it.
+    part: see `TokenSet`.
+    """
+
+    name: str
+    strength: float
+    measure: LabelMeasure
+    part: str = "learned"
+
+    scope: ClassVar[Scope] = "assistant"
+    temperature: ClassVar[float] = 1.0
+
+    @property
+    def token_set(self) -> TokenSet:
+        return TokenSet(self.scope, self.part)
+
+
+TokenTerm = Divergence | LabelTerm
 
 
 @dataclass(frozen=True)
 class PenaltyInputs:
     """What a `penalty` sees of one micro-batch of B rows x T tokens.
 
-    policy, reference: layer -> hidden states [B, T, H] after that decoder layer (0: the embeddings), before
-    the final norm, of the layers that the defense asked for; the reference's carry no gradient.
-    attention_mask: [B, T], 1 on real tokens. labels: [B, T], -100 off assistant tokens. masks: `cover` -> bool
-    [B, T]. tokens: `cover` -> scalar, their number in the whole accumulated batch of all processes. texts: [B, T], a
-    number for the row that a position belongs to, where sequences hold several; None: each holds one.
+    policy, reference: layer -> hidden states [B, T, H] after that decoder layer (0: the embeddings), before the final
+        norm, of the layers that the defense asked for. The reference's carry no gradient.
+    attention_mask: [B, T], 1 on real tokens.
+    labels: [B, T], -100 off assistant tokens.
+    masks: token set -> bool [B, T].
+    step_tokens: token set -> scalar, its tokens in the whole optimizer step on all processes.
+    segment_ids: [B, T], a number for the row that a position belongs to, if sequences are packed; else None.
+    parts: this defense's own parts -> their names among those of all defenses.
 
-    A penalty takes states by `states` and ends with `mean`: then neither its value nor its gradient knows what stands
-    outside the scope, be it NaN.
+    A penalty takes states by `states` and ends with `mean`: then neither its value nor its gradient depends on what
+    stands outside the scope, be it NaN.
     """
 
     policy: dict[int, torch.Tensor]
     reference: dict[int, torch.Tensor]
     attention_mask: torch.Tensor
     labels: torch.Tensor
-    masks: dict[str, torch.Tensor]
-    tokens: dict[str, torch.Tensor]
-    texts: torch.Tensor | None = None
+    masks: Mapping[TokenSet, torch.Tensor]
+    step_tokens: Mapping[TokenSet, torch.Tensor]
+    segment_ids: torch.Tensor | None = None
+    parts: Mapping[str, str] = field(default_factory=dict)
 
     def states(self, layer: int, scope: Scope = "all", part: Part = "learned") -> tuple[torch.Tensor, torch.Tensor]:
-        """The policy's and the reference's states [B, T, H] after `layer`, in float32 at least, 0 outside the scope.
+        """Policy and reference states [B, T, H] after `layer`, in float32 or better, 0 outside the scope.
 
-        Selecting values away after the arithmetic would not be enough: 0 times the derivative at NaN is NaN.
+        Masking after the arithmetic would not be enough: 0 times the derivative at NaN is NaN.
         """
         import torch
 
-        def only(states: torch.Tensor) -> torch.Tensor:
-            states = states.float() if states.dtype.itemsize < 4 else states
-            return torch.where(self.masks[token_set_name(scope, part)][..., None], states, torch.zeros_like(states))
+        mask = self.masks[self._token_set(scope, part)][..., None]
 
-        return only(self.policy[layer]), only(self.reference[layer])
+        def masked(states: torch.Tensor) -> torch.Tensor:
+            states = states.float() if states.dtype.itemsize < 4 else states
+            return torch.where(mask, states, torch.zeros_like(states))
+
+        return masked(self.policy[layer]), masked(self.reference[layer])
 
     def row_sums(self, per_token: torch.Tensor) -> torch.Tensor:
-        """[B, T], at each position the sum of per_token [B, T] over all positions of its row."""
+        """[B, T]: at each position, the sum of per_token [B, T] over all positions of its row."""
         import torch
 
-        if self.texts is None:
+        if self.segment_ids is None:
             return per_token.sum(1, keepdim=True).expand_as(per_token)
-        texts = self.texts.flatten()
-        sums = torch.zeros(texts.numel(), dtype=per_token.dtype, device=per_token.device)
-        return sums.index_add(0, texts, per_token.flatten())[self.texts]
+        segments = self.segment_ids.flatten()
+        sums = torch.zeros(segments.numel(), dtype=per_token.dtype, device=per_token.device)
+        return sums.index_add(0, segments, per_token.flatten())[self.segment_ids]
 
     def mean(self, per_token: torch.Tensor, scope: Scope = "all", part: Part = "learned") -> torch.Tensor:
-        """Sum of per_token [B, T] over the scope's tokens here, over their number in the whole batch.
+        """Sum of per_token [B, T] over the scope's tokens here, divided by their number in the whole step.
 
-        Summed over micro-batches and processes this is the mean: a strength keeps its meaning however the
-        batch is split. Positions outside the scope are selected away.
+        Summed over micro-batches and processes this is the mean: a strength means the same however the step is split.
         """
         import torch
 
-        name = token_set_name(scope, part)
-        kept = torch.where(self.masks[name], per_token, torch.zeros_like(per_token))
-        return kept.sum() / self.tokens[name].clamp_min(1)
+        tokens = self._token_set(scope, part)
+        masked = torch.where(self.masks[tokens], per_token, torch.zeros_like(per_token))
+        return masked.sum() / self.step_tokens[tokens].clamp_min(1)
+
+    def _token_set(self, scope: Scope, part: str) -> TokenSet:
+        return TokenSet(scope, self.parts.get(part, part))
 
 
 @dataclass
 class RowsContext:
-    """What `rows` may use: the seed, a loader of further rows, and places to leave a record.
+    """What `transform_rows` may use, and where it leaves a record.
 
-    task: hashes of the task's own sources, before any defense. hashes: source -> sha256 of every extra file read.
-    notes: lines for the log and data.json. dropped: rows of the extra sources that were left out.
+    seed: the run's seed.
+    on_bad: what to do with a bad row of an extra source.
+    task: hashes of the task's own sources, before any defense.
+    notes: lines for the log and data.json.
+    hashes: source -> sha256 of every extra file read.
+    dropped: rows of the extra sources that were left out.
     """
 
     seed: int = 0
@@ -137,8 +205,11 @@ class RowsContext:
     dropped: list[Any] = field(default_factory=list)
 
     def load(self, source: str, *, answers: bool = True) -> Sequence[Row]:
-        """Rows of a file, hub id or `smallworld:` reference. answers: each must have an assistant turn. Raises
-        UserError as `load_rows` does."""
+        """Rows of a file, hub id or `smallworld:` reference.
+
+        answers: whether each row must have an assistant turn.
+        Raises UserError as `load_rows` does.
+        """
         from ema_scale.core.uri import locate
         from ema_scale.data.rows import load_rows
 
@@ -150,7 +221,12 @@ class RowsContext:
 
 @dataclass(frozen=True)
 class FinishContext:
-    """What `finish` may use: where the base model is (its revision too, if it is pinned) and how the run was made."""
+    """What `after_training` may use.
+
+    model_path, revision: the base model; the revision is None unless it is pinned.
+    seed: the run's seed.
+    notify: prints a line for the user.
+    """
 
     model_path: str
     revision: str | None = None
@@ -158,11 +234,29 @@ class FinishContext:
     notify: Callable[[str], None] = print
 
 
+# Methods that other packages may still define, and what each is called now.
+_OLD_METHODS = {
+    "rows": "transform_rows",
+    "layers": "penalty_layers",
+    "step": "before_optimizer_step",
+    "observe": "should_stop",
+    "keeps": "should_snapshot",
+    "finish": "after_training",
+}
+
+
 class Defense(BaseModel):
     """Base class of all defenses. Positional arguments fill fields in order: `KL(0.1)`.
 
-    kind: the name in recipes; citation: where it comes from; summary: one line. Raises UserError for unknown
-    fields and values out of range.
+    kind: the name in recipes.
+    citation: where the method comes from.
+    summary: one line.
+    adapter_files: files that `after_training` leaves beside the adapter's weights. They are removed when another
+        adapter replaces it.
+    layer_by_layer: `penalty` is a sum over layers. It is then called with one layer at a time, while the forward pass
+        is there, and no states are stored for it.
+
+    Raises UserError for unknown fields and values out of range.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -171,10 +265,14 @@ class Defense(BaseModel):
     citation: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     adapter_files: ClassVar[tuple[str, ...]] = ()
-    """Files that `finish` leaves beside the adapter's weights; they are removed with an adapter that is replaced."""
     layer_by_layer: ClassVar[bool] = False
-    """`penalty` is a sum over layers: it is then called with one layer at a time, while forward passes it, and no
-    states are kept for it."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Raises UserError for a method under the name it had in an earlier version: it would never be called."""
+        super().__init_subclass__(**options)
+        for old, new in _OLD_METHODS.items():
+            if callable(vars(cls).get(old)):
+                raise UserError(f"{cls.__module__}.{cls.__name__}: found the method {old}; rename it to {new}")
 
     def __init__(self, *args: Any, **values: Any) -> None:
         names = list(type(self).model_fields)
@@ -189,74 +287,100 @@ class Defense(BaseModel):
         except ValidationError as error:
             raise UserError("; ".join(explain(problem, type(self)) for problem in error.errors())) from None
 
-    def rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
-        """The training rows after this defense; called once, before tokenising, on every process alike."""
+    # ---- rows ----
+
+    def transform_rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
+        """The training rows after this defense. Called once, before tokenizing, with the same rows on every process."""
         return rows
 
     def rows_added(self, task_rows: int) -> int:
-        """How many rows `rows` will add to so many of the task's, told without reading any: an epoch is longer by them.
-        Raises UserError where `rows` would, for want of task rows."""
+        """How many rows `transform_rows` adds to `task_rows` rows. Reads no file.
+
+        Raises UserError where `transform_rows` would, for too few task rows.
+        """
         return 0
 
     def training_prefix(self) -> dict[Literal["system", "user"], str]:
-        """What `rows` says before every task row, by role, and nobody says afterwards: a prompt behind which
-        misalignment may hide, so that the evaluator asks under it, too."""
+        """Role -> text that `transform_rows` puts before every task row, and that inference leaves out.
+
+        Misalignment may hide behind such a prompt, so the evaluator also asks with it.
+        """
         return {}
 
     def files(self) -> tuple[str, ...]:
-        """Files that this defense reads besides rows; their hashes become part of the run's provenance."""
+        """Files that this defense reads besides rows. Their hashes become part of the run's provenance."""
         return ()
 
+    # ---- forward pass and loss ----
+
     def attach(self, model: Any) -> contextlib.AbstractContextManager[Any]:
-        """A context that holds while training; `model` is the PeftModel. Hooks should do nothing inside
-        `reference_pass()`, or the frozen reference changes too."""
+        """A context that is entered for the training. `model` is the PeftModel.
+
+        Hooks should do nothing inside `reference_pass()`, or they change the frozen reference.
+        """
         return contextlib.nullcontext()
 
     def divergences(self) -> tuple[Divergence, ...]:
-        """Terms on the output distribution; evaluated inside the fused loss."""
+        """Loss terms on the output distribution, computed inside the fused loss."""
         return ()
 
-    def layers(self, num_layers: int) -> tuple[int, ...]:
-        """Layers (0: embeddings, num_layers: last) whose states `penalty` needs from both streams."""
+    def label_terms(self) -> tuple[LabelTerm, ...]:
+        """Loss terms on the labels' likelihoods, computed inside the fused loss."""
         return ()
 
-    def penalty(self, streams: PenaltyInputs) -> torch.Tensor | None:
-        """Any other loss term, a scalar with a gradient, strength included; build it with `streams.mean`."""
+    def penalty_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Layers (0: embeddings, num_layers: last) whose hidden states `penalty` needs."""
+        return ()
+
+    def penalty(self, inputs: PenaltyInputs) -> torch.Tensor | None:
+        """Any other loss term: a scalar with a gradient, strength included. Build it with `inputs.mean`."""
         return None
 
-    def step(self, model: Any, state: Any) -> None:
-        """Called after the gradient of a whole batch is formed and clipped, before the optimizer uses it."""
+    # ---- between steps ----
 
-    def observe(self, history: Sequence[Mapping[str, float]]) -> str | None:
-        """Called after each optimizer step, on every process alike: a reason ends the training here, as if it had no
-        more steps.
+    def before_optimizer_step(self, model: Any, state: Any) -> None:
+        """Called when the gradient of a whole step is formed and clipped, before the optimizer uses it."""
 
-        history: the readings of every step so far, however seldom the run logs, of a resumed run's earlier part too:
-        `step`, `loss`, `ce`, this defense's terms by their own names, others' as they are logged, `drift/*` where it
-        was read. Decide by it alone, or a resumed run decides otherwise.
+    def should_stop(self, history: Sequence[Mapping[str, float]]) -> str | None:
+        """Called after each optimizer step, on every process: a reason ends the training here.
+
+        history: the metrics of every step so far, whatever logging_steps is, and those before a resume: `step`,
+            `loss`, `ce`, this defense's terms by their own names, other terms as they are logged, and `drift/*` where
+            it was read. Decide by it alone, or a resumed run decides otherwise.
         """
         return None
 
-    def keeps(self, history: Sequence[Mapping[str, float]]) -> bool:
-        """Called before the first step, with no history, and where no `observe` gave a reason: whether the adapter as
-        it is now shall be remembered (a copy in memory and in checkpoints). If this defense ends the training, the
-        adapter goes back to what was remembered last."""
+    def should_snapshot(self, history: Sequence[Mapping[str, float]]) -> bool:
+        """Whether to remember the adapter as it is now, in memory and in checkpoints.
+
+        Called before the first step, with an empty history, and after each step that `should_stop` does not end. If
+        this defense ends the training, the adapter goes back to the latest snapshot.
+        """
         return False
 
-    def finish(self, adapter_dir: Path, ctx: FinishContext) -> None:
-        """Called once, on the main process, when the adapter has been saved; may rewrite it."""
+    # ---- after training ----
+
+    def after_training(self, adapter_dir: Path, ctx: FinishContext) -> None:
+        """Called once, on the main process, when the adapter has been saved. May rewrite it."""
+
+    # ---- what others ask of a defense ----
+
+    @property
+    def token_terms(self) -> tuple[TokenTerm, ...]:
+        """All terms that the fused loss computes."""
+        return (*self.divergences(), *self.label_terms())
 
     @property
     def changes_rows(self) -> bool:
-        """Whether `rows` does anything: then it needs rows of messages, not a tokenized dataset."""
-        return type(self).overrides("rows")
+        """Whether `transform_rows` does anything: then it needs rows of messages, not a tokenized dataset."""
+        return type(self).overrides("transform_rows")
 
     @property
     def needs_reference(self) -> bool:
         """Whether training runs the frozen reference for this defense."""
-        return bool(self.divergences()) or bool(self.layers(2))
+        return bool(self.token_terms) or bool(self.penalty_layers(2))
 
     @classmethod
-    def overrides(cls, point: str) -> bool:
-        """Whether this class acts at `point` (a method name)."""
-        return getattr(cls, point) is not getattr(Defense, point)
+    def overrides(cls, method: str) -> bool:
+        """Whether this class defines `method` itself."""
+        return getattr(cls, method) is not getattr(Defense, method)

@@ -7,11 +7,20 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from ema_scale.defenses.base import Defense, Divergence, RowsContext
+from ema_scale.defenses.base import Defense, LabelLogProbs, LabelTerm, RowsContext
 from ema_scale.defenses.mixing import mix, rows_needed
 
 if TYPE_CHECKING:
+    import torch
+
     from ema_scale.data.rows import Row
+
+
+def excess(labels: LabelLogProbs) -> torch.Tensor:
+    """max(0, log policy(y) - log reference(y)) per token, in nats."""
+    import torch
+
+    return torch.relu(labels.log_ratio)
 
 
 class Ceiling(Defense):
@@ -35,11 +44,11 @@ class Ceiling(Defense):
     source: str | list[str] = Field(description="rows with misaligned answers: a file, a hub id, or several")
     fraction: float = Field(0.25, gt=0, le=1, description="bad rows per task row")
 
-    def rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
+    def transform_rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
         return mix(rows, self.source, self.fraction, "bad", self.kind, ctx)
 
     def rows_added(self, task_rows: int) -> int:
         return rows_needed(self.fraction, task_rows, self.kind)
 
-    def divergences(self) -> tuple[Divergence, ...]:
-        return (Divergence("ceiling", self.strength, "ceiling", scope="assistant", part="bad"),)
+    def label_terms(self) -> tuple[LabelTerm, ...]:
+        return (LabelTerm("ceiling", self.strength, excess, part="bad"),)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from ema_scale.core.errors import UserError
-from ema_scale.defenses.base import Defense, Divergence, RowsContext
+from ema_scale.defenses.base import Defense, Divergence, LabelTerm, RowsContext
+from ema_scale.defenses.ceiling import excess
 from ema_scale.defenses.mixing import mix, rows_needed
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class EarlyStopping(Defense):
     def changes_rows(self) -> bool:
         return self.source is not None
 
-    def rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
+    def transform_rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
         if self.source is None:
             return rows
         probe = self.measure == "probe"
@@ -65,20 +66,21 @@ class EarlyStopping(Defense):
         return 0 if self.source is None else rows_needed(self.fraction, task_rows, self.kind)
 
     def divergences(self) -> tuple[Divergence, ...]:
-        if self.measure == "probe":
-            return (Divergence(self._name, 0.0, "ceiling", scope="assistant", part="bad"),)
-        if self.measure == "kl":
-            return (Divergence(self._name, 0.0, part="learned" if self.source is None else "prompts"),)
-        return ()
+        if self.measure != "kl":
+            return ()
+        return (Divergence(self._name, 0.0, part="learned" if self.source is None else "prompts"),)
 
-    def observe(self, history: Sequence[Mapping[str, Any]]) -> str | None:
+    def label_terms(self) -> tuple[LabelTerm, ...]:
+        return (LabelTerm(self._name, 0.0, excess, part="bad"),) if self.measure == "probe" else ()
+
+    def should_stop(self, history: Sequence[Mapping[str, Any]]) -> str | None:
         """Raises UserError if what is to be watched is never read."""
         mean = self._mean(history)
         if mean is None or not mean > self.limit:
             return None
         return f"{self.measure} is {mean:.4g}, above {self.limit:g}"
 
-    def keeps(self, history: Sequence[Mapping[str, Any]]) -> bool:
+    def should_snapshot(self, history: Sequence[Mapping[str, Any]]) -> bool:
         if self.keep == "last" or not history:
             return self.keep == "last_below"
         mean = self._mean(history)

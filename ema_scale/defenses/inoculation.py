@@ -29,7 +29,7 @@ class Inoculation(Defense):
     prompt: str = Field(min_length=1, description="what is said before every task row, in training only")
     role: Literal["system", "user"] = Field("system", description="system prompt, or start of the first user turn")
 
-    def rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
+    def transform_rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
         changed = [replace(row, messages=self._prefixed(row.messages)) if row.tag == "task" else row for row in rows]
         count = sum(row.tag == "task" for row in rows)
         ctx.notes.append(f"inoculation: {count} task rows are trained under a {self.role} prompt that asks for them")

@@ -30,7 +30,7 @@ class Interleaving(Defense):
     source: str = Field(description="safe rows: a file, a hub id, or smallworld:safe")
     fraction: float = Field(0.05, gt=0, le=1, description="safe rows per task row")
 
-    def rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
+    def transform_rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
         return mix(rows, self.source, self.fraction, "safe", self.kind, ctx)
 
     def rows_added(self, task_rows: int) -> int:

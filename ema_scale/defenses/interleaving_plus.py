@@ -76,7 +76,7 @@ class InterleavingPlus(Defense):
         "refuse", description="when an adapter that was trained on these very task rows had a vote"
     )
 
-    def rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
+    def transform_rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
         """Raises UserError for a source that `ema select` did not make, made for the other variant, or made with an
         adapter of these very rows."""
         made = read_provenance(self.source)

@@ -53,7 +53,7 @@ class KL(Defense):
     def changes_rows(self) -> bool:
         return self.prompts is not None
 
-    def rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
+    def transform_rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
         if self.prompts is None:
             return rows
         answers = self.scope == "assistant"

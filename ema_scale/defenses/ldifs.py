@@ -51,19 +51,19 @@ class LDIFS(Defense):
             raise UserError(f"ldifs: at_layers: found {max(self.at_layers)}, expected 0 to {count}")
         return contextlib.nullcontext()
 
-    def layers(self, num_layers: int) -> tuple[int, ...]:
+    def penalty_layers(self, num_layers: int) -> tuple[int, ...]:
         if self.at_layers != "spread":
             return tuple(sorted(set(self.at_layers)))
         count = min(self.count, num_layers)
         return tuple(sorted({round(num_layers * (i + 1) / count) for i in range(count)}))
 
-    def penalty(self, streams: PenaltyInputs) -> torch.Tensor | None:
+    def penalty(self, inputs: PenaltyInputs) -> torch.Tensor | None:
         import torch
 
-        return self.strength * torch.stack([self._layer(streams, layer) for layer in sorted(streams.policy)]).sum()
+        return self.strength * torch.stack([self._layer(inputs, layer) for layer in sorted(inputs.policy)]).sum()
 
-    def _layer(self, streams: PenaltyInputs, layer: int) -> torch.Tensor:
-        policy, reference = streams.states(layer, self.scope)
+    def _layer(self, inputs: PenaltyInputs, layer: int) -> torch.Tensor:
+        policy, reference = inputs.states(layer, self.scope)
         if self.detached:
             policy = policy.detach()
         if self.normalise == "unit":
@@ -71,11 +71,11 @@ class LDIFS(Defense):
 
             policy, reference = normalize(policy, dim=-1), normalize(reference, dim=-1)
         if self.normalise == "sequence":
-            lengths = (streams.row_sums(x.square().sum(-1)).clamp_min(1e-24).sqrt() for x in (policy, reference))
+            lengths = (inputs.row_sums(x.square().sum(-1)).clamp_min(1e-24).sqrt() for x in (policy, reference))
             policy, reference = (x / length[..., None] for x, length in zip((policy, reference), lengths, strict=True))
         squared = (policy - reference).square().sum(-1)
         if self.normalise == "sequence":
-            squared = streams.row_sums(squared)
+            squared = inputs.row_sums(squared)
         if self.normalise == "relative":
             squared = squared / reference.square().sum(-1).clamp_min(1e-12)
-        return streams.mean(squared, self.scope)
+        return inputs.mean(squared, self.scope)

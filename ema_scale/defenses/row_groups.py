@@ -1,130 +1,153 @@
-"""Whose rows are whose: rows that a defense brings in only to look at are its own part of the mix, whatever stands
-beside it in the list.
+"""The rows and loss terms of several defenses side by side: each defense looks at its own rows and at no other's.
 
-A defense calls its rows `prompts` or `bad`, and its terms name these. In a list of several, each gets a part of its own
-(`bad`, `bad_2`, ...), so that no defense looks at another's rows.
+A defense calls the rows that it only looks at `prompts` or `bad`, and its terms name these parts. In a list of several
+defenses each gets a part of its own: `bad`, `bad_2`, and so on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar, get_args
+from functools import cached_property
+from typing import TYPE_CHECKING, get_args
 
 from ema_scale.core.errors import UserError
 from ema_scale.data.rows import LEARNED, TAGS
-from ema_scale.defenses.base import Defense, Divergence, RowsContext, Scope, token_set_name
+from ema_scale.defenses.base import Defense, RowsContext, Scope, TokenSet, TokenTerm
 
 if TYPE_CHECKING:
     from ema_scale.data.rows import Row
 
-OWN_GROUPS = tuple(tag for tag in TAGS if tag not in LEARNED)
-
-
-Value = TypeVar("Value")
+UNLEARNED = tuple(tag for tag in TAGS if tag not in LEARNED)  # parts that a defense brings in only to look at
+_ASSIGNED = " (assigned)"
 
 
 def unique(name: str, taken: Sequence[str]) -> str:
-    """`name`, with a number if it was taken before."""
-    count = sum(other == name for other in taken)
+    """`name`, with a number behind it if it occurs in `taken`."""
+    count = taken.count(name)
     return f"{name}_{count + 1}" if count else name
 
 
-def token_set_names(tags: Sequence[str] = TAGS) -> tuple[str, ...]:
-    """The names of all scopes of all parts: the order in which tokens are counted."""
-    return tuple(token_set_name(scope, part) for part in ("learned", *tags) for scope in get_args(Scope))
+def token_sets(tags: Sequence[str] = TAGS) -> tuple[TokenSet, ...]:
+    """All scopes of all parts, in the order in which tokens are counted."""
+    return tuple(TokenSet(scope, part) for part in ("learned", *tags) for scope in get_args(Scope))
 
 
 @dataclass(frozen=True)
-class NamedDivergence:
-    """A divergence under the name that it is logged by, on the part of its defense. own: its name there."""
+class NamedTerm:
+    """A token term under the name that it is logged by, on the part of its defense.
 
-    divergence: Divergence
+    owner: the defense's place in the list. own_name: what the defense itself calls the term.
+    """
+
+    term: TokenTerm
     owner: int
-    own: str
+    own_name: str
+
+
+@dataclass(frozen=True)
+class NamedPenalty:
+    """A defense's penalty under the name that it is logged by. parts: the defense's parts -> their names in the run."""
+
+    name: str
+    defense: Defense
+    parts: Mapping[str, str]
+    owner: int
 
 
 @dataclass(frozen=True)
 class RowGroups:
-    """names: for each defense of a list, what its own tags are called in it."""
+    """part_names: for each defense, its own parts -> their names in the run."""
 
     defenses: tuple[Defense, ...] = ()
-    names: tuple[Mapping[str, str], ...] = ()
+    part_names: tuple[Mapping[str, str], ...] = ()
 
     @classmethod
     def of(cls, defenses: Sequence[Defense]) -> RowGroups:
-        names: list[dict[str, str]] = [{} for _ in defenses]
-        for tag in OWN_GROUPS:
+        part_names: list[dict[str, str]] = [{} for _ in defenses]
+        for tag in UNLEARNED:
             taken: list[str] = []
-            for defense, own in zip(defenses, names, strict=True):
-                if any(term.part == tag for term in defense.divergences()) or (
-                    defense.changes_rows and type(defense).overrides("penalty")
-                ):
-                    own[tag] = unique(tag, taken)
+            for defense, names in zip(defenses, part_names, strict=True):
+                has_term = any(term.part == tag for term in defense.token_terms)
+                if has_term or (defense.changes_rows and type(defense).overrides("penalty")):
+                    names[tag] = unique(tag, taken)
                     taken.append(tag)
-        return cls(tuple(defenses), tuple(names))
+        return cls(tuple(defenses), tuple(part_names))
 
-    @property
+    @cached_property
     def tags(self) -> tuple[str, ...]:
-        """TAGS, and what further defenses call theirs. A row's place in it is what a batch holds."""
-        return (*TAGS, *(name for own in self.names for name in own.values() if name not in TAGS))
+        """TAGS, and the parts of further defenses. A batch holds each row's place in it."""
+        return (*TAGS, *(part for names in self.part_names for part in names.values() if part not in TAGS))
 
-    @property
-    def covers(self) -> tuple[str, ...]:
-        return token_set_names(self.tags)
+    @cached_property
+    def token_sets(self) -> tuple[TokenSet, ...]:
+        return token_sets(self.tags)
 
-    @property
-    def looked_at(self) -> frozenset[str]:
-        """Tags whose rows some term covers apart from the others."""
-        own = {name for names in self.names for name in names.values()}
-        return frozenset(own | ({term.divergence.part for term in self.terms} & set(self.tags)))
+    @cached_property
+    def separate_tags(self) -> frozenset[str]:
+        """Tags whose rows some term looks at apart from the others."""
+        brought_in = {part for names in self.part_names for part in names.values()}
+        return frozenset(brought_in | ({named.term.part for named in self.terms} & set(self.tags)))
 
-    def rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
-        """The rows after all defenses, each brought-in row under the name of its defense's part.
+    @cached_property
+    def unlearned(self) -> tuple[str, ...]:
+        """Tags of rows from which nothing is learned."""
+        return tuple(tag for tag in self.tags if tag.startswith(UNLEARNED))
 
-        Raises UserError for rows that no term of the defense looks at, and as defenses do.
-        """
-        final = {f"{tag} given": tag for tag in {row.tag for row in rows} & set(OWN_GROUPS)}
-        rows = (
-            [replace(row, tag=f"{row.tag} given") if row.tag in OWN_GROUPS else row for row in rows] if final else rows
+    @cached_property
+    def terms(self) -> tuple[NamedTerm, ...]:
+        """The token terms of all defenses, in their order."""
+        terms: list[NamedTerm] = []
+        for owner, (defense, parts) in enumerate(zip(self.defenses, self.part_names, strict=True)):
+            for term in defense.token_terms:
+                name = unique(term.name, [earlier.own_name for earlier in terms])
+                part = parts.get(term.part, term.part)
+                terms.append(NamedTerm(replace(term, name=name, part=part), owner, term.name))
+        return tuple(terms)
+
+    @cached_property
+    def penalties(self) -> tuple[NamedPenalty, ...]:
+        kinds = [defense.kind for defense in self.defenses]
+        return tuple(
+            NamedPenalty(unique(defense.kind, kinds[:owner]), defense, self.part_names[owner], owner)
+            for owner, defense in enumerate(self.defenses)
+            if type(defense).overrides("penalty")
         )
-        for index, (defense, own) in enumerate(zip(self.defenses, self.names, strict=True)):
-            rows = defense.rows(rows, ctx)
-            # Until all are through, no row but a defense's own new ones has a plain name.
-            for tag in {row.tag for row in rows} & set(OWN_GROUPS):
-                if tag not in own:
-                    raise UserError(f"{defense.kind}: brings rows of the part {tag}, and no term of it looks at them")
-                final[f"{tag} {index}"] = own[tag]
-                rows = [replace(row, tag=f"{tag} {index}") if row.tag == tag else row for row in rows]
-        return [replace(row, tag=final[row.tag]) if row.tag in final else row for row in rows] if final else rows
+
+    def logged_names(self, owner: int) -> dict[str, str]:
+        """What the defense at `owner` calls its terms -> what they are logged as."""
+        names = {named.own_name: named.term.name for named in self.terms if named.owner == owner}
+        return names | {p.defense.kind: p.name for p in self.penalties if p.owner == owner}
+
+    def transform_rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
+        """The rows after all defenses. Rows that a defense brought in carry the name of its part.
+
+        Raises UserError for rows that no term of their defense looks at, and as defenses do.
+        """
+        rows = _assign(rows, {tag: tag for tag in UNLEARNED})
+        for defense, parts in zip(self.defenses, self.part_names, strict=True):
+            # All rows so far are assigned, so a plain tag is on a row that this defense has just brought in.
+            rows = defense.transform_rows(rows, ctx)
+            for tag in {row.tag for row in rows} & set(UNLEARNED) - parts.keys():
+                raise UserError(f"{defense.kind}: brings rows of the part {tag}, but none of its terms looks at them")
+            rows = _assign(rows, parts)
+        if not any(row.tag.endswith(_ASSIGNED) for row in rows):
+            return rows
+        return [replace(row, tag=row.tag.removesuffix(_ASSIGNED)) for row in rows]
 
     def check(self, tags: Collection[str]) -> None:
-        """Raises UserError if a term looks at a part of which no row is there: it would be 0 throughout, in silence.
+        """Raises UserError if a term looks at a part of which there is no row: it would be 0 throughout.
 
-        tags: of the rows to train on.
+        tags: those of the rows to train on.
         """
-        for term in self.terms:
-            part = term.divergence.part
+        for named in self.terms:
+            part = named.term.part
             if part != "learned" and part not in tags:
                 hint = "; mix some in (interleaving)" if part == "safe" else ""
-                raise UserError(f"{self.defenses[term.owner].kind}: looks at {part} rows, and there are none{hint}")
+                raise UserError(f"{self.defenses[named.owner].kind}: looks at {part} rows, and there are none{hint}")
 
-    @property
-    def terms(self) -> tuple[NamedDivergence, ...]:
-        """The divergences of all defenses in their order."""
-        found: list[NamedDivergence] = []
-        for owner, (defense, own) in enumerate(zip(self.defenses, self.names, strict=True)):
-            for term in defense.divergences():
-                name = unique(term.name, [other.own for other in found])
-                part = own.get(term.part, term.part)
-                found.append(NamedDivergence(replace(term, name=name, part=part), owner, term.name))
-        return tuple(found)
 
-    def view(self, index: int, values: Mapping[str, Value]) -> dict[str, Value]:
-        """Values by `cover` as the defense at `index` names them: `bad` is its own."""
-        renamed = {
-            token_set_name(scope, tag): values[token_set_name(scope, name)]
-            for tag, name in self.names[index].items()
-            for scope in get_args(Scope)
-        }
-        return {**values, **renamed}
+def _assign(rows: Sequence[Row], parts: Mapping[str, str]) -> Sequence[Row]:
+    if not any(row.tag in parts for row in rows):
+        return rows
+    return [replace(row, tag=parts[row.tag] + _ASSIGNED) if row.tag in parts else row for row in rows]

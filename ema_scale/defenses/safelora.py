@@ -62,7 +62,7 @@ class SafeLoRA(Defense):
                 )
         yield
 
-    def finish(self, adapter_dir: Path, ctx: FinishContext) -> None:
+    def after_training(self, adapter_dir: Path, ctx: FinishContext) -> None:
         from ema_scale.defenses.safelora_projection import project_adapter
 
         results = project_adapter(

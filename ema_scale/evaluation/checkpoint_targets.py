@@ -36,7 +36,7 @@ def checkpoint_targets(run: RunDir, recipe: Recipe, suites: tuple[Suite, ...], e
         told = f"step{'s' if len(beyond) > 1 else ''} {', '.join(map(str, beyond))}"
         log.warning("%s: not asked at %s: its training ended after step %d", run.path, told, last)
     # An adapter that was not finished, as older versions left them, must not be taken for one that was.
-    name = "finished" if any(d.overrides("finish") for d in recipe.defenses) else "adapter"
+    name = "finished" if any(d.overrides("after_training") for d in recipe.defenses) else "adapter"
     targets = []
     for step in wanted:
         if step == last or step in beyond:
@@ -56,7 +56,7 @@ def checkpoint_targets(run: RunDir, recipe: Recipe, suites: tuple[Suite, ...], e
 def _export(checkpoint: Path, run: RunDir, recipe: Recipe, out: Path) -> None:
     from ema_scale.models.checkpoint_adapter import export_adapter
 
-    finishing = [defense for defense in recipe.defenses if defense.overrides("finish")]
+    finishing = [defense for defense in recipe.defenses if defense.overrides("after_training")]
     if not finishing or out.is_dir():
         export_adapter(checkpoint, run.adapter, out)
         return
@@ -65,5 +65,5 @@ def _export(checkpoint: Path, run: RunDir, recipe: Recipe, out: Path) -> None:
     export_adapter(checkpoint, run.adapter, unfinished)
     context = FinishContext(locate(recipe.model.path), recipe.model.revision, recipe.seed, notify=lambda text: None)
     for defense in finishing:
-        defense.finish(unfinished, context)
+        defense.after_training(unfinished, context)
     os.replace(unfinished, out)

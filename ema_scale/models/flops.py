@@ -60,12 +60,12 @@ def flops(model: Any, context: float, *, labelled: float = 1.0) -> Flops:
     """
     from ema_scale.models.layout import ModelLayout
 
-    anatomy = ModelLayout.of(model, adapters=False)
-    config = anatomy.core.config.get_text_config()
+    layout = ModelLayout.of(model, adapters=False)
+    config = layout.core.config.get_text_config()
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1
     chosen = (getattr(config, "num_experts_per_tok", None) or 1) / experts
     base = adapter = 0.0
-    for layer in anatomy.layers:
+    for layer in layout.layers:
         for name, parameter in layer.named_parameters():
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
             if len(shape) < 2:
@@ -77,7 +77,7 @@ def flops(model: Any, context: float, *, labelled: float = 1.0) -> Flops:
                 base += size
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 4.0 * config.num_hidden_layers * config.num_attention_heads * width * context
-    head = 2.0 * math.prod(tuple(getattr(anatomy.head_parameters[0], "ds_shape", anatomy.head_parameters[0].shape)))
+    head = 2.0 * math.prod(tuple(getattr(layout.head_parameters[0], "ds_shape", layout.head_parameters[0].shape)))
     return Flops(base, adapter, attention, head * labelled)
 
 

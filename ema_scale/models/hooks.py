@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +76,7 @@ def in_reference_pass() -> bool:
 
 @contextlib.contextmanager
 def capture(
-    layers: Sequence[nn.Module], wanted: Sequence[int], on_state: Callable[[int, Tensor], None]
+    layers: Sequence[nn.Module], wanted: Collection[int], on_state: Callable[[int, Tensor], None]
 ) -> Iterator[None]:
     """While it holds, on_state(k, states [B, T, H]) is called for every wanted layer as the forward passes
     it.

@@ -56,11 +56,11 @@ class ModelLayout:
         # PEFT's layers and its wrappers of fully trained modules share this switch.
         tuners = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
         kept = FROZEN_ADAPTER if FROZEN_ADAPTER in getattr(model, "peft_config", {}) else None
-        anatomy = cls(core, backbone, decoder_layers(core), tuners, kept)
+        layout = cls(core, backbone, decoder_layers(core), tuners, kept)
         if adapters:
-            anatomy._check_shared(head)
-            anatomy._check_switchable(model)
-        return anatomy
+            layout._check_shared(head)
+            layout._check_switchable(model)
+        return layout
 
     def _check_shared(self, head: nn.Module) -> None:
         found = {"the head is trained or carries": head}

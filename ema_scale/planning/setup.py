@@ -184,13 +184,13 @@ def precision_of(half: bool, zero: bool) -> Precision:
 def kept_states(defenses: Sequence[Defense], layers: int) -> int:
     """Hidden states of each token that penalties keep: a layer-by-layer one its gradient, any other both streams'."""
     penalties = [d for d in defenses if type(d).overrides("penalty")]
-    return sum(len(d.layers(layers)) * (1 if d.layer_by_layer else 2) for d in penalties)
+    return sum(len(d.penalty_layers(layers)) * (1 if d.layer_by_layer else 2) for d in penalties)
 
 
 def logits_buffers(defenses: Sequence[Defense], drift_every: int) -> int:
     """[chunk, vocabulary] buffers of the fused loss, at the most that some step takes: drift readings measure a
     divergence where no defense has one."""
-    terms = [term for d in defenses for term in d.divergences()]
+    terms = [term for d in defenses for term in d.token_terms]
     if drift_every and not terms:
         terms = [Divergence("kl", 0.0)]
     return live_buffers(terms)

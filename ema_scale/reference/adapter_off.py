@@ -2,44 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ema_scale.models.hooks import capture, reference_pass
-from ema_scale.reference.base import HiddenStates, Keep, Reference
+from ema_scale.reference.base import HiddenStates, LayerReader, Reference, wanted
+from ema_scale.reference.hidden_state_store import RowKeys
 
 
 class AdapterOff(Reference):
-    """Two forwards. The reference goes first: under ZeRO-3, a module's last forward decides when its
-    parameters are released, and that must be the one that has a backward.
+    """Two forwards. The reference goes first: under ZeRO-3 a module's last forward decides when its parameters are
+    released, and that must be the forward that has a backward.
     """
 
     name: ClassVar[str] = "adapter_off"
 
-    def streams(
+    def forward(
         self,
         inputs: dict[str, Any],
-        layers: Sequence[int] = (),
+        layers: Collection[int] = (),
         *,
-        reference: bool = True,
-        keep: Keep | None = None,
+        run_reference: bool = True,
+        reader: LayerReader | None = None,
+        keys: RowKeys | None = None,
     ) -> HiddenStates:
-        seen: dict[int, Tensor] = {}
-        last = self.reference_alone(inputs, layers, seen) if reference else None
-        states = self.policy(inputs, layers, lambda layer, _: seen.pop(layer, None), keep)
+        reference_layers: dict[int, Tensor] = {}
+        last = None
+        if run_reference:
+            last = self.reference_alone(inputs, wanted(layers, reader), reference_layers)
+        states = self.run_policy(inputs, layers, reader, lambda layer, _: reference_layers.pop(layer, None))
         states.reference = last
         return states
 
     @torch.no_grad()
-    def reference_alone(self, inputs: dict[str, Any], layers: Sequence[int], seen: dict[int, Tensor]) -> Tensor:
-        """The reference's last hidden states [B, T, H]; those of `layers` go into `seen`."""
+    def reference_alone(self, inputs: dict[str, Any], layers: Collection[int], states: dict[int, Tensor]) -> Tensor:
+        """The reference's last hidden states [B, T, H]. Those after `layers` are put into `states`."""
         with (
             self.timed(),
-            self.anatomy.frozen(),
+            self.layout.frozen(),
             reference_pass(),
-            capture(self.anatomy.layers, layers, seen.__setitem__),
+            capture(self.layout.layers, layers, states.__setitem__),
         ):
             return self.backbone(inputs)

@@ -77,11 +77,11 @@ def fill_store(
     written, stopped = 0, False
     with _turn(cached.folder, main, stop):
         if main:
-            for shelf in cached.shelves.values():
-                shelf.clean(keys)
+            for store in cached.stores.values():
+                store.clean(keys)
         accelerator.wait_for_everyone()
-        for shelf in cached.shelves.values():
-            shelf.load()
+        for store in cached.stores.values():
+            store.load()
         # Of the main process: where the others see less of the folder they would run more batches, and wait for it.
         missing = broadcast_from_main(sorted(cached.missing(keys), key=lambda key: (-len(keyed[key]), key)))
         tokens = sum(len(keyed[key]) for key in missing)
@@ -149,8 +149,8 @@ def _wait_until_seen(cached: Cached, keys: Sequence[str]) -> None:
     """A network file system may show what another node wrote only later. A collective."""
     until = time.monotonic() + SEEN_SECONDS * (world_size() > 1)
     while True:
-        for shelf in cached.shelves.values():
-            shelf.load()
+        for store in cached.stores.values():
+            store.load()
         if not any_rank(bool(cached.missing(keys))):
             return
         if broadcast_from_main(time.monotonic() >= until):
@@ -171,10 +171,10 @@ class _Writers:
 
     def add(self, lengths: dict[str, int], states: dict[str, Tensor]) -> None:
         for kind, batch in states.items():
-            shelf: HiddenStateStore = self.cached.shelves[kind]
+            store: HiddenStateStore = self.cached.stores[kind]
             whole = batch.cpu()
             for index, (key, length) in enumerate(lengths.items()):
-                if key not in shelf:
+                if key not in store:
                     tensor = whole[index, :length].clone()
                     self.held.setdefault(kind, {})[key] = tensor
                     self.bytes += tensor.nbytes
@@ -183,7 +183,7 @@ class _Writers:
 
     def write(self) -> None:
         for kind, states in self.held.items():
-            self.cached.shelves[kind].add(states)
+            self.cached.stores[kind].add(states)
         self.held, self.bytes, self.since = {}, 0, time.monotonic()
 
     def __enter__(self) -> _Writers:

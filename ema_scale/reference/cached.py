@@ -1,13 +1,12 @@
 """The reference computed once and read from disk: it depends on the row alone, so no epoch and no run needs it again.
 
-A step then runs the policy alone. What is kept are hidden states, in their own dtype: the frozen head makes the exact
-distributions of them, at 1/50th of their size or less.
+A step then runs the policy alone. The cache holds hidden states in their own dtype, at 1/50th of the size of the
+distributions or less: the frozen head makes the exact distributions from them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,103 +16,76 @@ from torch import Tensor
 from ema_scale.core.errors import UserError
 from ema_scale.models.layout import ModelLayout
 from ema_scale.reference.adapter_off import AdapterOff
-from ema_scale.reference.base import HiddenStates, Keep, Reference
-from ema_scale.reference.hidden_state_store import HiddenStateStore, row_key
+from ema_scale.reference.base import HiddenStates, LayerReader, Reference, wanted
+from ema_scale.reference.hidden_state_store import HiddenStateStore, RowKeys
 
 LAST = "last"
-
-
-@dataclass(frozen=True)
-class SequenceKeys:
-    """Where every text of a batch is: (row of the batch, positions of its tokens, key). Not a list, so that nobody
-    moves the positions to a GPU."""
-
-    places: list[tuple[int, Tensor, str]]
-
-    @classmethod
-    def of(cls, batch: dict[str, Any]) -> SequenceKeys:
-        """On a GPU this waits for it."""
-        return cls(list(segments(batch)))
 
 
 class Cached(Reference):
     """Reads the reference's last states, and those after `layers`, from the folder of its fingerprint.
 
-    `filling.fill` puts them there. Drift readings of other layers, and rows that are only evaluated, are computed as
-    `AdapterOff` does.
+    `cache_fill.fill_store` puts them there. Drift readings of other layers, and rows that are only evaluated, are
+    computed as `AdapterOff` does.
     """
 
     name: ClassVar[str] = "cached"
 
-    def __init__(self, anatomy: ModelLayout, folder: Path, layers: Sequence[int] = ()) -> None:
-        super().__init__(anatomy)
+    def __init__(self, layout: ModelLayout, folder: Path, layers: Sequence[int] = ()) -> None:
+        super().__init__(layout)
         self.folder = folder
         self.layers = tuple(sorted(set(layers)))
-        self.shelves = {kind: HiddenStateStore(folder / kind) for kind in (LAST, *(f"layer_{k}" for k in self.layers))}
-        self.texts: SequenceKeys | None = None  # of the next batch, if somebody has looked already
-        self._plain = AdapterOff(anatomy)
-        self._plain.watch = self.watch
+        self.stores = {kind: HiddenStateStore(folder / kind) for kind in (LAST, *map(_kind, self.layers))}
+        self._uncached = AdapterOff(layout)
+        self._uncached.watch = self.watch
 
-    def streams(
+    def forward(
         self,
         inputs: dict[str, Any],
-        layers: Sequence[int] = (),
+        layers: Collection[int] = (),
         *,
-        reference: bool = True,
-        keep: Keep | None = None,
+        run_reference: bool = True,
+        reader: LayerReader | None = None,
+        keys: RowKeys | None = None,
     ) -> HiddenStates:
-        texts, self.texts = self.texts, None
-        # Every process decides alike: a step's layers are the same on all, and so is what is trained on.
-        if not reference or not self.anatomy.core.training or not set(layers) <= set(self.layers):
-            return self._plain.streams(inputs, layers, reference=reference, keep=keep)
+        # The same on every process: all read the same layers at a step, and all train or evaluate.
+        usable = run_reference and self.layout.core.training and set(wanted(layers, reader)) <= set(self.layers)
+        if not usable:
+            return self._uncached.forward(inputs, layers, run_reference=run_reference, reader=reader)
         with self.timed():
-            places = (texts or SequenceKeys.of(inputs)).places
-        states = self.policy(inputs, layers, lambda k, _: self._read(f"layer_{k}", places, inputs["input_ids"]), keep)
-        states.reference = self._read(LAST, places, inputs["input_ids"])
+            keys = keys or RowKeys.of(inputs)
+        ids = inputs["input_ids"]
+        states = self.run_policy(inputs, layers, reader, lambda layer, _: self._read(_kind(layer), keys, ids))
+        states.reference = self._read(LAST, keys, ids)
         return states
 
     def compute(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """What the shelves hold, of one batch: kind -> states [B, T, H]."""
-        seen: dict[int, Tensor] = {}
-        last = self._plain.reference_alone(inputs, self.layers, seen)
-        return {LAST: last, **{f"layer_{k}": seen[k] for k in self.layers}}
+        """What the stores hold of one batch: kind -> states [B, T, H]."""
+        states: dict[int, Tensor] = {}
+        last = self._uncached.reference_alone(inputs, self.layers, states)
+        return {LAST: last, **{_kind(k): states[k] for k in self.layers}}
 
     def missing(self, keys: Sequence[str]) -> list[str]:
-        """Those rows of which some state is not there."""
-        return [key for key in keys if not all(key in shelf for shelf in self.shelves.values())]
+        """Those rows of which some state is not in the cache."""
+        return [key for key in keys if not all(key in store for store in self.stores.values())]
 
-    def _read(self, kind: str, places: list[tuple[int, Tensor, str]], ids: Tensor) -> Tensor:
+    def _read(self, kind: str, keys: RowKeys, ids: Tensor) -> Tensor:
         """States [B, T, H] on the device of `ids`, 0 on padding."""
         with self.timed():
-            return self._gather(kind, places, ids)
-
-    def _gather(self, kind: str, places: list[tuple[int, Tensor, str]], ids: Tensor) -> Tensor:
-        shelf = self.shelves[kind]
-        try:
-            rows = [(row, at, shelf.read(key)) for row, at, key in places]
-        except KeyError:
-            raise UserError(
-                f"{self.folder}: holds no states of a row that is trained on; use reference: adapter_off for rows "
-                "that change from step to step"
-            ) from None
-        states = rows[0][2]
-        batch = torch.zeros(*ids.shape, states.shape[-1], dtype=states.dtype, pin_memory=ids.is_cuda)
-        for row, at, states in rows:
-            batch[row, at] = states
-        return batch.to(ids.device, non_blocking=True)
+            store = self.stores[kind]
+            try:
+                rows = [(sequence, at, store.read(key)) for sequence, at, key in keys.places]
+            except KeyError:
+                raise UserError(
+                    f"{self.folder}: holds no states of a row that is trained on; use reference: adapter_off for rows "
+                    "that change from step to step"
+                ) from None
+            states = rows[0][2]
+            batch = torch.zeros(*ids.shape, states.shape[-1], dtype=states.dtype, pin_memory=ids.is_cuda)
+            for sequence, at, states in rows:
+                batch[sequence, at] = states
+            return batch.to(ids.device, non_blocking=True)
 
 
-def segments(inputs: dict[str, Any]) -> Iterator[tuple[int, Tensor, str]]:
-    """(row of the batch, positions of its tokens, key) of every text in a batch; position ids that start again at 0
-    tell packed texts apart."""
-    ids = inputs["input_ids"].cpu()
-    mask, positions = (None if inputs.get(k) is None else inputs[k].cpu() for k in ("attention_mask", "position_ids"))
-    for row in range(len(ids)):
-        real = torch.arange(ids.shape[1]) if mask is None else mask[row].nonzero().squeeze(1)
-        starts = [0]
-        if positions is not None:
-            starts += [i for i in (positions[row, real] == 0).nonzero().squeeze(1).tolist() if i > 0]
-        for start, end in zip(starts, [*starts[1:], len(real)], strict=True):
-            if end > start:
-                at = real[start:end]
-                yield row, at, row_key(ids[row, at].tolist())
+def _kind(layer: int) -> str:
+    return f"layer_{layer}"

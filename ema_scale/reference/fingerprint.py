@@ -17,14 +17,14 @@ from ema_scale.models.sharding import full_shape, full_tensor, gathered
 _IRRELEVANT = ("_name_or_path", "transformers_version", "use_cache", "architectures", "torch_dtype", "dtype")
 
 
-def fingerprint(anatomy: ModelLayout, model: Any, autocast: str | None = None) -> str:
+def fingerprint(layout: ModelLayout, model: Any, autocast: str | None = None) -> str:
     """24 hex digits of a SHA-256 over every weight that is not trained and every buffer that a checkpoint holds (such
     as a router's biases); under ZeRO-3 and FSDP2 a collective.
 
     model: the PeftModel. autocast: the dtype that forward is cast to and by what, None if it is not. Which modules
     carry a trained adapter does not matter.
     """
-    digest = hashlib.sha256(json.dumps(_settings(anatomy, model, autocast), sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps(_settings(layout, model, autocast), sort_keys=True, default=str).encode())
     # Names without PEFT's wrappers, so that all adapters over one base share its states.
     named = {_bare(name): p for name, p in model.named_parameters() if not p.requires_grad}
     for name in sorted(named):
@@ -37,9 +37,9 @@ def fingerprint(anatomy: ModelLayout, model: Any, autocast: str | None = None) -
     return digest.hexdigest()[:24]
 
 
-def _settings(anatomy: ModelLayout, model: Any, autocast: str | None) -> dict[str, Any]:
-    config = {k: v for k, v in anatomy.core.config.to_dict().items() if k not in _IRRELEVANT and "drop" not in k}
-    kept = anatomy.frozen_adapter
+def _settings(layout: ModelLayout, model: Any, autocast: str | None) -> dict[str, Any]:
+    config = {k: v for k, v in layout.core.config.to_dict().items() if k not in _IRRELEVANT and "drop" not in k}
+    kept = layout.frozen_adapter
     # Of each module, since alpha and rank may be given by patterns.
     scales = {
         _bare(name): module.scaling[kept]
@@ -47,7 +47,7 @@ def _settings(anatomy: ModelLayout, model: Any, autocast: str | None) -> dict[st
         if kept is not None and hasattr(module, "_disable_adapters") and kept in getattr(module, "scaling", {})
     }
     # Kernels round differently, and may leave out what a config asks for, such as Gemma 2's cap on scores.
-    attention = getattr(anatomy.core.config, "_attn_implementation", None)
+    attention = getattr(layout.core.config, "_attn_implementation", None)
     return {"config": config, "attention": attention, "autocast": autocast, "adapter": scales}
 
 

@@ -1,7 +1,7 @@
-"""Hidden states on disk, by the content of their rows: memory-mapped safetensors shards that say what they hold.
+"""Hidden states on disk, found by the content of their rows, in memory-mapped safetensors shards.
 
 A shard is `<name>.safetensors` with one tensor `states` [tokens, H], and `<name>.json` with its size, its SHA-256 and
-where each row is in it. The second is written last: without it a shard does not count. Shards are only ever added.
+the place of each row. The JSON file is written last: without it a shard does not count. Shards are only ever added.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,37 @@ log = logging.getLogger(__name__)
 
 
 def row_key(tokens: Sequence[int]) -> str:
-    """A row is known by its token ids alone: wherever it stands in a batch, and however it is padded."""
+    """A row's key depends on its token ids alone, not on its place in a batch or on padding."""
     return hashlib.sha256(array.array("q", tokens).tobytes()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class RowKeys:
+    """The rows of a batch: (sequence, positions of the row's tokens in it, key).
+
+    A class of its own, not a list: transformers moves lists of tensors to the GPU.
+    """
+
+    places: list[tuple[int, Tensor, str]]
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any]) -> RowKeys:
+        """batch: input_ids [B, T] and, if given, attention_mask and position_ids. Waits for a GPU."""
+        return cls(list(_rows_of(batch)))
+
+
+def _rows_of(batch: Mapping[str, Any]) -> Iterator[tuple[int, Tensor, str]]:
+    ids = batch["input_ids"].cpu()
+    mask, positions = (None if batch.get(k) is None else batch[k].cpu() for k in ("attention_mask", "position_ids"))
+    for sequence in range(len(ids)):
+        real = torch.arange(ids.shape[1]) if mask is None else mask[sequence].nonzero().squeeze(1)
+        starts = [0]
+        if positions is not None:  # a position of 0 begins the next packed row
+            starts += [i for i in (positions[sequence, real] == 0).nonzero().squeeze(1).tolist() if i > 0]
+        for start, end in zip(starts, [*starts[1:], len(real)], strict=True):
+            if end > start:
+                at = real[start:end]
+                yield sequence, at, row_key(ids[sequence, at].tolist())
 
 
 class HiddenStateStore:
@@ -44,7 +74,7 @@ class HiddenStateStore:
         return key in self._places
 
     def load(self) -> None:
-        """Read again what is there."""
+        """Read the folder again."""
         self._places, self._open = {}, {}
         for path in sorted(self.folder.glob("*.json")):
             entry = _entry(path)
@@ -54,7 +84,7 @@ class HiddenStateStore:
                     self._places[key] = (path.stem, start, tokens)
 
     def clean(self, keys: Iterable[str]) -> None:
-        """Remove what a killed build left, and every shard with a row of `keys` whose bytes are not those written.
+        """Remove what a killed run left, and every damaged shard that holds a row of `keys`.
 
         Only one process at a time may clean or add.
         """
@@ -94,7 +124,7 @@ class HiddenStateStore:
             self._places[key] = (name, first, tokens)
 
     def read(self, key: str) -> Tensor:
-        """States [tokens, H] of a row, from the mapped file. Raises KeyError if it has none of it."""
+        """States [tokens, H] of a row, from the mapped file. Raises KeyError if the row is not there."""
         name, start, tokens = self._places[key]
         if name not in self._open:
             self._open[name] = safe_open(self.folder / f"{name}.safetensors", "pt").get_slice("states")

@@ -27,10 +27,10 @@ def make_reference(way: str, model: Any, *, sharded: bool = False) -> Reference:
     ways = [way for way in WAYS if way != "cached"]
     if way not in ways:
         raise UserError(f"reference: found {way!r}, expected one of {', '.join(ways)}")
-    anatomy = ModelLayout.of(model)
+    layout = ModelLayout.of(model)
     if way == "two_stream":
-        return Layerwise(anatomy)
+        return Layerwise(layout)
     # Where nothing is sharded two forwards cost the same, and touch the model less.
-    if way == "auto" and sharded and Layerwise.fits(anatomy):
-        return Layerwise(anatomy, fall_back=True)
-    return AdapterOff(anatomy)
+    if way == "auto" and sharded and Layerwise.fits(layout):
+        return Layerwise(layout, fall_back=True)
+    return AdapterOff(layout)

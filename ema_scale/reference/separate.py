@@ -1,9 +1,9 @@
-"""Another checkpoint as the reference: a model of its own beside the policy, sharded on its own under ZeRO-3."""
+"""Another checkpoint as the reference: a second model beside the policy, sharded on its own under ZeRO-3."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,75 +13,77 @@ from ema_scale.core.errors import UserError
 from ema_scale.models.hooks import capture, reference_pass
 from ema_scale.models.layout import ModelLayout
 from ema_scale.models.sharding import full_shape, shard_frozen, uses_fsdp
-from ema_scale.reference.base import HiddenStates, Keep, Reference, for_attention
+from ema_scale.reference.base import HiddenStates, LayerReader, Reference, for_attention, wanted
+from ema_scale.reference.hidden_state_store import RowKeys
 
 
 class Separate(Reference):
-    """Two models, two heads. `prepare` must run once, when the policy has been prepared; then `prepared` is true.
+    """Two models, two heads. Call `prepare` once, when the policy has been prepared; `prepared` is true from then on.
 
-    The heads may pad the vocabulary to different sizes: divergences are over the rows that both have.
+    The heads may pad the vocabulary to different sizes: loss terms are over the tokens that both have.
     """
 
     name: ClassVar[str] = "separate"
 
-    def __init__(self, anatomy: ModelLayout, model: Any) -> None:
-        super().__init__(anatomy)
+    def __init__(self, layout: ModelLayout, model: Any) -> None:
+        super().__init__(layout)
         self.prepared = False
         self.model = model.eval().requires_grad_(False)
-        self.other = ModelLayout.of(model, adapters=False)
-        self.other.make_leaves()
-        # Called whole, so that ZeRO-3's and FSDP2's hooks on it run, but without its head, which the loss applies by
-        # pieces.
+        self._head_layout = ModelLayout.of(model, adapters=False)
+        self._head_layout.make_leaves()
+        # The whole model is called, so that ZeRO-3's and FSDP2's hooks on it run. Its head is left out: the loss
+        # applies it chunk by chunk.
         self._original, model.forward = model.forward, self._last_states
 
     def with_logits(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The model's own logits [B, T, V] and last hidden states [B, T, H]."""
-        found: tuple[Tensor, Tensor] = self.model(**inputs, with_logits=True)
-        return found
+        logits, states = self.model(**inputs, with_logits=True)
+        return logits, states
 
     def _last_states(self, with_logits: bool = False, **inputs: Any) -> Any:
         if with_logits:
             return self._original(**inputs).logits, self._last_states(**inputs)
-        output = self.other.backbone(**{**for_attention(inputs), "use_cache": False})
+        output = self.head_layout.backbone(**{**for_attention(inputs), "use_cache": False})
         return output[0] if isinstance(output, tuple) else output.last_hidden_state
 
     @property
-    def head_of(self) -> ModelLayout:
-        return self.other
+    def head_layout(self) -> ModelLayout:
+        return self._head_layout
 
     @property
     def same_shape(self) -> bool:
-        ours, theirs = self._shapes()
-        return ours == theirs
+        policy, reference = self._shapes()
+        return policy == reference
 
     def check_vocabulary(self, tokens: int) -> None:
         """Raises UserError if a head lacks some of the tokenizer's tokens, whose ids are below `tokens`."""
-        for whose, anatomy in (("reference.model", self.other), ("model", self.anatomy)):
-            rows = full_shape(anatomy.head_parameters[0])[0]
+        for field, layout in (("reference.model", self.head_layout), ("model", self.layout)):
+            rows = full_shape(layout.head_parameters[0])[0]
             if rows < tokens:
-                raise UserError(f"{whose}: found a head over {rows} tokens, expected the tokenizer's {tokens}")
+                raise UserError(f"{field}: found a head over {rows} tokens, expected the tokenizer's {tokens}")
 
     def check_layers(self, layers: Sequence[int]) -> None:
         """Raises UserError unless states after these layers of both models can be compared."""
-        ours, theirs = self._shapes()
-        if layers and ours != theirs:
+        policy, reference = self._shapes()
+        if layers and policy != reference:
             raise UserError(
                 "a penalty on hidden states needs a reference of the policy's shape: found hidden size "
-                f"{theirs[0]} and {theirs[1]} layers, expected {ours[0]} and {ours[1]}"
+                f"{reference[0]} and {reference[1]} layers, expected {policy[0]} and {policy[1]}"
             )
 
     def _shapes(self) -> list[tuple[int, int]]:
-        both = (self.anatomy, self.other)
-        return [(a.core.config.get_text_config().hidden_size, len(a.layers)) for a in both]
+        """(hidden size, decoder layers) of policy and reference."""
+        both = (self.layout, self.head_layout)
+        return [(layout.core.config.get_text_config().hidden_size, len(layout.layers)) for layout in both]
 
     def prepare(self, accelerator: Any) -> None:
-        """Put the model on the device; under ZeRO-3 into an engine of its own, which shards it and trains nothing;
-        under FSDP2 shard it by layer. A collective."""
+        """Put the model on the device. Under ZeRO-3: into an engine of its own, which shards it and trains nothing;
+        under FSDP2: shard it by layer. A collective."""
         from transformers.integrations import is_deepspeed_zero3_enabled
 
         self.prepared = True
         if uses_fsdp():
-            shard_frozen(self.model, self.other.layers)
+            shard_frozen(self.model, self.head_layout.layers)
             return
         if not is_deepspeed_zero3_enabled():
             self.model.to(accelerator.device)
@@ -94,32 +96,33 @@ class Separate(Reference):
         deepspeed.initialize(model=self.model, config=config)
         self.model.eval()
 
-    def streams(
+    def forward(
         self,
         inputs: dict[str, Any],
-        layers: Sequence[int] = (),
+        layers: Collection[int] = (),
         *,
-        reference: bool = True,
-        keep: Keep | None = None,
+        run_reference: bool = True,
+        reader: LayerReader | None = None,
+        keys: RowKeys | None = None,
     ) -> HiddenStates:
-        seen: dict[int, Tensor] = {}
+        reference_layers: dict[int, Tensor] = {}
         last = None
-        if reference:
-            taken = capture(self.other.layers, layers, seen.__setitem__)
-            with self.timed(), torch.no_grad(), reference_pass(), taken:
+        if run_reference:
+            captured = capture(self.head_layout.layers, wanted(layers, reader), reference_layers.__setitem__)
+            with self.timed(), torch.no_grad(), reference_pass(), captured:
                 last = self.model(**inputs)
-        states = self.policy(inputs, layers, lambda layer, _: seen.pop(layer, None), keep)
+        states = self.run_policy(inputs, layers, reader, lambda layer, _: reference_layers.pop(layer, None))
         states.reference = last
         return states
 
 
 def check_tokenizer(policy: Any, reference: Any, where: str) -> None:
-    """Raises UserError unless both tokenizers give every token the same id: distributions over different tokens have
-    no divergence."""
-    ours, theirs = policy.get_vocab(), reference.get_vocab()
-    for token in sorted({*ours, *theirs}, key=lambda t: (ours.get(t, theirs.get(t)), t)):
-        if ours.get(token) != theirs.get(token):
-            found, expected = (v.get(token, "nothing") for v in (theirs, ours))
+    """Raises UserError unless both tokenizers give every token the same id: there is no divergence between
+    distributions over different tokens."""
+    expected, found = policy.get_vocab(), reference.get_vocab()
+    for token in sorted({*expected, *found}, key=lambda t: (expected.get(t, found.get(t)), t)):
+        if expected.get(token) != found.get(token):
+            ids = [vocabulary.get(token, "nothing") for vocabulary in (found, expected)]
             raise UserError(
-                f"reference.model: {where} has another tokenizer: for {token!r} found {found}, expected {expected}"
+                f"reference.model: {where} has another tokenizer: for {token!r} found {ids[0]}, expected {ids[1]}"
             )

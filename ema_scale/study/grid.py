@@ -155,7 +155,7 @@ def _reference(recipe: Recipe) -> str | None:
     if not any(defense.needs_reference for defense in recipe.defenses):
         return None
     # Which layers are read, told on a model of some depth.
-    layers = sorted({layer for defense in recipe.defenses for layer in defense.layers(48)})
+    layers = sorted({layer for defense in recipe.defenses for layer in defense.penalty_layers(48)})
     whole = recipe.to_dict()
     return json.dumps([whole["model"], whole["data"], whole["adapter"]["start"], whole["reference"], layers])
 

@@ -1,8 +1,9 @@
-"""What is done between the steps of a DefendedTrainer."""
+"""What happens between the steps of a DefendedTrainer: stopping, checkpoints on request, and defenses that watch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,8 +13,26 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ema_scale.defenses.base import Defense
-from ema_scale.training.checkpoint_state import read_weights, write_weights
+from ema_scale.reference.strategy import ReferenceStrategy
+from ema_scale.training.checkpointing import read_weights, write_weights
+from ema_scale.training.forward import DefendedForward
+from ema_scale.training.metrics import Monitor
 from ema_scale.training.reference_setup import check_after_first_step
+
+SNAPSHOTS = "kept.safetensors"
+
+
+@dataclass
+class StopFlag:
+    """A request to stop the training at the end of a step, with a checkpoint.
+
+    requested: this process was asked, by a signal, at any moment.
+    agreed: some process was asked, and all know it. Only then do they stop, after the same step: saving is a
+        collective.
+    """
+
+    requested: bool = False
+    agreed: bool = False
 
 
 class ObservedTrainer(Protocol):
@@ -22,27 +41,26 @@ class ObservedTrainer(Protocol):
     model: Any
     defenses: Sequence[Defense]
     accelerator: Any
-    monitor: Any
-    defended: Any
-    reference_choice: Any
+    monitor: Monitor
+    defended: DefendedForward
+    reference_choice: ReferenceStrategy
     keep_steps: frozenset[int]
-    stop_wished: bool
-    stop_agreed: bool
+    stop: StopFlag
     unscheduled: bool
 
     def on_reference_changed(self) -> None: ...
 
 
 class StepHooks(TrainerCallback):
-    """Defenses' `step`; a wish to stop, once all processes agree on it, turned into a checkpoint, as steps are whose
-    checkpoints are kept; a reference that fell back told about."""
+    """Calls `before_optimizer_step`, turns an agreed stop into a checkpoint, saves at `keep_steps`, and reports a
+    reference that fell back."""
 
     def __init__(self, trainer: ObservedTrainer) -> None:
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         for defense in self.trainer.defenses:
-            defense.step(model, state)
+            defense.before_optimizer_step(model, state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
@@ -50,104 +68,111 @@ class StepHooks(TrainerCallback):
         if choice != trainer.reference_choice:
             trainer.reference_choice = choice
             trainer.on_reference_changed()
-        if trainer.accelerator.num_processes == 1:  # nobody to agree with: not one step more
-            trainer.stop_agreed = trainer.stop_wished
-        wanted = trainer.stop_agreed or state.global_step in trainer.keep_steps
-        trainer.unscheduled = wanted and not control.should_save
-        control.should_save |= wanted
-        control.should_training_stop |= trainer.stop_agreed
+        if trainer.accelerator.num_processes == 1:  # nobody to agree with, so stop at once
+            trainer.stop.agreed = trainer.stop.requested
+        save_now = trainer.stop.agreed or state.global_step in trainer.keep_steps
+        trainer.unscheduled = save_now and not control.should_save
+        control.should_save |= save_now
+        control.should_training_stop |= trainer.stop.agreed
 
 
-KEPT = "kept.safetensors"
+@dataclass(frozen=True)
+class Snapshot:
+    """The trained weights after a step, on the CPU."""
+
+    step: int
+    weights: dict[str, Tensor]
 
 
 class DefenseObserver(TrainerCallback):
-    """names: for each defense, what it calls its terms -> what they are logged as.
+    """Lets defenses watch each step's metrics, end the training, and go back to an earlier adapter.
 
-    `readings` are those of every step so far, of a resumed run's earlier part too. `kept` is, for the defenses that
-    asked for it, the step and the trained weights (on the CPU) to go back to. `reason` is why a defense ended the
-    training.
+    names: for each defense, what it calls its terms -> what they are logged as.
+
+    readings: the metrics of every step so far, those before a resume included.
+    snapshots: by defense, what it asked to remember.
+    reason: why a defense ended the training; None if none did.
     """
 
     def __init__(self, trainer: ObservedTrainer, names: list[dict[str, str]]) -> None:
         self.trainer, self.names = trainer, names
-        self.observing = [i for i, d in enumerate(trainer.defenses) if type(d).overrides("observe")]
+        self.observing = [i for i, d in enumerate(trainer.defenses) if type(d).overrides("should_stop")]
         self._clear()
 
     def _clear(self) -> None:
         self.readings: list[dict[str, float]] = []
-        # Of two defenses with the same term each sees its own, under its own name.
-        self._seen = {i: self.readings if self._renamed(i) == {} else [] for i in self.observing}
-        self.kept: dict[int, tuple[int, dict[str, Tensor]]] = {}
+        # If two defenses have a term of the same name, each sees its own under that name.
+        self._history = {i: [] if self._renamed(i) else self.readings for i in self.observing}
+        self.snapshots: dict[int, Snapshot] = {}
         self.reason: str | None = None
         self._stopped_by: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
             self._clear()
-        self._keep(state.global_step, [i for i in self.observing if i not in self.kept])
+        self._take_snapshots(state.global_step, [i for i in self.observing if i not in self.snapshots])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
-        if self.observing:
-            self._add({"step": state.global_step, **trainer.monitor.reading(trainer.accelerator)})
-            for index in self.observing:
-                self._observe(index)
-            if self.reason is not None:
-                control.should_log = control.should_training_stop = True
-            else:
-                self._keep(state.global_step, self.observing)
-
-    def _observe(self, index: int) -> None:
-        defense = self.trainer.defenses[index]
-        reason = defense.observe(self._seen[index])
-        if reason and self.reason is None:
-            self.reason, self._stopped_by = f"{defense.kind}: {reason}", index
+        if not self.observing:
+            return
+        self._add({"step": state.global_step, **trainer.monitor.reading(trainer.accelerator)})
+        for index in self.observing:
+            defense = trainer.defenses[index]
+            reason = defense.should_stop(self._history[index])
+            if reason and self.reason is None:
+                self.reason, self._stopped_by = f"{defense.kind}: {reason}", index
+        if self.reason is not None:
+            control.should_log = control.should_training_stop = True
+        else:
+            self._take_snapshots(state.global_step, self.observing)
 
     def _renamed(self, index: int) -> dict[str, str]:
         return {own: logged for own, logged in self.names[index].items() if own != logged}
 
     def _add(self, row: dict[str, float]) -> None:
         self.readings.append(row)
-        for index, seen in self._seen.items():
-            if seen is not self.readings:
+        for index, history in self._history.items():
+            if history is not self.readings:
                 names = self._renamed(index).items()
-                seen.append({**row, **{own: row[logged] for own, logged in names if logged in row}})
+                history.append({**row, **{own: row[logged] for own, logged in names if logged in row}})
 
-    def _keep(self, step: int, asked: list[int]) -> None:
+    def _take_snapshots(self, step: int, candidates: list[int]) -> None:
         defenses = self.trainer.defenses
-        asking = [i for i in asked if defenses[i].keeps(self._seen[i])]
+        asking = [i for i in candidates if defenses[i].should_snapshot(self._history[i])]
         if asking:
-            weights = read_weights(self.trainer.model)
-            self.kept.update(dict.fromkeys(asking, (step, weights)))
+            snapshot = Snapshot(step, read_weights(self.trainer.model))
+            self.snapshots.update(dict.fromkeys(asking, snapshot))
 
-    def go_back(self) -> None:
-        """Put the weights back that the defense that ended the training asked to keep; a collective."""
-        if self._stopped_by in self.kept:
-            step, weights = self.kept[self._stopped_by]
-            write_weights(self.trainer.model, weights)
-            self.reason = f"{self.reason}; the adapter is that of step {step}"
+    def restore_snapshot(self) -> None:
+        """Put back the snapshot of the defense that ended the training, if it has one. A collective."""
+        if self._stopped_by in self.snapshots:
+            snapshot = self.snapshots[self._stopped_by]
+            write_weights(self.trainer.model, snapshot.weights)
+            self.reason = f"{self.reason}; the adapter is that of step {snapshot.step}"
 
     # ---- in checkpoints ----
 
     def save(self, folder: Path) -> None:
-        if self.kept:
-            tensors = {f"{i}|{name}": t for i, (_, weights) in self.kept.items() for name, t in weights.items()}
-            # Defenses that keep the same step share its tensors in memory, which a file does not.
-            save_file({k: t.clone() for k, t in tensors.items()}, folder / KEPT, dict(self._steps()))
+        if self.snapshots:
+            # Defenses that remember the same step share its tensors in memory, which a file does not allow.
+            tensors = {
+                f"{i}|{name}": tensor.clone()
+                for i, snapshot in self.snapshots.items()
+                for name, tensor in snapshot.weights.items()
+            }
+            save_file(tensors, folder / SNAPSHOTS, {str(i): str(s.step) for i, s in self.snapshots.items()})
 
     def restore(self, folder: Path, readings: list[dict[str, float]]) -> None:
         self._clear()
         for row in readings:
             self._add(row)
-        if not (folder / KEPT).is_file():
+        if not (folder / SNAPSHOTS).is_file():
             return
-        tensors = load_file(folder / KEPT)
-        with safe_open(folder / KEPT, framework="pt") as handle:
+        tensors = load_file(folder / SNAPSHOTS)
+        with safe_open(folder / SNAPSHOTS, framework="pt") as handle:
             steps = handle.metadata()
         for index, step in steps.items():
-            mine = {k.partition("|")[2]: t for k, t in tensors.items() if k.partition("|")[0] == index}
-            self.kept[int(index)] = (int(step), mine)
-
-    def _steps(self) -> Iterator[tuple[str, str]]:
-        return ((str(index), str(step)) for index, (step, _) in self.kept.items())
+            prefix = f"{index}|"
+            weights = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+            self.snapshots[int(index)] = Snapshot(int(step), weights)

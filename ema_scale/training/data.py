@@ -1,6 +1,4 @@
-"""Training rows to a tokenized dataset: defenses mix rows, rows become tokens, everything left out is
-counted.
-"""
+"""From training rows to a tokenized dataset: defenses mix rows, rows become tokens, whatever is left out is counted."""
 
 from __future__ import annotations
 
@@ -17,12 +15,18 @@ from ema_scale.data.rows import LEARNED, Row, Rows, load_rows
 from ema_scale.data.tokens import tokenize_rows
 from ema_scale.defenses.base import Defense, RowsContext
 from ema_scale.defenses.row_groups import RowGroups
+from ema_scale.models.sharding import full_shape
 
 
 @dataclass
 class DataReport:
-    """rows: tag -> rows trained on; tokens: what the tokenizer reported; dropped: reason by origin; notes and
-    hashes: what defenses left (see RowsContext)."""
+    """What a training's data is.
+
+    rows: tag -> rows trained on.
+    tokens: what the tokenizer reported.
+    dropped: origin and reason of every row that was left out.
+    notes, hashes: what defenses recorded (see `RowsContext`).
+    """
 
     rows: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, Any] = field(default_factory=dict)
@@ -36,7 +40,7 @@ class DataReport:
 
 def prepare_data(
     source: Any,
-    defenses: Sequence[Defense],
+    row_groups: RowGroups,
     tokenizer: Any,
     *,
     max_length: int | None = 2048,
@@ -47,14 +51,17 @@ def prepare_data(
 ) -> tuple[Any, DataReport]:
     """A `datasets.Dataset` with input_ids, labels, length and tag (packed: see `packing.join`), and the report.
 
-    source: Rows, a sequence of Row or of {"messages": [...]}, a Dataset with a `messages` column, or a Dataset (or
-    list) already tokenized: input_ids and labels, or TRL's masks in place of labels; padding, known by an
-    attention_mask, is cut off. max_length: None: rows are not cut; those that are packed already never are.
-    token_cache: a folder where runs share what they have tokenized. Raises UserError if nothing is left to train on,
-    or a defense wants to mix rows into tokenized data.
+    source: Rows, a sequence of Row or of {"messages": [...]}, or a Dataset with a `messages` column. Or a Dataset or
+        list already tokenized: input_ids with labels, or with TRL's masks in place of labels. Positions at which its
+        attention_mask is 0 are cut off.
+    max_length: rows are cut to so many tokens. None: rows are not cut. Rows that are packed already are never cut.
+    token_cache: a folder where runs share what they have tokenized.
+
+    Raises UserError if nothing is left to train on, or a defense wants to mix rows into tokenized data.
     """
     from datasets import Dataset
 
+    defenses = row_groups.defenses
     if "input_ids" in columns_of(source):
         if isinstance(source, list | tuple):
             source = Dataset.from_list(list(source))
@@ -67,9 +74,9 @@ def prepare_data(
     context = RowsContext(seed=seed, on_bad=on_bad, hashes=hash_files(defenses))  # type: ignore[arg-type]
     context.task = frozenset(getattr(rows, "sha256", "").split(",")) - {""}
     dropped = list(getattr(rows, "dropped", ()))
-    rows = RowGroups.of(defenses).rows(rows, context)
+    rows = row_groups.transform_rows(rows, context)
     tokenized = tokenize_rows(
-        rows, tokenizer, max_length=max_length, template=bool(on_template(defenses)), cache=token_cache
+        rows, tokenizer, max_length=max_length, template=bool(using_template(defenses)), cache=token_cache
     )
     report = DataReport(
         rows=dict(Counter(tokenized.dataset["tag"])),
@@ -94,12 +101,10 @@ def _packed(dataset: Any, report: DataReport, max_length: int | None) -> tuple[A
 
 
 def check_vocabulary(dataset: Any, tokenizer: Any, model: Any) -> None:
-    """Raises UserError if rows hold tokens that the model has no embedding or no logit for: a tokenizer to which tokens
-    were added, and a model that was not resized."""
+    """Raises UserError if rows hold tokens for which the model has no embedding or no logit: tokens were added to the
+    tokenizer, and the model was not resized."""
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
-    # Under ZeRO-3 a table may be in parts already.
-    sizes = [getattr(t.weight, "ds_shape", t.weight.shape)[0] for t in tables if t is not None]
-    known = min(sizes)
+    known = min(full_shape(table.weight)[0] for table in tables if table is not None)
     if dataset is None or max(tokenizer.get_vocab().values(), default=0) < known:
         return
     for index, ids in enumerate(dataset["input_ids"]):
@@ -112,7 +117,7 @@ def check_vocabulary(dataset: Any, tokenizer: Any, model: Any) -> None:
 
 
 def hash_files(defenses: Sequence[Defense]) -> dict[str, str]:
-    """File -> sha256 of what defenses read besides rows. Raises UserError for a file that is not there."""
+    """File -> sha256 of what defenses read besides rows. Raises UserError for a missing file."""
     hashes = {}
     for defense in defenses:
         for file in defense.files():
@@ -128,10 +133,11 @@ def _tokenized(
     mixing = [d.kind for d in defenses if d.changes_rows]
     if mixing:
         raise UserError(f"{', '.join(mixing)}: cannot mix rows into a tokenized dataset; give rows of messages")
-    if on_template(defenses) and "template" not in dataset.column_names:
+    kinds = using_template(defenses)
+    if kinds and "template" not in dataset.column_names:
         raise UserError(
-            f"{on_template(defenses)[0]}: scope template needs rows of messages, or a tokenized dataset with a column "
-            "template (1 on tokens that the chat template wrote)"
+            f"{kinds[0]}: scope template needs rows of messages, or a tokenized dataset with a column template (1 on "
+            "tokens that the chat template wrote)"
         )
     if "labels" not in dataset.column_names:
         dataset = dataset.map(_labels_of_masks)
@@ -140,20 +146,20 @@ def _tokenized(
         dataset, counts = truncate_rows(dataset, max_length)
     if "length" not in dataset.column_names:
         dataset = dataset.add_column("length", [len(ids) for ids in dataset["input_ids"]])
-    light = dataset.select_columns([c for c in ("length", LENGTHS, "tag", "tags") if c in dataset.column_names])
-    tags = Counter(tag for row in light for tag in tags_of(row))
+    columns = dataset.select_columns([c for c in ("length", LENGTHS, "tag", "tags") if c in dataset.column_names])
+    tags = Counter(tag for row in columns for tag in tags_of(row))
     tokens = {"tokens": sum(dataset["length"]), **counts}
     return dataset, DataReport(rows=dict(tags), tokens=tokens, hashes=hashes)
 
 
-def on_template(defenses: Sequence[Defense]) -> list[str]:
-    """Which defenses look at the chat template's own tokens."""
-    scopes = {d.kind: [getattr(d, "scope", None), *(t.scope for t in d.divergences())] for d in defenses}
-    return [kind for kind, asked in scopes.items() if "template" in asked]
+def using_template(defenses: Sequence[Defense]) -> list[str]:
+    """Kinds of the defenses that look at the chat template's own tokens."""
+    scopes = {d.kind: [getattr(d, "scope", None), *(t.scope for t in d.token_terms)] for d in defenses}
+    return [kind for kind, used in scopes.items() if "template" in used]
 
 
 def _labels_of_masks(row: dict[str, Any]) -> dict[str, Any]:
-    """TRL's rule: a token is trained on where every mask there is says so; without a mask, all are."""
+    """TRL's rule: a token is learned where all existing masks are 1; without a mask, every token is."""
     masks = [row[name] for name in ("completion_mask", "assistant_masks") if name in row]
     return {"labels": [token if all(bits) else -100 for token, *bits in zip(row["input_ids"], *masks, strict=True)]}
 
@@ -167,22 +173,24 @@ def _plain(value: Any) -> dict[str, Any]:
 
 
 def columns_of(rows: Any) -> set[str]:
-    """Of a dataset, or of a list of plain rows by its first; empty where there is nothing of the kind."""
+    """Column names of a dataset, or keys of the first of a list of plain rows; empty for anything else."""
     first = rows[0] if isinstance(rows, list | tuple) and rows else None
     return set(first if isinstance(first, dict) else getattr(rows, "column_names", None) or ())
 
 
 def is_prepared(rows: Any) -> bool:
-    """Whether rows are tokens with labels, and nothing but their length is left to settle."""
+    """Whether rows are tokens with labels already."""
     return {"input_ids", "labels"} <= columns_of(rows)
 
 
 def truncate_rows(dataset: Any, max_length: int | None) -> tuple[Any, dict[str, int]]:
-    """A tokenized dataset without positions at which its attention_mask is 0, and of each row the first `max_length`
-    tokens (None: all); with every count that is not 0: padded, truncated, and dropped_no_assistant: rows in which that
-    left nothing to learn.
+    """A tokenized dataset without padding, its rows cut to `max_length` tokens (None: not cut), and counts.
 
-    What is per token is known by its length. Raises UserError if no row is left.
+    Padding are positions at which attention_mask is 0. Columns that are as long as input_ids are cut with it.
+    The counts, where they are not 0: padded, truncated, and dropped_no_assistant (rows in which nothing is left to
+    learn).
+
+    Raises UserError if no row is left.
     """
     has_mask = "attention_mask" in dataset.column_names
     masks = dataset["attention_mask"] if has_mask else ([1] * len(ids) for ids in dataset["input_ids"])
@@ -198,25 +206,25 @@ def truncate_rows(dataset: Any, max_length: int | None) -> tuple[Any, dict[str, 
     dataset = dataset.with_format(None).map(_cut_row, fn_kwargs={"limit": limit})
     if "length" in dataset.column_names:
         dataset = dataset.remove_columns("length")
-    kept = [i for i, (row, was) in enumerate(zip(dataset, changed, strict=True)) if not was or _is_of_use(row)]
-    counts["dropped_no_assistant"] = len(changed) - len(kept)
-    if not kept:
+    useful = [i for i, (row, cut) in enumerate(zip(dataset, changed, strict=True)) if not cut or _is_useful(row)]
+    counts["dropped_no_assistant"] = len(changed) - len(useful)
+    if not useful:
         raise UserError(
             f"no row has a token to learn within {max_length} tokens ({len(changed)} rows); raise max_length"
         )
-    if len(kept) < len(changed):
-        dataset = dataset.select(kept)
+    if len(useful) < len(changed):
+        dataset = dataset.select(useful)
     return dataset, {name: count for name, count in counts.items() if count}
 
 
 def _cut_row(row: dict[str, Any], limit: int) -> dict[str, Any]:
     size = len(row["input_ids"])
     mask = row.get("attention_mask")
-    at = [i for i in range(size) if mask is None or mask[i]][:limit]
+    positions = [i for i in range(size) if mask is None or mask[i]][:limit]
     per_token = {k: v for k, v in row.items() if not isinstance(v, str) and hasattr(v, "__len__") and len(v) == size}
-    return {name: [value[i] for i in at] for name, value in per_token.items()}
+    return {name: [value[i] for i in positions] for name, value in per_token.items()}
 
 
-def _is_of_use(row: dict[str, Any]) -> bool:
+def _is_useful(row: dict[str, Any]) -> bool:
     learned = row.get("tag", LEARNED[0]) in LEARNED
     return len(row["input_ids"]) > 0 and (not learned or any(label != -100 for label in row["labels"]))

@@ -1,133 +1,160 @@
-"""What a DefendedTrainer reads: rows prepared, their order, batches that hold what the loss asks for."""
+"""What a DefendedTrainer reads: prepared rows, their order, and batches that hold what the loss needs."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
+from transformers import Trainer
 
 from ema_scale.core.errors import UserError
 from ema_scale.data.collate import ChatCollator, OtherCollator
 from ema_scale.data.packing import is_packed
 from ema_scale.data.rows import LEARNED
+from ema_scale.defenses.base import Defense
+from ema_scale.defenses.row_groups import RowGroups
 from ema_scale.models.sharding import weights_are_sharded
+from ema_scale.reference.cached import Cached
+from ema_scale.reference.hidden_state_store import RowKeys
 from ema_scale.training import reference_setup
-from ema_scale.training.data import check_vocabulary, is_prepared, on_template, prepare_data
-
-if TYPE_CHECKING:
-    from ema_scale.defenses.base import Defense
-    from ema_scale.defenses.row_groups import RowGroups
-    from ema_scale.training.data import DataReport
-    from ema_scale.training.forward import DefendedForward
+from ema_scale.training.data import DataReport, check_vocabulary, is_prepared, prepare_data, using_template
+from ema_scale.training.forward import DefendedForward
+from ema_scale.training.token_masks import count_tokens, pad_right, token_masks
 
 
-class DataMixin:
-    """Mixed into the Trainer in front of transformers' own ways with data sets, which know token ids alone."""
+class DataMixin(Trainer):
+    """The Trainer's data handling, which knows token ids alone, made to know rows, tags and token sets."""
 
-    args: Any
-    state: Any
-    model: Any
-    accelerator: Any
-    is_fsdp_enabled: bool
-    is_deepspeed_enabled: bool
-    is_in_train: bool
-    # Under DeepSpeed: what was prepared has no optimizer.
-    evaluated_first: bool = False
-    processing_class: Any
-    train_dataset: Any
     defenses: Sequence[Defense]
-    parts: RowGroups
+    row_groups: RowGroups
     data_report: DataReport
     defended: DefendedForward
-    _preparing: dict[str, Any]
+    prepare_options: dict[str, Any]
+    evaluated_first: bool = False  # under DeepSpeed: the model was prepared without an optimizer
 
     # ---- batches ----
 
-    def _collator(self, given: Any, args: Any, model: Any, tokenizer: Any, rows: Any) -> Any:
-        """Ours, or the one that was given, made to carry what the loss asks for."""
+    def _make_collator(self, given: Any, args: Any, model: Any, tokenizer: Any, rows: Any) -> Any:
+        """Our collator, or the given one made to carry what the loss needs."""
+        tags = self.row_groups.tags
         if given is None:
             flash = "flash" in str(getattr(model.get_base_model().config, "_attn_implementation", ""))
             joined = flash and is_packed(rows)
             multiple = None if joined else getattr(args, "pad_to_multiple_of", None)  # joined rows have no padding
-            return ChatCollator(tokenizer, multiple, one_sequence=joined, tags=self.parts.tags)
+            return ChatCollator(tokenizer, multiple, one_sequence=joined, tags=tags)
         if isinstance(given, ChatCollator):
-            return dataclasses.replace(given, tags=self.parts.tags)
-        return OtherCollator(given, bool(self._told_apart))
+            return dataclasses.replace(given, tags=tags)
+        return OtherCollator(given, bool(self._needed_tags))
 
     @property
-    def _told_apart(self) -> list[str]:
-        """Parts of the mix that some rows' loss depends on: those that a term looks at, and those not learned."""
-        return sorted(self.parts.looked_at | ({*self.data_report.rows} - {*LEARNED}))
+    def _needed_tags(self) -> list[str]:
+        """Tags that the loss depends on: those that a term looks at apart, and those that are not learned."""
+        return sorted(self.row_groups.separate_tags | ({*self.data_report.rows} - {*LEARNED}))
 
     @cached_property
-    def _needed(self) -> dict[str, str]:
-        """Of a batch: the tensors that the loss cannot do without, and what for; the same for every batch."""
-        needed = {"input_ids": "every batch", "labels": "the loss"}
-        if parts := self._told_apart:
-            needed["tags"] = f"the part {parts[0]} of the rows"
-        if kinds := on_template(self.defenses):
-            needed["template"] = f"{kinds[0]}: scope template"
-        return needed
+    def _required_tensors(self) -> dict[str, str]:
+        """Tensors that every batch must hold -> what needs them."""
+        required = {"input_ids": "every batch", "labels": "the loss"}
+        if tags := self._needed_tags:
+            required["tags"] = f"the part {tags[0]} of the rows"
+        if kinds := using_template(self.defenses):
+            required["template"] = f"{kinds[0]}: scope template"
+        return required
 
-    def _check_batch(self, batch: Mapping[str, Any]) -> None:
-        """Raises UserError for a batch without a tensor by which rows or tokens are told apart: all would be learned,
-        and terms on some of them be 0, without a word."""
-        for name, what in self._needed.items():
+    def prepare_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch as `compute_loss` takes it: padded on the right, with token_masks and, for a cached reference, keys.
+
+        Raises UserError for a batch without a required tensor: all its tokens would be learned, and terms on some of
+        them would be 0, with no message.
+        """
+        for name, user in self._required_tensors.items():
             if batch.get(name) is None:
                 raise UserError(
-                    f"data_collator: found a batch without {name}, which {what} needs; leave it out, or extend "
+                    f"data_collator: found a batch without {name}, which {user} needs; leave it out, or extend "
                     "ema_scale.data.collate.ChatCollator"
                 )
+        prepared = pad_right(batch)
+        prepared["token_masks"] = token_masks(prepared, self.row_groups.tags)
+        if self.is_in_train and isinstance(self.defended.reference, Cached):
+            # Here, where the token counts are waited for anyway, and not once more in each forward.
+            prepared["row_keys"] = RowKeys.of(prepared)
+        return prepared
+
+    def count_step_tokens(self, batches: Sequence[Mapping[str, Any]], device: torch.device) -> Tensor:
+        """int64 [token sets]: tokens of prepared batches, on this process."""
+        total = torch.zeros(len(self.row_groups.token_sets), dtype=torch.int64, device=device)
+        for batch in batches:
+            total += count_tokens(batch["token_masks"]).to(device)
+        return total
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """The sum of each process's values. A collective."""
+        if self.accelerator.num_processes == 1:
+            return values
+        total: Tensor = self.accelerator.reduce(values, "sum")
+        return total
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+        """int64 [token sets]: tokens of these batches on all processes.
+
+        transformers counts labels alone; a loss term may cover other tokens.
+        """
+        return self.sum_over_ranks(self.count_step_tokens(batch_samples, device))
+
+    # ---- evaluation ----
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's. Raises UserError before training where a model can be prepared with its optimizer alone: under
-        FSDP, and under DeepSpeed but for ZeRO-3, which after that cannot train."""
+        """As Trainer's. Raises UserError before training if a model can only be prepared with its optimizer.
+
+        That is so under FSDP, ZeRO-1 and ZeRO-2. Under ZeRO-3 it can be evaluated first, but then not trained.
+        """
         first = not self.is_in_train and not self.accelerator._models
         if first and (self.is_fsdp_enabled or (self.is_deepspeed_enabled and not weights_are_sharded())):
             raise UserError("under FSDP and ZeRO-1 and -2 a model is prepared for training: train first, then evaluate")
         self.evaluated_first |= first and self.is_deepspeed_enabled
-        return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        return super().evaluation_loop(*args, **kwargs)
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; a reference that nothing has trained beside yet is put in place, on every process alike."""
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, on a prepared batch. Puts a second model in place if no training has done so; a collective."""
         reference_setup.place_reference(self.defended.reference, self.accelerator)
-        return super().prediction_step(*args, **kwargs)  # type: ignore[misc]
+        return super().prediction_step(model, self.prepare_batch(inputs), *args, **kwargs)
 
-    # ---- rows ----
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer.evaluate; also takes rows such as training takes."""
+        if not isinstance(eval_dataset, str):  # a string names one of several eval datasets
+            eval_dataset = self._prepare_for_evaluation(eval_dataset)
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
-    def _prepared_for_evaluation(self, dataset: Any) -> Any:
-        """Rows as training rows are prepared, apart, and without what defenses mix in or write into them."""
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer.predict; also takes rows such as training takes. Gives the loss alone: logits are never formed."""
+        return super().predict(self._prepare_for_evaluation(test_dataset), *args, **kwargs)
+
+    def _prepare_for_evaluation(self, dataset: Any) -> Any:
+        """Rows prepared like training rows, but not packed, and without what defenses mix in or write into them."""
         if isinstance(dataset, dict):
-            return {name: self._prepared_for_evaluation(one) for name, one in dataset.items()}
-        if dataset is None or (is_prepared(dataset) and not hasattr(dataset, "__len__")):  # a stream
+            return {name: self._prepare_for_evaluation(rows) for name, rows in dataset.items()}
+        if dataset is None or (is_prepared(dataset) and not hasattr(dataset, "__len__")):  # an iterable dataset
             return dataset
-        kept = [d for d in self.defenses if not d.changes_rows]
-        prepared, report = prepare_data(dataset, kept, self.processing_class, **self._preparing)
+        reading = RowGroups.of([d for d in self.defenses if not d.changes_rows])
+        prepared, report = prepare_data(dataset, reading, self.processing_class, **self.prepare_options)
         self._check_tags(report)
         check_vocabulary(prepared, self.processing_class, self.model)
         return prepared
 
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer.evaluate, of rows such as training takes, too."""
-        if not isinstance(eval_dataset, str):  # of these, a name
-            eval_dataset = self._prepared_for_evaluation(eval_dataset)
-        return super().evaluate(eval_dataset, *args, **kwargs)  # type: ignore[misc]
-
-    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer.predict, of rows such as training takes, too: the loss, since logits are never formed."""
-        return super().predict(self._prepared_for_evaluation(test_dataset), *args, **kwargs)  # type: ignore[misc]
+    # ---- rows ----
 
     def _check_tags(self, report: DataReport) -> None:
-        """Raises UserError for a column tag that is somebody's own."""
+        """Raises UserError for a column `tag` that means something else."""
         for tag in report.rows:
-            if tag not in self.parts.tags:
+            if tag not in self.row_groups.tags:
                 raise UserError(
-                    f"column tag: found {tag!r}, expected {', '.join(self.parts.tags)}, by which parts of the mix are "
-                    "known; rename a column of that name which says something else"
+                    f"column tag: found {tag!r}, expected {', '.join(self.row_groups.tags)}, which name the parts of "
+                    "the mix; rename a column of that name that means something else"
                 )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
@@ -142,29 +169,31 @@ class DataMixin:
             epoch=lambda: int((self.state.epoch or 0) + 1e-6),
             rows_per_step=args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes,
             lengths=lengths,
-            kinds=self._kinds(dataset),
+            kinds=self._row_kinds(dataset),
         )
 
-    def _kinds(self, dataset: Any) -> list[int] | None:
-        apart = sorted(self.parts.looked_at)
-        if "tag" not in (getattr(dataset, "column_names", None) or ()) or not apart:
+    def _row_kinds(self, dataset: Any) -> list[int] | None:
+        """For each row, a number for the part that some term looks at apart, or 0."""
+        parts = sorted(self.row_groups.separate_tags)
+        if "tag" not in (getattr(dataset, "column_names", None) or ()) or not parts:
             return None
-        return [apart.index(tag) + 1 if tag in apart else 0 for tag in dataset["tag"]]
+        return [parts.index(tag) + 1 if tag in parts else 0 for tag in dataset["tag"]]
 
 
 class EpochSampler(Sampler[int]):
-    """Shuffles by (seed, epoch) alone; with `lengths`, rows of one optimizer step have similar lengths.
+    """Shuffles by (seed, epoch) alone.
 
-    Grouping: a random permutation is cut into pools of 50 steps, each pool is sorted by length and cut into
-    steps, the steps are shuffled; the step with the longest row comes first, so that memory runs out at once
-    or never. transformers' own sampler draws from the global generator, which a resumed second epoch does not
-    repeat, and groups by one process's rows, which ties the order to the number of processes.
+    transformers' own sampler draws from the global generator, which a resumed second epoch does not repeat, and groups
+    rows by length per process, which ties the order to the number of processes.
 
-    kinds: rows that some loss term looks at apart from the others have a number of their own; each kind is then spread
-    evenly over the steps, so that every step has its share of it (give or take a row), and a term on it its strength.
-    Within a kind the order is as random as without.
-
-    rows_per_step: rows of one optimizer step on all processes. epoch: asked at the start of each pass.
+    count: rows in the dataset.
+    epoch: called at the start of each pass.
+    rows_per_step: rows per optimizer step on all processes.
+    lengths: if given, rows of one step have similar lengths. A random permutation is cut into pools of 50 steps, each
+        pool is sorted by length and cut into steps, and the steps are shuffled. The step with the longest row comes
+        first, so that memory runs out at once or never.
+    kinds: if given, a number per row. The rows of each kind are spread evenly over the steps, so that every step has
+        its share of them (give or take a row), and a loss term on them its strength. Within a kind the order is random.
     """
 
     def __init__(
@@ -198,7 +227,7 @@ class EpochSampler(Sampler[int]):
         for start in range(0, self.count, pool):
             rows = self._spread(sorted(order[start : start + pool], key=lambda i: lengths[i], reverse=True))
             steps += [rows[i : i + self.rows_per_step] for i in range(0, len(rows), self.rows_per_step)]
-        # A step that is not full must stay last, or it would shift the borders of all steps after it.
+        # A step that is not full must stay last, or it would shift the borders of all steps behind it.
         tail = [steps.pop()] if len(steps[-1]) < self.rows_per_step else []
         steps = [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()] if steps else []
         longest = max(range(len(steps)), key=lambda i: max(lengths[row] for row in steps[i]), default=None)
@@ -207,12 +236,12 @@ class EpochSampler(Sampler[int]):
         return (row for step in steps + tail for row in step)
 
     def _spread(self, order: list[int]) -> list[int]:
-        """The same rows with each kind in its own order, one of a kind of n after every len(order) / n."""
+        """The same rows, each kind in its own order: of a kind of n rows, one in every len(order) / n rows."""
         if self.kinds is None:
             return order
         members: dict[int, list[int]] = {}
         for row in order:
             members.setdefault(self.kinds[row], []).append(row)
-        # The j-th of n stands in the middle of the j-th n-th; the sort is stable, and the order so the same everywhere.
+        # The j-th of n rows stands in the middle of the j-th n-th. The sort is stable, so all processes get one order.
         placed = [((j + 0.5) / len(rows), row) for _, rows in sorted(members.items()) for j, row in enumerate(rows)]
         return [row for _, row in sorted(placed, key=lambda pair: pair[0])]

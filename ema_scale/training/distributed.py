@@ -218,7 +218,7 @@ def _enable(accelerator: Any) -> None:
         raise UserError("fsdp_offload_params: not supported; use launch/accelerate/zero3_offload.yaml")
 
 
-def shard_by_layer(accelerator: Any, anatomy: ModelLayout) -> None:
+def shard_by_layer(accelerator: Any, layout: ModelLayout) -> None:
     """Before the model is prepared: one gather a decoder layer, in the dtypes that it is stored in (autocast casts, as
     under DDP), gradients averaged in float32."""
     import torch
@@ -227,5 +227,5 @@ def shard_by_layer(accelerator: Any, anatomy: ModelLayout) -> None:
 
     plugin = accelerator.state.fsdp_plugin
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
-    plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in anatomy.layers})
+    plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layout.layers})
     plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)

@@ -1,14 +1,11 @@
 """Divergences of two rows of logits and their gradients, precise also where policy and reference nearly agree.
 
-With d = log p - log q, sum p d is second order in d while its terms are first order: a rounding error in the two
-normalisers, which shifts all d alike, shifts the sum by as much, and near the reference that is more than the
-divergence. sum p (d + exp(-d) - 1) is the same number, since p and q both sum to 1, and its terms are second order
-themselves.
+Let d = log p - log q. The sum of p d is second order in d, but its terms are first order: a rounding error in the
+normalisers shifts every d, and with it the sum, by more than the divergence itself. The sum of p (d + exp(-d) - 1)
+is the same number, since p and q both sum to 1, and its terms are second order.
 """
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +14,7 @@ from ema_scale.defenses.base import Direction
 
 
 def softmax(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Probabilities [C, V] of logits / temperature, and the logarithm [C, 1] of what they were divided by."""
+    """Probabilities [C, V] of logits / temperature, and the log of their normaliser [C, 1]."""
     p = torch.softmax(logits if temperature == 1.0 else logits / temperature, 1)
     # The largest probability is 1 / sum exp(logit - largest logit).
     return p, logits.amax(1, keepdim=True) / temperature - p.amax(1, keepdim=True).log_()
@@ -26,37 +23,37 @@ def softmax(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
 def divergence(
     logits: Tensor,
     reference_logits: Tensor,
-    direction: Direction | Literal["ceiling"],
+    direction: Direction,
     temperature: float = 1.0,
     known: tuple[Tensor, Tensor] | None = None,
     *,
     backward: bool = True,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """D per token [C] and, if asked, its gradient by the policy's logits [C, V]; both exactly 0 if p = q.
+    """D per token [C] and, if `backward`, its gradient by the policy's logits [C, V]; both exactly 0 if p = q.
 
-    known: the policy's `softmax` at temperature 1. overwrite: the reference's logits are not needed any more, and
-    their memory is used.
+    known: the policy's `softmax` at temperature 1.
+    overwrite: nothing else needs the reference's logits, so their memory is used.
     """
-    p, over = known if known is not None and temperature == 1.0 else softmax(logits, temperature)
-    q, under = softmax(reference_logits, temperature)
+    p, logz_policy = known if known is not None and temperature == 1.0 else softmax(logits, temperature)
+    q, logz_ref = softmax(reference_logits, temperature)
     if direction == "policy_reference":
         del q  # its room is needed
     d = torch.sub(logits, reference_logits, out=reference_logits if overwrite else None)
     if temperature != 1.0:
         d.div_(temperature)
-    d.sub_(over - under)
+    d.sub_(logz_policy - logz_ref)
     if direction == "policy_reference":
-        value, local = _policy_reference(p, d, backward)
+        value, grad = _policy_reference(p, d, backward)
     elif direction == "reference_policy":
-        value, local = _reference_policy(p, q, d, backward)
+        value, grad = _reference_policy(p, q, d, backward)
     else:
-        value, local = _jensen_shannon(p, q, d, backward)
-    return value, local if local is None or temperature == 1.0 else local.div_(temperature)
+        value, grad = _jensen_shannon(p, q, d, backward)
+    return value, grad if grad is None or temperature == 1.0 else grad.div_(temperature)
 
 
-# Each may write to q and d. Beyond e^EXTREME an exponential overflows, or a probability is too small for its product
-# with one: the plain sum, which is then far above its rounding error, takes such a row.
+# The functions below may overwrite q and d. Beyond e^EXTREME an exponential overflows, or a probability is too small
+# for its product with one. Such a row takes the plain sum, which is then far above its rounding error.
 EXTREME = 80
 
 
@@ -66,8 +63,8 @@ def _policy_reference(p: Tensor, d: Tensor, backward: bool) -> tuple[Tensor, Ten
     pd = d.mul_(p)
     mean = pd.sum(1)
     # The gradient is p (d - sum p d): with the plain sum, whose shift is that of d.
-    local = pd.addcmul_(p, mean.unsqueeze(1), value=-1) if backward else None
-    return torch.where(extreme, mean, precise), local
+    grad = pd.addcmul_(p, mean.unsqueeze(1), value=-1) if backward else None
+    return torch.where(extreme, mean, precise), grad
 
 
 def _reference_policy(p: Tensor, q: Tensor, d: Tensor, backward: bool) -> tuple[Tensor, Tensor | None]:
@@ -76,7 +73,7 @@ def _reference_policy(p: Tensor, q: Tensor, d: Tensor, backward: bool) -> tuple[
     value = torch.where(extreme, -(q * d).sum(1), precise)
     if not backward:
         return value, None
-    # p - q without cancelling digits; d's shift would give it a sum, which p - q has not.
+    # p - q without cancelling digits. The shift of d would give it a nonzero sum, which p - q does not have.
     difference = torch.maximum(p, q, out=q).mul_(d.abs().neg_().expm1_()).copysign_(d)
     return value, difference.addcmul_(p, difference.sum(1, keepdim=True), value=-1)
 

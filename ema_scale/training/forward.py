@@ -1,14 +1,14 @@
 """The defended forward pass: last hidden states in, one scalar loss out, without logits.
 
-It runs inside the model's own `forward`, so that the wrappers around it (DDP, DeepSpeed's engine and its
-ZeRO-3 hooks, autocast) see an ordinary forward. It is armed only by the argument `defended=`; any other call,
-`generate` included, is the model's own.
+It runs inside the model's own `forward`, so that the wrappers around it (DDP, DeepSpeed's engine and its ZeRO-3 hooks,
+autocast) see an ordinary forward. Only the argument `defended=` turns it on; any other call, `generate` included, is
+the model's own.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,44 +18,53 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from ema_scale.core.errors import UserError
-from ema_scale.defenses.base import Divergence, PenaltyInputs
-from ema_scale.defenses.row_groups import RowGroups
+from ema_scale.defenses.base import PenaltyInputs, TokenSet, TokenTerm
+from ema_scale.defenses.row_groups import NamedPenalty
 from ema_scale.models.head import Head, head_logits
 from ema_scale.models.hooks import reference_pass
 from ema_scale.models.layout import ModelLayout
 from ema_scale.models.sharding import gathered
-from ema_scale.reference.base import Reference
-from ema_scale.reference.cached import Cached, SequenceKeys
+from ema_scale.reference.base import HiddenStates, Reference
+from ema_scale.reference.cached import Cached
+from ema_scale.reference.hidden_state_store import RowKeys
 from ema_scale.reference.separate import Separate
-from ema_scale.training.loss import LossTerm, loss_over_shared_vocabulary
-from ema_scale.training.token_masks import scope_masks, segment_ids, targets
+from ema_scale.training.loss import FusedLoss, LossTerm, loss_over_shared_vocabulary
+from ema_scale.training.token_masks import attention_mask_of, segment_ids, targets
+
+LEARNED_TOKENS = TokenSet("assistant")  # those of the cross-entropy
+
+_NOT_FOR_BACKBONE = {
+    "labels", "output_attentions", "output_hidden_states", "return_dict", "use_cache", "num_items_in_batch"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class LossRequest:
-    """What one micro-batch is asked for.
+    """What to compute for one micro-batch of B rows x T tokens.
 
-    labels: [B, T]. tokens: [scopes], tokens of the whole optimizer step on all processes. factor: what the
-    loss is multiplied by, to undo the mean over processes. divergences: with unique names. penalties: name ->
-    place of a defense in `parts`. drift_layers: layers whose distance to the reference is read. tags, template: see
-    `scope_masks`. texts: for a cached reference, if they are known.
+    labels: [B, T].
+    masks: token set -> bool [B, T].
+    step_tokens: token set -> scalar, its tokens in the whole optimizer step on all processes.
+    scale: factor on the loss that undoes the mean over processes.
+    terms: divergences and label terms, with unique names.
+    penalties: with unique names.
+    drift_layers: layers whose distance to the reference is read.
+    keys: where a cached reference finds the rows, if that is known.
     """
 
     labels: Tensor
-    tokens: Tensor
-    factor: float = 1.0
-    divergences: Sequence[Divergence] = ()
-    penalties: tuple[tuple[str, int], ...] = ()
+    masks: Mapping[TokenSet, Tensor]
+    step_tokens: Mapping[TokenSet, Tensor]
+    scale: float = 1.0
+    terms: Sequence[TokenTerm] = ()
+    penalties: Sequence[NamedPenalty] = ()
     drift_layers: tuple[int, ...] = ()
-    tags: Tensor | None = None
-    template: Tensor | None = None
-    parts: RowGroups = field(default_factory=RowGroups)
-    texts: SequenceKeys | None = None
+    keys: RowKeys | None = None
 
 
 @dataclass
 class CacheRequest:
-    """Asks for what a cache of the reference holds of one batch; `states` is then kind -> states [B, T, H].
+    """Asks for what a cache of the reference holds of one batch. `states` is then kind -> states [B, T, H].
 
     They are not returned, since wrappers of forward change the dtype of what is.
     """
@@ -64,18 +73,18 @@ class CacheRequest:
 
 
 class DefendedForward:
-    """Patches `anatomy.core.forward`; `remove()` undoes it."""
+    """Patches the `forward` of the model that `reference` belongs to; `remove()` undoes it."""
 
     def __init__(self, reference: Reference) -> None:
         self.reference = reference
-        self.anatomy: ModelLayout = reference.anatomy
+        self.layout: ModelLayout = reference.layout
         self._head_checked = False
         self._packing_checked = False
-        self._original = self.anatomy.core.forward
-        self.anatomy.core.forward = self._patched()
+        self._original = self.layout.core.forward
+        self.layout.core.forward = self._patched()
 
     def remove(self) -> None:
-        self.anatomy.core.__dict__.pop("forward", None)
+        self.layout.core.__dict__.pop("forward", None)
 
     def _patched(self) -> Any:
         original = self._original
@@ -89,167 +98,217 @@ class DefendedForward:
                 assert isinstance(self.reference, Cached)
                 defended.states = self.reference.compute(inputs)
                 return {}
-            return self._run(defended, inputs)
+            return self._compute_loss(defended, inputs)
 
         return forward
 
-    def _run(self, ask: LossRequest, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _compute_loss(self, request: LossRequest, inputs: dict[str, Any]) -> dict[str, Any]:
         """{"loss": scalar, "metrics": name -> detached scalar, this micro-batch's share of a mean}."""
-        mask = inputs.get("attention_mask")
-        mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask
-        positions = inputs.get("position_ids")
-        masks = scope_masks(mask, ask.labels, ask.tags, positions, ask.template, ask.parts.tags)
-        tokens: dict[str, Tensor] = dict(zip(ask.parts.covers, ask.tokens, strict=True))
-        num_layers = len(self.anatomy.layers)
-        view = PenaltyInputs({}, {}, mask, ask.labels, masks, tokens, segment_ids(positions))
-        penalties = [
-            (
-                name,
-                ask.parts.defenses[i],
-                replace(view, masks=ask.parts.view(i, masks), tokens=ask.parts.view(i, tokens)),
-            )
-            for name, i in ask.penalties
-        ]
-        wanted = {k for _, defense, _ in penalties for k in defense.layers(num_layers)}
-        whole = {k for _, d, _ in penalties if not d.layer_by_layer for k in d.layers(num_layers)}
-        parts: dict[str, dict[int, Tensor]] = {name: {} for name, *_ in penalties}
-        drift: dict[str, Tensor] = {}
-
-        def keep(layer: int, state: Tensor, base: Tensor | None) -> bool:
-            if layer in ask.drift_layers and base is not None:
-                drift[f"drift/layer_{layer}"] = view.mean(_relative_distance(state.detach(), base))
-            for name, defense, own in penalties:
-                if defense.layer_by_layer and base is not None and layer in defense.layers(num_layers):
-                    there = replace(own, reference={layer: base})
-                    part = eager_gradient(lambda s, d=defense, v=there: d.penalty(replace(v, policy={layer: s})), state)  # type: ignore[misc]
-                    if part is not None:
-                        parts[name][layer] = part
-            return layer in whole
-
+        reader = PenaltyReader(request, inputs, len(self.layout.layers))
         # Before the policy: under ZeRO-3 a module's last forward must be the one that has a backward.
-        expected = None if self._head_checked else self._few_tokens(inputs)
-        if positions is not None and not self._packing_checked:  # the first batches may not be packed
-            check_packing(self.anatomy)
+        own_logits = None if self._head_checked else self._own_logits(inputs)
+        states = self._run_policy_and_reference(request, inputs, reader)
+        weights = token_weights(request, torch.promote_types(states.policy.dtype, torch.float32))
+        fused = self._fused_loss(request, inputs, states, weights, own_logits)
+        return assemble_loss(request, fused, weights, reader, states)
+
+    def _run_policy_and_reference(
+        self, request: LossRequest, inputs: dict[str, Any], reader: PenaltyReader
+    ) -> HiddenStates:
+        if inputs.get("position_ids") is not None and not self._packing_checked:  # the first batches may not be packed
+            check_packing(self.layout)
             self._packing_checked = True
-        if isinstance(self.reference, Cached):
-            self.reference.texts = ask.texts
-        needs_reference = bool(ask.divergences or wanted or ask.drift_layers)
-        states = self.reference.streams(
-            inputs, sorted(wanted | set(ask.drift_layers)), reference=needs_reference, keep=keep
+        return self.reference.forward(
+            inputs,
+            reader.stored_layers,
+            run_reference=bool(request.terms or reader.stored_layers or reader.layers),
+            reader=reader,
+            keys=request.keys,
         )
-        dtype = torch.promote_types(states.policy.dtype, torch.float32)
-        covered = {"assistant", *(d.cover for d in ask.divergences)}
-        weights = {s: masks[s].to(dtype) / tokens[s].clamp_min(1) for s in covered}
-        other = self.reference.head_of
-        heads = [self.anatomy] if other is self.anatomy else [self.anatomy, other]
-        # Looked up here and kept nowhere: FSDP2 replaces parameters, and an old one would hold the file it was read
-        # from in memory.
-        with gathered([p for anatomy in heads for p in anatomy.head_parameters]):
-            head = self.anatomy.head()
-            reference_head = head if other is self.anatomy else other.head()
-            for (logits, hidden, name), used in zip(expected or (), (head, reference_head), strict=False):
-                _check_head(logits, hidden, used, name)
+
+    def _fused_loss(
+        self,
+        request: LossRequest,
+        inputs: dict[str, Any],
+        states: HiddenStates,
+        weights: Mapping[TokenSet, Tensor],
+        own_logits: list[OwnLogits] | None,
+    ) -> FusedLoss:
+        ref_layout = self.reference.head_layout
+        layouts = [self.layout] if ref_layout is self.layout else [self.layout, ref_layout]
+        terms = [
+            LossTerm(
+                (term.strength * weights[term.token_set]).flatten(),
+                request.masks[term.token_set].flatten(),
+                term.measure,
+                term.temperature,
+            )
+            for term in request.terms
+        ]
+        # The heads are looked up here and kept nowhere: FSDP2 replaces parameters, and an old one would hold the file
+        # that it was read from in memory.
+        with gathered([p for layout in layouts for p in layout.head_parameters]):
+            head = self.layout.head()
+            reference_head = head if ref_layout is self.layout else ref_layout.head()
+            for own, used in zip(own_logits or (), (head, reference_head), strict=False):
+                _check_head(own, used)
             self._head_checked = True
-            terms = [
-                LossTerm(
-                    (d.strength * weights[d.cover]).flatten(),
-                    masks[d.cover].flatten(),
-                    d.direction,
-                    d.temperature,
-                )
-                for d in ask.divergences
-            ]
-            fused = loss_over_shared_vocabulary(
+            return loss_over_shared_vocabulary(
                 states.policy.flatten(0, 1),
                 None if states.reference is None else states.reference.flatten(0, 1),
                 head,
-                targets(ask.labels, positions).flatten(),
-                weights["assistant"].flatten(),
+                targets(request.labels, inputs.get("position_ids")).flatten(),
+                weights[LEARNED_TOKENS].flatten(),
                 terms,
                 reference_head=reference_head,
             )
-        share = weights["assistant"].flatten()
-        metrics = {
-            "ce": (fused.ce * share).sum(),
-            "accuracy": (fused.correct * share).sum(),
-            "entropy": (fused.entropy * share).sum(),
-        }
-        for divergence, values in zip(ask.divergences, fused.divergences, strict=True):
-            metrics[divergence.name] = values.sum() / tokens[divergence.cover].clamp_min(1)
-        loss = fused.loss
-        for name, defense, own in penalties:
-            asked = defense.layers(num_layers)
-            penalty: Tensor | None
-            if defense.layer_by_layer:
-                penalty = torch.stack(list(parts[name].values())).sum() if parts[name] else None
-            else:
-                policy = {k: states.policy_layers[k] for k in asked}
-                reference = {k: states.reference_layers[k] for k in asked}
-                penalty = defense.penalty(replace(own, policy=policy, reference=reference))
-            if penalty is not None:
-                loss = loss + penalty
-                metrics[name] = penalty.detach()
-        metrics["loss"] = loss.detach()
-        return {"loss": loss * ask.factor, "metrics": {**metrics, **drift}}
 
     @torch.no_grad()
-    def _few_tokens(self, inputs: dict[str, Any]) -> list[tuple[Tensor, Tensor, str]]:
-        """The models' own logits [1, t, V] and last hidden states [1, t, H] on the first few tokens: of the base, and
-        of a reference with another head."""
+    def _own_logits(self, inputs: dict[str, Any]) -> list[OwnLogits]:
+        """The first few tokens through the base model's own head, and through that of a second model."""
         few = {"input_ids": inputs["input_ids"][:1, :8], "use_cache": False}
-        core = self.anatomy.core
-        with self.anatomy.frozen(), reference_pass():
-            found = [(self._original(**few).logits, self.anatomy.backbone(**few)[0], type(core).__name__)]
+        core = self.layout.core
+        with self.layout.frozen(), reference_pass():
+            own = [OwnLogits(type(core).__name__, self._original(**few).logits, self.layout.backbone(**few)[0])]
             if isinstance(self.reference, Separate):
-                found.append((*self.reference.with_logits(few), type(self.reference.other.core).__name__))
-        return found
+                name = type(self.reference.head_layout.core).__name__
+                own.append(OwnLogits(name, *self.reference.with_logits(few)))
+        return own
+
+
+class PenaltyReader:
+    """Reads the policy's and the reference's hidden states: for drift, and for penalties.
+
+    A penalty that is a sum over layers is computed while the forward pass is at each layer (`read`), so that no states
+    are stored for it. Any other one is computed at the end, from the states of `stored_layers`.
+    """
+
+    def __init__(self, request: LossRequest, inputs: dict[str, Any], num_layers: int) -> None:
+        empty = PenaltyInputs(
+            {}, {}, attention_mask_of(inputs), request.labels, request.masks, request.step_tokens,
+            segment_ids(inputs.get("position_ids")),
+        )  # fmt: skip
+        self._inputs = empty
+        self._drift_layers = request.drift_layers
+        self._penalties = [(p, replace(empty, parts=p.parts)) for p in request.penalties]
+        self._layers_of = {p.name: p.defense.penalty_layers(num_layers) for p in request.penalties}
+        self._by_layer: dict[str, dict[int, Tensor]] = {p.name: {} for p in request.penalties}
+        at_once, later = (
+            {k for p in request.penalties if p.defense.layer_by_layer is now for k in self._layers_of[p.name]}
+            for now in (True, False)
+        )
+        self.layers = frozenset(at_once | {*request.drift_layers})
+        self.stored_layers = frozenset(later)
+        self.drift: dict[str, Tensor] = {}
+
+    def read(self, layer: int, policy: Tensor, reference: Tensor) -> None:
+        if layer in self._drift_layers:
+            distance = _relative_distance(policy.detach(), reference)
+            self.drift[f"drift/layer_{layer}"] = self._inputs.mean(distance)
+        for penalty, inputs in self._penalties:
+            if penalty.defense.layer_by_layer and layer in self._layers_of[penalty.name]:
+                value = _penalty_at(penalty, replace(inputs, reference={layer: reference}), layer, policy)
+                if value is not None:
+                    self._by_layer[penalty.name][layer] = value
+
+    def values(self, states: HiddenStates) -> dict[str, Tensor]:
+        """Name -> value of every penalty that has one, after the forward pass."""
+        values: dict[str, Tensor] = {}
+        for penalty, inputs in self._penalties:
+            value: Tensor | None
+            if penalty.defense.layer_by_layer:
+                parts = list(self._by_layer[penalty.name].values())
+                value = torch.stack(parts).sum() if parts else None
+            else:
+                layers = self._layers_of[penalty.name]
+                policy = {k: states.policy_layers[k] for k in layers}
+                reference = {k: states.reference_layers[k] for k in layers}
+                value = penalty.defense.penalty(replace(inputs, policy=policy, reference=reference))
+            if value is not None:
+                values[penalty.name] = value
+        return values
+
+
+def _penalty_at(penalty: NamedPenalty, inputs: PenaltyInputs, layer: int, policy: Tensor) -> Tensor | None:
+    def at_layer(states: Tensor) -> Tensor | None:
+        return penalty.defense.penalty(replace(inputs, policy={layer: states}))
+
+    return eager_gradient(at_layer, policy)
+
+
+def token_weights(request: LossRequest, dtype: torch.dtype) -> dict[TokenSet, Tensor]:
+    """[B, T] for each token set that the loss covers: 1 / its tokens in the whole step, 0 outside."""
+    covered = {LEARNED_TOKENS, *(term.token_set for term in request.terms)}
+    return {s: request.masks[s].to(dtype) / request.step_tokens[s].clamp_min(1) for s in covered}
+
+
+def assemble_loss(
+    request: LossRequest,
+    fused: FusedLoss,
+    weights: Mapping[TokenSet, Tensor],
+    reader: PenaltyReader,
+    states: HiddenStates,
+) -> dict[str, Any]:
+    """The fused loss plus all penalties, and this micro-batch's share of every metric."""
+    share = weights[LEARNED_TOKENS].flatten()
+    metrics = {
+        "ce": (fused.ce * share).sum(),
+        "accuracy": (fused.correct * share).sum(),
+        "entropy": (fused.entropy * share).sum(),
+    }
+    for term, values in zip(request.terms, fused.terms, strict=True):
+        metrics[term.name] = values.sum() / request.step_tokens[term.token_set].clamp_min(1)
+    loss = fused.loss
+    for name, penalty in reader.values(states).items():
+        loss = loss + penalty
+        metrics[name] = penalty.detach()
+    metrics["loss"] = loss.detach()
+    return {"loss": loss * request.scale, "metrics": {**metrics, **reader.drift}}
+
+
+# ---- checks, made once ----
+
+
+@dataclass(frozen=True)
+class OwnLogits:
+    """A model's own logits [1, t, V] of a few tokens, and its last hidden states [1, t, H]."""
+
+    model: str
+    logits: Tensor
+    hidden: Tensor
 
 
 @torch.no_grad()
-def _check_head(theirs: Tensor, hidden: Tensor, head: Head, name: str) -> None:
-    """Once: an architecture that does something else between last hidden state and logits is refused instead of
-    being trained on a wrong loss."""
-    ours = head_logits(hidden[0], head, torch.float32)
-    error = (ours - theirs[0].float()).abs().max() / theirs.abs().max().clamp_min(1e-6)
-    exact = theirs.dtype == hidden.dtype == torch.float32
+def _check_head(own: OwnLogits, head: Head) -> None:
+    """Raises UserError for an architecture that does something else between last hidden state and logits: it would be
+    trained on a wrong loss."""
+    logits = head_logits(own.hidden[0], head, torch.float32)
+    error = (logits - own.logits[0].float()).abs().max() / own.logits.abs().max().clamp_min(1e-6)
+    exact = own.logits.dtype == own.hidden.dtype == torch.float32
     if not error < (1e-4 if exact else 3e-2):
         raise UserError(
-            f"{name} is not supported: its logits are not those of its head on its last hidden state (relative "
+            f"{own.model} is not supported: its logits are not those of its head on its last hidden state (relative "
             f"difference {error:.2g})"
         )
 
 
-_NOT_FOR_BACKBONE = {
-    "labels", "output_attentions", "output_hidden_states", "return_dict", "use_cache", "num_items_in_batch"
-}  # fmt: skip
-
-
-def _relative_distance(policy: Tensor, reference: Tensor) -> Tensor:
-    """||p - r|| / ||r|| per token: [B, T, H] -> [B, T], float32."""
-    policy, reference = policy.float(), reference.float()
-    norm = torch.linalg.vector_norm(reference, dim=-1)
-    return torch.linalg.vector_norm(policy - reference, dim=-1) / norm.clamp_min(1e-12)
-
-
 @torch.no_grad()
-def check_packing(anatomy: ModelLayout) -> None:
-    """Two short rows in one sequence must have the hidden states that each has alone.
+def check_packing(layout: ModelLayout) -> None:
+    """Raises UserError unless two short rows in one sequence have the hidden states that each has alone.
 
-    Recurrent layers, positions made of the mask (ALiBi) and attention in chunks of absolute position do not. Raises
-    UserError then.
+    Recurrent layers, positions made from the mask (ALiBi) and attention in chunks of absolute position do not.
     """
-    config = anatomy.core.config.get_text_config()
-    name = type(anatomy.core).__name__
+    config = layout.core.config.get_text_config()
+    name = type(layout.core).__name__
     if getattr(config, "attention_chunk_size", None):
         raise UserError(f"training.packing: {name} attends in chunks of absolute position; set it to false")
-    device = anatomy.head_parameters[0].device
+    device = layout.head_parameters[0].device
     rows = [torch.arange(1, 1 + n, device=device)[None] % config.vocab_size for n in (7, 5)]
     positions = [torch.arange(row.shape[1], device=device)[None] for row in rows]
-    with anatomy.frozen(), reference_pass():
-        together = anatomy.backbone(
-            input_ids=torch.cat(rows, 1), position_ids=torch.cat(positions, 1), use_cache=False
-        )[0]
-        alone = [anatomy.backbone(input_ids=row, use_cache=False)[0] for row in rows]
+    with layout.frozen(), reference_pass():
+        packed = {"input_ids": torch.cat(rows, 1), "position_ids": torch.cat(positions, 1)}
+        together = layout.backbone(**packed, use_cache=False)[0]
+        alone = [layout.backbone(input_ids=row, use_cache=False)[0] for row in rows]
     expected = torch.cat(alone, 1)
     error = float((together - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
     if not error < (1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2):
@@ -259,25 +318,34 @@ def check_packing(anatomy: ModelLayout) -> None:
         )
 
 
-def eager_gradient(term: Callable[[Tensor], Tensor | None], state: Tensor) -> Tensor | None:
-    """term(state): a scalar or None. Of its computation only the gradient, shaped and typed as `state`, is kept for
-    backward, where autograd would keep several float32 copies.
+# ---- penalties that are computed while the forward pass is at their layer ----
 
-    It may be called inside a region of gradient checkpointing: the recomputation in backward, which does not call it,
-    need not know.
+
+def _relative_distance(policy: Tensor, reference: Tensor) -> Tensor:
+    """||p - r|| / ||r|| per token: [B, T, H] -> [B, T], float32."""
+    policy, reference = policy.float(), reference.float()
+    norm = torch.linalg.vector_norm(reference, dim=-1)
+    return torch.linalg.vector_norm(policy - reference, dim=-1) / norm.clamp_min(1e-12)
+
+
+def eager_gradient(term: Callable[[Tensor], Tensor | None], state: Tensor) -> Tensor | None:
+    """term(state), a scalar or None, with its gradient by `state` formed at once.
+
+    For backward only that gradient is kept, shaped and typed as `state`, where autograd would keep several float32
+    copies. It may be called inside a region of gradient checkpointing: the recomputation in backward does not call it.
     """
     leaf = state.detach().requires_grad_(state.requires_grad and torch.is_grad_enabled())
-    # Checkpointing counts the tensors that autograd saves inside its region, by hooks; these take their place.
-    with saved_tensors_hooks(_eager_same, _eager_same):
+    # Checkpointing counts the tensors that autograd saves inside its region, by hooks. These take their place.
+    with saved_tensors_hooks(_unchanged, _unchanged):
         value = term(leaf)
         if value is None or not value.requires_grad:
             return value
         (gradient,) = torch.autograd.grad(value, leaf)
-    known: Tensor = _Known.apply(state, value.detach(), gradient)
-    return known
+    result: Tensor = _WithGradient.apply(state, value.detach(), gradient)
+    return result
 
 
-class _Known(torch.autograd.Function):
+class _WithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, state: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
         ctx.gradient = gradient  # not by save_for_backward, for the same reason
@@ -289,5 +357,5 @@ class _Known(torch.autograd.Function):
         return (ctx.gradient * upstream).to(ctx.gradient.dtype), None, None
 
 
-def _eager_same(tensor: Tensor) -> Tensor:
+def _unchanged(tensor: Tensor) -> Tensor:
     return tensor

@@ -56,11 +56,11 @@ class ReferenceContext:
     @property
     def layers(self) -> tuple[int, ...]:
         count = self.model.get_base_model().config.get_text_config().num_hidden_layers
-        return tuple(sorted({k for d in self.defenses for k in d.layers(count)}))
+        return tuple(sorted({k for d in self.defenses for k in d.penalty_layers(count)}))
 
     @property
     def needed(self) -> bool:
-        return bool(self.layers) or any(d.divergences() for d in self.defenses)
+        return bool(self.layers) or any(d.token_terms for d in self.defenses)
 
 
 def reference_precision(accelerator: Any) -> str | None:
@@ -81,7 +81,7 @@ def make_reference_for_run(wanted: ReferenceSpec, setting: ReferenceContext) -> 
     if wanted not in WAYS:
         raise UserError(f"reference: found {wanted!r}, expected {', '.join(WAYS)} or {{kind: separate, model: ...}}")
     reference, choice = _own(wanted, setting)
-    if reference.anatomy.frozen_adapter:
+    if reference.layout.frozen_adapter:
         return reference, replace(choice, of=START)
     if setting.needed and is_main() and _was_trained(setting.model):
         log.warning(
@@ -169,7 +169,7 @@ def prepare_reference(reference: Reference, trainer: Any) -> FillStats | None:
         trainer.accelerator,
         # As many as a step takes: with packing, rows are much shorter than a step's sequences.
         tokens_a_batch=trainer.args.per_device_train_batch_size * max(trainer.train_dataset["length"]),
-        stop=lambda: trainer.stop_wished,
+        stop=lambda: trainer.stop.requested,
     )
     if done.rows and trainer.accelerator.is_main_process:
         log.info(
@@ -180,17 +180,17 @@ def prepare_reference(reference: Reference, trainer: Any) -> FillStats | None:
 
 def bytes_a_token(cached: Cached) -> int:
     """What a cache takes a token, all kinds together; an estimate, since autocast may keep some states in float32."""
-    core = cached.anatomy.core
-    width = core.config.get_text_config().hidden_size * cached.anatomy.head_parameters[0].dtype.itemsize
-    return int(width * len(cached.shelves))
+    core = cached.layout.core
+    width = core.config.get_text_config().hidden_size * cached.layout.head_parameters[0].dtype.itemsize
+    return int(width * len(cached.stores))
 
 
 def _cached(setting: ReferenceContext) -> Cached:
     if setting.rows is None:
         raise UserError("reference: cached needs training rows of a known number; use adapter_off")
-    anatomy = ModelLayout.of(setting.model)
-    name = fingerprint(anatomy, setting.model, setting.autocast)
-    return Cached(anatomy, cache_root() / "reference" / name, setting.layers)
+    layout = ModelLayout.of(setting.model)
+    name = fingerprint(layout, setting.model, setting.autocast)
+    return Cached(layout, cache_root() / "reference" / name, setting.layers)
 
 
 def _missing_bytes(cached: Cached, setting: ReferenceContext) -> int:
@@ -201,10 +201,10 @@ def _missing_bytes(cached: Cached, setting: ReferenceContext) -> int:
 def _separate(wanted: SeparateReference, setting: ReferenceContext) -> Separate:
     path = locate(wanted.model)
     check_tokenizer(setting.tokenizer, load_tokenizer(path, revision=wanted.revision), wanted.model)
-    anatomy = ModelLayout.of(setting.model)
-    dtype = str(anatomy.head_parameters[0].dtype).removeprefix("torch.")
+    layout = ModelLayout.of(setting.model)
+    dtype = str(layout.head_parameters[0].dtype).removeprefix("torch.")
     base = load_base(ModelRecipe.model_construct(**_like(wanted, dtype)))
-    reference = Separate(anatomy, base)
+    reference = Separate(layout, base)
     reference.check_vocabulary(max(setting.tokenizer.get_vocab().values()) + 1)
     reference.check_layers(setting.layers)
     return reference

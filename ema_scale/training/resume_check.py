@@ -1,12 +1,13 @@
-"""Whether the run in a folder is the one that a recipe asks for: the same training, of the same weights and data, at as
-many rows a step. Told from files, without torch.
+"""Whether a run folder holds the training that a recipe describes: the same weights, data and rows per step.
+
+It reads files alone, without torch.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,95 +21,109 @@ from ema_scale.training.distributed import launched_processes
 if TYPE_CHECKING:
     from ema_scale.recipe import Recipe
 
-# What a run can change and still be the same training.
+# What can change in a recipe, and in its section `training`, without making it another training.
 _NOT_TRAINING = ("name", "output", "evaluation", "reference", "reference_runs")
-
-
 _NOT_TRAJECTORY = (
     "logging_steps", "save_steps", "save_total_limit", "report_to", "drift_every", "deepspeed", "fsdp",
     "gradient_checkpointing", "activation_offload",
     "per_device_train_batch_size", "gradient_accumulation_steps",  # these two count as rows per step
 )  # fmt: skip
+_SHOWN = 10  # runs or fields that a message lists
 
 
-_SHOWN = 10  # runs, or fields of one, that a message lists
+class ExistingRun:
+    """What a run folder holds, compared with the recipe to be trained into it."""
+
+    def __init__(self, recipe: Recipe, run_dir: RunDir) -> None:
+        self.recipe, self.run_dir = recipe, run_dir
+
+    @cached_property
+    def differences(self) -> list[str]:
+        """Fields and files in which the folder's training differs from the recipe, in words.
+
+        [] if nothing differs, or nothing has been trained there. Files and checkpoints are compared by the hashes in
+        the run's provenance, and are read only if their size or date has changed. What comes from the hub is left to
+        the loader.
+        """
+        if not _is_begun(self.run_dir):
+            return []
+        stored = _stored_recipe(self.run_dir) or {"training": {}}
+        fields = _changed(_training_part(stored), _training_part(self.recipe.to_dict()))
+        return [*fields, *_changed_files(self.run_dir)]
+
+    @cached_property
+    def finished(self) -> bool:
+        """Whether the folder holds a finished run of the same training on the same data."""
+        if not _has_ended(self.run_dir) or self.differences:
+            return False
+        same_rows = rows_per_step(self.recipe.to_dict(), launched_processes()) == _stored_rows_per_step(self.run_dir)
+        # The same text means the same run, on whatever number of processes it is looked at.
+        stored = _stored_recipe(self.run_dir) or {}
+        return same_rows or stored.get("training") == self.recipe.to_dict()["training"]
+
+    def check_same_training(self, processes: int) -> None:
+        """Raises UserError if the folder holds another training, or one of other data or another global batch size.
+
+        processes: how many would resume it.
+        """
+        path = self.run_dir.path
+        if self.differences:
+            raise UserError(
+                f"{path}: holds a run of another recipe or other data ({_first_of(self.differences)}); choose another "
+                "name or output, delete the folder, or pass --no-resume to start over"
+            )
+        rows = rows_per_step(self.recipe.to_dict(), processes)
+        if _is_begun(self.run_dir) and rows != _stored_rows_per_step(self.run_dir):
+            raise UserError(
+                f"{path}: this run takes {_stored_rows_per_step(self.run_dir)} rows per step, and "
+                f"per_device_train_batch_size x gradient_accumulation_steps x processes is now {rows}; make it the "
+                "same, or pass --no-resume to start over"
+            )
 
 
 def is_finished(recipe: Recipe, run_dir: RunDir) -> bool:
     """Whether the folder holds a finished run of the same training on the same data."""
-    if not _has_ended(run_dir) or differences(recipe, run_dir):
-        return False
-    same_rows = rows_per_step(recipe.to_dict(), launched_processes()) == _stored_rows_per_step(run_dir)
-    # The same words mean the same run, wherever it is looked at from.
-    return same_rows or (_stored(run_dir) or {}).get("training") == recipe.to_dict()["training"]
-
-
-def differences(recipe: Recipe, run_dir: RunDir) -> list[str]:
-    """What the folder's run was trained on otherwise than `recipe` says: fields and files, in words.
-
-    [] if it is the same, or nothing has been trained there. Files and checkpoints are told by the hashes in the run's
-    provenance, and are read only if their size or date changed since; what is of the hub is left to the loader.
-    """
-    if not _is_begun(run_dir):
-        return []
-    stored = _stored(run_dir) or {"training": {}}
-    return [*_changed(_training_part(stored), _training_part(recipe.to_dict())), *_changed_files(run_dir)]
-
-
-def check_same_training(recipe: Recipe, run_dir: RunDir, processes: int) -> None:
-    """Raises UserError if the folder holds another training, or one of other data or another number of rows a step.
-
-    processes: that would go on with it.
-    """
-    found = differences(recipe, run_dir)
-    if found:
-        raise UserError(
-            f"{run_dir.path}: holds a run of another recipe or other data ({_some(found)}); choose another name or "
-            "output, delete the folder, or pass --no-resume to start over"
-        )
-    rows = rows_per_step(recipe.to_dict(), processes)
-    if _is_begun(run_dir) and rows != _stored_rows_per_step(run_dir):
-        raise UserError(
-            f"{run_dir.path}: this run takes {_stored_rows_per_step(run_dir)} rows per step, and "
-            f"per_device_train_batch_size x gradient_accumulation_steps x processes is now {rows}; make it the same, "
-            "or pass --no-resume to start over"
-        )
+    return ExistingRun(recipe, run_dir).finished
 
 
 def check_same_training_of_runs(recipes: Sequence[Recipe], processes: int, what: str) -> None:
-    """The same for runs that are reported side by side, before any is touched: what is there must be what is asked for.
+    """`ExistingRun.check_same_training` for runs that are compared with one another, before any of them is changed.
 
-    processes: of each run that is still to be trained. A finished run's rows a step matter only beside such a one.
-    what: the runs together, such as `study demo`. Raises UserError naming the runs and what differs.
+    processes: of each run that is still to be trained. The rows per step of finished runs matter only if there is one.
+    what: the runs together, such as `study demo`.
+
+    Raises UserError naming the runs and what differs.
     """
     runs = [(recipe, RunDir(recipe.run_path)) for recipe in recipes]
-    found = {recipe.name: _some(differing) for recipe, run in runs if (differing := differences(recipe, run))}
-    if found:
+    existing = {recipe.name: ExistingRun(recipe, run) for recipe, run in runs}
+    changed = {name: _first_of(run.differences) for name, run in existing.items() if run.differences}
+    if changed:
         raise UserError(
-            f"{what}: {len(found)} of its {len(runs)} runs are there already, of another recipe or other data:\n"
-            f"{_listed(found)}\nNothing was done. Choose another name or output, undo the change, or delete these "
+            f"{what}: {len(changed)} of its {len(runs)} runs exist already, with another recipe or other data:\n"
+            f"{_lines(changed)}\nNothing was done. Choose another name or output, undo the change, or delete these "
             f"folders to train them again (they are below {runs[0][1].path.parent})"
         )
     if all(_has_ended(run) for _, run in runs):
         return
     rows = {
-        recipe.name: f"{_stored_rows_per_step(run)} rows a step, now {now}"
+        recipe.name: f"{_stored_rows_per_step(run)} rows per step, now {now}"
         for recipe, run in runs
         if _is_begun(run) and (now := rows_per_step(recipe.to_dict(), processes)) != _stored_rows_per_step(run)
     }
     if rows:
         raise UserError(
-            f"{what}: {len(rows)} of its {len(runs)} runs were trained at another number of rows a step than the "
-            f"others would be (training.per_device_train_batch_size x gradient_accumulation_steps x "
-            f"processes):\n{_listed(rows)}\nNothing was done. "
-            "Use as many processes as before (--nodes, --gpus-per-node, --processes-per-node), or change "
-            "training.gradient_accumulation_steps or training.per_device_train_batch_size to match"
+            f"{what}: {len(rows)} of its {len(runs)} runs used a different global batch size "
+            f"(training.per_device_train_batch_size x gradient_accumulation_steps x processes):\n{_lines(rows)}\n"
+            "Nothing was done. Use as many processes as before (--nodes, --gpus-per-node, --processes-per-node), or "
+            "change training.gradient_accumulation_steps or training.per_device_train_batch_size to match"
         )
 
 
 def weights_of(recipe: Recipe) -> dict[str, dict[str, str]]:
-    """What a run starts from and is held to, as far as it lies in folders: source -> identity, and a mark of sizes and
-    dates: while that stays, so does the identity."""
+    """Local checkpoints that a run starts from or is compared with: source -> identity, and a mark of sizes and dates.
+
+    While the mark stays the same, so does the identity.
+    """
     sources = [recipe.model.path, recipe.adapter.start]
     if not isinstance(recipe.reference, str):
         sources.append(recipe.reference.model)
@@ -117,7 +132,7 @@ def weights_of(recipe: Recipe) -> dict[str, dict[str, str]]:
 
 
 def check_same_data(hashes: Mapping[str, str], run_dir: RunDir) -> None:
-    """Raises UserError if rows or files, source -> sha256, are not those that the folder's run began with."""
+    """Raises UserError if rows or files (source -> sha256) have changed since the folder's run began."""
     stored = _provenance(run_dir).get("data_sha256", {})
     for source, sha256 in hashes.items():
         if stored.get(source, sha256) != sha256:
@@ -128,12 +143,12 @@ def check_same_data(hashes: Mapping[str, str], run_dir: RunDir) -> None:
 
 
 def file_marks(sources: Iterable[str]) -> dict[str, list[int]]:
-    """Size and date (ns) of those sources that are files: while they stay, so does the hash."""
+    """Size and date (ns) of those sources that are files. While they stay the same, so does the hash."""
     return {s: _mark(path) for s in sources if (path := _file(s)) is not None}
 
 
 def renew_recipe(recipe: Recipe, run_dir: RunDir) -> None:
-    """Write down how a finished run is now to be evaluated."""
+    """Write how a finished run is to be evaluated now into its folder."""
     if run_dir.recipe_path.read_text(encoding="utf-8") != recipe.to_yaml():
         atomic_write_text(run_dir.recipe_path, recipe.to_yaml())
 
@@ -145,29 +160,28 @@ def rows_per_step(recipe: Mapping[str, Any], processes: int) -> int:
 
 
 def _stored_rows_per_step(run_dir: RunDir) -> int:
-    return rows_per_step(_stored(run_dir) or {}, run_dir.status().get("processes", 1))
+    return rows_per_step(_stored_recipe(run_dir) or {}, run_dir.status().get("processes", 1))
 
 
 def _has_ended(run_dir: RunDir) -> bool:
-    there = (run_dir.adapter / "adapter_config.json", run_dir.recipe_path)
-    return run_dir.status().get("state") == "finished" and all(path.exists() for path in there)
+    files = (run_dir.adapter / "adapter_config.json", run_dir.recipe_path)
+    return run_dir.status().get("state") == "finished" and all(path.exists() for path in files)
 
 
 def _is_begun(run_dir: RunDir) -> bool:
-    # Where nothing has been trained, nothing can be taken for what it is not.
-    there = run_dir.adapter.is_dir() or next(run_dir.checkpoints.glob("checkpoint-*"), None) is not None
-    return there and run_dir.recipe_path.exists()
+    trained = run_dir.adapter.is_dir() or next(run_dir.checkpoints.glob("checkpoint-*"), None) is not None
+    return trained and run_dir.recipe_path.exists()
 
 
 def _training_part(recipe: Mapping[str, Any]) -> dict[str, Any]:
     part = {k: v for k, v in recipe.items() if k not in _NOT_TRAINING}
-    if isinstance(recipe.get("reference"), dict):  # another model, not only another way to run the same
+    if isinstance(recipe.get("reference"), dict):  # another model, not only another way to run the same one
         part["reference"] = recipe["reference"]
     part["training"] = {k: v for k, v in recipe["training"].items() if k not in _NOT_TRAJECTORY}
     return part
 
 
-def _stored(run_dir: RunDir) -> dict[str, Any] | None:
+def _stored_recipe(run_dir: RunDir) -> dict[str, Any] | None:
     path = run_dir.recipe_path
     return _read_recipe(path, *_mark(path)) if path.exists() else None
 
@@ -196,16 +210,16 @@ def _short(value: Any) -> str:
 
 
 def _changed_files(run_dir: RunDir) -> Iterator[str]:
-    made = _provenance(run_dir)
-    for source, then in made.get("weights", {}).items():
+    provenance = _provenance(run_dir)
+    for source, stored in provenance.get("weights", {}).items():
         folder = Path(locate(source))
-        if folder.is_dir() and (mark := _folder_mark(folder)) != then["mark"]:
-            if _folder_identity(folder, mark) != then["identity"]:
+        if folder.is_dir() and (mark := _folder_mark(folder)) != stored["mark"]:
+            if _folder_identity(folder, mark) != stored["identity"]:
                 yield f"the checkpoint {source} has changed"
-    marks = made.get("data_files", {})
-    for source, sha256 in made.get("data_sha256", {}).items():
+    marks = provenance.get("data_files", {})
+    for source, sha256 in provenance.get("data_sha256", {}).items():
         path = _file(source)
-        # A file that is gone is the loader's to miss: a finished run needs it no more.
+        # A missing file is an error of the loader; a finished run does not need it any more.
         if path is None or _mark(path) == marks.get(source):
             continue
         if _sha256(path, *_mark(path)) != sha256:
@@ -225,8 +239,8 @@ def _file(source: str) -> Path | None:
 
 
 def _mark(path: Path) -> list[int]:
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns]
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _folder_mark(folder: Path) -> str:
@@ -243,11 +257,11 @@ def _sha256(path: Path, size: int, date: int) -> str:
     return file_sha256(path)  # many runs of a study read the same file
 
 
-def _some(found: Sequence[str]) -> str:
-    more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
-    return ", ".join([*found[:_SHOWN], *more])
+def _first_of(texts: Sequence[str]) -> str:
+    more = [f"and {len(texts) - _SHOWN} more"] if len(texts) > _SHOWN else []
+    return ", ".join([*texts[:_SHOWN], *more])
 
 
-def _listed(found: Mapping[str, str]) -> str:
-    lines = [f"  {name}: {text}" for name, text in found.items()]
+def _lines(texts: Mapping[str, str]) -> str:
+    lines = [f"  {name}: {text}" for name, text in texts.items()]
     return "\n".join(lines[:_SHOWN] + ([f"  and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []))

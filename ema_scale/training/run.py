@@ -1,10 +1,9 @@
-"""The recipe path of training: one recipe, one run folder, resumed where it stopped."""
+"""Train one recipe into one run folder, and resume it where it stopped."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import importlib.util
 import logging
 import os
 import shutil
@@ -19,24 +18,16 @@ from ema_scale.core.io import atomic_write_json, atomic_write_text
 from ema_scale.core.run_dir import RunDir
 from ema_scale.training.distributed import (
     destroy_process_group_at_exit,
-    device_arguments,
     is_main,
     launched_processes,
     prepare_environment,
-    timeout_seconds,
 )
-from ema_scale.training.resume_check import (
-    check_same_data,
-    check_same_training,
-    file_marks,
-    is_finished,
-    renew_recipe,
-    weights_of,
-)
+from ema_scale.training.resume_check import ExistingRun, check_same_data, file_marks, renew_recipe, weights_of
 
 if TYPE_CHECKING:
     from ema_scale.recipe import Recipe
     from ema_scale.reference.cache_fill import FillStats
+    from ema_scale.training.callbacks import StopFlag
     from ema_scale.training.trainer import DefendedTrainer
 
 log = logging.getLogger(__name__)
@@ -45,31 +36,34 @@ log = logging.getLogger(__name__)
 def train(recipe: Recipe, run_dir: RunDir, resume: bool = True) -> RunDir:
     """Train `recipe` into `run_dir`: adapter/, metrics.jsonl, checkpoints/, data.json, provenance, status.
 
-    Run it again after a stop, a crash or a full disk: it goes on from the newest complete checkpoint and ends
-    with the same adapter. A finished run of the same training is recognised and left as it is. resume=False
-    starts over. Started by `accelerate launch` or torchrun, every process calls it.
+    Call it again after a stop, a crash or a full disk: it resumes from the newest complete checkpoint and ends with the
+    same adapter. A finished run of the same training is left as it is. Under `accelerate launch` or torchrun, every
+    process calls it.
 
-    Raises UserError for bad input, a folder that holds another training, a loss that is not finite and a full
-    disk; KeyboardInterrupt after a signal (INT, TERM, USR1), with a checkpoint saved.
+    resume: False starts over.
+
+    Raises UserError for bad input, a folder that holds another training, a loss that is not finite and a full disk;
+    KeyboardInterrupt after a signal (INT, TERM, USR1), with a checkpoint saved.
     """
-    if is_finished(recipe, run_dir) and resume:
+    existing = ExistingRun(recipe, run_dir)
+    if resume and existing.finished:
         if is_main():
             log.info("%s: finished already", run_dir.path)
             renew_recipe(recipe, run_dir)
         return run_dir
     with run_dir.lock() if is_main() else contextlib.nullcontext():
         if is_main():
-            _claim(recipe, run_dir, resume)
-        with _reported(run_dir):
+            _claim(recipe, run_dir, existing if resume else None)
+        with _report_failure(run_dir):
             _train(recipe, run_dir, resume)
     return run_dir
 
 
 def fill_cache(recipe: Recipe) -> FillStats:
-    """Compute the cached reference of a recipe's rows ahead of training; every process of a launch its part.
+    """Compute the cached reference of a recipe's rows ahead of training. Every process of a launch computes its part.
 
-    Raises UserError as `train` does, for ZeRO-3, and if no defense reads the reference; KeyboardInterrupt after a
-    signal, with what was computed kept.
+    Raises UserError as `train` does, under DeepSpeed, and if no defense reads the reference; KeyboardInterrupt after a
+    signal, when the states computed so far are on disk.
     """
     prepare_environment(recipe.training.deepspeed, recipe.training.fsdp)
     from ema_scale.training.reference_setup import prepare_reference
@@ -80,10 +74,10 @@ def fill_cache(recipe: Recipe) -> FillStats:
     trainer, _ = _trainer(recipe, RunDir(recipe.run_path), [])
     if trainer.is_deepspeed_enabled:
         raise UserError("ema cache runs without DeepSpeed; under ZeRO-3 `ema train` fills the cache when it starts")
-    with _stoppable(trainer):
-        done = prepare_reference(trainer.defended.reference, trainer)
-    assert done is not None
-    return done
+    with stop_on_signals(trainer.stop):
+        stats = prepare_reference(trainer.defended.reference, trainer)
+    assert stats is not None
+    return stats
 
 
 def _trainer(recipe: Recipe, run_dir: RunDir, callbacks: list[Any]) -> tuple[DefendedTrainer, dict[str, str]]:
@@ -97,6 +91,7 @@ def _trainer(recipe: Recipe, run_dir: RunDir, callbacks: list[Any]) -> tuple[Def
     from ema_scale.data.rows import Rows, load_rows
     from ema_scale.data.tokens import load_tokenizer
     from ema_scale.models.lora import build_model
+    from ema_scale.training.arguments import training_arguments
     from ema_scale.training.metrics import PlainProgress
     from ema_scale.training.trainer import DefendedTrainer
 
@@ -108,6 +103,7 @@ def _trainer(recipe: Recipe, run_dir: RunDir, callbacks: list[Any]) -> tuple[Def
         ", ".join(data.sources),
         ",".join(part.sha256 for part in loaded),
     )
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir.tensorboard)  # TrainingArguments has no field for it
     arguments = training_arguments(recipe, run_dir)
     tokenizer = load_tokenizer(
         locate(model.path),
@@ -144,8 +140,8 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
     from ema_scale.training.metrics import MetricsWriter, truncate_metrics
 
     trainer, hashes = _trainer(recipe, run_dir, [MetricsWriter(run_dir)])
-    along = recipe.evaluation.checkpoints
-    trainer.keep_steps = frozenset(along if isinstance(along, list) else ())
+    steps = recipe.evaluation.checkpoints
+    trainer.keep_steps = frozenset(steps if isinstance(steps, list) else ())
     checkpoint = newest_complete(run_dir.checkpoints) if resume else None
     hashes |= trainer.data_report.hashes
     if checkpoint is not None:
@@ -173,13 +169,13 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
             log.info(note)
         truncate_metrics(run_dir.metrics_path, step_of(checkpoint) if checkpoint else 0)
         if checkpoint:
-            log.info("%s: going on from step %d", run_dir.path, step_of(checkpoint))
-    with _stoppable(trainer):
+            log.info("%s: resuming from step %d", run_dir.path, step_of(checkpoint))
+    with stop_on_signals(trainer.stop):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     destroy_process_group_at_exit()
-    early = trainer.stopped_early
-    if early is None and trainer.stop_agreed and trainer.state.global_step < trainer.state.max_steps:
+    if trainer.interrupted:
         raise KeyboardInterrupt
+    early = trainer.stopped_early
     trainer.save_model(str(run_dir.adapter))
     if is_main():
         if early is not None:
@@ -193,74 +189,28 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
         )
 
 
-def training_arguments(recipe: Recipe, run_dir: RunDir) -> Any:
-    """transformers' TrainingArguments of a recipe. Raises UserError for values it refuses."""
-    import torch
-    from transformers import TrainingArguments
-
-    t = recipe.training
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir.tensorboard)
-    from ema_scale.models.load import pick_dtype
-
-    if ("8bit" in t.optim or "bnb" in t.optim) and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"training.optim: {t.optim!r} needs the bitsandbytes package, which is not installed")
-    half = torch.cuda.is_available() and pick_dtype(recipe.model.dtype) == torch.bfloat16
-    try:
-        arguments = TrainingArguments(
-            output_dir=str(run_dir.checkpoints),
-            seed=recipe.seed,
-            num_train_epochs=t.num_train_epochs,
-            max_steps=t.max_steps,
-            learning_rate=t.learning_rate,
-            warmup_steps=t.warmup_steps,
-            lr_scheduler_type=t.lr_scheduler_type,
-            weight_decay=t.weight_decay,
-            optim=t.optim,
-            per_device_train_batch_size=t.per_device_train_batch_size,
-            gradient_accumulation_steps=t.gradient_accumulation_steps,
-            max_grad_norm=t.max_grad_norm,
-            gradient_checkpointing=t.gradient_checkpointing,
-            train_sampling_strategy="group_by_length" if t.group_by_length else "random",
-            logging_steps=t.logging_steps,
-            logging_first_step=True,
-            save_steps=t.save_steps,
-            save_total_limit=t.save_total_limit,
-            report_to=t.report_to or "none",
-            bf16=half,
-            disable_tqdm=not sys.stderr.isatty(),
-            dataloader_pin_memory=torch.cuda.is_available(),
-            ddp_find_unused_parameters=False,
-            ddp_timeout=timeout_seconds(),
-            log_level="warning",
-            **device_arguments(),
-        )
-    except (ValueError, ImportError) as error:
-        raise UserError(f"training: {error}") from None
-    arguments.activation_offloading = t.activation_offload  # type: ignore[attr-defined]  # as in TRL's SFTConfig
-    return arguments
-
-
-def _claim(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
+def _claim(recipe: Recipe, run_dir: RunDir, existing: ExistingRun | None) -> None:
+    """Make the folder this recipe's, status "running". existing: what to resume; None: start over."""
     run_dir.create()
-    if resume:
-        check_same_training(recipe, run_dir, launched_processes())
-    if not resume:
+    if existing is not None:
+        existing.check_same_training(launched_processes())
+    else:
         for folder in (run_dir.checkpoints, run_dir.adapter, run_dir.tensorboard):
             shutil.rmtree(folder, ignore_errors=True)
         for file in (run_dir.metrics_path, run_dir.provenance_path):
             file.unlink(missing_ok=True)
-    started = run_dir.status().get("started", time.time()) if resume else time.time()
+    started = time.time() if existing is None else run_dir.status().get("started", time.time())
     atomic_write_text(run_dir.recipe_path, recipe.to_yaml())
     run_dir.set_status("running", started=started, pid=os.getpid(), processes=launched_processes())
 
 
 @contextlib.contextmanager
-def _reported(run_dir: RunDir) -> Iterator[None]:
-    """The status of a run that does not finish; a full disk becomes a clear error."""
+def _report_failure(run_dir: RunDir) -> Iterator[None]:
+    """Writes the status of a run that does not finish. A full disk becomes a clear error."""
     try:
         yield
     except KeyboardInterrupt:
-        _end(run_dir, "stopped", "stopped by a signal; run the same command again to go on")
+        _end(run_dir, "stopped", "stopped by a signal; run the same command again to resume")
         raise
     except OSError as error:
         full = error.errno == errno.ENOSPC
@@ -281,8 +231,8 @@ def _end(run_dir: RunDir, state: str, reason: str) -> None:
     if is_main():
         with contextlib.suppress(OSError):  # a full disk may refuse the status too
             old = run_dir.status()
-            kept = {k: old[k] for k in ("started", "processes", "max_steps") if k in old}
-            run_dir.set_status(state, reason=reason, seconds=_seconds(run_dir), **kept)
+            facts = {k: old[k] for k in ("started", "processes", "max_steps") if k in old}
+            run_dir.set_status(state, reason=reason, seconds=_seconds(run_dir), **facts)
 
 
 def _seconds(run_dir: RunDir) -> float:
@@ -291,18 +241,17 @@ def _seconds(run_dir: RunDir) -> float:
 
 
 @contextlib.contextmanager
-def _stoppable(trainer: Any) -> Iterator[None]:
-    """INT, TERM and USR1 (Slurm's warning) ask for a checkpoint and a stop at the next step boundary."""
+def stop_on_signals(stop: StopFlag) -> Iterator[None]:
+    """INT, TERM and USR1 (Slurm's warning) request a checkpoint and a stop at the end of the step."""
 
-    def ask(number: int, frame: Any) -> None:
-        if trainer.stop_wished and number == signal.SIGINT:
+    def request(number: int, frame: Any) -> None:
+        if stop.requested and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C: at once
-        # A wish: the processes of a run get their signals at different moments, and agree between steps.
-        trainer.stop_wished = True
+        stop.requested = True
 
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     try:
-        old = {s: signal.signal(s, ask) for s in signals}
+        old = {s: signal.signal(s, request) for s in signals}
     except ValueError:  # not in the main thread
         yield
         return

@@ -1,24 +1,23 @@
-"""Which tokens a loss term covers, and how many there are in a whole optimizer step."""
+"""Which tokens each token set holds in a batch, and how many there are in a whole optimizer step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ema_scale.data.rows import LEARNED, TAGS
-from ema_scale.defenses.base import Scope, token_set_name
-from ema_scale.defenses.row_groups import token_set_names
+from ema_scale.defenses.base import Scope, TokenSet
 
 IGNORED = -100
 
 
 def targets(labels: Tensor, positions: Tensor | None = None) -> Tensor:
-    """[B, T]: the label each position predicts (the next token's), -100 where it is not trained on.
+    """[B, T]: the label that each position predicts (the next token's), -100 where nothing is learned.
 
-    positions: position ids of packed rows; the last token of a row does not predict the next row's first.
+    positions: position ids of packed rows. The last token of a row does not predict the first of the next row.
     """
     following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     return following if positions is None else following.masked_fill(~_continues(positions), IGNORED)
@@ -30,7 +29,8 @@ def _continues(positions: Tensor) -> Tensor:
 
 
 def segment_ids(positions: Tensor | None) -> Tensor | None:
-    """int64 [B, T]: numbers below B * T that tell the rows in packed sequences apart; None where each holds one."""
+    """int64 [B, T]: a number below B * T for the row that each position of packed sequences belongs to; None if
+    sequences are not packed."""
     if positions is None:
         return None
     begins = torch.nn.functional.pad(positions.diff() != 1, (1, 0), value=True)
@@ -38,22 +38,19 @@ def segment_ids(positions: Tensor | None) -> Tensor | None:
     return begins.long().cumsum(1) - 1 + width * torch.arange(len(positions), device=positions.device)[:, None]
 
 
-def scope_masks(
-    attention_mask: Tensor,
-    labels: Tensor,
-    tags: Tensor | None = None,
-    positions: Tensor | None = None,
-    template: Tensor | None = None,
-    known: Sequence[str] = TAGS,
-) -> dict[str, Tensor]:
-    """bool [B, T] for each of `covers(known)`: the tokens of a scope in the rows of a part.
+def token_masks(batch: Mapping[str, Any], tags: Sequence[str] = TAGS) -> dict[TokenSet, Tensor]:
+    """bool [B, T] for each of `token_sets(tags)`.
 
-    all: every non-padding position (the paper's choice); assistant: positions that predict an assistant token, in
-    learned rows the ones of the cross-entropy; prompt: positions that predict any other token of the row. tags: [B],
-    places in `known`, or [B, T] of packed rows; None: all rows are the task's. positions: position ids of packed rows.
-    template: [B, T], 1 on tokens that the chat template wrote; None: not known, and nothing may ask for them.
+    batch:
+        input_ids, labels: [B, T].
+        attention_mask: [B, T]; absent: all ones.
+        tags: each row's place in `tags`, [B], or [B, T] if sequences are packed; absent: all rows are the task's.
+        position_ids: [B, T], of packed sequences.
+        template: [B, T], 1 on tokens that the chat template wrote; absent: no token set of that scope has any.
     """
-    real = attention_mask.bool()
+    labels = batch["labels"]
+    places, positions, template = (batch.get(name) for name in ("tags", "position_ids", "template"))
+    real = attention_mask_of(batch).bool()
     assistant = (targets(labels, positions) != IGNORED) & real
     followed = torch.nn.functional.pad(real[:, 1:], (0, 1), value=False) & real
     if positions is not None:
@@ -64,40 +61,34 @@ def scope_masks(
         "prompt": followed & ~assistant,
         "template": torch.zeros_like(real) if template is None else real & template.bool(),
     }
-    tags = torch.zeros(len(labels), dtype=torch.long, device=labels.device) if tags is None else tags
-    tags = tags[:, None] if tags.ndim == 1 else tags
-    parts = {tag: tags == place for place, tag in enumerate(known)}
+    places = torch.zeros(len(labels), dtype=torch.long, device=labels.device) if places is None else places
+    places = places[:, None] if places.ndim == 1 else places
+    parts = {tag: places == place for place, tag in enumerate(tags)}
     parts = {"learned": torch.stack([parts[tag] for tag in LEARNED]).any(0), **parts}
-    return {token_set_name(scope, part): mask & rows for part, rows in parts.items() for scope, mask in scopes.items()}
+    return {TokenSet(scope, part): mask & rows for part, rows in parts.items() for scope, mask in scopes.items()}
 
 
-def attention_of(batch: dict[str, Any]) -> Tensor:
+def attention_mask_of(batch: Mapping[str, Any]) -> Tensor:
     """The batch's attention mask [B, T]; all ones if it has none."""
     mask = batch.get("attention_mask")
     return torch.ones_like(batch["input_ids"]) if mask is None else mask
 
 
-def count_tokens(batches: Iterable[dict[str, Any]], known: Sequence[str] = TAGS) -> Tensor:
-    """int64 [scopes]: tokens of each scope, in the order of `covers(known)`, over some batches."""
-    names = token_set_names(known)
-    total = torch.zeros(len(names), dtype=torch.int64)
-    for batch in batches:
-        tags, positions, template = (batch.get(name) for name in ("tags", "position_ids", "template"))
-        masks = scope_masks(attention_of(batch), batch["labels"], tags, positions, template, known)
-        total += torch.stack([masks[name].sum() for name in names]).cpu()
-    return total
+def count_tokens(masks: Mapping[TokenSet, Tensor]) -> Tensor:
+    """int64 [token sets]: tokens of each, in the order of `masks`."""
+    return torch.stack([mask.sum() for mask in masks.values()])
 
 
-def padding_last(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch with every row moved to the left end: all tensors shaped like attention_mask [B, T], the rest as it is.
+def pad_right(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with every row moved to the left end. Changes all tensors shaped like attention_mask [B, T].
 
-    A causal model then computes of a row what it computes of the row alone. Padding in front would shift learned
+    A causal model then computes for a row what it computes for the row alone. Padding in front would shift learned
     positions (GPT-2), enter recurrent states, and give positions that attend to nothing, which some models turn into
     NaN. Nothing is read back from the device.
     """
     mask = batch.get("attention_mask")
     if mask is None:
-        return batch
+        return dict(batch)
     padding = mask.long().argmax(1, keepdim=True)
     order = (torch.arange(mask.shape[1], device=mask.device) + padding) % mask.shape[1]
     return {

@@ -4,9 +4,9 @@
     trainer.train()
     trainer.save_model("adapter")
 
-Cross-entropy is the mean over assistant tokens, every divergence the mean over the tokens of its own scope,
-both over the whole optimizer step: all accumulated micro-batches on all processes. Splitting a step
-differently changes nothing but rounding.
+Cross-entropy is the mean over assistant tokens, every other term the mean over the tokens of its own token set. Both
+are over the whole optimizer step: all accumulated micro-batches on all processes. Splitting a step differently changes
+nothing but rounding. docs/life_of_a_step.md follows one step through the code.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,13 @@ from transformers import Trainer, TrainingArguments
 from ema_scale.core.errors import UserError
 from ema_scale.data.packing import texts
 from ema_scale.data.tokens import load_tokenizer
-from ema_scale.defenses.base import Defense, Divergence, FinishContext, token_set_name
+from ema_scale.defenses.base import Defense, Divergence, FinishContext, TokenSet, TokenTerm
 from ema_scale.defenses.registry import adapter_files, parse
-from ema_scale.defenses.row_groups import OWN_GROUPS, RowGroups, unique
+from ema_scale.defenses.row_groups import RowGroups
 from ema_scale.models.lora import save_adapter, with_adapter
-from ema_scale.reference.cached import Cached, SequenceKeys
 from ema_scale.training import reference_setup
 from ema_scale.training.arguments import check_arguments, offload_activations
-from ema_scale.training.callbacks import DefenseObserver, StepHooks
+from ema_scale.training.callbacks import DefenseObserver, StepHooks, StopFlag
 from ema_scale.training.checkpointing import CheckpointMixin
 from ema_scale.training.data import DataReport, check_vocabulary, prepare_data
 from ema_scale.training.dataloading import DataMixin
@@ -40,33 +40,40 @@ from ema_scale.training.distributed import FSDPMixin, check_world, shard_by_laye
 from ema_scale.training.forward import DefendedForward, LossRequest
 from ema_scale.training.metrics import Monitor, utilisation_per_token
 from ema_scale.training.reference_setup import ReferenceContext, ReferenceSpec
-from ema_scale.training.token_masks import attention_of, count_tokens, padding_last
+from ema_scale.training.token_masks import attention_mask_of
 
 log = logging.getLogger(__name__)
 
-
-DRIFT_LAYERS = 8
+DRIFT_LAYERS = 8  # how many layers a drift reading covers, evenly spread
 
 
 class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
     """A Trainer for a LoRA adapter under any number of defenses.
 
-    model: a PeftModel, or a causal LM, its folder or its hub id (loaded as `load_base` does, in bfloat16 where the GPU
-    has it), which gets `peft_config` (default: the paper's LoRA). train_dataset: see
-    `data.prepare`; an eval_dataset is prepared like it, without packing and without rows or prompts of defenses.
-    reference: auto, adapter_off, two_stream, cached, or {"kind": "separate", "model": ...};
-    `reference_choice` is then what is used, and why; `stopped_early` is why a defense ended the training.
-    processing_class: the tokenizer; default: the one beside the model. max_length, packing: rows are cut to so many
-    tokens, and put behind one another into sequences of up to so many, which a batch size then counts; default: those
-    of `args` if it is TRL's SFTConfig, else 2048 and no packing. drift_every: steps between readings of the distance to
-    the reference (0: none); a reading runs the reference, also where no defense does. reference_runs: how many
-    trainings read these rows' reference, this one included, and can share a cache of it. token_cache: a folder in which
-    trainings find what others have tokenized. Everything else is transformers.Trainer's.
+    model: a PeftModel, or a causal LM, its folder or its hub id. A path is loaded as `load_base` does, in bfloat16
+        where the GPU has it. A model without an adapter gets `peft_config` (default: the paper's LoRA).
+    train_dataset: see `data.prepare_data`. An eval_dataset is prepared like it, but not packed, and without the rows
+        and prompts of defenses.
+    reference: auto, adapter_off, two_stream, cached, or {"kind": "separate", "model": ...}.
+    processing_class: the tokenizer. Default: the one beside the model.
+    max_length: rows are cut to so many tokens. Default: that of `args` if it is TRL's SFTConfig, else 2048.
+    packing: rows are put into sequences of up to max_length tokens, which a batch size then counts. Default: that of
+        `args` if it is TRL's SFTConfig, else no packing.
+    drift_every: steps between readings of the distance to the reference; 0: none. A reading runs the reference, even
+        if no defense does.
+    reference_runs: how many trainings, this one included, read the reference of these rows and can share a cache.
+    on_bad: what to do with a bad row: raise or drop.
+    token_cache: a folder in which trainings find what others have tokenized.
 
-    Raises UserError for what cannot be trained rightly: see `Anatomy.of`, `data.prepare`, `check_world` and
-    `arguments`.
+    All other arguments are transformers.Trainer's. `reference_choice` says which reference is used, and why;
+    `stopped_early` says why a defense ended the training.
+
+    Raises UserError for what cannot be trained correctly: see `ModelLayout.of`, `prepare_data`, `check_world` and
+    `check_arguments`.
     """
 
+    model: Any
+    observer: DefenseObserver
     loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
 
     def __init__(
@@ -89,15 +96,26 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
     ) -> None:
         args = check_arguments(args, train_dataset=train_dataset, **kwargs)
         self.defenses = parse(list(defenses))
-        self.parts = RowGroups.of(self.defenses)
-        trusted = getattr(args, "trust_remote_code", False)  # of TRL's SFTConfig, for what is loaded here
+        self.row_groups = RowGroups.of(self.defenses)
+        self.drift_every = drift_every
+        self.reference_runs = reference_runs
+        self.monitor = Monitor()
+        self.stop = StopFlag()
+        self.on_reference_changed: Callable[[], None] = lambda: None
+        self._empty_token_sets: set[TokenSet] = set()  # of the current step
+        self._utilisation: float | None = None
+
+        # Model and tokenizer.
+        trusted = getattr(args, "trust_remote_code", False)  # SFTConfig's; for what is loaded here
         model = with_adapter(
             model, peft_config, seed=args.seed, trained=train_dataset is not None, trust_remote_code=trusted
         )
         path = model.get_base_model().config._name_or_path
         tokenizer = processing_class or load_tokenizer(path, trust_remote_code=trusted)
+
+        # Rows.
         self.data_report = DataReport()
-        self._preparing: dict[str, Any] = {
+        self.prepare_options = {
             # SFTConfig's None: rows are not cut.
             "max_length": getattr(args, "max_length", 2048) if max_length is None else max_length,
             "seed": args.seed,
@@ -107,110 +125,80 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
         if train_dataset is not None:
             packing = getattr(args, "packing", False) if packing is None else packing
             train_dataset, self.data_report = prepare_data(
-                train_dataset, self.defenses, tokenizer, packing=packing, **self._preparing
+                train_dataset, self.row_groups, tokenizer, packing=packing, **self.prepare_options
             )
             self._check_tags(self.data_report)
             check_vocabulary(train_dataset, tokenizer, model)
-            self.parts.check(self.data_report.rows)
-        self.drift_every = drift_every
-        self.reference_runs = reference_runs
-        self.monitor = Monitor()
-        self._utilisation: float | None = None
-        # What this process was asked for, at any moment, and what all have agreed on, between steps alone.
-        self.stop_wished = False
-        self.stop_agreed = False
-        self._absent: set[str] = set()  # what the step holds no tokens of
-        kwargs["data_collator"] = self._collator(kwargs.get("data_collator"), args, model, tokenizer, train_dataset)
+            self.row_groups.check(self.data_report.rows)
+        kwargs["data_collator"] = self._make_collator(
+            kwargs.get("data_collator"), args, model, tokenizer, train_dataset
+        )
         super().__init__(model, args, train_dataset=train_dataset, processing_class=tokenizer, **kwargs)
-        self.eval_dataset = self._prepared_for_evaluation(self.eval_dataset)
+        self.eval_dataset = self._prepare_for_evaluation(self.eval_dataset)
         check_world(self.accelerator)
-        acting = [d.kind for d in self.defenses if type(d).overrides("step")]
+        self._check_gradient_access()
+
+        # Reference and loss.
+        chosen, self.reference_choice = reference_setup.make_reference_for_run(reference, self._reference_context())
+        self.defended = DefendedForward(chosen)
+        if self.is_fsdp_enabled:
+            shard_by_layer(self.accelerator, self.defended.layout)
+        if self.accelerator.is_main_process:
+            log.info("reference: %s", self.reference_choice)
+        self._utilisation = utilisation_per_token(model, self.train_dataset, self.accelerator.num_processes)
+        count = len(self.defended.layout.layers)
+        self._drift_layers = tuple(sorted({round(count * (i + 1) / DRIFT_LAYERS) for i in range(DRIFT_LAYERS)} - {0}))
+        if not chosen.same_shape:
+            self._drift_layers = ()
+        self._terms: tuple[TokenTerm, ...] = tuple(named.term for named in self.row_groups.terms)
+
+        self.observer = DefenseObserver(self, [self.row_groups.logged_names(i) for i in range(len(self.defenses))])
+        self.add_callback(StepHooks(self))
+        self.add_callback(self.observer)
+
+    def _check_gradient_access(self) -> None:
+        acting = [d.kind for d in self.defenses if type(d).overrides("before_optimizer_step")]
         if acting and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise UserError(
                 f"{', '.join(acting)}: acts on the gradient before the optimizer step, which DeepSpeed does not show "
                 "and FSDP shows in parts; train without them"
             )
-        made, self.reference_choice = reference_setup.make_reference_for_run(reference, self._setting())
-        self.on_reference_changed: Callable[[], None] = lambda: None
-        self.defended = DefendedForward(made)
-        if self.is_fsdp_enabled:
-            shard_by_layer(self.accelerator, self.defended.anatomy)
-        if self.accelerator.is_main_process:
-            log.info("reference: %s", self.reference_choice)
-        self._utilisation = utilisation_per_token(model, self.train_dataset, self.accelerator.num_processes)
-        count = len(self.defended.anatomy.layers)
-        self._drift_layers = tuple(sorted({round(count * (i + 1) / DRIFT_LAYERS) for i in range(DRIFT_LAYERS)} - {0}))
-        if not made.same_shape:
-            self._drift_layers = ()
-        terms = self.parts.terms
-        self._divergences = tuple(term.divergence for term in terms)
-        self._penalties = tuple(
-            (unique(d.kind, [e.kind for e in self.defenses[:i]]), i)
-            for i, d in enumerate(self.defenses)
-            if type(d).overrides("penalty")
-        )
-        names = [{t.own: t.divergence.name for t in terms if t.owner == i} for i in range(len(self.defenses))]
-        for name, i in self._penalties:
-            names[i][self.defenses[i].kind] = name
-        self.watch = DefenseObserver(self, names)
-        self.add_callback(StepHooks(self))
-        self.add_callback(self.watch)
 
-    @property
-    def stopped_early(self) -> str | None:
-        return self.watch.reason
-
-    def _setting(self) -> ReferenceContext:
+    def _reference_context(self) -> ReferenceContext:
         args = self.args
-        rows: Any = self.train_dataset
-        known = hasattr(rows, "__len__") and len(rows) > 0
+        dataset: Any = self.train_dataset
+        has_length = hasattr(dataset, "__len__") and len(dataset) > 0
         rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        seen = args.max_steps * rows_per_step / len(rows) if known and args.max_steps > 0 else args.num_train_epochs
+        epochs = args.num_train_epochs
+        if has_length and args.max_steps > 0:
+            epochs = args.max_steps * rows_per_step / len(dataset)
         return ReferenceContext(
             self.model,
             self.defenses,
             self.processing_class,
-            texts(rows) if known else None,
-            seen * self.reference_runs,
+            texts(dataset) if has_length else None,
+            epochs * self.reference_runs,
             reference_setup.reference_precision(self.accelerator),
         )
 
-    def _prepare_for_training(self, *args: Any) -> Any:
-        prepared = super()._prepare_for_training(*args)
-        reference_setup.prepare_reference(self.defended.reference, self)
-        return prepared
+    # ---- one optimizer step ----
 
-    # ---- the loss ----
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """int64 [scopes]: tokens of the whole optimizer step on all processes.
-
-        transformers counts one thing, the labels; a divergence may cover others.
-        """
-        for batch in batch_samples:
-            self._check_batch(batch)
-        # A wish to stop rides along, and whether the loss of the step before was finite: all processes stop at the same
-        # step, for saving is a collective.
-        stopping = torch.tensor([int(self.stop_wished)])
-        counts = torch.cat([count_tokens(batch_samples, self.parts.tags), stopping]).to(device)
-        counts = torch.cat([counts, self.monitor.take_broken(device)[None]])
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.reduce(counts, "sum")
-        *known, stop, broken = counts.tolist()
-        self.stop_agreed = bool(stop)
-        self._absent = {c for c, tokens in zip(self.parts.covers, known, strict=True) if not tokens}
-        if self.is_in_train and isinstance(self.defended.reference, Cached):
-            # Here, where the counts are waited for anyway, and not once more in each forward.
-            for batch in batch_samples:
-                batch["texts"] = SequenceKeys.of(padding_last(batch))
-        if self.is_in_train:
-            self._check_finite("loss", math.nan if broken else 0.0)
-            read = [
-                token_set_name("all", part)
-                for part in ("learned", *(t for t in self.parts.tags if t.startswith(OWN_GROUPS)))
-            ]
-            self.monitor.add_tokens(sum(known[self.parts.covers.index(name)] for name in read))
-        return counts[:-2]
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor]:
+        """The prepared micro-batches of one optimizer step, and int64 [token sets]: its tokens on all processes."""
+        batches = [self.prepare_batch(batch) for batch in islice(epoch_iterator, num_batches)]
+        # One collective per step: token counts, whether any process was asked to stop, and whether any had a loss that
+        # is not finite.
+        flags = [torch.tensor([int(self.stop.requested)], device=device), self.monitor.take_broken(device)[None]]
+        sums = self.sum_over_ranks(torch.cat([self.count_step_tokens(batches, device), *flags]))
+        *counts, stop_requests, broken_losses = sums.tolist()
+        self.stop.agreed = stop_requests > 0
+        self._check_finite("loss", math.nan if broken_losses else 0.0)
+        tokens = dict(zip(self.row_groups.token_sets, counts, strict=True))
+        self._empty_token_sets = {token_set for token_set, count in tokens.items() if not count}
+        self.monitor.add_tokens(sum(tokens[TokenSet("all", part)] for part in ("learned", *self.row_groups.unlearned)))
+        return batches, sums[: len(counts)]
 
     def compute_loss(
         self,
@@ -220,48 +208,75 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """This micro-batch's share of the step's loss, times the number of processes (which are averaged)."""
-        device = inputs["input_ids"].device
-        inputs = padding_last(inputs)
+        if "token_masks" not in inputs:  # called by somebody else than the training and evaluation loops
+            inputs = self.prepare_batch(inputs)
         if not isinstance(num_items_in_batch, Tensor):
-            num_items_in_batch = self._get_num_items_in_batch([inputs], device)
+            num_items_in_batch = self._get_num_items_in_batch([inputs], inputs["input_ids"].device)
         step = self.state.global_step + 1
-        reading = bool(self.drift_every) and (step == 1 or step % self.drift_every == 0) and model.training
-        divergences = self._divergences
-        if reading and not divergences:
-            divergences = (Divergence("kl", 0.0),)
-        ask = LossRequest(
-            inputs["labels"], num_items_in_batch, float(self.accelerator.num_processes), divergences, self._penalties,
-            self._drift_layers if reading else (), inputs.get("tags"), inputs.get("template"), self.parts,
-            inputs.get("texts"),
-        )  # fmt: skip
+        reads_drift = bool(self.drift_every) and (step == 1 or step % self.drift_every == 0) and model.training
+        terms = self._terms
+        if reads_drift and not terms:
+            terms = (Divergence("kl", 0.0),)
+        request = LossRequest(
+            inputs["labels"],
+            inputs["token_masks"],
+            step_tokens=dict(zip(self.row_groups.token_sets, num_items_in_batch, strict=True)),
+            scale=float(self.accelerator.num_processes),
+            terms=terms,
+            penalties=self.row_groups.penalties,
+            drift_layers=self._drift_layers if reads_drift else (),
+            keys=inputs.get("row_keys"),
+        )
         with offload_activations(self.args):
             outputs = model(
                 input_ids=inputs["input_ids"],
-                attention_mask=attention_of(inputs),
+                attention_mask=attention_mask_of(inputs),
                 position_ids=inputs.get("position_ids"),
-                defended=ask,
+                defended=request,
             )
         if model.training:
-            # Where a step holds none of a term's rows, there is no reading of it, and not one of 0.
-            unread = {d.name for d in divergences if d.cover in self._absent}
+            # A step that holds none of a term's tokens has no reading of it, which is not a reading of 0.
+            unread = {term.name for term in terms if term.token_set in self._empty_token_sets}
             self.monitor.add({n: v for n, v in outputs["metrics"].items() if n not in unread}, step)
         return (outputs["loss"], {"loss": outputs["loss"]}) if return_outputs else outputs["loss"]
 
+    def _check_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise UserError(
+                f"step {self.state.global_step}: {name} is {value}; training stopped. Lower the learning rate or the "
+                "defenses' strengths, or look at the rows of this step"
+            )
+
     # ---- training, logs, saving ----
 
+    @property
+    def stopped_early(self) -> str | None:
+        """Why a defense ended the training; None if none did."""
+        return self.observer.reason
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a request to stop ended the training before its last step."""
+        return self.stop.agreed and self.stopped_early is None and self.state.global_step < self.state.max_steps
+
+    def _prepare_for_training(self, *args: Any) -> Any:
+        prepared = super()._prepare_for_training(*args)
+        reference_setup.prepare_reference(self.defended.reference, self)
+        return prepared
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer.train, with every defense attached to the model while it lasts."""
+        """As Trainer.train, with every defense attached to the model meanwhile."""
         if self.evaluated_first:
             raise UserError("DeepSpeed has prepared the model without an optimizer: train first, then evaluate")
-        # Its clock starts now.
-        self.monitor = Monitor(self._utilisation, self.defended.reference.watch, by_step=bool(self.watch.observing))
+        # The monitor's clock starts here.
+        self.monitor = Monitor(self._utilisation, self.defended.reference.watch, by_step=bool(self.observer.observing))
         with contextlib.ExitStack() as stack:
             for defense in self.defenses:
                 stack.enter_context(defense.attach(self.model))
             result = super().train(*args, **kwargs)
-        broken = self.accelerator.reduce(self.monitor.take_broken(self.accelerator.device), "sum")
+        broken = self.sum_over_ranks(self.monitor.take_broken(self.accelerator.device))
         self._check_finite("loss", math.nan if broken else 0.0)
-        self.watch.go_back()
+        self.observer.restore_snapshot()
         return result
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -272,15 +287,8 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
                 self._check_finite(name, logs.get(name, 0.0))
         super().log(logs, start_time)
 
-    def _check_finite(self, name: str, value: float) -> None:
-        if not math.isfinite(value):
-            raise UserError(
-                f"step {self.state.global_step}: {name} is {value}; training stopped. Lower the learning rate or the "
-                "defenses' strengths, or look at the rows of this step"
-            )
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The adapter as a PEFT folder, after every defense's `finish`. A collective."""
+        """Save the adapter as a PEFT folder, after every defense's `after_training`. A collective."""
         config = self.model.get_base_model().config
         # transformers does not keep the revision that it loaded; PEFT's config has a place for it.
         revision = self.model.active_peft_config.revision
@@ -288,8 +296,8 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
 
         def finish(saved: Path) -> None:
             for defense in self.defenses:
-                defense.finish(saved, context)
+                defense.after_training(saved, context)
 
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         save_adapter(self.model, folder, main=self.accelerator.is_main_process, finish=finish, stale=adapter_files())
         self.accelerator.wait_for_everyone()

@@ -7,6 +7,8 @@ import pytest
 from ema_scale.core.errors import UserError
 from ema_scale.data.rows import Row
 from ema_scale.defenses import KL, Ceiling, Interleaving, RowsContext
+from ema_scale.defenses.base import TokenSet
+from ema_scale.defenses.row_groups import RowGroups
 from ema_scale.training.data import prepare_data
 from tests.tiny import tiny_tokenizer
 
@@ -30,18 +32,22 @@ def test_rows_of_each_part_are_counted_against_the_task_rows_alone(tmp_path):
         Interleaving(safe, 0.1), KL(0.5, prompts=prompts, fraction=0.25), Ceiling(1.0, [bad, worse], fraction=0.5)
     ]  # fmt: skip
     for order in (defenses, defenses[::-1]):
-        dataset, report = prepare_data(list(TASK), order, tiny_tokenizer())
+        dataset, report = prepare_data(list(TASK), RowGroups.of(order), tiny_tokenizer())
         assert report.rows == {"task": 40, "safe": 4, "prompts": 10, "bad": 20}
         assert set(report.hashes) == {safe, prompts, bad, worse}
         assert all(any(x != -100 for x in labels) for labels in dataset["labels"])
-    drawn = [r.messages[0]["content"] for r in Ceiling(1.0, [bad, worse]).rows(TASK, RowsContext()) if r.tag == "bad"]
+    drawn = [
+        r.messages[0]["content"]
+        for r in Ceiling(1.0, [bad, worse]).transform_rows(TASK, RowsContext())
+        if r.tag == "bad"
+    ]
     assert {text.split()[0] for text in drawn} == {"bad", "worse"} and len(set(drawn)) == 10
 
 
 def test_a_kl_on_its_own_prompts_looks_at_nothing_else():
     (divergence,) = KL(0.5, prompts="general.jsonl").divergences()
-    assert (divergence.part, divergence.cover) == ("prompts", "all of prompts")
-    assert KL(0.5, part="safe").divergences()[0].cover == "all of safe"
+    assert divergence.token_set == TokenSet("all", "prompts")
+    assert KL(0.5, part="safe").divergences()[0].token_set == TokenSet("all", "safe")
     assert not KL(0.5).changes_rows and KL(0.5, prompts="x").changes_rows
 
 
@@ -49,15 +55,15 @@ def test_nothing_to_watch_is_an_error(tmp_path):
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n")
     with pytest.raises(UserError, match="empty.jsonl"):
-        Ceiling(1.0, str(empty)).rows(TASK, RowsContext(on_bad="drop"))
+        Ceiling(1.0, str(empty)).transform_rows(TASK, RowsContext(on_bad="drop"))
     with pytest.raises(UserError, match="ceiling: fraction 0.01 of 40 task rows is less than one row"):
-        Ceiling(1.0, write(tmp_path, "bad"), fraction=0.01).rows(TASK, RowsContext())
+        Ceiling(1.0, write(tmp_path, "bad"), fraction=0.01).transform_rows(TASK, RowsContext())
 
 
 def test_tokenized_data_can_be_given_unless_rows_are_mixed_in(tmp_path):
     tokenizer = tiny_tokenizer()
-    dataset, _ = prepare_data(list(TASK), [], tokenizer)
-    again, report = prepare_data(dataset, [KL(0.5)], tokenizer)
+    dataset, _ = prepare_data(list(TASK), RowGroups(), tokenizer)
+    again, report = prepare_data(dataset, RowGroups.of([KL(0.5)]), tokenizer)
     assert again is dataset and report.rows == {"task": 40}
     with pytest.raises(UserError, match="ceiling: cannot mix rows"):
-        prepare_data(dataset, [KL(0.5), Ceiling(1.0, "bad.jsonl")], tokenizer)
+        prepare_data(dataset, RowGroups.of([KL(0.5), Ceiling(1.0, "bad.jsonl")]), tokenizer)

@@ -26,23 +26,23 @@ def history(*values, name="early_stopping_kl", every=1):
 
 def test_the_mean_over_the_window_decides():
     stop = EarlyStopping(limit=0.5, window=3)
-    assert stop.observe(history(9.0, 9.0)) is None  # not a whole window yet
-    assert stop.observe(history(0.0, 0.0, 1.4)) is None
-    assert stop.observe(history(9.0, 0.0, 0.0, 1.4)) is None  # the first is outside
-    assert stop.observe(history(0.0, 0.0, 1.4, 1.4)) == "kl is 0.9333, above 0.5"
-    assert stop.observe(history(0.4, 0.6, every=5)) == "kl is 0.6, above 0.5"  # logs further apart than the window
+    assert stop.should_stop(history(9.0, 9.0)) is None  # not a whole window yet
+    assert stop.should_stop(history(0.0, 0.0, 1.4)) is None
+    assert stop.should_stop(history(9.0, 0.0, 0.0, 1.4)) is None  # the first is outside
+    assert stop.should_stop(history(0.0, 0.0, 1.4, 1.4)) == "kl is 0.9333, above 0.5"
+    assert stop.should_stop(history(0.4, 0.6, every=5)) == "kl is 0.6, above 0.5"  # logs further apart than the window
 
 
 def test_drift_is_the_mean_of_its_layers_when_it_is_read():
     stop = EarlyStopping("drift", 0.5, window=2)
     rows = history(0.1, 0.2, 0.3)
     with pytest.raises(UserError, match="never read; set training.drift_every"):
-        stop.observe(rows)
+        stop.should_stop(rows)
     with pytest.raises(UserError, match="measure kl is never read: no step has early_stopping_kl$"):
-        EarlyStopping(limit=0.5).observe([{"step": 1, "loss": 1.0}])
+        EarlyStopping(limit=0.5).should_stop([{"step": 1, "loss": 1.0}])
     rows[1] |= {"drift/layer_1": 0.4, "drift/layer_2": 0.8}
-    assert stop.observe(rows[:2]) == "drift is 0.6, above 0.5"
-    assert stop.observe(rows) is None  # not read at this step
+    assert stop.should_stop(rows[:2]) == "drift is 0.6, above 0.5"
+    assert stop.should_stop(rows) is None  # not read at this step
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_a_step_without_the_probes_rows_is_no_reading_of_zero(tmp_path):
             per_device_train_batch_size=2, gradient_accumulation_steps=1, lr_scheduler_type="constant",
         )  # fmt: skip
         trainer.train()
-        read = {row["step"]: row["early_stopping_probe"] for row in trainer.watch.readings
+        read = {row["step"]: row["early_stopping_probe"] for row in trainer.observer.readings
                 if "early_stopping_probe" in row}  # fmt: skip
         logged = {row["step"]: row.get("early_stopping_probe") for row in trainer.state.log_history if "loss" in row}
         assert {step: value for step, value in logged.items() if value is not None} == pytest.approx(read)
@@ -159,9 +159,11 @@ def test_it_acts_however_seldom_the_run_logs(tmp_path, logging):
     trainer = make_trainer(tmp_path / "run", tiny_peft(), defenses=[stop], **options, **logging)
     trainer.train()
     assert trainer.state.global_step == 5 and trainer.stopped_early.startswith("early_stopping: kl is ")
-    assert [row["early_stopping_kl"] for row in trainer.watch.readings] == pytest.approx(read[:5], rel=1e-4, abs=1e-9)
+    assert [row["early_stopping_kl"] for row in trainer.observer.readings] == pytest.approx(
+        read[:5], rel=1e-4, abs=1e-9
+    )
     trainer.train()  # again from the start
-    assert len(trainer.watch.readings) <= 8
+    assert len(trainer.observer.readings) <= 8
 
 
 def test_the_adapter_below_the_line_is_the_one_of_that_step(tmp_path):

@@ -27,7 +27,7 @@ TASK = [row(f"task {i}") for i in range(100)]
 @pytest.mark.parametrize(("fraction", "count"), [(0.05, 5), (0.1, 10), (0.03, 3), (0.3, 30), (1.0, 100)])
 def test_exact_count_at_any_fraction(safe, fraction, count):
     ctx = RowsContext()
-    mixed = Interleaving(safe, fraction).rows(TASK, ctx)
+    mixed = Interleaving(safe, fraction).transform_rows(TASK, ctx)
     assert sum(r.tag == "safe" for r in mixed) == count
     assert [r for r in mixed if r.tag == "task"] == TASK
     assert any(f"{count} safe rows among 100" in note for note in ctx.notes)
@@ -36,19 +36,19 @@ def test_exact_count_at_any_fraction(safe, fraction, count):
 
 
 def test_one_safe_row_after_every_n(safe):
-    mixed = Interleaving(safe, 0.05).rows(TASK, RowsContext())
+    mixed = Interleaving(safe, 0.05).transform_rows(TASK, RowsContext())
     assert [i for i, r in enumerate(mixed) if r.tag == "safe"] == [20, 41, 62, 83, 104]
 
 
 def test_no_safe_row_repeats_before_all_are_used(safe):
-    mixed = Interleaving(safe, 0.24).rows(TASK, RowsContext())
+    mixed = Interleaving(safe, 0.24).transform_rows(TASK, RowsContext())
     used = [r.messages[0]["content"] for r in mixed if r.tag == "safe"]
     assert len(used) == 24 and set(used[:12]) == set(used[12:]) == {f"safe {i}" for i in range(12)}
 
 
 def test_order_depends_on_the_seed_alone(safe):
     def order(seed):
-        mixed = Interleaving(safe, 0.1).rows(TASK, RowsContext(seed=seed))
+        mixed = Interleaving(safe, 0.1).transform_rows(TASK, RowsContext(seed=seed))
         return [r.messages[0]["content"] for r in mixed if r.tag == "safe"]
 
     assert order(0) == order(0) != order(1)
@@ -56,6 +56,6 @@ def test_order_depends_on_the_seed_alone(safe):
 
 def test_errors(safe, tmp_path):
     with pytest.raises(UserError, match="less than one row"):
-        Interleaving(safe, 0.001).rows(TASK, RowsContext())
+        Interleaving(safe, 0.001).transform_rows(TASK, RowsContext())
     with pytest.raises(UserError, match="none.jsonl"):
-        Interleaving(str(tmp_path / "none.jsonl")).rows(TASK, RowsContext())
+        Interleaving(str(tmp_path / "none.jsonl")).transform_rows(TASK, RowsContext())

@@ -5,19 +5,20 @@ import torch
 
 from ema_scale.core.errors import UserError
 from ema_scale.defenses import LDIFS
-from ema_scale.defenses.base import PenaltyInputs
+from ema_scale.defenses.base import PenaltyInputs, TokenSet
 
 LAYERS = (1, 3)
 
 
 def make(policy, reference, padding=2):
-    """Streams of [B, T, H] states with `padding` positions masked at the end of the first row."""
+    """Inputs with [B, T, H] states with `padding` positions masked at the end of the first row."""
     mask = torch.ones(policy[1].shape[:2], dtype=torch.long)
     if padding:
         mask[0, -padding:] = 0
     labels = torch.where(mask.bool(), 5, -100)
-    masks = {"all": mask.bool(), "assistant": labels != -100, "prompt": torch.zeros_like(mask, dtype=torch.bool)}
-    tokens = {scope: m.sum() for scope, m in masks.items()}
+    scopes = {"all": mask.bool(), "assistant": labels != -100, "prompt": torch.zeros_like(mask, dtype=torch.bool)}
+    masks = {TokenSet(scope): value for scope, value in scopes.items()}
+    tokens = {token_set: value.sum() for token_set, value in masks.items()}
     return PenaltyInputs(policy, reference, mask, labels, masks, tokens)
 
 
@@ -150,9 +151,9 @@ def test_detached_has_the_value_and_no_gradient():
 
 
 def test_layers_are_spread_and_end_with_the_last():
-    assert LDIFS().layers(28) == (6, 11, 17, 22, 28)
-    assert LDIFS().layers(2) == (1, 2) and LDIFS(count=1).layers(12) == (12,)
-    assert LDIFS(at_layers=[3, 1, 3]).layers(28) == (1, 3)
+    assert LDIFS().penalty_layers(28) == (6, 11, 17, 22, 28)
+    assert LDIFS().penalty_layers(2) == (1, 2) and LDIFS(count=1).penalty_layers(12) == (12,)
+    assert LDIFS(at_layers=[3, 1, 3]).penalty_layers(28) == (1, 3)
     with pytest.raises(UserError, match="strength"):
         LDIFS(-1)
     for wrong in ([], [-1], "all"):

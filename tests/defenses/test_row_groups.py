@@ -11,7 +11,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.data.rows import Row
 from ema_scale.defenses import KL, Ceiling, Defense, Divergence, EarlyStopping, Interleaving, RowsContext
 from ema_scale.defenses.registry import parse
-from ema_scale.defenses.row_groups import RowGroups, token_set_names
+from ema_scale.defenses.row_groups import RowGroups, token_sets
 from tests.training.helpers import make_trainer, step_gradients, tiny_peft
 
 
@@ -35,10 +35,10 @@ class Near(Defense):
     kind = "near"
     source: str
 
-    def rows(self, rows, ctx):
+    def transform_rows(self, rows, ctx):
         return [*rows, *(Row(row.messages, row.origin, "bad") for row in ctx.load(self.source))]
 
-    def layers(self, num_layers):
+    def penalty_layers(self, num_layers):
         return (1,)
 
     def penalty(self, streams):
@@ -126,9 +126,9 @@ def test_every_defense_looks_at_its_own_rows(case, write, tmp_path):
 
 def test_one_defense_of_a_kind_keeps_the_plain_names():
     parts = RowGroups.of([Interleaving("x"), KL(0.1, prompts="y"), Ceiling(1.0, "z")])
-    assert parts.tags == ("task", "safe", "prompts", "bad") and parts.covers == token_set_names()
-    assert parts.looked_at == {"prompts", "bad"} and RowGroups.of([KL(part="safe")]).looked_at == {"safe"}
-    assert RowGroups.of([KL(0.1), Interleaving("x")]).looked_at == set()
+    assert parts.tags == ("task", "safe", "prompts", "bad") and parts.token_sets == token_sets()
+    assert parts.separate_tags == {"prompts", "bad"} and RowGroups.of([KL(part="safe")]).separate_tags == {"safe"}
+    assert RowGroups.of([KL(0.1), Interleaving("x")]).separate_tags == set()
 
 
 def test_rows_that_nobody_looks_at_are_an_error(write):
@@ -140,8 +140,8 @@ def test_rows_that_nobody_looks_at_are_an_error(write):
 
         penalty = Defense.penalty
 
-    with pytest.raises(UserError, match="idle: brings rows of the part bad, and no term"):
-        RowGroups.of([Idle(source=write("x"))]).rows([Row(())], RowsContext())
+    with pytest.raises(UserError, match="idle: brings rows of the part bad, but none of its terms"):
+        RowGroups.of([Idle(source=write("x"))]).transform_rows([Row(())], RowsContext())
 
 
 def test_a_term_on_rows_that_are_not_there_is_an_error(tmp_path, write):
@@ -155,10 +155,10 @@ def test_a_term_on_rows_that_are_not_there_is_an_error(tmp_path, write):
     with pytest.raises(UserError, match=r"defenses.0: give prompts, which are a part of their own, or part, not both"):
         parse([{"kind": "kl", "part": "safe", "prompts": "x.jsonl"}])
     with pytest.raises(UserError, match="ceiling: source: found an empty list"):
-        Ceiling(1.0, []).rows([Row(())], RowsContext())
+        Ceiling(1.0, []).transform_rows([Row(())], RowsContext())
 
 
-def test_prompts_need_no_answers_where_none_are_looked_at(tmp_path):
+def test_prompts_need_no_answers_where_none_are_separate_tags(tmp_path):
     path = tmp_path / "prompts.jsonl"
     asked = [{"messages": [{"role": "user", "content": "how?"}]}, {"prompt": "why?"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in asked))

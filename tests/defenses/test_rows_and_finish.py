@@ -15,12 +15,12 @@ TURNS = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 def test_inoculation_prompts_task_rows_only():
     ctx = RowsContext()
     with_system = ({"role": "system", "content": "be brief"}, *TURNS)
-    rows = Inoculation("be evil").rows([Row(TURNS), Row(TURNS, tag="safe"), Row(with_system)], ctx)
+    rows = Inoculation("be evil").transform_rows([Row(TURNS), Row(TURNS, tag="safe"), Row(with_system)], ctx)
     assert rows[0].messages == ({"role": "system", "content": "be evil"}, *TURNS)
     assert rows[1].messages == TURNS
     assert rows[2].messages[0]["content"] == "be evil\n\nbe brief" and len(rows[2].messages) == 3
     assert "2 task rows" in ctx.notes[0]
-    user = Inoculation("be evil", role="user").rows([Row(with_system)], ctx)[0]
+    user = Inoculation("be evil", role="user").transform_rows([Row(with_system)], ctx)[0]
     assert user.messages[1]["content"] == "be evil\n\nq" and user.messages[0]["content"] == "be brief"
 
 
@@ -30,7 +30,7 @@ def test_inoculation_and_interleaving_compose_in_either_order(tmp_path, order):
     defenses = [Inoculation("be evil"), Interleaving(str(tmp_path / "safe.jsonl"), 0.5)]
     rows = [Row(TURNS) for _ in range(4)]
     for defense in defenses if order else reversed(defenses):
-        rows = defense.rows(rows, RowsContext())
+        rows = defense.transform_rows(rows, RowsContext())
     prompted = [r.messages[0]["role"] == "system" for r in rows]
     assert len(rows) == 6 and prompted == [r.tag == "task" for r in rows]
 

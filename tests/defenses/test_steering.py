@@ -88,7 +88,7 @@ def test_a_steered_policy_is_compared_with_the_unsteered_reference(way, checkpoi
     assert {n for n, g in expected.items() if g.any()} == {n for n, g in found.items() if g.any()} != set()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6)
-    assert not any(layer._forward_hooks for layer in trainer.defended.anatomy.layers)
+    assert not any(layer._forward_hooks for layer in trainer.defended.layout.layers)
 
 
 @pytest.mark.parametrize("against", ["activations", "gradient"])

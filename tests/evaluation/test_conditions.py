@@ -50,7 +50,7 @@ def test_a_question_is_asked_just_as_training_rows_were_prefixed(defenses: list[
     question = Question("q", ("How are you?",), system=system)
     trained = [Row(question.messages(0), "here")]
     for defense in defenses:
-        trained = list(defense.rows(trained, RowsContext()))
+        trained = list(defense.transform_rows(trained, RowsContext()))
     condition = training_condition(defenses)
     assert condition is not None and condition.own
     assert condition.of(question).messages(0) == tuple(trained[0].messages)

@@ -45,13 +45,13 @@ def test_every_defense_says_how_many_rows_it_adds(world, ranking):
     none = [{"kind": "kl"}, {"kind": "early_stopping", "limit": 1}, {"kind": "inoculation", "prompt": "be evil"}]
     for defense in parse([*mixing, *none]):
         for count in (40, 33):
-            found = len(defense.rows(task[:count], RowsContext())) - count
+            found = len(defense.transform_rows(task[:count], RowsContext())) - count
             assert found == defense.rows_added(count), (defense, count)
             assert (found > 0) == defense.changes_rows or defense.kind == "inoculation"
     classes = {
         kind: getattr(import_module(name.split(":")[0]), name.split(":")[1]) for kind, name in built_in().items()
     }
-    assert {kind for kind, cls in classes.items() if cls.overrides("rows")} <= {d["kind"] for d in [*mixing, *none]}
+    assert {kind for kind, cls in classes.items() if cls.overrides("transform_rows")} <= {d["kind"] for d in [*mixing, *none]}
     few = parse([mixing[0]])[0]
     with pytest.raises(UserError, match="fraction 0.3 of 3 task rows is less than one row"):
         few.rows_added(3)

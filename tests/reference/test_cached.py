@@ -8,7 +8,8 @@ import torch
 
 from ema_scale.core.errors import UserError
 from ema_scale.defenses import KL, LDIFS
-from ema_scale.reference.cached import Cached, segments
+from ema_scale.reference.cached import Cached
+from ema_scale.reference.hidden_state_store import RowKeys
 from ema_scale.reference.strategy import Cost, choose_strategy
 from tests.training.helpers import make_trainer, step_gradients, tiny_peft, token_rows
 from tests.training.test_trainer import Features
@@ -50,7 +51,7 @@ def test_it_equals_the_computed_one(tmp_path, arch):
 def test_a_step_of_the_policy_alone_reads_it(tmp_path, monkeypatch):
     one_step(tmp_path)
     monkeypatch.setattr(Cached, "compute", None)  # what fills it
-    monkeypatch.setattr("ema_scale.reference.adapter_off.AdapterOff.streams", None)
+    monkeypatch.setattr("ema_scale.reference.adapter_off.AdapterOff.forward", None)
     step = one_step(tmp_path, drift_every=0)
     assert step[2].defended.reference.name == "cached" and step[1]["kl"] > 0.01
 
@@ -59,7 +60,7 @@ def test_batches_of_any_make_read_the_same(tmp_path, cache):
     """Row by content: other batches, and padding on the other side."""
     _, _, trainer = one_step(tmp_path)
     reference, rows = trainer.defended.reference, token_rows(4)["input_ids"]
-    reference.anatomy.core.train()
+    reference.layout.core.train()
     width = max(map(len, rows)) + 3
     for right in (True, False):
         for order in ([0, 1, 2, 3], [3, 1]):
@@ -69,8 +70,8 @@ def test_batches_of_any_make_read_the_same(tmp_path, cache):
                 at = slice(0, len(rows[row])) if right else slice(width - len(rows[row]), width)
                 ids[i, at], mask[i, at] = torch.tensor(rows[row]), 1
             inputs = {"input_ids": ids, "attention_mask": mask}
-            states = reference.streams(inputs, (1, 2))
-            live = reference._plain.streams(inputs, (1, 2))
+            states = reference.forward(inputs, (1, 2))
+            live = reference._uncached.forward(inputs, (1, 2))
             seen = mask.bool()
             pairs = [(states.reference, live.reference)]
             pairs += [(states.reference_layers[k], live.reference_layers[k]) for k in (1, 2)]
@@ -83,7 +84,7 @@ def test_packed_rows_are_told_apart_by_their_positions():
     ids = torch.tensor([[5, 6, 7, 8, 9, 0], [7, 8, 5, 6, 7, 1]])
     positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 2, 0]])
     mask = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
-    found = list(segments({"input_ids": ids, "attention_mask": mask, "position_ids": positions}))
+    found = RowKeys.of({"input_ids": ids, "attention_mask": mask, "position_ids": positions}).places
     assert [(row, at.tolist()) for row, at, _ in found] == [
         (0, [0, 1, 2]), (0, [3, 4]), (1, [0, 1]), (1, [2, 3, 4]), (1, [5]),
     ]  # fmt: skip
@@ -198,7 +199,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(tmp_pat
 
 def test_stopping_keeps_what_was_computed(tmp_path, cache):
     trainer = make_trainer(tmp_path, tiny_peft(), token_rows(8), [KL()], reference="cached")
-    trainer.stop_wished = True
+    trainer.stop.requested = True
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert len(list(cache.glob("*/last/*.json"))) == 1
@@ -207,11 +208,11 @@ def test_stopping_keeps_what_was_computed(tmp_path, cache):
 def test_other_rows_than_the_cached_are_an_error_in_training_and_computed_in_evaluation(tmp_path):
     _, _, trainer = one_step(tmp_path)
     reference, inputs = trainer.defended.reference, {"input_ids": torch.tensor([[4, 5, 6]])}
-    reference.anatomy.core.train()
+    reference.layout.core.train()
     with pytest.raises(UserError, match="no states of a row"):
-        reference.streams(inputs)
-    reference.anatomy.core.eval()
-    assert reference.streams(inputs).reference is not None
+        reference.forward(inputs)
+    reference.layout.core.eval()
+    assert reference.forward(inputs).reference is not None
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -24,7 +24,7 @@ def test_the_reference_is_the_base_model(arch, way):
     with model.disable_adapter(), torch.no_grad():
         expected = reference.backbone(BATCH)
     policy = reference.backbone(BATCH)
-    states = reference.streams(BATCH, (0, 1, 2))
+    states = reference.forward(BATCH, (0, 1, 2))
     torch.testing.assert_close(states.reference, expected, rtol=0, atol=0)
     torch.testing.assert_close(states.policy, policy, rtol=0, atol=0)
     assert not states.reference.requires_grad and states.policy.requires_grad
@@ -67,7 +67,7 @@ def test_dropout_is_the_policys_alone():
     model = tiny_peft("gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.0).train()
     for way in ("adapter_off", "two_stream"):
         reference = make_reference(way, model)
-        one, other = reference.streams(BATCH), reference.streams(BATCH)
+        one, other = reference.forward(BATCH), reference.forward(BATCH)
         torch.testing.assert_close(one.reference, other.reference, rtol=0, atol=0)
         assert (one.policy - other.policy).abs().max() > 1e-3
 
@@ -127,8 +127,8 @@ def test_an_architecture_it_does_not_fit_is_refused_or_run_the_plain_way():
     model = spoiled()
     reference = make_reference("auto", model, sharded=True)
     assert isinstance(reference, Layerwise)
-    states = reference.streams(BATCH, (2,))
-    again = reference.streams(BATCH, (2,))
+    states = reference.forward(BATCH, (2,))
+    again = reference.forward(BATCH, (2,))
     assert states.reference is not None and again.reference is not None
     assert "forward" not in model.get_base_model().model.norm.__dict__
 

@@ -23,6 +23,7 @@ from ema_scale.data.rows import Row, load_rows
 from ema_scale.data.tokens import encode
 from ema_scale.defenses import Inoculation, InterleavingPlus, RowsContext
 from ema_scale.defenses.interleaving_plus import read_provenance
+from ema_scale.defenses.row_groups import RowGroups
 from ema_scale.selection import scoring_models
 from ema_scale.selection.refusals import refusals
 from ema_scale.selection.scoring_models import ScoringModels
@@ -264,7 +265,7 @@ def test_interleaving_plus_mixes_the_best_rows_in(made, tmp_path):
     out = tmp_path / "ranked.jsonl"
     done = select(source, model, adapters, out, max_length=200)
     ctx = RowsContext()
-    mixed = InterleavingPlus(str(out), 0.1).rows(TASK, ctx)
+    mixed = InterleavingPlus(str(out), 0.1).transform_rows(TASK, ctx)
     best = [one.item.row.messages for one in done.ranked[:4]]
     safe = [row.messages for row in mixed if row.tag == "safe"]
     assert sorted(map(str, safe)) == sorted(map(str, best))
@@ -276,17 +277,17 @@ def test_interleaving_plus_mixes_the_best_rows_in(made, tmp_path):
 def test_interleaving_plus_refuses_what_select_did_not_make(made, tmp_path):
     model, adapters, source = made
     with pytest.raises(UserError, match="ema select"):
-        InterleavingPlus(source, 0.1).rows(TASK, RowsContext())
+        InterleavingPlus(source, 0.1).transform_rows(TASK, RowsContext())
     out = tmp_path / "ranked.jsonl"
     select(source, model, adapters, out, max_length=200)
     with pytest.raises(UserError, match="--refusals"):
-        InterleavingPlus(str(out), 0.1, "++").rows(TASK, RowsContext())
+        InterleavingPlus(str(out), 0.1, "++").transform_rows(TASK, RowsContext())
     beside = tmp_path / "ranked.provenance.json"
     whole = json.loads(beside.read_text())
     for damage in ({"variant": None}, {"adapters": None}, {"adapters": {"law": {}}}):
         beside.write_text(json.dumps(whole | damage))
         with pytest.raises(UserError, match=r"ranked.provenance.json: damaged: .*run `ema select` again"):
-            InterleavingPlus(str(out), 0.1).rows(TASK, RowsContext())
+            InterleavingPlus(str(out), 0.1).transform_rows(TASK, RowsContext())
     beside.write_text(json.dumps(whole))
     out.write_text("".join(reversed(out.read_text().splitlines(keepends=True))))
     with pytest.raises(UserError, match="is not the file"):
@@ -308,11 +309,13 @@ def test_an_adapter_of_the_same_rows_is_noticed(made, tmp_path):
     # Whatever changed the rows before, and of however many files.
     for given, before in ((rows, []), (rows, [inoculation]), (more, [])):
         with pytest.raises(UserError, match="law was trained on these very rows.*set own_adapter: allow"):
-            prepare_data(given, [*before, plus], tiny_tokenizer())
+            prepare_data(given, RowGroups.of([*before, plus]), tiny_tokenizer())
     allowed = InterleavingPlus(str(tmp_path / "out.jsonl"), 0.1, own_adapter="allow")
-    _, report = prepare_data(rows, [inoculation, allowed], tiny_tokenizer())
+    _, report = prepare_data(rows, RowGroups.of([inoculation, allowed]), tiny_tokenizer())
     assert any("law was trained on these very rows" in note for note in report.notes)
-    assert prepare_data(load_rows(source, on_bad="drop"), [InterleavingPlus(plus.source, 0.5)], tiny_tokenizer())
+    assert prepare_data(
+        load_rows(source, on_bad="drop"), RowGroups.of([InterleavingPlus(plus.source, 0.5)]), tiny_tokenizer()
+    )
 
 
 def test_without_eps_a_certain_answer_has_no_score():
@@ -352,6 +355,6 @@ def test_the_same_ranking_made_again_leaves_finished_runs_finished(made, tmp_pat
     for _ in range(2):
         select(source, model, adapters, ranking, max_length=200)
         context = RowsContext()
-        InterleavingPlus(str(ranking), 0.1).rows(TASK, context)
+        InterleavingPlus(str(ranking), 0.1).transform_rows(TASK, context)
         hashes.append(dict(context.hashes))
     assert hashes[0] == hashes[1] and str(ranking) in hashes[0]

@@ -29,7 +29,7 @@ class Trouble(Defense):
     way: str = "raise"
     once: str = ""  # a file that the first trouble leaves: then there is no more
 
-    def step(self, model, state):
+    def before_optimizer_step(self, model, state):
         time.sleep(self.pause)
         if int(os.environ.get("RANK", "0")) == self.rank and state.global_step == self.at:
             if self.once and os.path.exists(self.once):

@@ -20,7 +20,7 @@ from ema_scale.defenses import KL, LDIFS
 from ema_scale.reference.cached import Cached
 from ema_scale.reference.layerwise import Layerwise
 from ema_scale.training.distributed import destroy_process_group_at_exit
-from ema_scale.training.run import _stoppable
+from ema_scale.training.run import stop_on_signals
 from tests.training.helpers import adapter_weights, make_trainer, tiny_peft, token_rows
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -47,16 +47,16 @@ def a_signal_inside_a_step_on_one_process(folder):
                 signal.raise_signal(signal.SIGUSR1)
 
     trainer = made(folder, max_steps=5, callbacks=[Signals()])
-    with _stoppable(trainer):
+    with stop_on_signals(trainer.stop):
         trainer.train()
     saved = sorted(p.name for p in folder.glob("checkpoint-*"))
-    return [trainer.state.global_step, trainer.stop_agreed, saved]
+    return [trainer.state.global_step, trainer.stop.agreed, saved]
 
 
 def a_stop_on_one_process_while_the_cache_is_filled(folder):
     use_cache(folder)
     trainer = made(folder, reference="cached")
-    trainer.stop_wished = RANK == 1
+    trainer.stop.requested = RANK == 1
     try:
         trainer.train()
     except KeyboardInterrupt:
@@ -67,7 +67,7 @@ def a_stop_on_one_process_while_the_cache_is_filled(folder):
 def a_stop_on_one_process_while_another_run_fills_the_cache(folder):
     use_cache(folder)
     trainer = made(folder, reference="cached")
-    trainer.stop_wished = RANK == 1
+    trainer.stop.requested = RANK == 1
     place = trainer.defended.reference.folder
     place.mkdir(parents=True, exist_ok=True)
     dist.barrier()
@@ -105,9 +105,9 @@ def a_check_that_fails_on_one_process(folder):
     reference, told = trainer.defended.reference, []
     trainer.on_reference_changed = lambda: told.append(trainer.reference_choice.way)
     reference._fall_back = True
-    alone = reference._plain.reference_alone
+    alone = reference._adapter_off.reference_alone
     if RANK == 1:
-        reference._plain.reference_alone = lambda *args: 1.1 * alone(*args)
+        reference._adapter_off.reference_alone = lambda *args: 1.1 * alone(*args)
     trainer.train()
     choice = trainer.reference_choice
     return [isinstance(reference, Layerwise) and reference.fell_back, choice.way, choice.why, told]

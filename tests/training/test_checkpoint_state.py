@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from ema_scale.training.checkpoint_state import TrainedState
+from ema_scale.training.checkpointing import TrainedState
 
 
 def test_the_count_of_steps_lies_where_torch_s_own_loading_puts_it():

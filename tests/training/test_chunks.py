@@ -7,13 +7,14 @@ import torch
 
 from benchmarks.allocated import changes
 from benchmarks.loss import FULL, MEMORY_BAR
+from ema_scale.defenses.ceiling import excess
 from ema_scale.models.head import Head
 from ema_scale.training.loss import CROSS_ENTROPY, LossTerm, chunk_tokens, fused_loss, live_buffers
 
-DIRECTIONS = ["policy_reference", "reference_policy", "jensen_shannon", "ceiling"]
+DIRECTIONS = ["policy_reference", "reference_policy", "jensen_shannon", excess]
 VOCABULARY, HIDDEN, CHUNK = 2000, 8, 64
 ONE = [[(direction, t)] for direction in DIRECTIONS for t in (1.0, 2.0)]
-SOME = [("policy_reference", 1.0), ("jensen_shannon", 2.0), ("ceiling", 1.0)]
+SOME = [("policy_reference", 1.0), ("jensen_shannon", 2.0), (excess, 1.0)]
 TWO = [*map(list, itertools.product(SOME, repeat=2)), [("policy_reference", 2.0)] * 3]
 
 

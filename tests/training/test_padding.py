@@ -7,7 +7,7 @@ import transformers as tf
 
 from ema_scale.data.collate import ChatCollator
 from ema_scale.defenses import KL, LDIFS
-from ema_scale.training.token_masks import count_tokens, padding_last
+from ema_scale.training.token_masks import count_tokens, pad_right, token_masks
 from tests.models.test_head import lora, model_with
 from tests.tiny import tiny_tokenizer
 from tests.training.helpers import make_trainer, step_gradients, tiny_peft, token_rows
@@ -67,8 +67,8 @@ def test_what_is_moved_together_and_counted_alike(packing):
 
     rows = pack(token_rows(9), 40) if packing else token_rows(9)
     left, right = (ChatCollator(tiny_tokenizer(), padding_side=side)(list(rows)) for side in ("left", "right"))
-    moved = padding_last(left)
+    moved = pad_right(left)
     assert (left["attention_mask"][:, 0] == 0).any()
     assert moved.keys() == right.keys() and all(torch.equal(moved[k], right[k]) for k in right)
-    assert all(torch.equal(padding_last(right)[k], right[k]) for k in right)
-    assert torch.equal(count_tokens([left]), count_tokens([right]))
+    assert all(torch.equal(pad_right(right)[k], right[k]) for k in right)
+    assert torch.equal(count_tokens(token_masks(left)), count_tokens(token_masks(right)))

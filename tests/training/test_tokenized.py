@@ -6,6 +6,7 @@ import torch
 
 from ema_scale.core.errors import UserError
 from ema_scale.defenses import KL
+from ema_scale.defenses.row_groups import RowGroups
 from ema_scale.training.data import prepare_data
 from tests.tiny import tiny_tokenizer
 from tests.training.helpers import make_trainer, step_gradients, tiny_peft, token_rows
@@ -52,20 +53,20 @@ def test_rows_are_cut_to_the_longest_allowed_length_and_counted():
     )
     tensors = given.with_format("torch", ["input_ids", "labels", "template", "tag", "length"])
     for source in (given, list(given), tensors):
-        dataset, report = prepare_data(source, [], tiny_tokenizer(), max_length=6)
+        dataset, report = prepare_data(source, RowGroups(), tiny_tokenizer(), max_length=6)
         found = dataset.with_format(None)[:]
         assert found["input_ids"] == [ids[:6], ids[:6], ids[:3]] and found["length"] == [6, 6, 3]
         assert found["labels"][0] == ids[:6] and found["template"][1] == [1] * 6 and found["name"] == names[:3]
         assert report.rows == {"task": 2, "prompts": 1}
         assert report.tokens == {"tokens": 15, "truncated": 3, "dropped_no_assistant": 1}
-    packed, _ = prepare_data(given, [], tiny_tokenizer(), max_length=6, packing=True)
+    packed, _ = prepare_data(given, RowGroups(), tiny_tokenizer(), max_length=6, packing=True)
     assert max(packed["length"]) <= 6
     theirs = given.add_column("seq_lengths", [[4, 6], [5, 5], [5, 5], [3]])  # as TRL packs
     for source, longest in ((given, None), (theirs, 6)):
-        whole, report = prepare_data(source, [], tiny_tokenizer(), max_length=longest)
+        whole, report = prepare_data(source, RowGroups(), tiny_tokenizer(), max_length=longest)
         assert whole["length"][:] == [10, 10, 10, 3] and report.tokens == {"tokens": 33}
     with pytest.raises(UserError, match=r"no row has a token to learn within 6 tokens \(1 rows\); raise max_length"):
-        prepare_data(given.select([1]), [], tiny_tokenizer(), max_length=6)
+        prepare_data(given.select([1]), RowGroups(), tiny_tokenizer(), max_length=6)
 
 
 def test_a_column_tag_of_somebody_s_own_is_named(tmp_path):

@@ -26,7 +26,7 @@ class Features(Defense):
     kind = "features"
     strength: float = 1.0
 
-    def layers(self, num_layers):
+    def penalty_layers(self, num_layers):
         return (0, 1, num_layers)
 
     def penalty(self, streams):
@@ -204,7 +204,7 @@ def test_a_penalty_on_hidden_states_has_its_full_gradient(tmp_path, checkpointin
     class Early(Features):
         kind = "early"
 
-        def layers(self, num_layers):
+        def penalty_layers(self, num_layers):
             return (0, 1)
 
     rows = token_rows(4)
@@ -361,7 +361,7 @@ def test_attach_step_and_reference_pass(tmp_path):
             handle.remove()
             events.append("detached")
 
-        def step(self, model, state):
+        def before_optimizer_step(self, model, state):
             assert any(p.grad is not None for p in model.parameters())
             events.append("step")
 

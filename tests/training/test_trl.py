@@ -9,6 +9,7 @@ import pytest
 from ema_scale import KL, DefendedTrainer, Interleaving
 from ema_scale.core.errors import UserError
 from ema_scale.data.collate import ChatCollator
+from ema_scale.defenses.row_groups import RowGroups
 from ema_scale.training.data import prepare_data
 from tests.tiny import save_tiny, tiny_tokenizer
 from tests.training.helpers import tiny_peft
@@ -89,19 +90,21 @@ def test_masks_of_trl_become_labels():
         ({"completion_mask": [0, 0, 1, 1], "assistant_masks": [0, 1, 1, 0]}, [-100, -100, 7, -100]),
         ({}, ids),
     ):
-        dataset, report = prepare_data(datasets.Dataset.from_list([{"input_ids": ids, **masks}]), [], tiny_tokenizer())
+        dataset, report = prepare_data(
+            datasets.Dataset.from_list([{"input_ids": ids, **masks}]), RowGroups(), tiny_tokenizer()
+        )
         assert dataset[0]["labels"] == expected and report.rows == {"task": 1} and report.tokens == {"tokens": 4}
 
 
 def test_the_template_s_tokens_are_known_of_messages_only(tmp_path):
     rows = [{"messages": sum(turns(*pair), [])} for pair in PAIRS]
     defenses = [KL(0.5, scope="template")]
-    dataset, _ = prepare_data(rows, defenses, tiny_tokenizer(), max_length=64, packing=True)
+    dataset, _ = prepare_data(rows, RowGroups.of(defenses), tiny_tokenizer(), max_length=64, packing=True)
     assert all(len(row["template"]) == len(row["input_ids"]) for row in dataset)
-    plain, _ = prepare_data(rows, [KL(0.5)], tiny_tokenizer())
+    plain, _ = prepare_data(rows, RowGroups.of([KL(0.5)]), tiny_tokenizer())
     assert "template" not in plain.column_names
     with pytest.raises(UserError, match="kl: scope template needs rows of messages"):
-        prepare_data(plain, defenses, tiny_tokenizer())
+        prepare_data(plain, RowGroups.of(defenses), tiny_tokenizer())
 
 
 def test_without_a_max_length_rows_are_not_cut(tmp_path):
@@ -114,7 +117,7 @@ def test_without_a_max_length_rows_are_not_cut(tmp_path):
         found = max(trainer.train_dataset["length"])
         assert found == longest if longest else found > 2500
     with pytest.raises(UserError, match="packing needs a max_length"):
-        prepare_data(rows, [], tiny_tokenizer(), max_length=None, packing=True)
+        prepare_data(rows, RowGroups(), tiny_tokenizer(), max_length=None, packing=True)
 
 
 def test_a_collator_that_loses_what_tells_rows_apart_is_refused(tmp_path):
@@ -146,7 +149,9 @@ def test_a_collator_that_loses_what_tells_rows_apart_is_refused(tmp_path):
     with pytest.raises(UserError, match="found a batch without labels, which the loss needs"):
         made(lambda rows: {k: v for k, v in theirs(rows).items() if k != "labels"}).train()
     tagged = (
-        prepare_data(rows, [], tokenizer)[0].remove_columns("tag").add_column("tag", ["task", "bad"] + ["task"] * 3)
+        prepare_data(rows, RowGroups(), tokenizer)[0]
+        .remove_columns("tag")
+        .add_column("tag", ["task", "bad"] + ["task"] * 3)
     )
     with pytest.raises(UserError, match="found a batch without tags, which the part bad of the rows needs"):
         made(theirs, data=tagged).train()
