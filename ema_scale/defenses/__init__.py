@@ -1,7 +1,16 @@
 """Defenses: each acts at one or more of six points of a run (see `base`). Torch-free to import."""
 
 from ema_scale.defenses.ablation import Ablation
-from ema_scale.defenses.base import Defense, Divergence, FinishContext, PenaltyInputs, RowsContext
+from ema_scale.defenses.base import (
+    Defense,
+    Divergence,
+    FinishContext,
+    LabelLogProbs,
+    LabelTerm,
+    PenaltyInputs,
+    RowsContext,
+    TokenSet,
+)
 from ema_scale.defenses.ceiling import Ceiling
 from ema_scale.defenses.early_stopping import EarlyStopping
 from ema_scale.defenses.inoculation import Inoculation
@@ -25,10 +34,13 @@ __all__ = [
     "Inoculation",
     "Interleaving",
     "InterleavingPlus",
+    "LabelLogProbs",
+    "LabelTerm",
+    "PenaltyInputs",
     "RowsContext",
     "SafeLoRA",
     "Steering",
-    "PenaltyInputs",
+    "TokenSet",
     "catalogue",
     "parse",
 ]

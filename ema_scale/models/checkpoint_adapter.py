@@ -12,17 +12,17 @@ from safetensors.torch import load_file, save_file
 from ema_scale.core.errors import UserError
 
 _WEIGHT = "|weight"
-
-
 _FILE = "adapter_model.safetensors"
 
 
 def export_adapter(checkpoint: Path, finished: Path, out: Path) -> Path:
-    """Write the adapter of `checkpoint` (of ours, see `checkpointing`) to `out`; returns `out`.
+    """Write the adapter of a training checkpoint to `out`, complete or not at all; returns `out`.
 
-    finished: the adapter folder of the same run, whose config, names and dtypes are taken over. It appears whole, as
-    training left it, without any defense's `finish`; one that is there is kept. Raises UserError if the checkpoint
-    holds other weights.
+    The adapter is as training left it, before any defense's `after_training`. If `out` holds one, it stays.
+
+    finished: the adapter folder of the same run, whose config, names and dtypes are used.
+
+    Raises UserError if the checkpoint holds other weights.
     """
     if (out / _FILE).is_file():
         return out
@@ -30,16 +30,14 @@ def export_adapter(checkpoint: Path, finished: Path, out: Path) -> Path:
     # PEFT leaves the adapter's name out of a saved adapter.
     weights = {k.removesuffix(_WEIGHT).replace(".default.", "."): v for k, v in state.items() if k.endswith(_WEIGHT)}
     with safe_open(finished / _FILE, framework="pt") as handle:
-        wanted = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    missing = sorted(name for name, like in wanted.items() if name not in weights or weights[name].shape != like.shape)
+        final = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    missing = sorted(name for name, like in final.items() if name not in weights or weights[name].shape != like.shape)
     if missing:
         raise UserError(f"{checkpoint}: holds no weight {missing[0]} of that shape; it is of another run")
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file(
-        {name: weights[name].to(like.dtype) for name, like in wanted.items()}, temporary / _FILE, {"format": "pt"}
-    )
+    save_file({name: weights[name].to(like.dtype) for name, like in final.items()}, temporary / _FILE, {"format": "pt"})
     shutil.copy2(finished / "adapter_config.json", temporary)
     shutil.rmtree(out, ignore_errors=True)
     os.replace(temporary, out)

@@ -1,4 +1,4 @@
-"""Directions in a model's residual stream, one a layer, such as a persona vector: a file that knows how it was made."""
+"""Directions in the hidden states of a model, one per layer, such as a persona vector, and how they were made."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ _TENSOR, _PROVENANCE = "vectors", "provenance"
 
 @dataclass(frozen=True)
 class Directions:
-    """vectors: float32 [num_layers + 1, H], raw (not unit): row 0 belongs to the embeddings, row k to the residual
-    stream after decoder layer k, before the final norm. provenance: how they were made, JSON values only; the key
-    `recommended_layer` is what a defense's `layers: auto` means.
+    """vectors: float32 [num_layers + 1, H], of any length. Row 0 belongs to the embeddings, row k to the hidden states
+        after decoder layer k, before the final norm.
+    provenance: how they were made, JSON values only. Its `recommended_layer` is what `at_layers: auto` means.
+    source: where they are from, for error messages.
 
     Raises UserError for vectors of another shape, or that are not finite numbers.
     """
@@ -58,19 +59,19 @@ class Directions:
         return layer
 
     def choose(self, layers: str | Sequence[int]) -> tuple[int, ...]:
-        """`auto`: the recommended layer; `all`: every decoder layer; or a list, as it is, without doubles."""
+        """auto: the recommended layer; all: every decoder layer; a list: its layers, sorted, each once."""
         if layers == "all":
             return tuple(range(1, self.num_layers + 1))
         return (self.recommended_layer,) if isinstance(layers, str) else tuple(sorted(set(layers)))
 
     def vector(self, layer: int) -> torch.Tensor:
-        """[H], raw. Raises UserError for a layer that there is not."""
+        """[H], as stored. Raises UserError for a layer that does not exist."""
         if not 0 <= layer <= self.num_layers:
             raise UserError(f"{self.source}: found layer {layer}, expected 0 to {self.num_layers}")
         return self.vectors[layer]
 
     def unit(self, layer: int) -> torch.Tensor:
-        """[H], of length 1. Raises UserError for a layer that there is not, or whose vector is zero."""
+        """[H], of length 1. Raises UserError for a layer that does not exist, or whose vector is zero."""
         vector = self.vector(layer)
         norm = vector.norm()
         if norm == 0:
@@ -78,7 +79,7 @@ class Directions:
         return vector / norm
 
     def check(self, num_layers: int, hidden_size: int) -> None:
-        """Raises UserError unless these are directions of a model of that depth and width."""
+        """Raises UserError unless the directions are of a model of that depth and width."""
         if (self.num_layers, self.hidden_size) != (num_layers, hidden_size):
             raise UserError(
                 f"{self.source}: made for {self.num_layers} layers of hidden size {self.hidden_size}, "
@@ -86,7 +87,7 @@ class Directions:
             )
 
     def save(self, path: Path | str) -> None:
-        """One safetensors file: tensor `vectors`, metadata `provenance` (JSON). It appears whole or not at all."""
+        """One safetensors file: tensor `vectors`, metadata `provenance` (JSON). Written completely or not at all."""
         from safetensors.torch import save_file
 
         path = Path(path)
@@ -101,7 +102,7 @@ class Directions:
 
     @classmethod
     def load(cls, path: Path | str) -> Directions:
-        """Raises UserError for a file that is missing, no safetensors file, or holds something else."""
+        """Raises UserError for a file that is missing, is no safetensors file, or holds something else."""
         from safetensors import SafetensorError, safe_open
 
         path = Path(path)

@@ -1,6 +1,4 @@
-"""Where things are in a causal language model with adapters: backbone, decoder layers, head, adapter
-switches.
-"""
+"""The language-model head: from last hidden states to logits."""
 
 from __future__ import annotations
 
@@ -28,8 +26,7 @@ def head_logits(hidden: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
 
     hidden = hidden.to(head.weight.dtype)
     if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32:
-        # Tensor cores multiply in half precision and accumulate in float32 anyway: keep what they
-        # accumulated.
+        # Tensor cores multiply in half precision and accumulate in float32 anyway: keep the accumulated value.
         logits = torch.mm(hidden, head.weight.t(), out_dtype=torch.float32)
     else:
         logits = torch.mm(hidden, head.weight.t()).to(dtype)

@@ -1,4 +1,4 @@
-"""Where the residual stream of a decoder-only model can be read and changed: the outputs of its decoder layers."""
+"""Hooks that read and change hidden states: the outputs of a decoder-only model's layers."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ if TYPE_CHECKING:
 def edited_states(model: Any, changes: Mapping[int, Callable[[Tensor], Tensor]]) -> Iterator[None]:
     """While it holds, changes[k] maps the policy's states [B, T, H] after decoder layer k (1: the first), in training.
 
-    A layer in evaluation mode, and the frozen reference, are left alone: a second forward marks itself by
-    `reference_pass`, and the reference beside the policy (`two_stream`) does not call a layer's hooks. Recomputation
-    under gradient checkpointing calls them as the first pass did. Losses and readings on hidden states, whose hooks
-    come later, see the changed states. Raises UserError for a layer that the model does not have.
+    A layer in evaluation mode and the frozen reference are left alone: a second forward marks itself by
+    `reference_pass`, and `Layerwise` does not call a layer's hooks for the reference. Recomputation under gradient
+    checkpointing calls them as the first pass did. Hooks that losses and metrics put on hidden states come later and
+    see the changed states.
+
+    Raises UserError for a layer that the model does not have.
     """
     layers = decoder_layers(model)
-    wrong = [k for k in changes if not 1 <= k <= len(layers)]
-    if wrong:
-        raise UserError(f"layers: found {wrong[0]}, expected 1 to {len(layers)}")
+    for k in changes:
+        if not 1 <= k <= len(layers):
+            raise UserError(f"layers: found {k}, expected 1 to {len(layers)}")
     with contextlib.ExitStack() as stack:
         for k, change in changes.items():
             stack.callback(layers[k - 1].register_forward_hook(_hook(change)).remove)
@@ -44,14 +46,14 @@ def _hook(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
 
 
 def like_states(vector: Tensor) -> Callable[[Tensor], Tensor]:
-    """`vector` [H] in the dtype and on the device of given states, moved there once."""
-    moved: dict[Any, Tensor] = {}
+    """A function that gives `vector` [H] in the dtype and on the device of given states. It copies once for each."""
+    copies: dict[Any, Tensor] = {}
 
     def like(states: Tensor) -> Tensor:
         key = (states.dtype, states.device)
-        if key not in moved:
-            moved[key] = vector.to(states.device, states.dtype)
-        return moved[key]
+        if key not in copies:
+            copies[key] = vector.to(states.device, states.dtype)
+        return copies[key]
 
     return like
 
@@ -78,10 +80,9 @@ def in_reference_pass() -> bool:
 def capture(
     layers: Sequence[nn.Module], wanted: Collection[int], on_state: Callable[[int, Tensor], None]
 ) -> Iterator[None]:
-    """While it holds, on_state(k, states [B, T, H]) is called for every wanted layer as the forward passes
-    it.
+    """While it holds, on_state(k, states [B, T, H]) is called for every wanted layer as the forward passes it.
 
-    It holds during forward only: a recomputation under gradient checkpointing, in backward, calls nothing.
+    Use it around a forward only: then a recomputation under gradient checkpointing, in backward, calls nothing.
     """
     handles = []
     for index in sorted(set(wanted)):

@@ -1,6 +1,4 @@
-"""Where things are in a causal language model with adapters: backbone, decoder layers, head, adapter
-switches.
-"""
+"""Where the parts of a causal language model with adapters are: backbone, decoder layers, head, adapter switches."""
 
 from __future__ import annotations
 
@@ -16,19 +14,21 @@ from ema_scale.models.sharding import full_tensor
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# A model that carries a frozen adapter of this name beside the trained one has that as its reference: the
-# policy it goes on from. Without it the reference is the base model.
+# If a model has a frozen adapter of this name beside the trained one, that adapter is the reference: the policy that
+# training goes on from. Otherwise the reference is the base model.
 FROZEN_ADAPTER = "reference"
-
-
-# PEFT's ways to start an adapter that subtract it from the base weights, or quantise these.
+# PEFT's initialisations that subtract the adapter from the base weights, or quantise these.
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """core: the causal LM inside PEFT; backbone: it without its head; layers: the decoder layers, in order;
-    tuners: modules that carry adapters; frozen_adapter: the adapter that is the reference, None for the base."""
+    """core: the causal LM inside PEFT.
+    backbone: the core without its head.
+    layers: the decoder layers, in order.
+    tuners: modules that carry adapters.
+    frozen_adapter: the adapter that is the reference; None: the base model is.
+    """
 
     core: Any
     backbone: nn.Module
@@ -38,10 +38,12 @@ class ModelLayout:
 
     @classmethod
     def of(cls, model: Any, *, adapters: bool = True) -> ModelLayout:
-        """Find the parts of a PeftModel over a decoder-only transformers model; of a bare one if not `adapters`.
+        """Find the parts of a PeftModel over a decoder-only transformers model.
 
-        Raises UserError for encoder-decoders, models whose decoder layers are not found, adapters or training
-        on the embeddings or the head (policy and reference must share them), and heads of an unknown form.
+        adapters: False for a model without adapters.
+
+        Raises UserError for encoder-decoders, models whose decoder layers are not found, adapters or training on the
+        embeddings or the head (policy and reference must share them), and heads of an unknown form.
         """
         core = causal_lm(model)
         name = type(core).__name__
@@ -55,17 +57,19 @@ class ModelLayout:
             raise UserError(f"{name}: cannot find a backbone and a head")
         # PEFT's layers and its wrappers of fully trained modules share this switch.
         tuners = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
-        kept = FROZEN_ADAPTER if FROZEN_ADAPTER in getattr(model, "peft_config", {}) else None
-        layout = cls(core, backbone, decoder_layers(core), tuners, kept)
+        frozen_adapter = FROZEN_ADAPTER if FROZEN_ADAPTER in getattr(model, "peft_config", {}) else None
+        layout = cls(core, backbone, decoder_layers(core), tuners, frozen_adapter)
         if adapters:
             layout._check_shared(head)
             layout._check_switchable(model)
         return layout
 
     def _check_shared(self, head: nn.Module) -> None:
-        found = {"the head is trained or carries": head}
-        found["the embeddings are trained or carry"] = self.core.get_input_embeddings()
-        for what, module in found.items():
+        shared = {
+            "the head is trained or carries": head,
+            "the embeddings are trained or carry": self.core.get_input_embeddings(),
+        }
+        for what, module in shared.items():
             trained = any(p.requires_grad for p in module.parameters())
             if trained or hasattr(module, "_disable_adapters"):
                 raise UserError(
@@ -90,8 +94,8 @@ class ModelLayout:
             start = getattr(config, "init_lora_weights", True)
             if isinstance(start, str) and start.lower().startswith(_INITS_THAT_CHANGE_THE_BASE):
                 raise UserError(
-                    f"init_lora_weights: {start!r} takes its start out of the base weights, so that the policy without "
-                    "its adapter is not the base model any more; use true, gaussian, eva or orthogonal"
+                    f"init_lora_weights: {start!r} also changes the base weights, so that the policy without its "
+                    "adapter is not the base model any more; use true, gaussian, eva or orthogonal"
                 )
         if any(getattr(tuner, "merged", False) for tuner in self.tuners):
             raise UserError("the adapter is merged into the base; call unmerge_adapter() first")
@@ -105,7 +109,7 @@ class ModelLayout:
         return [parameters[name] for name in ("weight", "bias") if parameters.get(name) is not None]
 
     def head(self) -> Head:
-        """The head as `fused_loss` wants it; call it where its parameters are `gathered`. Under FSDP2 a collective."""
+        """The head as `fused_loss` takes it. Call it where its parameters are `gathered`; under FSDP2 a collective."""
         weight, *bias = (full_tensor(p) for p in self.head_parameters)
         config = self.core.config.get_text_config()
         scale = 1.0
@@ -118,8 +122,8 @@ class ModelLayout:
         return Head(weight, bias[0] if bias else None, scale, next((cap for cap in caps if cap), None))
 
     def make_leaves(self) -> None:
-        """Under ZeRO-3, have each decoder layer gathered and released whole, which moves fewest bytes; before the model
-        is prepared."""
+        """Under ZeRO-3, have each decoder layer gathered and released as a whole, which moves fewest bytes. Call it
+        before the model is prepared."""
         from transformers.integrations import is_deepspeed_zero3_enabled
 
         if is_deepspeed_zero3_enabled():
@@ -128,16 +132,16 @@ class ModelLayout:
             set_z3_leaf_modules(self.backbone, list({type(layer) for layer in self.layers}))
 
     def frozen(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the forward pass is the reference's: base model or frozen adapter, no dropout."""
+        """Inside, the forward pass is that of the reference: base model or frozen adapter, no dropout."""
         return adapter_switched(self.tuners, self.core.modules(), self.frozen_adapter)
 
 
 @contextlib.contextmanager
 def adapter_switched(tuners: list[Any], modules: Iterable[nn.Module], adapter: str | None) -> Iterator[None]:
-    """Inside, `adapter` is the one that acts (None: adapters are off) and `modules` run without dropout.
+    """Inside, `adapter` is active (None: adapters are off) and `modules` run without dropout.
 
-    Only the flags that PEFT's layers read are flipped; its own `disable_adapter` and `set_adapter` also flip
-    `requires_grad`, which must not happen while a forward is being recorded.
+    Only the flags that PEFT's layers read are changed. PEFT's own `disable_adapter` and `set_adapter` also change
+    `requires_grad`, which must not happen while autograd records a forward.
     """
     flag, value = ("_disable_adapters", True) if adapter is None else ("_active_adapter", [adapter])
     training = [m for m in modules if m.training]

@@ -1,4 +1,4 @@
-"""The base model and its LoRA adapter: load, attach, save (also when ZeRO-3 has sharded it)."""
+"""Load the base model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def pick_dtype(name: str) -> torch.dtype:
-    """auto: bfloat16 where the GPU has it, else float32. Raises UserError for a name that is not a dtype."""
+    """A dtype by name; auto: bfloat16 if the GPU has it, else float32. Raises UserError for an unknown name."""
     import torch
 
     if name == "auto":
@@ -29,9 +29,9 @@ def pick_dtype(name: str) -> torch.dtype:
 
 
 def load_base(model: ModelRecipe) -> Any:
-    """The causal LM of a recipe, safetensors only, its own dropout off.
+    """The causal LM of a recipe, from safetensors only, its own dropout off.
 
-    Raises UserError if it is not there, is no causal LM, or has no safetensors.
+    Raises UserError if it does not exist, is no causal LM, or has no safetensors.
     """
     import transformers
 
@@ -41,8 +41,7 @@ def load_base(model: ModelRecipe) -> Any:
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     with model_problems(model.path):
         config = transformers.AutoConfig.from_pretrained(path, **options)
-        # Fine-tuning is meant to be regularised by the defenses alone, and the reference runs without
-        # dropout.
+        # The defenses alone should regularise fine-tuning, and the reference runs without dropout.
         for part in {id(c): c for c in (config, config.get_text_config())}.values():
             for name, value in vars(part).copy().items():
                 if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
@@ -59,7 +58,7 @@ def load_base(model: ModelRecipe) -> Any:
 
 @contextlib.contextmanager
 def model_problems(path: str) -> Iterator[None]:
-    """What transformers raises where no model is to be had at `path` as a UserError."""
+    """Turns transformers' errors for a `path` without a usable model into UserErrors."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -73,8 +72,10 @@ def model_problems(path: str) -> Iterator[None]:
 
 
 def parameter_counts(model: Any) -> dict[str, int]:
-    """`base`: parameters of the model without adapters; `trained`: those that training changes. Tied ones count once,
-    and what is held in parts counts whole."""
+    """base: parameters of the model without adapters; trained: those that training changes.
+
+    Tied parameters count once, sharded ones in full.
+    """
     sizes = [(n, p.requires_grad, math.prod(full_shape(p))) for n, p in model.named_parameters()]
     return {
         "base": sum(size for name, _, size in sizes if "lora_" not in name),

@@ -1,4 +1,4 @@
-"""The base model and its LoRA adapter: load, attach, save (also when ZeRO-3 has sharded it)."""
+"""LoRA adapters: attach them to a base model, load them, save them (also if ZeRO-3 or FSDP2 shards the model)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def build_model(model: ModelRecipe, adapter: AdapterRecipe, *, seed: int = 0) -> Any:
-    """Base model with a fresh LoRA adapter (PeftModel), which depends on `seed` alone, or with that of `adapter.start`.
+    """A PeftModel: the base model with the adapter of `adapter.start`, or with a new one that depends on `seed` alone.
 
     Raises UserError as `load_base` does, and for target modules that the model does not have.
     """
@@ -39,9 +39,9 @@ def build_model(model: ModelRecipe, adapter: AdapterRecipe, *, seed: int = 0) ->
 
 
 def _continued(base: Any, start: str, revision: str | None) -> Any:
-    """The adapter in the folder `start`, to be trained on, and a frozen copy of it, which is the reference.
+    """A PeftModel with the adapter in the folder `start`, to be trained further, and a frozen copy of it as reference.
 
-    Raises UserError if it is not there or is no LoRA adapter of this model.
+    Raises UserError if it does not exist or is no LoRA adapter of this model.
     """
     import peft
 
@@ -58,9 +58,11 @@ def _continued(base: Any, start: str, revision: str | None) -> Any:
 
 
 def with_adapters(base: Any, folders: Mapping[str, str]) -> Any:
-    """`base` with a frozen adapter of each name, from its PEFT folder or hub id; `base` itself if there are none.
+    """`base` with frozen adapters; `base` itself if there are none.
 
-    Raises UserError for one that is not there or is no adapter of this model.
+    folders: adapter name -> PEFT folder or hub id.
+
+    Raises UserError for an adapter that does not exist or is not of this model.
     """
     import peft
 
@@ -78,7 +80,7 @@ def with_adapters(base: Any, folders: Mapping[str, str]) -> Any:
 
 
 def lora_config(base: Any, adapter: AdapterRecipe | None = None) -> Any:
-    """PEFT's LoraConfig; without a recipe the paper's (r=32, alpha=64, rank-stabilised, all projections)."""
+    """PEFT's LoraConfig; without a recipe that of the paper (r=32, alpha=64, rank-stabilised, all projections)."""
     import peft
 
     from ema_scale.config.sections import AdapterRecipe
@@ -98,11 +100,14 @@ def lora_config(base: Any, adapter: AdapterRecipe | None = None) -> Any:
 def with_adapter(
     model: Any, config: Any = None, *, seed: int = 0, trained: bool = True, trust_remote_code: bool = False
 ) -> Any:
-    """A PeftModel: `model` if it is one, else over it, or the base model of that path, by `config` (default: the
-    paper's LoRA), with weights that depend on `seed` alone.
+    """A PeftModel.
 
-    Raises UserError for a model that an adapter was put into without its PeftModel, and if it is to be trained, for one
-    that has nothing to train.
+    model: a PeftModel, which is returned; or a causal LM, or the path of one, which gets an adapter.
+    config: the adapter's PEFT config; default: the paper's LoRA.
+    seed: decides the adapter's first weights.
+    trained: whether the adapter is to be trained.
+
+    Raises UserError for a model with an adapter that is no PeftModel, and if `trained`, for a frozen adapter.
     """
     import peft
     import torch
@@ -128,8 +133,12 @@ def with_adapter(
 
 
 def linear_names(base: Any) -> list[str]:
-    """Names of all linear layers inside the decoder layers: q, k, v, o, gate, up and down projections in most
-    models, c_attn, c_proj and c_fc in GPT-2. Routers of mixtures of experts are left alone."""
+    """Names of all linear layers inside the decoder layers, without routers of mixtures of experts.
+
+    In most models: q, k, v, o, gate, up and down projections; in GPT-2: c_attn, c_proj and c_fc.
+
+    Raises UserError if there are none.
+    """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -161,13 +170,15 @@ def save_adapter(
     finish: Callable[[Path], None] = lambda folder: None,
     stale: Iterable[str] = (),
 ) -> None:
-    """Write `model`'s adapter as a PEFT folder, or into a folder that holds other things, of which all stay. Where its
-    adapter_config.json is, the adapter is whole. Every process must call it.
+    """Write the adapter as a PEFT folder. A collective.
 
-    finish: changes the adapter's folder before anybody sees it; if that fails, nothing was saved.
-    stale: files that belong to an earlier adapter in `folder` and are removed with it.
+    Other files in `folder` stay. adapter_config.json comes last: where it is, the adapter is complete.
 
-    Raises UserError if a tensor came out empty, which is what saving sharded weights without gathering gives.
+    main: whether this process writes.
+    finish: changes the adapter's folder before it is moved into place. If it fails, nothing was saved.
+    stale: files of an earlier adapter in `folder`, which are removed with it.
+
+    Raises UserError if a tensor is empty, as sharded weights are that were not gathered.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     with gathered([p for _, p in trained]):
@@ -177,12 +188,12 @@ def save_adapter(
     empty = [name for name, tensor in state.items() if tensor.numel() == 0]
     if empty:
         raise UserError(f"{folder}: {empty[0]} has no elements; the sharded adapter was not gathered")
-    # Inside, where renaming never leaves the disk: the folder may be a mount, or the working directory.
+    # Inside `folder`, so that renaming stays on one disk: the folder may be a mount, or the working directory.
     temporary = folder / ".adapter.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        # The whole state is given: save_pretrained would otherwise read the sharded model again.
+        # Without state_dict, save_pretrained would read the sharded model again.
         names = [name for name in model.peft_config if name != FROZEN_ADAPTER]
         model.save_pretrained(str(temporary), state_dict=state, save_embedding_layers=False, selected_adapters=names)
         finish(temporary)
@@ -192,20 +203,20 @@ def save_adapter(
 
 
 def _move_adapter(source: Path, target: Path, stale: Iterable[str]) -> None:
-    """The files of one PEFT folder over those of another, so that a kill in between leaves no config beside weights
-    that are not its own."""
+    """Move the files of one PEFT folder over those of another. A kill in between leaves no config beside weights of
+    another adapter."""
     target.mkdir(exist_ok=True)
     for name in stale:
         (target / name).unlink(missing_ok=True)
     for path in sorted(source.iterdir(), key=lambda p: p.name == _CONFIG):
         if path.is_dir():
             _move_adapter(path, target / path.name, stale)
-        elif path.name != "README.md" or not (target / path.name).exists():  # PEFT's card is no reason to lose one
+        elif path.name != "README.md" or not (target / path.name).exists():  # PEFT's card replaces no other README
             os.replace(path, target / path.name)
 
 
 def _on_cpu(trained: list[tuple[str, Any]], main: bool) -> dict[str, torch.Tensor]:
-    """Name -> whole weight; on other processes than the main one, which gather with it, nothing."""
+    """Name -> whole weight. Processes other than the main one take part in the gathering and get nothing."""
     state = {}
     for name, parameter in trained:
         weight = full_tensor(parameter)

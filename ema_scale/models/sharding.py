@@ -1,6 +1,6 @@
-"""Weights of which every process holds a part: DeepSpeed's ZeRO-3 and torch's FSDP2, behind the same few questions.
+"""Sharded weights: one interface to DeepSpeed's ZeRO-3 and torch's FSDP2.
 
-ZeRO-3 empties a parameter and gathers it in place; FSDP2 turns it into a DTensor, whose whole is another tensor.
+ZeRO-3 empties a parameter and gathers it in place. FSDP2 turns it into a DTensor, which is gathered into a new tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def uses_fsdp() -> bool:
 
 
 def weights_are_sharded() -> bool:
-    """Whether frozen weights, too, are sharded in this run, so that reading a layer's is a collective."""
+    """Whether this run also shards frozen weights, so that reading them is a collective."""
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     return uses_fsdp() or bool(is_deepspeed_zero3_enabled())
@@ -31,13 +31,15 @@ def under_zero3(parameter: Any) -> bool:
 
 
 def full_shape(parameter: Any) -> tuple[int, ...]:
-    """Its shape when gathered."""
+    """The parameter's shape when gathered."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def gathered(parameters: Sequence[Any], *, write: bool = False) -> contextlib.AbstractContextManager[Any]:
-    """Inside, `whole` gives each of the parameters; a collective. write: every process changes them in place by the
-    same values, which a DTensor takes by `shard_like` and without this."""
+    """Inside, `full_tensor` gives each of the parameters in full. A collective.
+
+    write: every process writes the same values into them. A DTensor takes values by `shard_like` and does not need it.
+    """
     if not any(under_zero3(p) for p in parameters):
         return contextlib.nullcontext()
     import deepspeed
@@ -46,14 +48,14 @@ def gathered(parameters: Sequence[Any], *, write: bool = False) -> contextlib.Ab
 
 
 def full_tensor(tensor: Any) -> Tensor:
-    """The whole of it, without gradient: of a DTensor gathered (a collective), else as it is, which under ZeRO-3 is
-    whole inside `gathered`."""
+    """The tensor in full, without gradient. A DTensor is gathered (a collective); under ZeRO-3, call it inside
+    `gathered`."""
     tensor = tensor.detach()
     return tensor.full_tensor() if _is_dtensor(tensor) else tensor
 
 
 def shard_like(value: Tensor, parameter: Any) -> Tensor:
-    """`value`, the same on every process, in parts if `parameter` is a DTensor; on its device."""
+    """`value`, which is the same on every process, on the parameter's device, and sharded if that is a DTensor."""
     value = value.to(parameter.device)
     if not _is_dtensor(parameter):
         return value
@@ -63,8 +65,7 @@ def shard_like(value: Tensor, parameter: Any) -> Tensor:
 
 
 def shard_frozen(model: Any, layers: Sequence[Any]) -> None:
-    """Shard a model that is not trained by FSDP2, one gather a decoder layer and one for the rest, which its own call
-    releases again."""
+    """Shard an untrained model by FSDP2: one gather per decoder layer, and one for the rest, released after a call."""
     from torch.distributed.fsdp import fully_shard
 
     for layer in layers:

@@ -1,7 +1,7 @@
-"""Filling the cache of reference states: one streaming pass over the rows, every process its part.
+"""Fill the cache of reference states: one pass over the rows, shared among the processes.
 
-It can be killed at any time: what was written counts, and the next run computes the rest. Runs that want the same
-states at the same time wait for the one that fills.
+It can be killed at any time: what was written counts, and the next run computes the rest. If several runs need the same
+states at the same time, one fills the cache and the others wait.
 """
 
 from __future__ import annotations
@@ -28,22 +28,16 @@ from ema_scale.reference.hidden_state_store import HiddenStateStore, row_key
 
 log = logging.getLogger(__name__)
 
-
 SHARD_BYTES = 2**28
-
-
-SHARD_SECONDS = 60.0  # of work that a kill may cost
-
-
-SEEN_SECONDS = 60.0  # that NFS may keep an old listing of a folder
-
+SHARD_SECONDS = 60.0  # the work that a kill may cost
+SEEN_SECONDS = 60.0  # how long NFS may keep an old listing of a folder
 
 FillRun = Callable[[list[list[int]]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class FillStats:
-    """What a filling did: where, rows and tokens computed now, bytes written, seconds."""
+    """What `fill_store` did: its folder, rows and tokens computed now, bytes written, seconds."""
 
     folder: Path
     rows: int
@@ -58,41 +52,42 @@ def fill_store(
     run: FillRun,
     accelerator: Any,
     *,
-    tokens_a_batch: int,
+    tokens_per_batch: int,
     stop: Callable[[], bool] = lambda: False,
 ) -> FillStats:
-    """Compute what the cache lacks of `rows` (token ids). A collective.
+    """Compute the states of `rows` (token ids) that the cache does not have. A collective.
 
-    run: one batch of rows -> kind -> states [B, T, H], row i in the first len(row) positions; under ZeRO-3 a
-    collective, so every process calls it equally often. tokens_a_batch: with padding; at least one row is run. stop:
-    whether this process was told to; asked between batches and while another run is waited for.
+    run: one batch of rows -> kind -> states [B, T, H], row i in the first len(row) positions. Under ZeRO-3 it is a
+        collective, so every process calls it equally often.
+    tokens_per_batch: at most so many tokens, padding included, but at least one row.
+    stop: whether this process was asked to stop. Called between batches, and while another run is waited for.
 
-    Raises UserError, before anything is written, if the disk is too small; KeyboardInterrupt, on all processes alike,
-    after `stop` on any, with what was computed kept.
+    Raises UserError, before anything is written, if the disk is too small; KeyboardInterrupt, on all processes, if
+    `stop` is true on any. The states computed so far are on disk then.
     """
     began = time.monotonic()
     keyed = {row_key(row): list(row) for row in rows}
     keys = list(keyed)
     main, world = accelerator.is_main_process, accelerator.num_processes
     written, stopped = 0, False
-    with _turn(cached.folder, main, stop):
+    with _exclusive(cached.folder, main, stop):
         if main:
             for store in cached.stores.values():
                 store.clean(keys)
         accelerator.wait_for_everyone()
         for store in cached.stores.values():
             store.load()
-        # Of the main process: where the others see less of the folder they would run more batches, and wait for it.
+        # The main process decides: another one that sees less of the folder would run more batches, and wait forever.
         missing = broadcast_from_main(sorted(cached.missing(keys), key=lambda key: (-len(keyed[key]), key)))
         tokens = sum(len(keyed[key]) for key in missing)
-        batches = _batches(missing, keyed, tokens_a_batch)
+        batches = _batches(missing, keyed, tokens_per_batch)
         with _bar(tokens, main and bool(missing)) as bar, _Writers(cached) as writers:
             for first in range(0, len(batches), world):
-                mine = first + accelerator.process_index
-                # A process without a batch of its own repeats one: a sharded forward needs all of them.
-                batch = batches[mine] if mine < len(batches) else batches[0]
+                index = first + accelerator.process_index
+                # A process without a batch of its own repeats one: a sharded forward needs all processes.
+                batch = batches[index] if index < len(batches) else batches[0]
                 states = run([keyed[key] for key in batch])
-                if first == 0:  # what a token takes is known now: autocast decides on the dtype, too
+                if first == 0:  # now the bytes per token are known, which depend on autocast's dtype
                     written = tokens * sum(s.shape[-1] * s.element_size() for s in states.values())
                     _check_space(cached.folder, written)
                     if main:
@@ -100,7 +95,7 @@ def fill_store(
                             "the reference of %d rows is computed once (%s): %s", len(missing), format_bytes(written),
                             cached.folder,
                         )  # fmt: skip
-                if mine < len(batches):
+                if index < len(batches):
                     writers.add({key: len(keyed[key]) for key in batch}, states)
                 bar.update(sum(len(keyed[key]) for group in batches[first : first + world] for key in group))
                 if stopped := any_rank(stop()):
@@ -136,7 +131,7 @@ def _exists(path: Path, wait: float) -> bool:
 
 
 def _batches(keys: Sequence[str], keyed: Mapping[str, Sequence[int]], tokens: int) -> list[list[str]]:
-    """Rows in batches of up to so many tokens, padded to the longest, which comes first."""
+    """Rows in batches of up to `tokens` tokens, padding included. The longest row of a batch comes first."""
     batches: list[list[str]] = []
     for key in keys:
         if not batches or (len(batches[-1]) + 1) * len(keyed[batches[-1][0]]) > tokens:
@@ -146,7 +141,7 @@ def _batches(keys: Sequence[str], keyed: Mapping[str, Sequence[int]], tokens: in
 
 
 def _wait_until_seen(cached: Cached, keys: Sequence[str]) -> None:
-    """A network file system may show what another node wrote only later. A collective."""
+    """Wait until a network file system shows what other nodes wrote. A collective."""
     until = time.monotonic() + SEEN_SECONDS * (world_size() > 1)
     while True:
         for store in cached.stores.values():
@@ -155,17 +150,17 @@ def _wait_until_seen(cached: Cached, keys: Sequence[str]) -> None:
             return
         if broadcast_from_main(time.monotonic() >= until):
             raise UserError(
-                f"{cached.folder}: not all rows are there; EMA_CACHE must name a folder all processes share"
+                f"{cached.folder}: some rows are missing; EMA_CACHE must name a folder that all processes share"
             )
         time.sleep(2)
 
 
 @dataclass
 class _Writers:
-    """Rows collected until they make a shard; the rest is written on leaving, after an error or a kill, too."""
+    """Collects rows until they make a shard. On exit the rest is written, also after an error or an interrupt."""
 
     cached: Cached
-    held: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    pending: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     bytes: int = 0
     since: float = field(default_factory=time.monotonic)
 
@@ -176,15 +171,15 @@ class _Writers:
             for index, (key, length) in enumerate(lengths.items()):
                 if key not in store:
                     tensor = whole[index, :length].clone()
-                    self.held.setdefault(kind, {})[key] = tensor
+                    self.pending.setdefault(kind, {})[key] = tensor
                     self.bytes += tensor.nbytes
         if self.bytes >= SHARD_BYTES or time.monotonic() - self.since >= SHARD_SECONDS:
             self.write()
 
     def write(self) -> None:
-        for kind, states in self.held.items():
+        for kind, states in self.pending.items():
             self.cached.stores[kind].add(states)
-        self.held, self.bytes, self.since = {}, 0, time.monotonic()
+        self.pending, self.bytes, self.since = {}, 0, time.monotonic()
 
     def __enter__(self) -> _Writers:
         return self
@@ -194,7 +189,7 @@ class _Writers:
 
 
 def format_bytes(count: float) -> str:
-    """Bytes for people."""
+    """A size in bytes for a message, such as 1.5 GB."""
     units = ["bytes", "kB", "MB", "GB", "TB"]
     while count >= 1000 and len(units) > 1:
         count, units = count / 1000, units[1:]
@@ -202,9 +197,9 @@ def format_bytes(count: float) -> str:
 
 
 def free_bytes(folder: Path) -> int:
-    """Free space of the disk that `folder` is or will be on."""
-    there = next(p for p in (folder, *folder.parents) if p.exists())
-    return shutil.disk_usage(there).free
+    """Free bytes on the disk of `folder`, which need not exist yet."""
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    return shutil.disk_usage(existing).free
 
 
 def _check_space(folder: Path, needed: int) -> None:
@@ -218,25 +213,25 @@ def _check_space(folder: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def _turn(folder: Path, main: bool, stop: Callable[[], bool]) -> Iterator[None]:
-    """Held by the processes of one run at a time. Waiting is told about, in steps shorter than the time-out of a
-    collective, and ends by KeyboardInterrupt if `stop` says so on any process."""
+def _exclusive(folder: Path, main: bool, stop: Callable[[], bool]) -> Iterator[None]:
+    """Only one run at a time is inside. The others wait, and log it, in steps shorter than the time-out of a
+    collective. Raises KeyboardInterrupt while it waits, if `stop` is true on any process."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
-    told = False
+    waiting = False
     while True:
         held = False
         if main:
             with contextlib.suppress(Timeout):
-                lock.acquire(timeout=5 if told else 1)
+                lock.acquire(timeout=5 if waiting else 1)
                 held = True
         if broadcast_from_main(held):
             break
         if any_rank(stop()):
             raise KeyboardInterrupt
-        if main and not told:
+        if main and not waiting:
             log.info("%s: another run is filling it; waiting", folder)
-        told = True
+        waiting = True
     try:
         yield
     finally:

@@ -1,7 +1,4 @@
-"""The frozen reference: the policy with its adapters off, or another. One interface, several ways to run it.
-
-Importing the package loads no torch; `choice` needs none.
-"""
+"""Make a reference that needs nothing but the policy's own model. Importing this module does not load torch."""
 
 from __future__ import annotations
 
@@ -15,10 +12,13 @@ if TYPE_CHECKING:
 
 
 def make_reference(way: str, model: Any, *, sharded: bool = False) -> Reference:
-    """A reference of a PeftModel that needs nothing but the model. auto: two_stream where ZeRO-3 shards the model
-    (`sharded`) and its architecture allows, else adapter_off.
+    """The reference of a PeftModel.
 
-    Raises UserError for an unknown way, or a model whose parts it cannot find.
+    way: adapter_off, two_stream, or auto: two_stream if the model is sharded and its architecture allows, else
+        adapter_off.
+    sharded: whether ZeRO-3 or FSDP2 shards the model.
+
+    Raises UserError for an unknown way, or a model whose parts are not found.
     """
     from ema_scale.models.layout import ModelLayout
     from ema_scale.reference.adapter_off import AdapterOff
@@ -30,7 +30,7 @@ def make_reference(way: str, model: Any, *, sharded: bool = False) -> Reference:
     layout = ModelLayout.of(model)
     if way == "two_stream":
         return Layerwise(layout)
-    # Where nothing is sharded two forwards cost the same, and touch the model less.
+    # If nothing is sharded, two forwards cost the same, and patch less of the model.
     if way == "auto" and sharded and Layerwise.fits(layout):
         return Layerwise(layout, fall_back=True)
     return AdapterOff(layout)

@@ -1,18 +1,19 @@
-"""`reference: auto`: the cheapest way that is exact, and the reason, in words."""
+"""`reference: auto`: choose the cheapest exact way to run the reference, and say why."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-WORTH_CACHING = 1.5
-
-
+WORTH_CACHING = 1.5  # how often training must see a row for a cache to pay
 BASE, START = "the base model", "the adapter that training goes on from"
 
 
 @dataclass(frozen=True)
 class ReferenceStrategy:
-    """way: of WAYS but auto, or separate; why: a clause for a person; of: which model the reference is."""
+    """way: one of WAYS other than auto, or separate.
+    why: a clause for people.
+    of: which model the reference is.
+    """
 
     way: str
     why: str
@@ -27,7 +28,7 @@ class ReferenceStrategy:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a cache: bytes that are still missing, bytes free on its disk."""
+    """Of a cache: bytes that it still lacks, and bytes free on its disk."""
 
     missing: int
     free: int
@@ -36,10 +37,15 @@ class Cost:
 def choose_strategy(
     *, needed: bool, sharded: bool, passes: float, cost: Cost | None = None, problem: str | None = None
 ) -> ReferenceStrategy:
-    """needed: whether any defense reads the reference. sharded: by ZeRO-3 or FSDP2. passes: how often training sees a
-    row. cost: None if it is not known yet. problem: why there can be no cache, None if there can.
+    """The cheapest exact way.
 
-    A cache takes one forward a row to build and saves one whenever the row is seen; it may take half of the free disk.
+    A cache costs one forward per row, and saves one whenever training sees the row. It may take half of the free disk.
+
+    needed: whether any defense reads the reference.
+    sharded: whether ZeRO-3 or FSDP2 shards the model.
+    passes: how often training sees a row.
+    cost: of a cache; None if it is not known yet.
+    problem: why there can be no cache, as a clause; None if there can.
     """
     live = ReferenceStrategy("two_stream", "each layer is gathered once for policy and reference")
     if not sharded:

@@ -1,4 +1,4 @@
-"""Starting on several processes: wrong modes are silent here, so they are set right or refused."""
+"""Training on several processes. A wrong mode fails silently here, so it is corrected or refused."""
 
 from __future__ import annotations
 
@@ -21,8 +21,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-
-_leaving = False
+_registered = False
+_FSDP_ENVIRONMENT = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
 
 
 def is_main() -> bool:
@@ -31,7 +36,7 @@ def is_main() -> bool:
 
 
 def launched_processes() -> int:
-    """Processes that the launcher started."""
+    """How many processes the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -41,7 +46,7 @@ def uses_deepspeed() -> bool:
 
 
 def zero_stage(deepspeed: str | None) -> int:
-    """ZeRO's stage of a DeepSpeed JSON config; 0 without one. Raises UserError if it cannot be read."""
+    """The ZeRO stage of a DeepSpeed JSON config; 0 without a config. Raises UserError if it cannot be read."""
     if deepspeed is None:
         return 0
     try:
@@ -53,16 +58,18 @@ def zero_stage(deepspeed: str | None) -> int:
 
 
 def prepare_environment(deepspeed: str | None = None, fsdp: bool = False) -> None:
-    """Set what must stand before TrainingArguments is made: DeepSpeed's config and its CPU pitfalls, or FSDP2.
+    """Set the environment that TrainingArguments reads when it is made: for DeepSpeed, also on a CPU, or for FSDP2.
 
-    deepspeed: a DeepSpeed JSON config; fsdp: shard by FSDP2; neither: as launched. Raises UserError if the file is
-    missing, both are asked for, or a launcher asked for the CPU as well, under which Accelerate silently runs DDP
-    instead of DeepSpeed.
+    deepspeed: a DeepSpeed JSON config.
+    fsdp: shard by FSDP2. With neither, the launcher's environment decides.
+
+    Raises UserError if the file is missing, both are asked for, or the launcher asks for DeepSpeed on the CPU by
+    use_cpu: Accelerate would silently run DDP.
     """
     import torch
 
     if fsdp:
-        ask_for_fsdp()
+        os.environ.update(_FSDP_ENVIRONMENT)
     if uses_fsdp() and (deepspeed is not None or uses_deepspeed()):
         raise UserError("both FSDP and DeepSpeed were asked for; leave one out")
     if not torch.cuda.is_available():
@@ -91,31 +98,31 @@ def prepare_environment(deepspeed: str | None = None, fsdp: bool = False) -> Non
     if not torch.cuda.is_available():
         from deepspeed import ops
 
-        # A shared-memory op that is compiled on first use: a minute, and a killed build blocks later runs.
+        # A shared-memory op that is compiled on first use. That takes a minute, and a killed build blocks later runs.
         getattr(ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
-    # DeepSpeed calls collectives by names that this torch renames: several lines of warning a layer.
+    # DeepSpeed calls collectives by names that torch has renamed: several lines of warnings per layer.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
 
 def device_arguments() -> dict[str, Any]:
-    """TrainingArguments that make CPU processes find each other; nothing on a GPU."""
+    """TrainingArguments with which CPU processes find each other; {} on a GPU."""
     import torch
 
     if torch.cuda.is_available():
         return {}
     if uses_deepspeed():
-        # Without a named backend, Accelerate takes each DeepSpeed process on a CPU for a world of its own.
+        # Without a named backend, Accelerate treats each DeepSpeed process on a CPU as a world of its own.
         return {"ddp_backend": "gloo"}
     import torch.distributed as dist
 
     if launched_processes() > 1 and "MASTER_ADDR" in os.environ and not dist.is_initialized():
-        # transformers hands its time-out on for GPUs and DeepSpeed, and forgets it for plain CPU processes.
+        # transformers passes its time-out on for GPUs and DeepSpeed, but not for plain CPU processes.
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds()))
     return {"use_cpu": True}
 
 
 def timeout_seconds() -> int:
-    """How long a process waits for another one before it fails: EMA_TIMEOUT_SECONDS, else torch's half hour."""
+    """How long a process waits for another before it fails: EMA_TIMEOUT_SECONDS, else torch's half hour."""
     found = os.environ.get("EMA_TIMEOUT_SECONDS", "1800")
     if not found.isdigit() or int(found) == 0:
         raise UserError(f"EMA_TIMEOUT_SECONDS: found {found!r}, expected a number of seconds, such as 1800")
@@ -136,20 +143,20 @@ def check_world(accelerator: Any) -> None:
 
 
 def destroy_process_group_at_exit() -> None:
-    """When this process ends, close its connections to the others, and let gloo's threads finish, before the
-    interpreter goes. Call it when a run has ended on all of them.
+    """At exit, close this process's connections and let gloo's threads finish. Call it when a run has ended on all
+    processes.
 
-    A thread of gloo drops the tensors of the last collective after that has returned, and takes the interpreter's lock
-    for it. If the interpreter is gone by then, the process aborts (SIGABRT, "terminate called without an active
-    exception"), which a launcher and Slurm take for a failure of a run that has finished.
+    A gloo thread frees the tensors of the last collective after the collective has returned, and takes the
+    interpreter's lock for it. If the interpreter is gone by then, the process aborts (SIGABRT, "terminate called
+    without an active exception"). A launcher and Slurm would then report a finished run as failed.
     """
-    global _leaving
-    if launched_processes() > 1 and not _leaving:
-        _leaving = True
-        atexit.register(_leave)
+    global _registered
+    if launched_processes() > 1 and not _registered:
+        _registered = True
+        atexit.register(_destroy_process_group)
 
 
-def _leave() -> None:
+def _destroy_process_group() -> None:
     import torch.distributed as dist
 
     if not dist.is_initialized():
@@ -166,23 +173,10 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-_SETTINGS = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-}
-
-
-def ask_for_fsdp() -> None:
-    """Have every Accelerator of this process use FSDP2."""
-    os.environ.update(_SETTINGS)
-
-
 class FSDPMixin:
-    """Mixed into a Trainer: FSDP2 also on CPU processes.
+    """Mixed into a Trainer: FSDP2, on CPU processes as well.
 
-    Raises UserError for settings of FSDP under which training would be wrong.
+    Raises UserError for FSDP settings under which training would be wrong.
     """
 
     accelerator: Any
@@ -209,8 +203,8 @@ def _enable(accelerator: Any) -> None:
         raise UserError("found FSDP version 1, expected fsdp_version: 2; see launch/accelerate/fsdp2.yaml")
     if plugin.cpu_ram_efficient_loading:
         raise UserError(
-            "fsdp_cpu_ram_efficient_loading: all processes but one would start from empty weights, which the reference "
-            "must not; set it false, or use ZeRO-3, which loads in parts"
+            "fsdp_cpu_ram_efficient_loading: all processes but one would start from empty weights, and the reference "
+            "needs them; set it false, or use ZeRO-3, which loads in parts"
         )
     if plugin.activation_checkpointing:
         raise UserError("fsdp_activation_checkpointing: found true; use training.gradient_checkpointing in its place")
@@ -219,8 +213,8 @@ def _enable(accelerator: Any) -> None:
 
 
 def shard_by_layer(accelerator: Any, layout: ModelLayout) -> None:
-    """Before the model is prepared: one gather a decoder layer, in the dtypes that it is stored in (autocast casts, as
-    under DDP), gradients averaged in float32."""
+    """Have FSDP2 gather one decoder layer at a time, in its stored dtype (autocast casts, as under DDP), and average
+    gradients in float32. Call it before the model is prepared."""
     import torch
     from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy

@@ -1,7 +1,8 @@
-"""What a run reports: means over whole optimizer steps, one metrics.jsonl row a log, plain progress lines."""
+"""What a run reports: means over whole optimizer steps, rows of metrics.jsonl, progress lines, utilisation."""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -21,12 +22,15 @@ from ema_scale.models.flops import flops, peak_flops
 
 log = logging.getLogger(__name__)
 
+SAMPLED_ROWS = 1000  # of a dataset, for the length of rows and the share of learned tokens
+
 
 class Monitor:
-    """Sums of shares of a mean, over micro-batches; `flush` sums over processes and averages over steps.
+    """Sums each micro-batch's share of a mean; `flush` sums over processes and averages over steps.
 
-    utilisation: of the GPUs, at one token a second; None if that is not known. reference: the stopwatch of the
-    reference, of which this process's own is read. by_step: keep each step's sums for `reading`, too.
+    utilisation: of the GPUs, at one token per second; None if it is not known.
+    reference: this process's stopwatch of the reference.
+    by_step: also keep each step's sums, for `reading`.
     """
 
     def __init__(
@@ -39,8 +43,8 @@ class Monitor:
         self._steps: dict[str, set[int]] = {}
         self._tokens = 0
         self._since = time.perf_counter()
-        self._now: dict[str, Tensor] | None = {} if by_step else None
-        self._broken: Tensor | None = None
+        self._step_sums: dict[str, Tensor] | None = {} if by_step else None
+        self._broken_losses: Tensor | None = None
 
     def add(self, metrics: dict[str, Tensor], step: int) -> None:
         """metrics: name -> this micro-batch's share of the step's mean (detached scalars)."""
@@ -48,35 +52,37 @@ class Monitor:
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._steps.setdefault(name, set()).add(step)
-            if self._now is not None:
-                self._now[name] = self._now.get(name, 0) + value
+            if self._step_sums is not None:
+                self._step_sums[name] = self._step_sums.get(name, 0) + value
         if "loss" in metrics:
             broken = (~torch.isfinite(metrics["loss"].detach())).long()
-            self._broken = broken if self._broken is None else self._broken + broken
+            self._broken_losses = broken if self._broken_losses is None else self._broken_losses + broken
 
     def take_broken(self, device: torch.device) -> Tensor:
-        """int64 scalar: micro-batches on this process since the last call whose loss was not a finite number. Nothing
-        is read back from the device."""
-        broken, self._broken = self._broken, None
+        """int64 scalar: micro-batches since the last call, on this process, whose loss was not a finite number.
+
+        Nothing is read back from the device.
+        """
+        broken, self._broken_losses = self._broken_losses, None
         return torch.zeros((), dtype=torch.long, device=device) if broken is None else broken.to(device)
 
     def reading(self, accelerator: Any) -> dict[str, float]:
-        """Means of the step that has just ended; a collective."""
-        assert self._now is not None
-        names = sorted(self._now)
-        total = accelerator.reduce(torch.stack([self._now[n] for n in names]), "sum").tolist() if names else []
-        self._now = {}
+        """Means of the step that has just ended. A collective."""
+        assert self._step_sums is not None
+        names = sorted(self._step_sums)
+        total = accelerator.reduce(torch.stack([self._step_sums[n] for n in names]), "sum").tolist() if names else []
+        self._step_sums = {}
         return dict(zip(names, total, strict=True))
 
     def add_tokens(self, tokens: int) -> None:
-        """Non-padding tokens of one optimizer step, all processes together."""
+        """tokens: non-padding ones of one optimizer step on all processes."""
         self._tokens += tokens
 
     def flush(self, accelerator: Any) -> dict[str, float]:
-        """Means since the last flush; a collective. Metrics average over the steps they were read on.
+        """Means since the last flush, each over the steps on which it was read. A collective.
 
-        Besides: tokens_per_second, of all processes; mfu, model-FLOP utilisation, if it is known; reference_share, of
-        the time, if the reference took any.
+        Also tokens_per_second of all processes; mfu, the model-FLOP utilisation, if it is known; reference_share, the
+        reference's share of the time, if it took any.
         """
         names = sorted(self._sums)
         if not names:
@@ -96,7 +102,7 @@ class Monitor:
 
 
 class MetricsWriter(TrainerCallback):
-    """Appends a row to metrics.jsonl for every training log, and says in the status how many steps there will be."""
+    """Appends a row to metrics.jsonl for every training log, and writes the number of steps into the status."""
 
     def __init__(self, run_dir: RunDir) -> None:
         self.run_dir = run_dir
@@ -105,8 +111,8 @@ class MetricsWriter(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            known = {k: v for k, v in self.run_dir.status().items() if k not in ("state", "updated")}
-            self.run_dir.set_status("running", **{**known, "max_steps": state.max_steps})
+            facts = {k: v for k, v in self.run_dir.status().items() if k not in ("state", "updated")}
+            self.run_dir.set_status("running", **{**facts, "max_steps": state.max_steps})
 
     def on_log(
         self,
@@ -123,7 +129,7 @@ class MetricsWriter(TrainerCallback):
 
 
 class PlainProgress(TrainerCallback):
-    """Where there is no terminal: one line a log, at most one every `seconds`, and the last."""
+    """Progress without a terminal: one line per log, at most one every `seconds`, and the last."""
 
     def __init__(self, seconds: float = 10.0) -> None:
         self.seconds = seconds
@@ -146,41 +152,30 @@ class PlainProgress(TrainerCallback):
         speed = logs.get("tokens_per_second", 0.0)
         shares = {"reference_share": "reference", "mfu": "MFU"}
         shown += "".join(f"  {word} {logs[name]:.0%}" for name, word in shares.items() if name in logs)
-        log.info(
-            "step %d/%d  %s  %.0f tokens/s  %.0f s left",
-            state.global_step,
-            state.max_steps,
-            shown,
-            speed,
-            left,
-        )
+        log.info("step %d/%d  %s  %.0f tokens/s  %.0f s left", state.global_step, state.max_steps, shown, speed, left)
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Drop rows after `step` (and a torn last line): a resumed run does those steps again."""
-    import json
-
+    """Drop rows after `step`, and a torn last line: a resumed run repeats those steps."""
     rows = [row for row in read_jsonl(path) if row.get("step", 0) <= step]
     if path.exists():
         atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-ROWS = 1000  # looked at
-
-
 def device_peak() -> float | None:
-    """bfloat16 operations a second of this process's GPU; None without one, or for one that is not known."""
+    """bfloat16 operations per second of this process's GPU; None without a GPU, or for an unknown one."""
     return peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 def utilisation_per_token(model: Any, dataset: Any, processes: int) -> float | None:
-    """Utilisation at one token a second, all processes together; times tokens a second it is that of the run.
+    """Utilisation at one token per second on all processes; times tokens_per_second it is that of the run.
 
-    dataset: tokenized rows, of which the first 1,000 tell how long rows are and how many tokens are learned. None where
-    the device's peak is not known, or rows are not.
+    None if the device's peak or the rows are not known.
+
+    dataset: tokenized rows. The first 1,000 say how long rows are, and how many tokens are learned.
     """
     peak = device_peak()
-    rows = list(islice(dataset or (), ROWS))
+    rows = list(islice(dataset or (), SAMPLED_ROWS))
     if peak is None or not rows:
         return None
     lengths = [n for row in rows for n in lengths_of(row)]

@@ -1,4 +1,4 @@
-"""Which reference a trainer uses, and making it ready: the choice, the cache, the second model."""
+"""Choose a trainer's reference, and make it ready: fill its cache, or place its second model."""
 
 from __future__ import annotations
 
@@ -36,15 +36,18 @@ from ema_scale.training.forward import CacheRequest
 
 log = logging.getLogger(__name__)
 
-
 ReferenceSpec = str | Mapping[str, Any] | SeparateReference
 
 
 @dataclass(frozen=True)
 class ReferenceContext:
-    """What decides the reference. model: the PeftModel; rows: token ids of the training rows, None if they are not
-    known; passes: how often training sees each, all trainings that share a cache together; autocast: see
-    `fingerprint`."""
+    """What decides the reference.
+
+    model: the PeftModel.
+    rows: token ids of the training rows; None if they are not known beforehand.
+    passes: how often each row is seen, in all trainings that share a cache together.
+    autocast: see `fingerprint`.
+    """
 
     model: Any
     defenses: Sequence[Defense]
@@ -64,23 +67,24 @@ class ReferenceContext:
 
 
 def reference_precision(accelerator: Any) -> str | None:
-    """How forward is cast, for a fingerprint: by autocast, or by DeepSpeed, which casts the weights instead."""
+    """How forward is cast, for a fingerprint: by autocast, or by DeepSpeed, which casts the weights."""
     kind: str = accelerator.mixed_precision
     return None if kind == "no" else kind if accelerator.native_amp else f"{kind} weights"
 
 
-def make_reference_for_run(wanted: ReferenceSpec, setting: ReferenceContext) -> tuple[Reference, ReferenceStrategy]:
-    """The reference and why it is this one. wanted: of WAYS, or {kind: separate, model: ...}. Under ZeRO-3 a
-    collective.
+def make_reference_for_run(spec: ReferenceSpec, setting: ReferenceContext) -> tuple[Reference, ReferenceStrategy]:
+    """The reference, and why it is this one. Under ZeRO-3 a collective.
+
+    spec: one of WAYS, or {kind: separate, model: ...}.
 
     Raises UserError for an unknown way, a cache without known rows, and a second model that does not fit the first.
     """
-    if not isinstance(wanted, str):
-        other = SeparateReference.of(wanted)
+    if not isinstance(spec, str):
+        other = SeparateReference.of(spec)
         return _separate(other, setting), ReferenceStrategy("separate", "asked for", f"another model, {other.model}")
-    if wanted not in WAYS:
-        raise UserError(f"reference: found {wanted!r}, expected {', '.join(WAYS)} or {{kind: separate, model: ...}}")
-    reference, choice = _own(wanted, setting)
+    if spec not in WAYS:
+        raise UserError(f"reference: found {spec!r}, expected {', '.join(WAYS)} or {{kind: separate, model: ...}}")
+    reference, choice = _from_policy(spec, setting)
     if reference.layout.frozen_adapter:
         return reference, replace(choice, of=START)
     if setting.needed and is_main() and _was_trained(setting.model):
@@ -91,21 +95,22 @@ def make_reference_for_run(wanted: ReferenceSpec, setting: ReferenceContext) -> 
     return reference, choice
 
 
-def _own(wanted: str, setting: ReferenceContext) -> tuple[Reference, ReferenceStrategy]:
-    """A reference made of the policy's own weights."""
+def _from_policy(way: str, setting: ReferenceContext) -> tuple[Reference, ReferenceStrategy]:
+    """A reference that runs on the policy's own weights."""
     sharded = weights_are_sharded()
-    if wanted == "cached":
+    if way == "cached":
         if problem := unusable(cache_root()):
             raise UserError(f"reference: cached: {problem}; set it to one that all can write, or use another reference")
         return _cached(setting), ReferenceStrategy("cached", "asked for")
-    if wanted != "auto":
-        return make_reference(wanted, setting.model), ReferenceStrategy(wanted, "asked for")
-    # Each process may see another disk: all take the main one's way, or they would wait for one another for ever.
+    if way != "auto":
+        return make_reference(way, setting.model), ReferenceStrategy(way, "asked for")
     cached, cost = None, None
     problem = "the rows are not known beforehand" if setting.rows is None else None
-    # Looking for a cache reads all weights once: only where there can be one, or it may pay to make one.
-    there = (cache_root() / "reference").is_dir()
-    if broadcast_from_main(setting.needed and setting.rows is not None and (setting.passes >= WORTH_CACHING or there)):
+    # Looking for a cache reads all weights once, so do it only if there may be one, or making one may pay. The main
+    # process decides: each process may see another disk, and if they went different ways, they would deadlock.
+    may_exist = (cache_root() / "reference").is_dir()
+    worth_looking = setting.passes >= WORTH_CACHING or may_exist
+    if broadcast_from_main(setting.needed and setting.rows is not None and worth_looking):
         problem = unusable(cache_root())
         if problem is None:
             cached = _cached(setting)
@@ -122,14 +127,14 @@ def _own(wanted: str, setting: ReferenceContext) -> tuple[Reference, ReferenceSt
 
 
 def check_after_first_step(reference: Reference, choice: ReferenceStrategy) -> ReferenceStrategy:
-    """The choice as it turned out."""
+    """The choice, corrected if the reference fell back to another way."""
     if isinstance(reference, Layerwise) and reference.fell_back and choice.way == Layerwise.name:
         return replace(choice, way=AdapterOff.name, why="two_stream is not exact for this architecture")
     return choice
 
 
 def _was_trained(model: Any) -> bool:
-    """Whether LoRA's B is not 0 as it is at first; not known, and no, where ZeRO-3 has sharded it already."""
+    """Whether LoRA's B is no longer 0, as it starts. False if ZeRO-3 has sharded it already: then it is not known."""
     fresh = model.peft_config["default"].init_lora_weights if "default" in model.peft_config else False
     if fresh is not True and fresh not in ("gaussian", "eva"):
         return False
@@ -137,13 +142,13 @@ def _was_trained(model: Any) -> bool:
 
 
 def place_reference(reference: Reference, accelerator: Any) -> None:
-    """Put a second model in place, once; when the policy is prepared. A collective."""
+    """Place a second model, once, after the policy is prepared. A collective."""
     if isinstance(reference, Separate) and not reference.prepared:
         reference.prepare(accelerator)
 
 
 def prepare_reference(reference: Reference, trainer: Any) -> FillStats | None:
-    """What must wait until the model is prepared: fill the cache, put the second model in place. A collective."""
+    """What must wait until the policy is prepared: fill the cache, or place the second model. A collective."""
     place_reference(reference, trainer.accelerator)
     if not isinstance(reference, Cached):
         return None
@@ -152,34 +157,33 @@ def prepare_reference(reference: Reference, trainer: Any) -> FillStats | None:
 
     def run(rows: list[list[int]]) -> dict[str, torch.Tensor]:
         batch = collate([{"input_ids": row, "labels": row} for row in rows])
-        asked = CacheRequest()
-        # A prepared model casts by itself, and once more changes nothing; `ema cache` prepares none.
+        request = CacheRequest()
+        # A prepared model casts by itself, and casting twice changes nothing; `ema cache` does not prepare it.
         with torch.no_grad(), autocast():
             model(
                 input_ids=batch["input_ids"].to(device),
                 attention_mask=batch["attention_mask"].to(device),
-                defended=asked,
+                defended=request,
             )
-        return asked.states
+        return request.states
 
-    done = fill_store(
+    stats = fill_store(
         reference,
         texts(trainer.train_dataset),
         run,
         trainer.accelerator,
-        # As many as a step takes: with packing, rows are much shorter than a step's sequences.
-        tokens_a_batch=trainer.args.per_device_train_batch_size * max(trainer.train_dataset["length"]),
+        # As many as a training batch: with packing, rows are much shorter than the sequences of a batch.
+        tokens_per_batch=trainer.args.per_device_train_batch_size * max(trainer.train_dataset["length"]),
         stop=lambda: trainer.stop.requested,
     )
-    if done.rows and trainer.accelerator.is_main_process:
-        log.info(
-            "reference: %d tokens in %.1f s (%.0f a second)", done.tokens, done.seconds, done.tokens / done.seconds
-        )
-    return done
+    if stats.rows and trainer.accelerator.is_main_process:
+        rate = stats.tokens / stats.seconds
+        log.info("reference: %d tokens in %.1f s (%.0f per second)", stats.tokens, stats.seconds, rate)
+    return stats
 
 
-def bytes_a_token(cached: Cached) -> int:
-    """What a cache takes a token, all kinds together; an estimate, since autocast may keep some states in float32."""
+def bytes_per_token(cached: Cached) -> int:
+    """Bytes per token in a cache, an estimate: autocast may keep some states in float32."""
     core = cached.layout.core
     width = core.config.get_text_config().hidden_size * cached.layout.head_parameters[0].dtype.itemsize
     return int(width * len(cached.stores))
@@ -195,20 +199,17 @@ def _cached(setting: ReferenceContext) -> Cached:
 
 def _missing_bytes(cached: Cached, setting: ReferenceContext) -> int:
     lengths = {row_key(row): len(row) for row in setting.rows or ()}
-    return sum(lengths[key] for key in cached.missing(list(lengths))) * bytes_a_token(cached)
+    return sum(lengths[key] for key in cached.missing(list(lengths))) * bytes_per_token(cached)
 
 
-def _separate(wanted: SeparateReference, setting: ReferenceContext) -> Separate:
-    path = locate(wanted.model)
-    check_tokenizer(setting.tokenizer, load_tokenizer(path, revision=wanted.revision), wanted.model)
+def _separate(spec: SeparateReference, setting: ReferenceContext) -> Separate:
+    path = locate(spec.model)
+    check_tokenizer(setting.tokenizer, load_tokenizer(path, revision=spec.revision), spec.model)
     layout = ModelLayout.of(setting.model)
-    dtype = str(layout.head_parameters[0].dtype).removeprefix("torch.")
-    base = load_base(ModelRecipe.model_construct(**_like(wanted, dtype)))
+    recipe = ModelRecipe(path=spec.model, revision=spec.revision).model_dump()
+    recipe["dtype"] = str(layout.head_parameters[0].dtype).removeprefix("torch.")
+    base = load_base(ModelRecipe.model_construct(**recipe))
     reference = Separate(layout, base)
     reference.check_vocabulary(max(setting.tokenizer.get_vocab().values()) + 1)
     reference.check_layers(setting.layers)
     return reference
-
-
-def _like(wanted: SeparateReference, dtype: str) -> dict[str, Any]:
-    return {**ModelRecipe(path=wanted.model, revision=wanted.revision).model_dump(), "dtype": dtype}

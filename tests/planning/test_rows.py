@@ -51,7 +51,8 @@ def test_every_defense_says_how_many_rows_it_adds(world, ranking):
     classes = {
         kind: getattr(import_module(name.split(":")[0]), name.split(":")[1]) for kind, name in built_in().items()
     }
-    assert {kind for kind, cls in classes.items() if cls.overrides("transform_rows")} <= {d["kind"] for d in [*mixing, *none]}
+    mixers = {kind for kind, cls in classes.items() if cls.overrides("transform_rows")}
+    assert mixers <= {d["kind"] for d in [*mixing, *none]}
     few = parse([mixing[0]])[0]
     with pytest.raises(UserError, match="fraction 0.3 of 3 task rows is less than one row"):
         few.rows_added(3)
