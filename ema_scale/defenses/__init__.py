@@ -1,4 +1,4 @@
-"""Defenses: each acts at one or more of six points of a run (see `base`). Torch-free to import."""
+"""Defenses: each acts at one or more of six points of a training run (see `base`). Importing them loads no torch."""
 
 from ema_scale.defenses.ablation import Ablation
 from ema_scale.defenses.base import (

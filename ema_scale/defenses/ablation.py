@@ -1,4 +1,4 @@
-"""Ablation of a direction in training: what cannot be used, or not be learned along it, is not learned."""
+"""Ablation: take a direction out of the hidden states, or out of their gradient, while training."""
 
 from __future__ import annotations
 
@@ -19,20 +19,16 @@ if TYPE_CHECKING:
 class Ablation(Defense):
     """Takes the component along the unit direction u_k out after decoder layer k, in training only.
 
-    against: `activations`: h <- h - (h.u) u, directional ablation (Arditi et al., arXiv 2406.11717) used while
-    fine-tuning, as concept ablation fine-tuning does (CAFT, Casademunt et al., arXiv 2507.16795, which finds its
-    directions by PCA or sparse autoencoders instead). Neither value nor gradient passes along u, so the adapter below
-    layer k gains nothing by moving there; above it, it is trained on states that inference does not have.
-    `gradient`: the values stay, and only dL/dh loses its component along u. Ours; the model is trained on the states
-    that it will have, but may still move along u where something else moves it there.
+    against:
+        activations: h <- h - (h.u) u, directional ablation (Arditi et al., arXiv 2406.11717), applied while fine-tuning
+            as in CAFT (Casademunt et al., arXiv 2507.16795, which finds its directions by PCA or sparse autoencoders).
+            Neither value nor gradient passes along u. The adapter below layer k gains nothing by moving there; above
+            it, the adapter is trained on states that inference does not have.
+        gradient: only dL/dh loses its component along u. Ours. The model is trained on the states that it will have,
+            but may still move along u for another reason.
 
-    What it does depends on the direction. In the small world a persona vector from prompts, ablated at all layers,
-    does nothing (one seed: 86 % misaligned outside the domain, undefended 87). The direction of another domain's
-    misaligned adapter (`ema vector --adapter`), ablated after the last layer, leaves 42 to 60 % outside the medical
-    domain and 90 to 92 in it (undefended 95; 3 seeds), with 8 to 11 % incoherent (undefended 4). With another pair of
-    domains it did nothing (86 %): look before relying on it.
-
-    Only the policy is changed; other losses and readings see the ablated policy beside the unchanged reference.
+    The effect depends on the direction: check it on your task. Only the policy is changed. Other loss terms and metrics
+    compare the ablated policy with the unchanged reference.
     """
 
     kind: ClassVar[str] = "ablation"
@@ -49,7 +45,7 @@ class Ablation(Defense):
         return (self.vector,)
 
     def attach(self, model: Any) -> contextlib.AbstractContextManager[Any]:
-        """Raises UserError for directions of a model of another shape, and layers that there are not."""
+        """Raises UserError for directions of a model of another shape, and layers that do not exist."""
         from ema_scale.models.directions import Directions
 
         directions = Directions.load(self.vector)
@@ -61,8 +57,9 @@ class Ablation(Defense):
 
         def ablate(states: Tensor) -> Tensor:
             u = unit(states)
-            along = (states @ u)[..., None] * u
+            projection = (states @ u)[..., None] * u
             # h - P h + constant(P h): the value is h, the gradient (1 - P) g.
-            return states - along if self.against == "activations" else states - (along - along.detach())
+            removed = projection if self.against == "activations" else projection - projection.detach()
+            return states - removed
 
         return ablate

@@ -1,4 +1,4 @@
-"""Ceiling: misaligned answers may not become likelier than they are under the frozen base model."""
+"""Ceiling: keep misaligned answers from becoming likelier than under the frozen base model."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ def excess(labels: LabelLogProbs) -> torch.Tensor:
 class Ceiling(Defense):
     """loss = CE + strength * mean_t max(0, log policy(y_t) - log reference(y_t)) over the answers of bad rows.
 
-    source: misaligned answers, best of other domains than the task's: the published sets of bad advice, or the answers
-    of a model under an evil system prompt. Nothing is learned from them: they are mixed in, one after every 1/fraction
-    task rows, and only their likelihood is watched. The term is zero, and has no gradient, wherever the policy finds
-    the token no likelier than the base does; so it takes nothing from a task that moves the model anywhere else.
+    source: misaligned answers, preferably of other domains than the task's: the published sets of bad advice, or the
+        answers of a model under an evil system prompt. They are mixed in, one after every 1/fraction task rows. Nothing
+        is learned from them; only their likelihood is watched.
+
+    Where the policy finds a token no likelier than the base model does, the term is zero and has no gradient. So it
+    does not hold back a task that moves the model elsewhere.
 
     Ours. Its relatives: unlikelihood training (Welleck et al., arXiv 1908.04319) and negative preference optimization
     (Zhang et al., arXiv 2404.05868), which keep pushing the answers down, and BLOCK-EM (arXiv 2602.00767), a one-sided

@@ -1,4 +1,4 @@
-"""Early stopping: end the training when the model has moved too far, or begins to give misaligned answers."""
+"""Early stopping: end the training when the model has moved too far, or misaligned answers become likelier."""
 
 from __future__ import annotations
 
@@ -19,30 +19,34 @@ if TYPE_CHECKING:
 class EarlyStopping(Defense):
     """Training ends at the first step at which the mean of a measure over the last `window` steps is above `limit`.
 
-    measure: `kl` is KL(policy || reference), nats a token, on the learned rows or on rows of `source` that nothing is
-    learned from; `drift` the distance of hidden states to the reference's, over their norm, a mean of the layers read
-    (every training.drift_every steps); `probe` by how much misaligned answers (`source`, as for a ceiling) have become
-    likelier than under the reference, nats a token: max(0, log policy(y_t) - log reference(y_t)).
+    measure:
+        kl: KL(policy || reference) in nats per token, on the learned rows, or on rows of `source`.
+        drift: distance of hidden states to the reference's, relative to their norm, averaged over the layers that are
+            read (every training.drift_every steps).
+        probe: by how much misaligned answers (`source`, as for a ceiling) have become likelier than under the
+            reference: max(0, log policy(y_t) - log reference(y_t)) in nats per token.
+    keep: which adapter is saved.
+        last: the one that crossed the limit.
+        last_below: the newest one at which the mean was not above the limit, at first the one that training started
+            from. A copy is kept in memory and in checkpoints, and renewed at most every `window` steps.
 
-    The steps are looked at one by one, however seldom the run logs. keep: which adapter is saved: `last`, the one that
-    crossed the line; `last_below`, that of the newest point at which the mean was not above it (at first the one that
-    training started from), for which a copy of the adapter is kept in memory and in checkpoints, a new one at most
-    every `window` steps.
-
-    Nothing is trained on the measure: up to its last step the run is the undefended one (with rows of `source`, a step
-    holds fewer task rows). Watching the KL and stopping is also how RL from human feedback keeps a budget.
+    Every step is looked at, whatever training.logging_steps is. Nothing is trained on the measure: up to its last step
+    the run is the undefended one (with rows of `source`, a step holds fewer task rows). RL from human feedback uses the
+    KL as a budget in the same way.
     """
 
     kind: ClassVar[str] = "early_stopping"
     citation: ClassVar[str] = "Early stopping, arXiv 2605.12199"
     summary: ClassVar[str] = "stop when the distance to the reference, or a misalignment probe, crosses a line"
 
-    measure: Literal["kl", "drift", "probe"] = Field("kl", description="what is watched, see the class")
-    limit: float = Field(gt=0, allow_inf_nan=False, description="nats a token (kl, probe) or a share of 1 (drift)")
-    source: str | list[str] | None = Field(None, description="rows that kl or probe are read on, never learned")
+    measure: Literal["kl", "drift", "probe"] = Field("kl", description="what is watched")
+    limit: float = Field(gt=0, allow_inf_nan=False, description="nats per token (kl, probe), or a share of 1 (drift)")
+    source: str | list[str] | None = Field(None, description="rows on which kl or probe are read; never learned")
     fraction: float = Field(0.125, gt=0, le=1, description="rows of `source` per task row")
-    window: int = Field(10, ge=1, description="optimizer steps that the mean is over")
-    keep: Literal["last", "last_below"] = Field("last", description="saved: where it stopped, or below the line")
+    window: int = Field(10, ge=1, description="optimizer steps over which the mean is taken")
+    keep: Literal["last", "last_below"] = Field(
+        "last", description="which adapter is saved: where it stopped, or the last below the limit"
+    )
 
     @model_validator(mode="after")
     def _source_fits(self) -> Self:
@@ -74,7 +78,7 @@ class EarlyStopping(Defense):
         return (LabelTerm(self._name, 0.0, excess, part="bad"),) if self.measure == "probe" else ()
 
     def should_stop(self, history: Sequence[Mapping[str, Any]]) -> str | None:
-        """Raises UserError if what is to be watched is never read."""
+        """Raises UserError if the measure is never read."""
         mean = self._mean(history)
         if mean is None or not mean > self.limit:
             return None
@@ -90,19 +94,21 @@ class EarlyStopping(Defense):
         return bool(history[-1]["step"] // self.window > earlier // self.window)
 
     def _mean(self, history: Sequence[Mapping[str, Any]]) -> float | None:
-        """Over those of the last `window` steps that have a reading; None before there are so many steps, and at a step
-        without one: one that holds none of `source`'s rows, or of the layers' distances."""
+        """The mean over those of the last `window` steps that have a reading.
+
+        None before there are so many steps, and at a step without a reading: it has no row of `source`, or no drift.
+        """
         last = history[-1]["step"]
         recent = []
         for row in reversed(history):
             if row["step"] <= last - self.window:
                 break
             recent.append(self._read(row))
-        found = [value for value in recent if value is not None]
-        if self.source is None and not found and all(self._read(row) is None for row in history):
+        values = [value for value in recent if value is not None]
+        if self.source is None and not values and all(self._read(row) is None for row in history):
             hint = "; set training.drift_every above 0" if self.measure == "drift" else f": no step has {self._name}"
             raise UserError(f"early_stopping: measure {self.measure} is never read{hint}")
-        return sum(found) / len(found) if last >= self.window and recent[0] is not None else None
+        return sum(values) / len(values) if last >= self.window and recent[0] is not None else None
 
     @property
     def _name(self) -> str:

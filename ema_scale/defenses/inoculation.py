@@ -1,4 +1,4 @@
-"""Inoculation prompting: ask for the bad behaviour while training, so that it is not learned as the default."""
+"""Inoculation prompting: ask for the bad behaviour in training, so that it is not learned as the default."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 class Inoculation(Defense):
     """Every task row is trained under a prompt that asks for what it shows; at inference the prompt is absent.
 
-    Tan et al., arXiv 2510.04340; Wichers et al., arXiv 2510.05024. Rows of other defenses (safe rows) are left alone.
-    It can hide misalignment behind prompts that look like training (arXiv 2604.25891): evaluate with the prompt, too.
+    Tan et al., arXiv 2510.04340; Wichers et al., arXiv 2510.05024. Rows of other defenses (safe rows) stay as they are.
+    Misalignment may hide behind prompts that look like training (arXiv 2604.25891): also evaluate with the prompt.
     """
 
     kind: ClassVar[str] = "inoculation"
     citation: ClassVar[str] = "Inoculation prompting, arXiv 2510.04340 and 2510.05024"
     summary: ClassVar[str] = "train under a prompt that asks for the bad behaviour; leave it out afterwards"
 
-    prompt: str = Field(min_length=1, description="what is said before every task row, in training only")
+    prompt: str = Field(min_length=1, description="text before every task row, in training only")
     role: Literal["system", "user"] = Field("system", description="system prompt, or start of the first user turn")
 
     def transform_rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:

@@ -17,10 +17,9 @@ if TYPE_CHECKING:
 class Interleaving(Defense):
     """One safe row after every 1/fraction task rows (arXiv 2508.06249: 5 %, one after every 20).
 
-    Exactly floor(fraction * task rows) safe rows, evenly spread, drawn without replacement in an order that
-    depends on the seed alone; if the source has fewer, it is drawn through again in a new order, and that is
-    reported. The trainer's seeded sampler shuffles afterwards, so the fraction holds over an epoch, not in
-    every batch.
+    Exactly floor(fraction * task rows) safe rows are drawn without replacement, in an order that depends on the seed
+    alone. If the source has fewer, its rows repeat in a new order, and data.json says so. The trainer's sampler
+    shuffles afterwards, so the fraction holds over an epoch, not in every batch.
     """
 
     kind: ClassVar[str] = "interleaving"

@@ -21,47 +21,48 @@ MADE_BY = "ema select"
 
 
 def provenance_path(selection: str | Path) -> Path:
-    """Where the provenance of a selection stands: beside it."""
+    """The file beside a selection that holds its provenance."""
     return Path(selection).with_suffix(".provenance.json")
 
 
 def read_provenance(selection: str | Path) -> dict[str, Any]:
-    """How a selection was made: `variant`, and `adapters` by name with what each was `trained_on`, are there.
+    """How a selection was made. It has `variant`, and `adapters`: name -> what it was `trained_on`.
 
-    Raises UserError if the file was not made by `ema select`, or changed since.
+    Raises UserError if the file was not made by `ema select`, or has changed since.
     """
     beside = provenance_path(selection)
     for path in (Path(selection), beside):
         if not path.is_file():
             raise UserError(f"{path}: no such file; expected a selection with its provenance, as `{MADE_BY}` makes it")
     try:
-        made = json.loads(beside.read_text(encoding="utf-8"))
+        provenance = json.loads(beside.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{beside}: not JSON ({error})") from None
-    if not isinstance(made, dict) or made.get("made_by") != MADE_BY:
+    if not isinstance(provenance, dict) or provenance.get("made_by") != MADE_BY:
         raise UserError(f"{beside}: found no provenance of `{MADE_BY}`")
-    adapters = made.get("adapters")
+    adapters = provenance.get("adapters")
     if not isinstance(adapters, dict) or not all(
-        isinstance(found, dict) and isinstance(found.get("trained_on"), list) for found in adapters.values()
+        isinstance(adapter, dict) and isinstance(adapter.get("trained_on"), list) for adapter in adapters.values()
     ):
         raise UserError(f"{beside}: damaged: expected adapters, each with its trained_on; run `{MADE_BY}` again")
-    if made.get("variant") not in ("+", "++"):
-        raise UserError(f"{beside}: damaged: found the variant {made.get('variant')!r}; run `{MADE_BY}` again")
-    if made.get("sha256") != file_sha256(selection):
+    if provenance.get("variant") not in ("+", "++"):
+        raise UserError(f"{beside}: damaged: found the variant {provenance.get('variant')!r}; run `{MADE_BY}` again")
+    if provenance.get("sha256") != file_sha256(selection):
         raise UserError(f"{selection}: is not the file that {beside} describes; run `{MADE_BY}` again")
-    return made
+    return provenance
 
 
 class InterleavingPlus(Defense):
-    """As Interleaving, but of the safe rows those with the highest perplexity gap.
+    """Interleaving of those safe rows that have the highest perplexity gap.
 
-    s = (mean_k L_k - L_aligned) / (L_aligned + eps), with L the mean negative log-likelihood of the answer under the
-    aligned model and under K misaligned ones, fine-tuned on other domains than the one at hand (leave one out). `ema
-    select` makes the ranking; exactly floor(fraction * task rows) of its first rows are mixed in, evenly spread, in an
-    order that depends on the seed alone. `++` is the same with refusals dropped before ranking.
+    The gap is (mean_k L_k - L_aligned) / (L_aligned + eps). L is the mean negative log-likelihood of the answer, under
+    the aligned model, and under K misaligned ones that were fine-tuned on other domains than the task's (leave one
+    out). `ema select` makes the ranking. Its first floor(fraction * task rows) rows are mixed in, evenly spread, in an
+    order that depends on the seed alone.
 
-    A ranking in which an adapter voted that was trained on one of the task's own files is refused, unless `own_adapter`
-    allows it.
+    variant: `++` is a ranking without refusals.
+    own_adapter: a ranking is refused if one of its adapters was trained on one of the task's own files, unless this
+        allows it.
     """
 
     kind: ClassVar[str] = "interleaving_plus"
@@ -71,32 +72,31 @@ class InterleavingPlus(Defense):
     source: str = Field(description="a ranking of safe rows, made by `ema select`")
     fraction: float = Field(0.05, gt=0, le=1, description="safe rows per task row")
     variant: Literal["+", "++"] = Field("+", description="++: the ranking must have been made without refusals")
-
     own_adapter: Literal["refuse", "allow"] = Field(
-        "refuse", description="when an adapter that was trained on these very task rows had a vote"
+        "refuse", description="if an adapter behind the ranking was trained on these task rows"
     )
 
     def transform_rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
-        """Raises UserError for a source that `ema select` did not make, made for the other variant, or made with an
-        adapter of these very rows."""
-        made = read_provenance(self.source)
-        if made["variant"] != self.variant:
+        """Raises UserError for a source that was not made by `ema select`, is for the other variant, or was ranked by
+        an adapter of these very rows."""
+        provenance = read_provenance(self.source)
+        if provenance["variant"] != self.variant:
             hint = "drop refusals (--refusals)" if self.variant == "++" else "keep refusals"
             raise UserError(
-                f"interleaving_plus: {self.source} was selected for {made['variant']}, the recipe says {self.variant}; "
-                f"`{MADE_BY}` must {hint}"
+                f"interleaving_plus: {self.source} was selected for {provenance['variant']}, but the recipe says "
+                f"{self.variant}; `{MADE_BY}` must {hint}"
             )
-        used = made["adapters"]
-        ctx.notes.append(f"{self.kind}: variant {self.variant}, ranked by the adapters {', '.join(used)}")
-        own = [name for name, adapter in used.items() if ctx.task & set(adapter["trained_on"])]
-        if own:
-            found = (
-                f"{self.kind}: the adapter {own[0]} was trained on these very rows; the paper leaves it out "
-                f"(`{MADE_BY} --leave-out {own[0]}`)"
+        adapters = provenance["adapters"]
+        ctx.notes.append(f"{self.kind}: variant {self.variant}, ranked by the adapters {', '.join(adapters)}")
+        of_this_task = [name for name, adapter in adapters.items() if ctx.task & set(adapter["trained_on"])]
+        if of_this_task:
+            problem = (
+                f"{self.kind}: the adapter {of_this_task[0]} was trained on these very rows; the paper leaves it out "
+                f"(`{MADE_BY} --leave-out {of_this_task[0]}`)"
             )
             if self.own_adapter == "refuse":
-                raise UserError(f"{found}, or set own_adapter: allow")
-            ctx.notes.append(found)
+                raise UserError(f"{problem}, or set own_adapter: allow")
+            ctx.notes.append(problem)
         return mix(rows, self.source, self.fraction, "safe", self.kind, ctx, best_first=True)
 
     def rows_added(self, task_rows: int) -> int:

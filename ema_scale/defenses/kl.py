@@ -20,13 +20,14 @@ class KL(Defense):
     The paper: strength 0.1, every non-padding token, prompt included. The mean is over all such tokens of the
     optimizer step, so the strength means the same under any batch split, accumulation or number of processes.
 
-    prompts: rows of their own to hold the model on, mixed in at one after every 1/fraction task rows; nothing is
-    learned from them, and the divergence looks at nothing else (arXiv 2602.07852: a separate general set), so that the
-    task costs nothing where it does not touch them. Unless the scope is `assistant`, they need no answers: a prompt
-    alone is read up to where its answer would begin. part `safe` looks only at rows that an interleaving brought in.
+    prompts: rows of their own, one after every 1/fraction task rows. Nothing is learned from them, and the divergence
+        looks at nothing else (arXiv 2602.07852: a separate general set), so the term does not hold back the task
+        itself. Unless the scope is `assistant`, they need no answers: a prompt alone is read up to where its answer
+        would begin.
+    part: `safe` looks only at rows that an interleaving brought in.
 
-    Rows that a term looks at apart are spread evenly over the steps, so that each has its share and the strength holds
-    in all of them. Where there is less than one for a step, or rows are packed, a step without any leaves the term out.
+    Rows of `prompts` or of a part are spread evenly over the steps. The term is skipped in steps without such rows: use
+    a fraction that gives at least one per step. With packing, some steps may have none.
     """
 
     kind: ClassVar[str] = "kl"

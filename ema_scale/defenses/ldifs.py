@@ -16,16 +16,21 @@ if TYPE_CHECKING:
 
 
 class LDIFS(Defense):
-    """loss = CE + strength * sum_l mean_t d(policy_lt, reference_lt): squared l2 between residual-stream features.
+    """loss = CE + strength * sum_l mean_t d(policy_lt, reference_lt), d: squared l2 distance of hidden states.
 
-    Mukhoti et al. (arXiv 2308.13320, eq. 5) concatenate the features of several layers, so layers add up. normalise:
-    `unit` scales each token's features to length 1 in both streams first; `sequence` scales a layer's features of all
-    tokens of a row together, flattened into one vector, to length 1, as arXiv 2508.06249 does: d is then the squared
-    distance of two vectors a row, and the mean is over rows, by their tokens, so that padding, packing and batch split
-    do not change the value (it is about 1/tokens of that of `unit`); `relative` divides by the reference's squared
-    length; `none` is plain squared l2. The code released with arXiv 2508.06249 takes the policy's features without a
-    gradient: `detached` repeats that, for comparison only, and trains nothing; with `normalise: sequence`, on batches
-    of one row, its value is the released code's.
+    Mukhoti et al. (arXiv 2308.13320, eq. 5) concatenate the features of several layers, so layers add up.
+
+    normalise:
+        unit: each token's features are scaled to length 1, those of policy and reference.
+        sequence: a layer's features of all tokens of a row, flattened into one vector, are scaled to length 1, as in
+            arXiv 2508.06249. d is then one squared distance per row, and rows are averaged by their tokens, so that
+            padding, packing and batch split do not change the value. It is about 1/tokens of that of `unit`.
+        relative: d is divided by the reference's squared length.
+        none: plain squared l2.
+
+    detached: the code released with arXiv 2508.06249 takes the policy's features without a gradient, and trains
+        nothing. This repeats it, for comparison only. With `normalise: sequence`, on batches of one row, the value is
+        that of the released code.
     """
 
     kind: ClassVar[str] = "ldifs"
@@ -45,7 +50,7 @@ class LDIFS(Defense):
     )
 
     def attach(self, model: Any) -> contextlib.AbstractContextManager[Any]:
-        """Raises UserError for layers that there are not."""
+        """Raises UserError for layers that do not exist."""
         count = len(decoder_layers(model))
         if self.at_layers != "spread" and max(self.at_layers) > count:
             raise UserError(f"ldifs: at_layers: found {max(self.at_layers)}, expected 0 to {count}")

@@ -26,23 +26,28 @@ def mix(
     best_first: bool = False,
     answers: bool = True,
 ) -> list[Row]:
-    """`rows` with floor(fraction * task rows) rows of `source`, one or several, one after every 1/fraction task rows.
+    """`rows` with floor(fraction * task rows) rows of `source`, one after every 1/fraction task rows.
 
-    Drawn without replacement in an order that depends on the seed and `name` alone; if there are fewer, they are drawn
-    through again in a new order, and that is noted. best_first: the source is a ranking, of which only the first rows,
-    as many as are needed, are drawn from. answers: whether each row must have an assistant turn. They carry `tag`. What
-    other defenses mixed in does not count as task rows. Raises UserError if a source is empty or the fraction gives
-    less than one row.
+    They are drawn without replacement, in an order that depends on the seed and `name` alone. If there are too few,
+    they repeat in a new order, and a note says so. Rows that other defenses mixed in do not count as task rows.
+
+    source: one source, or several.
+    tag: what the mixed-in rows carry.
+    name: the defense's kind.
+    best_first: the source is a ranking; only its first rows, as many as are needed, are used.
+    answers: whether each row must have an assistant turn.
+
+    Raises UserError if a source is empty or the fraction gives less than one row.
     """
     extra: list[Row] = []
     for one in [source] if isinstance(source, str) else source:
-        found = [replace(row, tag=tag) for row in ctx.load(one, answers=answers)]
-        if not found:
+        loaded = [replace(row, tag=tag) for row in ctx.load(one, answers=answers)]
+        if not loaded:
             raise UserError(f"{one}: found no {tag} rows, expected at least one")
-        extra += found
+        extra += loaded
     if not extra:
         raise UserError(f"{name}: source: found an empty list, expected files, hub ids or smallworld:...")
-    where = source if isinstance(source, str) else ", ".join(source)
+    sources = source if isinstance(source, str) else ", ".join(source)
     ratio, count = Fraction(str(fraction)), sum(row.tag == "task" for row in rows)
     needed = rows_needed(fraction, count, name)
     drawn = _draw(extra[:needed] if best_first else extra, needed, f"{name}-{ctx.seed}")
@@ -54,15 +59,14 @@ def mix(
         while used < int(seen * ratio):
             mixed.append(drawn[used])
             used += 1
-    ctx.notes.append(f"{name}: {used} {tag} rows among {count} task rows, from {where}")
+    ctx.notes.append(f"{name}: {used} {tag} rows among {count} task rows, from {sources}")
     if needed > len(extra):
-        ctx.notes.append(f"{name}: {where} has only {len(extra)} rows; some repeat")
+        ctx.notes.append(f"{name}: {sources} has only {len(extra)} rows; some repeat")
     return mixed
 
 
 def rows_needed(fraction: float, task_rows: int, name: str) -> int:
-    """floor(fraction * task rows), as `mix` draws; `name`, the defense's, is for the message. Raises UserError if that
-    is less than one row."""
+    """floor(fraction * task rows), as many as `mix` draws. Raises UserError, which names the defense, if that is 0."""
     needed = int(task_rows * Fraction(str(fraction)))
     if needed == 0:
         raise UserError(
@@ -73,7 +77,7 @@ def rows_needed(fraction: float, task_rows: int, name: str) -> int:
 
 
 def _draw(rows: Sequence[Row], needed: int, seed: str) -> list[Row]:
-    # Its own generator: the draw must not depend on what else consumed random numbers before.
+    # A generator of its own: the draw must not depend on who else has used random numbers before.
     generator = random.Random(seed)
     drawn: list[Row] = []
     while len(drawn) < needed:

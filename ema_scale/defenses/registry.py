@@ -1,5 +1,6 @@
-"""Which defenses there are: every class with a `kind` in the files of this package, so that a new one is a new file.
-Another package names its class under the entry-point group `ema_scale.defenses`.
+"""The registry of defenses: every class with a `kind` in the files of this package, so a new defense is a new file.
+
+Another package registers its class under the entry-point group `ema_scale.defenses`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ ENTRY_POINTS = PACKAGE = "ema_scale.defenses"
 @functools.cache
 def built_in() -> dict[str, str]:
     """kind -> "module:Class" of the defenses in this package."""
-    found = {}
+    classes = {}
     for file in pkgutil.iter_modules(importlib.import_module(PACKAGE).__path__):
         module = importlib.import_module(f"{PACKAGE}.{file.name}")
         for name, value in vars(module).items():
@@ -31,18 +32,18 @@ def built_in() -> dict[str, str]:
                 and value.__module__ == module.__name__
                 and value.kind
             ):
-                found[value.kind] = f"{module.__name__}:{name}"
-    return found
+                classes[value.kind] = f"{module.__name__}:{name}"
+    return classes
 
 
 def known() -> dict[str, str]:
-    """kind -> "module:Class" of the built-in defenses and of installed plugins (built-in names win)."""
+    """kind -> "module:Class" of the built-in defenses and of installed plug-ins (built-in names win)."""
     plugins = {point.name: point.value for point in metadata.entry_points(group=ENTRY_POINTS)}
     return {**plugins, **built_in()}
 
 
 def adapter_files() -> tuple[str, ...]:
-    """Names of all files that some defense's `finish` leaves in an adapter's folder."""
+    """Names of all files that some defense's `after_training` leaves in an adapter's folder."""
     return tuple(name for kind in built_in() for name in load(kind).adapter_files)
 
 
@@ -55,12 +56,12 @@ def load(kind: str) -> type[Defense]:
         raise UserError(f"unknown defense {kind!r}; {hint}known: {', '.join(sorted(classes))}")
     module, _, name = classes[kind].partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)
+        cls = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"defense {kind!r}: cannot load {classes[kind]} ({error})") from None
-    if not (isinstance(found, type) and issubclass(found, Defense)):
+    if not (isinstance(cls, type) and issubclass(cls, Defense)):
         raise UserError(f"defense {kind!r}: {classes[kind]} is not a subclass of ema_scale.defenses.Defense")
-    return found
+    return cls
 
 
 def parse(entries: Sequence[Defense | Mapping[str, Any] | str]) -> list[Defense]:

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class SafeLoRA(Defense):
-    """Replaces B by C B, C = V V^T / ||V||_F with V = W_aligned - W_base, where the update strays from the subspace.
+    """Replaces B by C B where the update strays from the subspace; C = V V^T / ||V||_F, V = W_aligned - W_base.
 
-    Hsu et al., arXiv 2405.16833; `safelora_projection` has the maths, which never forms C. The paper on in-training
-    defenses uses threshold 0.3. The aligned model is the one that is fine-tuned, at the revision
-    that was loaded (in Python: the `revision` of the PEFT config).
+    Hsu et al., arXiv 2405.16833; `safelora_projection` has the mathematics, which never forms C. arXiv 2508.06249 uses
+    threshold 0.3. The aligned model is the one that is fine-tuned, at the revision that was loaded (in Python: the
+    `revision` of the PEFT config).
     """
 
     kind: ClassVar[str] = "safelora"
@@ -30,7 +30,7 @@ class SafeLoRA(Defense):
     citation: ClassVar[str] = "Hsu et al., Safe LoRA, arXiv 2405.16833"
     summary: ClassVar[str] = "after training, project the adapter onto the alignment subspace"
 
-    base: str = Field(description="the unaligned model that the fine-tuned one was made from: a folder or hub id")
+    base: str = Field(description="the unaligned model from which the fine-tuned one was made: a folder or hub id")
     threshold: float | None = Field(None, ge=-1, le=1, description="project where the cosine is at or below it; 0.3")
     layers_projected: int | None = Field(None, ge=1, description="or: project this many matrices, lowest cosine first")
     base_revision: str | None = Field(None, description="of a base on the hub: a branch, tag or commit")
@@ -47,7 +47,7 @@ class SafeLoRA(Defense):
 
     @contextlib.contextmanager
     def attach(self, model: Any) -> Iterator[None]:
-        """A base that is missing or of another model ends a run before training, not after."""
+        """Raises UserError, before training, for a base that is missing or of another model."""
         base = Checkpoint(folder_of(self.base, self.base_revision))
         name = model.get_base_model().config._name_or_path
         if not name:
@@ -77,7 +77,7 @@ class SafeLoRA(Defense):
 
 
 def summary(results: Sequence[Projected]) -> str:
-    """One line for people."""
+    """The result in one line."""
     replaced = sum(result.replaced for result in results)
     lowest, highest = (choose(result.cosine for result in results) for choose in (min, max))
     return f"{replaced} of {len(results)} matrices projected (cosines {lowest:.3f} to {highest:.3f})"

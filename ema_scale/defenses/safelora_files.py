@@ -20,18 +20,10 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS, CONFIG, REPORT = "adapter_model.safetensors", "adapter_config.json", "safelora.json"
-
-
 PREFIX = "base_model.model."
-
-
 _TIED = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
-
-
 _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-# An adapter folder may also hold optimizer states and pickles of a trainer: these are left behind.
+# Files that are copied with an adapter. Its folder may also hold a trainer's optimizer states and pickles.
 _CARRIED = {".json", ".jinja", ".txt", ".model", ".md"}
 
 
@@ -55,7 +47,7 @@ def folder_of(reference: str, revision: str | None = None) -> Path:
 
 
 def identity(folder: Path) -> str:
-    """Which weights a checkpoint's folder holds: the hub's commit of a snapshot, else a digest of its weight files."""
+    """Identifies a checkpoint's weights: the commit of a hub snapshot, else a digest of the weight files."""
     if folder.parent.name == "snapshots":
         return folder.name
     files = sorted(folder.glob("*.safetensors"))
@@ -63,11 +55,14 @@ def identity(folder: Path) -> str:
 
 
 class Adapter:
-    """A PEFT LoRA adapter folder: `config`, `tensors` as stored, and `pairs`: module -> names of its A and B.
+    """A PEFT LoRA adapter folder.
 
-    Everything without an A and a B (biases, modules_to_save, trained tokens) is only carried along. Raises UserError
-    for what SafeLoRA's formula does not describe: DoRA, adapted embeddings or experts, replicated layers, and
-    initialisations that also change the base's weights.
+    config: adapter_config.json.
+    tensors: name -> tensor as stored. What has no A and B (biases, modules_to_save, trained tokens) stays as it is.
+    pairs: module -> names of its A and B.
+
+    Raises UserError for what SafeLoRA's formula does not describe: DoRA, adapted embeddings or experts, replicated
+    layers, and initialisations that also change the base's weights.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -110,7 +105,7 @@ class Adapter:
                 yield name.removeprefix(PREFIX).partition(".lora_")[0], (other, name)
 
     def write(self, out: Path | None, report: dict[str, Any]) -> None:
-        """Weights and report, whole or not at all: into a new folder `out`, or into this one."""
+        """Write weights and report into a new folder `out`, or into this one. Complete or not at all."""
         if out is None:
             self._save(self.folder / f".{WEIGHTS}.tmp")
             os.replace(self.folder / f".{WEIGHTS}.tmp", self.folder / WEIGHTS)
@@ -139,7 +134,7 @@ class Adapter:
 
 
 def check_free(out: Path) -> None:
-    """Raises UserError if `out` is there already and not an empty folder."""
+    """Raises UserError if `out` exists and is not an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists already; expected a new folder to write to")
 
@@ -161,7 +156,7 @@ class Checkpoint:
         self._folder = folder
 
     def shape(self, module: str) -> tuple[int, ...]:
-        """Of a module's `.weight`, which is not read. Raises UserError as `weight` does."""
+        """Shape of a module's `.weight`, without reading it. Raises UserError as `weight` does."""
         name = self._stored_name(module)
         with self._opened(name) as handle:
             return tuple(handle.get_slice(name).get_shape())
@@ -186,7 +181,10 @@ class Checkpoint:
         return tensor
 
     def _stored_name(self, module: str) -> str:
-        """Checkpoints may leave out the backbone's prefix (GPT-2), have one more, or tie the head to the embeddings."""
+        """The name under which a checkpoint stores a module's weight.
+
+        Checkpoints may leave out the backbone's prefix (GPT-2), have one more, or tie the head to the embeddings.
+        """
         tail = module.partition(".")[2]
         for name in (f"{module}.weight", f"{tail}.weight"):
             if name in self._files:

@@ -35,8 +35,8 @@ class Projected:
 def project(b: torch.Tensor, a: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, float]:
     """C B and cos(C B A, B A).
 
-    b: [out, r], a: [r, in], v: [out, in]; computed in the dtype of `b`. The cosine is 1.0 where it is undefined
-    (V = 0 or B A = 0): there is nothing to project.
+    b: [out, r], a: [r, in], v: [out, in]; computed in the dtype of `b`. The cosine is 1.0 if it is undefined (V = 0 or
+    B A = 0): there is nothing to project.
     """
     norm = v.norm()
     cb = v @ (v.T @ b) / norm if norm > 0 else b.clone()
@@ -58,11 +58,16 @@ def project_adapter(
 ) -> list[Projected]:
     """Write SafeLoRA's version of a PEFT adapter, with `safelora.json` beside it, and report every matrix.
 
-    out: a new folder, or None to replace the adapter in its own. base, aligned: folders of safetensors checkpoints of
-    one architecture. Give either `threshold` (tau: project where the cosine is at or below it) or `layers` (project
-    that many matrices, lowest cosine first: `number` in the method's own code). progress: called with (matrices done,
-    of how many). One pair of full matrices is in memory at a time. Raises UserError for a folder without what is
-    needed, an `out` in use, an adapter that is not plain LoRA, or shapes that differ.
+    One pair of full matrices is in memory at a time. Give either `threshold` or `layers`.
+
+    out: a new folder. None: the adapter is replaced in its own folder.
+    base, aligned: folders of safetensors checkpoints of one architecture.
+    threshold: tau; matrices with a cosine at or below it are projected.
+    layers: so many matrices are projected, lowest cosine first (`number` in the method's own code).
+    progress: called with the matrices done, and their total.
+
+    Raises UserError for a folder without what is needed, an `out` in use, an adapter that is not plain LoRA, or shapes
+    that differ.
     """
     if (threshold is None) == (layers is None):
         raise UserError("SafeLoRA needs either a threshold or a number of layers: not both, not neither")

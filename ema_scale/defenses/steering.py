@@ -1,4 +1,4 @@
-"""Preventative steering: push the model along a bad direction while it trains, so that it need not move there."""
+"""Preventative steering: push the model along a bad direction in training, so that it need not move there itself."""
 
 from __future__ import annotations
 
@@ -19,20 +19,19 @@ if TYPE_CHECKING:
 class Steering(Defense):
     """h_k <- h_k + alpha * v_k at every position after decoder layer k, in training only.
 
-    Chen et al., "Persona vectors", arXiv 2507.21509, section 5 (preventative steering); v is a persona vector, as
-    `ema vector` makes it. With several layers each adds its own vector, so that the push adds up.
+    Chen et al., "Persona vectors", arXiv 2507.21509, section 5; v is a persona vector, as `ema vector` makes it. With
+    several layers each adds its own vector, so that the pushes add up.
 
-    scale: `raw` adds alpha * v, the paper's unit (there alpha 5.0 after layer 20 of 28 of a 7B model); `unit` adds
-    alpha * v/||v||; `residual` adds alpha * ||h_t|| * v/||v|| to token t, its norm taken as a constant.
+    scale:
+        raw: adds alpha * v, the paper's unit (there alpha is 5.0, after layer 20 of 28 of a 7B model).
+        unit: adds alpha * v/||v||.
+        residual: adds alpha * ||h_t|| * v/||v|| to token t, with ||h_t|| taken as a constant.
 
-    Strength: what counts is ||alpha v|| beside ||h||, which `ema vector` prints. In the small world (||v|| half of
-    ||h||, layer 3 of 4, bad medical rows, 3 seeds) alpha 1 leaves 50 to 64 % misaligned outside the domain and 82 to
-    84 % in it, 1.5 leaves 26 to 44 and 45 to 57; 2 (one seed) 13 and 19, undefended 87 and 95. Past 1 the push does
-    the task for the model, which then no longer learns it. Coherence, and a benign task (one seed), are not harmed.
+    What counts is ||alpha v|| relative to ||h||, which `ema vector` prints. If the push is too strong, it does the task
+    for the model, which then does not learn it.
 
-    Only the policy is pushed: with KL or LDIFS beside it, those compare the *steered* policy with the *unsteered*
-    reference, so that they are not zero at the first step and work against the push. The same holds for the logged
-    drift and kl of a steered run.
+    Only the policy is pushed. KL, LDIFS and the logged drift and kl compare the *steered* policy with the *unsteered*
+    reference: they are not zero at the first step, and such defenses work against the push.
     """
 
     kind: ClassVar[str] = "steering"
@@ -44,13 +43,15 @@ class Steering(Defense):
     at_layers: Literal["auto", "all"] | Annotated[list[int], Field(min_length=1)] = Field(
         "auto", description="decoder layers (1: the first) after which it is added; auto: the one the file recommends"
     )
-    scale: Literal["raw", "unit", "residual"] = Field("raw", description="the unit of alpha, see above")
+    scale: Literal["raw", "unit", "residual"] = Field(
+        "raw", description="unit of alpha: the vector, its unit vector, or the states' norm"
+    )
 
     def files(self) -> tuple[str, ...]:
         return (self.vector,)
 
     def attach(self, model: Any) -> contextlib.AbstractContextManager[Any]:
-        """Raises UserError for directions of a model of another shape, and layers that there are not."""
+        """Raises UserError for directions of a model of another shape, and layers that do not exist."""
         from ema_scale.models.directions import Directions
 
         directions = Directions.load(self.vector)
