@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,19 @@ class EvalTarget:
     """What is evaluated: the base model (`adapter_path=None`) or one adapter; `out_dir` gets its rows.
 
     suites: what this target is asked, if not the same as all.
+    base_dir: the folder of the base model's evaluation, which the target's summary names.
     """
 
     name: str
     adapter_path: Path | None
     out_dir: Path
     suites: tuple[Suite, ...] | None = None
+    base_dir: Path | None = None
+
+    @property
+    def base(self) -> str | None:
+        """`base_dir` relative to `out_dir`, so that a study may be moved."""
+        return None if self.base_dir is None else os.path.relpath(self.base_dir, self.out_dir)
 
 
 @dataclass(frozen=True)

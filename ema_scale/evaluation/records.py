@@ -6,6 +6,7 @@ version; fields that older versions did not write have defaults. A row without a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -255,6 +256,8 @@ class Summary(Document):
     """The result of one target's evaluation, summary.json.
 
     adapter: None for a base model.
+    base: the folder of the base model's evaluation, relative to this file's folder; None for a base model, if the base
+        was not evaluated, and in schema 1. `base_dir` gives the path.
     sampler: its own description, with name, temperature, top_p and max_tokens.
     superseded: answers that the recipe no longer asks for.
     legacy: whether it was counted as the paper's own evaluator counts; True, or None.
@@ -265,11 +268,13 @@ class Summary(Document):
     gate: only for a base model that was asked something plainly.
     """
 
-    OMITTED_IF_NONE: ClassVar[tuple[str, ...]] = ("legacy", "gate")
+    VERSION: ClassVar[int] = 2
+    OMITTED_IF_NONE: ClassVar[tuple[str, ...]] = ("legacy", "gate", "base")
 
     name: str
     model: str
     adapter: str | None
+    base: str | None = None
     sampler: dict[str, Any]
     superseded: int = 0
     seconds: float = 0.0
@@ -286,6 +291,10 @@ class Summary(Document):
     scored_by: dict[str, int] = {}
     judge: str
     gate: GateResult | None = None
+
+    def base_dir(self, folder: Path) -> Path | None:
+        """The folder of the base model's evaluation, for a summary that lies in `folder`."""
+        return None if self.base is None else Path(os.path.normpath(folder / self.base))
 
     @property
     def judges(self) -> list[str]:

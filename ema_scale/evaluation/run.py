@@ -96,7 +96,8 @@ def is_complete(targets: Sequence[EvalTarget], model: ModelRecipe, settings: Eva
         folder = Path(target.out_dir)
         if not (folder / SUMMARY_FILE).exists() or not has_manifest(folder, _manifest(target, model, (), settings)):
             return False
-        used = str(_described_before(folder / SUMMARY_FILE).get("name"))
+        summary = Summary.read_if_valid(folder / SUMMARY_FILE)
+        used = str(summary.sampler.get("name") if summary else None)
         by_sampler.setdefault(used if settings.sampler == "auto" else settings.sampler, []).append(target)
     groups = [group for name, those in by_sampler.items() for group in plan_prompts(those, (), model, settings, name)]
     answered, judged = dict[str, set[str]](), dict[str, set[tuple[str, str]]]()
@@ -208,11 +209,13 @@ def _finish(
 ) -> Summary:
     superseded = store.keep_only(key for group in groups for key in group.keys)
     path = Path(target.out_dir) / SUMMARY_FILE
-    described = {"name": name, **(sampler or _described_before(path))}
+    before = Summary.read_if_valid(path)
+    described = {"name": name, **(sampler or (before.sampler if before else {}))}
     facts = {
         "name": target.name,
         "model": model.path,
         "adapter": None if target.adapter_path is None else str(target.adapter_path),
+        "base": target.base or (before.base if before else None),
         "sampler": described
         | {
             "temperature": settings.temperature,
@@ -223,9 +226,3 @@ def _finish(
         "seconds": round(seconds, 3),
     }
     return write_summary(path, facts, groups, store, settings)
-
-
-def _described_before(path: Path) -> dict[str, Any]:
-    """The sampler's description in an older summary; {} if there is none."""
-    summary = Summary.read_if_valid(path)
-    return {} if summary is None else dict(summary.sampler)

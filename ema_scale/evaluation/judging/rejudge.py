@@ -120,6 +120,7 @@ def _facts(folder: Path, asked: Manifest, seconds: float) -> dict[str, Any]:
         "name": asked.target,
         "model": asked.model,
         "adapter": asked.adapter,
+        "base": before.base if before else None,
         "sampler": before.sampler if before else {},
         "superseded": before.superseded if before else 0,
         "seconds": round(seconds, 3),
