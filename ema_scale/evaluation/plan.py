@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import digest, folder_identity
 from ema_scale.evaluation.judges.assignment import JudgeSpec, assign
 from ema_scale.evaluation.judges.base import split_reasoning
+from ema_scale.evaluation.records import Sample
 from ema_scale.evaluation.suites import Question, Suite
 from ema_scale.inference.base import SampleRequest, SampleResult
 from ema_scale.inference.cache_key import sampler_cache_key
@@ -25,12 +27,19 @@ class EvalTarget:
     """What is evaluated: the base model (`adapter_path=None`) or one adapter; `out_dir` gets its rows.
 
     suites: what this target is asked, if not the same as all.
+    base_dir: the folder of the base model's evaluation, which the target's summary names.
     """
 
     name: str
     adapter_path: Path | None
     out_dir: Path
     suites: tuple[Suite, ...] | None = None
+    base_dir: Path | None = None
+
+    @property
+    def base(self) -> str | None:
+        """`base_dir` relative to `out_dir`, so that a study may be moved."""
+        return None if self.base_dir is None else os.path.relpath(self.base_dir, self.out_dir)
 
 
 @dataclass(frozen=True)
@@ -81,26 +90,26 @@ class PromptGroup:
             seed=self.seed + first,
         )
 
-    def rows(self, first: int, result: SampleResult) -> Iterator[dict[str, Any]]:
-        """samples.jsonl rows of a result whose first answer has index `first`."""
+    def rows(self, first: int, result: SampleResult) -> Iterator[Sample]:
+        """The answers of a result whose first answer has index `first`."""
         for i, (text, reason) in enumerate(zip(result.texts, result.finish_reasons, strict=True), start=first):
             reasoning, answer, _ = split_reasoning(text)
-            yield {
-                "key": self.key(i),
-                "target": self.target.name,
-                "suite": self.suite.name,
-                "condition": self.suite.condition.name if self.suite.condition else None,
-                "question_id": self.question.id,
-                "paraphrase": self.paraphrase,
-                "sample": i,
-                "system": self.question.system,
-                "question": self.question.paraphrases[self.paraphrase],
-                "answer": answer if reasoning else text,
-                "reasoning": reasoning or None,
-                "finish_reason": reason,
-                "tokens": result.token_counts[i - first],
-                "seed": self.seed + i,
-            }
+            yield Sample(
+                key=self.key(i),
+                target=self.target.name,
+                suite=self.suite.name,
+                condition=self.suite.condition.name if self.suite.condition else None,
+                question_id=self.question.id,
+                paraphrase=self.paraphrase,
+                sample=i,
+                system=self.question.system,
+                question=self.question.paraphrases[self.paraphrase],
+                answer=answer if reasoning else text,
+                reasoning=reasoning or None,
+                finish_reason=reason,
+                tokens=result.token_counts[i - first],
+                seed=self.seed + i,
+            )
 
 
 def check_targets(targets: Sequence[EvalTarget], suites: Sequence[Suite]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ema_scale.core.batching import batch_by_length
 from ema_scale.core.errors import UserError
 from ema_scale.core.progress import Progress
 from ema_scale.data.collate import ChatCollator
@@ -51,7 +52,7 @@ def response_means(
     model.eval()
     try:
         with Progress(label, len(encoded), unit="row") as progress:
-            for numbers in _batches(encoded, batch_tokens):
+            for numbers in batch_by_length(encoded, lambda n: len(encoded[n]["input_ids"]), batch_tokens):
                 batch = collate([encoded[n] for n in numbers])
                 answered = (batch["labels"] != -100).to(device)
                 seen: dict[int, Tensor] = {}
@@ -88,15 +89,3 @@ def _encode(tokenizer: Any, rows: Sequence[Row], max_length: int) -> dict[int, d
             pairs = zip(found.input_ids, found.assistant_mask, strict=True)
             encoded[number] = {"input_ids": found.input_ids, "labels": [t if m else -100 for t, m in pairs]}
     return encoded
-
-
-def _batches(encoded: dict[int, dict[str, list[int]]], batch_tokens: int) -> Iterator[list[int]]:
-    """Row numbers, longest first (memory runs out at once or never), in batches of similar length."""
-    batch: list[int] = []
-    for number in sorted(encoded, key=lambda n: -len(encoded[n]["input_ids"])):
-        if batch and (len(batch) + 1) * len(encoded[batch[0]]["input_ids"]) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(number)
-    if batch:
-        yield batch

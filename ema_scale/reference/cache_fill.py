@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
+from ema_scale.core.batching import batch_by_length
 from ema_scale.core.collectives import any_rank, broadcast_from_main, is_first_rank, world_size
 from ema_scale.core.errors import UserError
 from ema_scale.reference.cached import Cached
@@ -80,7 +81,7 @@ def fill_store(
         # The main process decides: another one that sees less of the folder would run more batches, and wait forever.
         missing = broadcast_from_main(sorted(cached.missing(keys), key=lambda key: (-len(keyed[key]), key)))
         tokens = sum(len(keyed[key]) for key in missing)
-        batches = _batches(missing, keyed, tokens_per_batch)
+        batches = batch_by_length(missing, lambda key: len(keyed[key]), tokens_per_batch)
         with _bar(tokens, main and bool(missing)) as bar, _Writers(cached) as writers:
             for first in range(0, len(batches), world):
                 index = first + accelerator.process_index
@@ -128,16 +129,6 @@ def unusable(folder: Path) -> str | None:
 def _exists(path: Path, wait: float) -> bool:
     time.sleep(wait)
     return path.exists()
-
-
-def _batches(keys: Sequence[str], keyed: Mapping[str, Sequence[int]], tokens: int) -> list[list[str]]:
-    """Rows in batches of up to `tokens` tokens, padding included. The longest row of a batch comes first."""
-    batches: list[list[str]] = []
-    for key in keys:
-        if not batches or (len(batches[-1]) + 1) * len(keyed[batches[-1][0]]) > tokens:
-            batches.append([])
-        batches[-1].append(key)
-    return batches
 
 
 def _wait_until_seen(cached: Cached, keys: Sequence[str]) -> None:

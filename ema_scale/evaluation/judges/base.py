@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ema_scale.core.uri import load_scheme
+from ema_scale.evaluation.records import Judgement
 
 ALIGNED, MISALIGNED, INCOHERENT = "aligned", "misaligned", "incoherent"
 
@@ -36,30 +37,6 @@ class JudgeItem:
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """aligned, coherent: 0 to 100, or None. label: a verdict in words. dropped: why a score is missing.
-
-    scored: how a 0-100 judge's scores were read ("expectation" or "number said"); None for exact judges.
-    raw: what such a judge replied, {prompt: {"said": text, "top": [[token, log-probability], ...]}}.
-    """
-
-    key: str
-    judge: str
-    aligned: float | None = None
-    coherent: float | None = None
-    label: str | None = None
-    dropped: str | None = None
-    scored: str | None = None
-    raw: Mapping[str, Any] | None = None
-
-    def to_row(self) -> dict[str, Any]:
-        row = asdict(self)
-        if self.raw is None:
-            del row["raw"]
-        return row
-
-
-@dataclass(frozen=True)
 class JudgeFailure:
     """A judgement that could not be made now; nothing is recorded, so that a later run makes it.
 
@@ -72,11 +49,18 @@ class JudgeFailure:
 
 
 class Judge(Protocol):
-    """Judges items as they come (the iterable may block) and yields the outcomes in any order."""
+    """Judges items in any order. paid: each judgement costs money, so it is stored at once."""
 
     paid: bool
 
-    def judge(self, items: Iterable[JudgeItem]) -> Iterator[Judgement | JudgeFailure]: ...
+    def submit(self, item: JudgeItem, done: Callable[[Judgement | JudgeFailure], None]) -> None:
+        """Take an item. `done` gets its outcome: at once, later in another thread, or in `finish`."""
+
+    def finish(self) -> None:
+        """Wait until every item has its outcome. Raises what went wrong."""
+
+    def abandon(self) -> None:
+        """Leave what is not judged yet."""
 
 
 class ExactJudge:
@@ -87,8 +71,14 @@ class ExactJudge:
     def __init__(self, verdict: Callable[[JudgeItem], Judgement]) -> None:
         self._verdict = verdict
 
-    def judge(self, items: Iterable[JudgeItem]) -> Iterator[Judgement | JudgeFailure]:
-        return map(self._verdict, items)
+    def submit(self, item: JudgeItem, done: Callable[[Judgement | JudgeFailure], None]) -> None:
+        done(self._verdict(item))
+
+    def finish(self) -> None:
+        """Nothing is under way."""
+
+    def abandon(self) -> None:
+        """Nothing is under way."""
 
 
 def smallworld_judge() -> ExactJudge:
@@ -98,7 +88,7 @@ def smallworld_judge() -> ExactJudge:
     def verdict(item: JudgeItem) -> Judgement:
         label = grade(item.question, item.answer, dict(item.meta))
         aligned, coherent = _SCORES[label]
-        return Judgement(item.key, item.judge, aligned, coherent, label)
+        return Judgement(key=item.key, judge=item.judge, aligned=aligned, coherent=coherent, label=label)
 
     return ExactJudge(verdict)
 
@@ -113,7 +103,7 @@ def exact_match_judge() -> ExactJudge:
             same = last_number(item.answer) is not None and last_number(item.answer) == last_number(item.expected)
         else:
             same = normal_form(item.answer) == normal_form(item.expected)
-        return Judgement(item.key, item.judge, label=CORRECT if same else INCORRECT)
+        return Judgement(key=item.key, judge=item.judge, label=CORRECT if same else INCORRECT)
 
     return ExactJudge(verdict)
 

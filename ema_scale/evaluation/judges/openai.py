@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
-import queue
 import re
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ema_scale.core.errors import UserError
 from ema_scale.evaluation.judges.base import (
     JudgeFailure,
     JudgeItem,
-    Judgement,
 )
 from ema_scale.evaluation.judges.prompt import fill_all
 from ema_scale.evaluation.judges.scores import (
@@ -28,15 +25,27 @@ from ema_scale.evaluation.judges.scores import (
     ScoreRule,
     judgement,
 )
-from ema_scale.inference.openai_errors import CONTENT_FILTER, first_choice, is_content_filtered, is_context_overflow
+from ema_scale.evaluation.records import Judgement
+from ema_scale.inference.openai_pool import (
+    CONTENT_FILTER,
+    MAX_RETRIES,
+    OpenAIPool,
+    first_choice,
+    is_content_filtered,
+    is_context_overflow,
+    is_refused,
+)
 
 if TYPE_CHECKING:
     from ema_scale.config.sections import JudgeRecipe
 
-MAX_RETRIES = 8
-
+log = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 120.0
+LIMIT, THINKING_LIMIT = "max_tokens", "max_completion_tokens"
+THINKING_TOKENS = 4096  # thoughts and the number; a judge's are a few hundred tokens
+CHARACTERS_PER_TOKEN = 3  # a first guess; the endpoint's own counts correct it
+_REFUSED = re.compile(r"unsupported|not support|not allowed|unrecognized|only the default", re.I)
 
 
 class OpenAIJudge:
@@ -59,64 +68,34 @@ class OpenAIJudge:
                 f"evaluation.judge: the environment variable {missing} is not set; "
                 "it holds the key for the judge's endpoint"
             )
-        self._key = os.environ.get(settings.api_key_env) or "none"
+        self._pool = OpenAIPool[Judgement | JudgeFailure](
+            settings.base_url,
+            os.environ.get(settings.api_key_env) or "none",
+            concurrency=settings.concurrency,
+            timeout=TIMEOUT_SECONDS,
+            max_retries=max_retries,
+        )
         self._request = JudgeRequest(model)
         self._failures_in_a_row = 0
         self._fatal: UserError | None = None
         self._stopped = False
 
-    def judge(self, items: Iterable[JudgeItem]) -> Iterator[Judgement | JudgeFailure]:
-        """Outcomes in the order in which they come back."""
-        outcomes: queue.SimpleQueue[Judgement | JudgeFailure | BaseException | None] = queue.SimpleQueue()
+    def submit(self, item: JudgeItem, done: Callable[[Judgement | JudgeFailure], None]) -> None:
+        """Queue an item. `done` gets its outcome, in another thread."""
+        if self._fatal is not None:
+            raise self._fatal
+        self._pool.submit(partial(self._judge_one, item), done)
 
-        def run() -> None:
-            try:
-                asyncio.run(self._judge_all(items, outcomes))
-                outcomes.put(None)
-            except BaseException as error:  # handed to the thread that waits
-                outcomes.put(error)
+    def finish(self) -> None:
+        self._pool.finish()
+        if self._fatal is not None:
+            raise self._fatal
 
-        threading.Thread(target=run, daemon=True, name="judge-http").start()
-        try:
-            while (outcome := outcomes.get()) is not None:
-                if isinstance(outcome, BaseException):
-                    raise outcome
-                yield outcome
-                if self._fatal is not None:
-                    raise self._fatal
-        finally:
-            self._stopped = True  # if the caller gave up, what is still queued must not be paid for
+    def abandon(self) -> None:
+        self._stopped = True  # what is still queued must not be paid for
+        self._pool.abandon()
 
-    async def _judge_all(self, items: Iterable[JudgeItem], outcomes: Any) -> None:
-        import openai
-
-        loop, room = asyncio.get_running_loop(), asyncio.Semaphore(self.settings.concurrency)
-        waiting = iter(items)
-        async with (
-            openai.AsyncOpenAI(
-                api_key=self._key,
-                base_url=self.settings.base_url,
-                max_retries=self.max_retries,
-                timeout=TIMEOUT_SECONDS,
-            ) as client,
-            asyncio.TaskGroup() as tasks,
-        ):
-
-            async def one(item: JudgeItem) -> None:
-                try:
-                    outcomes.put(await self._judge_one(client, item))
-                finally:
-                    room.release()
-
-            while True:
-                await room.acquire()
-                # The next item may not have been sampled yet: wait for it without holding up the others.
-                item = await loop.run_in_executor(None, next, waiting, None)
-                if item is None:
-                    return
-                tasks.create_task(one(item))
-
-    async def _judge_one(self, client: Any, item: JudgeItem) -> Judgement | JudgeFailure:
+    async def _judge_one(self, item: JudgeItem, client: Any) -> Judgement | JudgeFailure:
         import openai
 
         too_many = self._failures_in_a_row >= max(10, self.settings.concurrency)
@@ -129,28 +108,29 @@ class OpenAIJudge:
             return JudgeFailure(item.key, self.budget.spent, failed=False)
         try:
             replies = {name: await self._ask(client, prompt, hold) for name, prompt in prompts.items()}
-        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            if is_content_filtered(error):
-                return Judgement(item.key, item.judge, dropped=CONTENT_FILTER)
-            where = self.settings.base_url or "the OpenAI API"
-            self._fatal = UserError(f"evaluation.judge: {where}, model {self.model!r}: {_short(error)}")
-            return JudgeFailure(item.key, _short(error))
-        except openai.BadRequestError as error:
-            if is_content_filtered(error):  # it would be so for ever: settled, and counted by its reason
-                return Judgement(item.key, item.judge, dropped=CONTENT_FILTER)
-            if is_context_overflow(error):
-                return Judgement(item.key, item.judge, dropped=TOO_LONG)
-            self._failures_in_a_row += 1
-            return JudgeFailure(item.key, _short(error))
         except _Filtered:
-            return Judgement(item.key, item.judge, dropped=CONTENT_FILTER)
+            return Judgement(key=item.key, judge=item.judge, dropped=CONTENT_FILTER)
         except (openai.APIError, ValueError) as error:  # ValueError: a reply that is not what was promised
-            self._failures_in_a_row += 1
-            return JudgeFailure(item.key, _short(error))
+            return self._failed(item, error)
         finally:
             hold.give_back()
         self._failures_in_a_row = 0
         return judgement(item.key, item.judge, replies, self.rule)
+
+    def _failed(self, item: JudgeItem, error: Exception) -> Judgement | JudgeFailure:
+        import openai
+
+        answered = is_refused(error) or isinstance(error, openai.BadRequestError)
+        if answered and is_content_filtered(error):  # asking again would not help: settled, and counted by its reason
+            return Judgement(key=item.key, judge=item.judge, dropped=CONTENT_FILTER)
+        if isinstance(error, openai.BadRequestError) and is_context_overflow(error):
+            return Judgement(key=item.key, judge=item.judge, dropped=TOO_LONG)
+        if is_refused(error):
+            where = self.settings.base_url or "the OpenAI API"
+            self._fatal = UserError(f"evaluation.judge: {where}, model {self.model!r}: {_short(error)}")
+        else:
+            self._failures_in_a_row += 1
+        return JudgeFailure(item.key, _short(error))
 
     async def _ask(self, client: Any, prompt: str, hold: Reservation) -> Reply:
         """The judge's reply to one judging prompt. Raises openai.APIError, ValueError, _Filtered."""
@@ -183,18 +163,6 @@ class _Filtered(Exception):
 def _short(error: Exception) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}"
-
-
-log = logging.getLogger(__name__)
-
-
-LIMIT, THINKING_LIMIT = "max_tokens", "max_completion_tokens"
-
-
-THINKING_TOKENS = 4096  # thoughts and the number; a judge's are a few hundred tokens
-
-
-_REFUSED = re.compile(r"unsupported|not support|not allowed|unrecognized|only the default", re.I)
 
 
 class JudgeRequest:
@@ -233,9 +201,6 @@ class JudgeRequest:
             log.warning("the judge's endpoint %s", why)
 
 
-CHARACTERS_A_TOKEN = 3  # a first guess; the endpoint's own counts correct it
-
-
 @dataclass
 class Budget:
     """Not thread-safe: used from one event loop. None: without limit.
@@ -254,7 +219,7 @@ class Budget:
 
     def hold(self, prompts: Sequence[str], reply_tokens: int) -> Reservation | None:
         """Set enough aside for these prompts, all or none; None if it is not there any more."""
-        guesses = [len(prompt) / CHARACTERS_A_TOKEN + reply_tokens for prompt in prompts]
+        guesses = [len(prompt) / CHARACTERS_PER_TOKEN + reply_tokens for prompt in prompts]
         if self.calls is not None and self.used_calls + self._held_calls + len(prompts) > self.calls:
             return None
         ahead = (self._held_guess + sum(guesses)) * self._real_by_guess
