@@ -9,8 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ema_scale.audit.audit import Audit, Measure
-from ema_scale.audit.verdict import interval, percent
+from ema_scale.audit.verdict import interval
 from ema_scale.core.io import atomic_write_text
+from ema_scale.core.text import short_percent
 from ema_scale.report.pictures import make_picture
 from ema_scale.report.style import Theme
 from ema_scale.report.write import environment, style_sheet
@@ -58,7 +59,7 @@ def _rows(measures: dict[str, dict[str, object]]) -> list[tuple[str, ...]]:
         auc = found["auc"]
         assert isinstance(auc, dict)
         numbers = [f"{found[key]:.3f}" for key in ("median", "clean_median", "line")]
-        beyond = [percent(float(str(found[key]))) for key in ("beyond_line", "clean_beyond_line")]
+        beyond = [short_percent(float(str(found[key]))) for key in ("beyond_line", "clean_beyond_line")]
         lines.append((TITLES[name], *numbers, *beyond, f"{auc['auc']:.3f}", interval(auc)))
     return lines
 

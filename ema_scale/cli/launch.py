@@ -14,7 +14,7 @@ from ema_scale.cli.app import Overrides, RecipePath, app, console
 if TYPE_CHECKING:
     from ema_scale.recipe import Recipe
     from ema_scale.slurm.site import Site
-    from ema_scale.slurm.status import RunStatus
+    from ema_scale.slurm.status import RunProgress
 
 log = logging.getLogger(__name__)
 
@@ -105,12 +105,12 @@ def status(
     _print_runs(statuses(alone))
 
 
-def _print_runs(runs: Sequence[RunStatus], indent: str = "") -> None:
-    from ema_scale.slurm.status import clock
+def _print_runs(runs: Sequence[RunProgress], indent: str = "") -> None:
+    from ema_scale.core.text import format_clock
 
     for found in runs:
         step = f"step {found.step}" + (f"/{found.max_steps}" if found.max_steps else "") if found.step else ""
-        left = f"{clock(found.left)} left" if found.left is not None else ""
+        left = f"{format_clock(found.left)} left" if found.left is not None else ""
         parts = [str(found.path), found.state, step, left, *found.jobs]
         console.print(indent + "  ".join(part for part in parts if part), markup=False)
         if found.state in ("failed", "stopped") and found.reason:

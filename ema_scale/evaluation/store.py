@@ -17,10 +17,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from ema_scale.core.errors import UserError
-from ema_scale.core.io import append_jsonl, atomic_write_text, read_jsonl
+from ema_scale.core.io import append_jsonl, atomic_write_text, file_lock, read_jsonl
 
 SAMPLES, JUDGEMENTS = "samples.jsonl", "judgements.jsonl"
 
@@ -117,20 +115,13 @@ def locked_store(folder: Path | str) -> Iterator[Store]:
 
     Raises UserError if another evaluation is at work there.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(str(Path(folder) / ".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"{folder}: another evaluation is writing here; wait for it to end") from None
-    try:
+    busy = UserError(f"{folder}: another evaluation is writing here; wait for it to end")
+    with file_lock(Path(folder) / ".lock", busy):
         store = Store(folder)
         try:
             yield store
         finally:
             store.flush()
-    finally:
-        lock.release()
 
 
 def _identity(name: str, row: StoredRow) -> Any:

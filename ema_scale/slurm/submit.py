@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from ema_scale.core.errors import UserError
-from ema_scale.core.io import append_jsonl, atomic_write_text, read_jsonl
+from ema_scale.core.io import append_jsonl, atomic_write_text, file_lock, read_jsonl
 from ema_scale.core.run_dir import RunDir
 from ema_scale.recipe import Recipe
 from ema_scale.slurm import client
@@ -186,16 +184,9 @@ def submitting(path: Path) -> Iterator[None]:
     Raises UserError if somebody else still does after two minutes.
     """
     held = path.parent if find_study(path.parent) else path
-    lock = FileLock(slurm_folder(RunDir(held)) / ".lock")
-    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire(timeout=_PATIENCE)
-    except Timeout:
-        raise UserError(f"{held}: another command is submitting jobs for it; try again") from None
-    try:
+    busy = UserError(f"{held}: another command is submitting jobs for it; try again")
+    with file_lock(slurm_folder(RunDir(held)) / ".lock", busy, _PATIENCE):
         yield
-    finally:
-        lock.release()
 
 
 def enqueue(path: Path, job: Job, options: Sequence[str] = ()) -> str:

@@ -19,9 +19,9 @@ from ema_scale.training import reference_setup
 from ema_scale.training.data import check_vocabulary, is_prepared, on_template, prepare_data
 
 if TYPE_CHECKING:
+    from ema_scale.core.records import DataReport
     from ema_scale.defenses.base import Defense
     from ema_scale.defenses.row_groups import RowGroups
-    from ema_scale.training.data import DataReport
     from ema_scale.training.forward import DefendedForward
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import digest, file_sha256, folder_identity
 from ema_scale.core.io import atomic_write_text
+from ema_scale.core.records import Provenance
 from ema_scale.core.run_dir import RunDir
 from ema_scale.core.uri import locate
 from ema_scale.training.distributed import launched_processes
@@ -118,7 +119,7 @@ def weights_of(recipe: Recipe) -> dict[str, dict[str, str]]:
 
 def check_same_data(hashes: Mapping[str, str], run_dir: RunDir) -> None:
     """Raises UserError if rows or files, source -> sha256, are not those that the folder's run began with."""
-    stored = _provenance(run_dir).get("data_sha256", {})
+    stored = _provenance(run_dir).data_sha256
     for source, sha256 in hashes.items():
         if stored.get(source, sha256) != sha256:
             raise UserError(
@@ -145,12 +146,12 @@ def rows_per_step(recipe: Mapping[str, Any], processes: int) -> int:
 
 
 def _stored_rows_per_step(run_dir: RunDir) -> int:
-    return rows_per_step(_stored(run_dir) or {}, run_dir.status().get("processes", 1))
+    return rows_per_step(_stored(run_dir) or {}, run_dir.status().processes or 1)
 
 
 def _has_ended(run_dir: RunDir) -> bool:
     there = (run_dir.adapter / "adapter_config.json", run_dir.recipe_path)
-    return run_dir.status().get("state") == "finished" and all(path.exists() for path in there)
+    return run_dir.status().state == "finished" and all(path.exists() for path in there)
 
 
 def _is_begun(run_dir: RunDir) -> bool:
@@ -197,13 +198,13 @@ def _short(value: Any) -> str:
 
 def _changed_files(run_dir: RunDir) -> Iterator[str]:
     made = _provenance(run_dir)
-    for source, then in made.get("weights", {}).items():
+    for source, then in made.weights.items():
         folder = Path(locate(source))
         if folder.is_dir() and (mark := _folder_mark(folder)) != then["mark"]:
             if _folder_identity(folder, mark) != then["identity"]:
                 yield f"the checkpoint {source} has changed"
-    marks = made.get("data_files", {})
-    for source, sha256 in made.get("data_sha256", {}).items():
+    marks = made.data_files
+    for source, sha256 in made.data_sha256.items():
         path = _file(source)
         # A file that is gone is the loader's to miss: a finished run needs it no more.
         if path is None or _mark(path) == marks.get(source):
@@ -212,11 +213,11 @@ def _changed_files(run_dir: RunDir) -> Iterator[str]:
             yield f"{source} has changed"
 
 
-def _provenance(run_dir: RunDir) -> dict[str, Any]:
+def _provenance(run_dir: RunDir) -> Provenance:
     try:
-        return dict(json.loads(run_dir.provenance_path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
+        return run_dir.provenance() or Provenance()
+    except UserError:
+        return Provenance()
 
 
 def _file(source: str) -> Path | None:
