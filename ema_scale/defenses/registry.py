@@ -35,7 +35,8 @@ def built_in() -> dict[str, str]:
     return found
 
 
-def known() -> dict[str, str]:
+@functools.cache  # every recipe of a large study asks, and entry points are read from the disk
+def known() -> Mapping[str, str]:
     """kind -> "module:Class" of the built-in defenses and of installed plugins (built-in names win)."""
     plugins = {point.name: point.value for point in metadata.entry_points(group=ENTRY_POINTS)}
     return {**plugins, **built_in()}

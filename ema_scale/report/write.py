@@ -50,7 +50,7 @@ def write(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
     sizes = scaling(every)
     across = None
     if sizes is not None:
-        sizes_picture = make_picture("scaling", "scaling", ALT, CAPTION, lambda t: scaling_figure(sizes, t))
+        sizes_picture = make_picture("scaling", "scaling", ALT, CAPTION, lambda: scaling_figure(sizes))
         drawn = [sizes_picture] if sizes_picture else []
         across = CrossModel(sentences(sizes), drawn, scaling_table(sizes))
         _write_figures(out, drawn)
@@ -64,7 +64,7 @@ def write(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
 
 def _write_figures(out: Path, drawn: Sequence[Picture]) -> None:
     for picture in drawn:
-        atomic_write_text(out / "figures" / f"{picture.name}.svg", picture.light)
+        atomic_write_text(out / "figures" / f"{picture.name}.svg", picture.svg)
         atomic_write_bytes(out / "figures" / f"{picture.name}.png", picture.png)
 
 
