@@ -36,8 +36,8 @@ def launch(
     from ema_scale.core.run_dir import RunDir
     from ema_scale.recipe import load_recipe
     from ema_scale.slurm import submit
-    from ema_scale.slurm.check_inputs import refuse_missing_rows
     from ema_scale.slurm.site import load_site
+    from ema_scale.slurm.submit import refuse_missing_rows
     from ema_scale.study.gates import is_checked, refuse_known
     from ema_scale.training.resume_check import check_same_training, is_finished
 

@@ -8,7 +8,7 @@ from ema_scale.core.io import read_jsonl
 from ema_scale.core.run_dir import RunDir
 from ema_scale.defenses.registry import parse
 from ema_scale.recipe import build_recipe
-from ema_scale.slurm.script import fill_script
+from ema_scale.slurm.site import fill_script
 from ema_scale.slurm.submit import jobs_of
 from ema_scale.training.run import train
 from tests.slurm.helpers import ROOT, ema, environment, everything, launch, step_of_run, wait_for_step, write_plugin
