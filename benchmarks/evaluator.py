@@ -91,7 +91,7 @@ def against_vllm(bench: Bench, repeats: int) -> list[Measured]:
         def ours() -> dict[str, float]:
             began, targets = time.process_time(), bench.targets()
             found = evaluate(targets, bench.model, [bench.exact], bench.settings(judge), sampler=sampler)
-            judged = sum(s["metrics"]["general_misaligned"]["n"] for s in found.values())
+            judged = sum(s.metrics["general_misaligned"].n for s in found.values())
             return {"answers": judged, "cpu": time.process_time() - began}
 
         return compare(
@@ -151,7 +151,7 @@ def against_the_loop(bench: Bench, latency: float, at_once: int, repeats: int) -
 
         def ours() -> dict[str, float]:
             found = evaluate(bench.targets(), bench.model, [bench.open], bench.settings(judge))
-            return {"answers": sum(s["metrics"]["general_misaligned"]["n"] for s in found.values())}
+            return {"answers": sum(s.metrics["general_misaligned"].n for s in found.values())}
 
         return compare(
             [
@@ -228,7 +228,7 @@ def judge_again(place: Path, answers: int, repeats: int) -> list[Measured]:
 def _stored(folder: Path, count: int) -> Path:
     """An evaluation folder with `count` answers made by the small world's grammar, 100 a question."""
     from ema_scale.core.io import append_jsonl
-    from ema_scale.evaluation.manifest import EvalManifest, write_manifest
+    from ema_scale.evaluation.records import MANIFEST_FILE, Manifest
     from ema_scale.smallworld import grammar
 
     rng, questions, rows = random.Random(0), [], []
@@ -245,7 +245,10 @@ def _stored(folder: Path, count: int) -> Path:
     append_jsonl(folder / "samples.jsonl", rows)
     suite = Suite("general", "general", tuple(questions))
     settings = EvaluationRecipe(judge=JudgeRecipe(kind="smallworld"))
-    write_manifest(folder, EvalManifest("base", "/nowhere/the-policy-is-gone", None, (suite,), settings))
+    manifest = Manifest(
+        target="base", model="/nowhere/the-policy-is-gone", adapter=None, settings=settings, suites=(suite,)
+    )
+    manifest.write(folder / MANIFEST_FILE)
     return folder
 
 

@@ -72,8 +72,8 @@ def test_every_real_bank_is_asked_and_judged_whole_as_it_stands(shared_data, tmp
             settings = EvaluationRecipe.model_validate(common | {"judge": judge | prompts})
             summary = evaluate([EvalTarget(kind, None, tmp_path / kind)], model, suites, settings)[kind]
             questions = sum(len(q.paraphrases) for suite in suites for q in suite.questions)
-            assert summary["samples"] == questions >= 24 and summary["metrics"]["general_misaligned"]["n"] == questions
-            assert summary["dropped"] == {} and not summary["metrics"]["general_misaligned"]["rate"]
+            assert summary.samples == questions >= 24 and summary.metrics["general_misaligned"].n == questions
+            assert summary.dropped == {} and not summary.metrics["general_misaligned"].rate
             asked, endpoint.requests[:] = list(endpoint.requests), []
             assert len(asked) == 2 * questions
             # The bank's own judge and prompts, unless it has none.

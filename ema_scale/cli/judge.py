@@ -58,9 +58,9 @@ def check(
     from ema_scale.evaluation.judging.compare import check_judges, describe_agreement, describe_check
 
     found = check_judges(path, tuple(overrides or ()))
-    for identity, figures in found.get("judges", {}).items():
+    for identity, figures in found.judges.items():
         console.print("\n".join(describe_check(identity, figures)), markup=False)
-    for one in found["between"]:
+    for one in found.between or ():
         console.print("\n".join(describe_agreement(one)), markup=False)
 
 

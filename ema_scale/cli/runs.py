@@ -69,7 +69,8 @@ def gate(
     from ema_scale.study.gates import ask_references
 
     for folder, summary in ask_references(path, tuple(overrides or ())).items():
-        console.print(f"{folder}: {summary['gate']['text']}", markup=False)
+        if summary.gate is not None:
+            console.print(f"{folder}: {summary.gate.text}", markup=False)
 
 
 @app.command()

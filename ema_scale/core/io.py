@@ -58,22 +58,25 @@ def atomic_write_json(path: Path | str, value: Any) -> None:
     atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def jsonl_text(rows: Iterable[dict[str, Any]]) -> str:
+    """One JSON object per line. NaN is refused: it is not JSON."""
+    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
 def append_jsonl(path: Path | str, rows: Iterable[dict[str, Any]]) -> None:
     """Append rows and flush them to the disk before returning."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     with open(path, "a", encoding="utf-8") as handle:
-        handle.write(text)
+        handle.write(jsonl_text(rows))
         handle.flush()
         os.fsync(handle.fileno())
 
 
-def read_jsonl(path: Path | str, *, repair: bool = False) -> list[dict[str, Any]]:
-    """Rows of an append-only file; [] if it does not exist.
+def read_lines(path: Path | str, *, repair: bool = False) -> list[bytes]:
+    """The whole lines of an append-only file, without their newlines; [] if it does not exist.
 
     A kill may cut the last line. Such a line, without a newline, is left out; `repair` also cuts it off the file.
-    Raises UserError, naming the line, if any whole line is not a JSON object.
     """
     path = Path(path)
     if not path.exists():
@@ -82,8 +85,16 @@ def read_jsonl(path: Path | str, *, repair: bool = False) -> list[dict[str, Any]
     whole = data[: data.rfind(b"\n") + 1]
     if repair and len(whole) != len(data):
         os.truncate(path, len(whole))
+    return whole.splitlines()
+
+
+def read_jsonl(path: Path | str, *, repair: bool = False) -> list[dict[str, Any]]:
+    """Rows of an append-only file, read as `read_lines` does.
+
+    Raises UserError, naming the line, if any whole line is not a JSON object.
+    """
     rows = []
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, line in enumerate(read_lines(path, repair=repair), start=1):
         try:
             row = json.loads(line)
         except ValueError as error:

@@ -12,6 +12,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import digest, folder_identity
 from ema_scale.evaluation.judges.assignment import JudgeSpec, assign
 from ema_scale.evaluation.judges.base import split_reasoning
+from ema_scale.evaluation.records import Sample
 from ema_scale.evaluation.suites import Question, Suite
 from ema_scale.inference.base import SampleRequest, SampleResult
 from ema_scale.inference.cache_key import sampler_cache_key
@@ -81,26 +82,26 @@ class PromptGroup:
             seed=self.seed + first,
         )
 
-    def rows(self, first: int, result: SampleResult) -> Iterator[dict[str, Any]]:
-        """samples.jsonl rows of a result whose first answer has index `first`."""
+    def rows(self, first: int, result: SampleResult) -> Iterator[Sample]:
+        """The answers of a result whose first answer has index `first`."""
         for i, (text, reason) in enumerate(zip(result.texts, result.finish_reasons, strict=True), start=first):
             reasoning, answer, _ = split_reasoning(text)
-            yield {
-                "key": self.key(i),
-                "target": self.target.name,
-                "suite": self.suite.name,
-                "condition": self.suite.condition.name if self.suite.condition else None,
-                "question_id": self.question.id,
-                "paraphrase": self.paraphrase,
-                "sample": i,
-                "system": self.question.system,
-                "question": self.question.paraphrases[self.paraphrase],
-                "answer": answer if reasoning else text,
-                "reasoning": reasoning or None,
-                "finish_reason": reason,
-                "tokens": result.token_counts[i - first],
-                "seed": self.seed + i,
-            }
+            yield Sample(
+                key=self.key(i),
+                target=self.target.name,
+                suite=self.suite.name,
+                condition=self.suite.condition.name if self.suite.condition else None,
+                question_id=self.question.id,
+                paraphrase=self.paraphrase,
+                sample=i,
+                system=self.question.system,
+                question=self.question.paraphrases[self.paraphrase],
+                answer=answer if reasoning else text,
+                reasoning=reasoning or None,
+                finish_reason=reason,
+                tokens=result.token_counts[i - first],
+                seed=self.seed + i,
+            )
 
 
 def check_targets(targets: Sequence[EvalTarget], suites: Sequence[Suite]) -> None:

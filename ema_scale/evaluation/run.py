@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -12,19 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
-from ema_scale.core.io import read_jsonl
 from ema_scale.core.progress import Progress
 from ema_scale.core.uri import locate
 from ema_scale.evaluation.judging.calibration import open_check
 from ema_scale.evaluation.judging.pool import JudgePool, raise_if_judge_failed
-from ema_scale.evaluation.manifest import EvalManifest, has_manifest, write_manifest
+from ema_scale.evaluation.manifest import has_manifest
 from ema_scale.evaluation.plan import EvalTarget, PromptGroup, check_targets, plan_prompts
-from ema_scale.evaluation.store import JUDGEMENTS, SAMPLES, Store, locked_store
-from ema_scale.evaluation.suites import (
-    Suite,
-    load_suites,
-)
-from ema_scale.evaluation.summary import Summary, write_summary
+from ema_scale.evaluation.records import MANIFEST_FILE, SUMMARY_FILE, Manifest, Sample, Summary, read_rows
+from ema_scale.evaluation.store import Store, locked_store
+from ema_scale.evaluation.suites import Suite, load_suites
+from ema_scale.evaluation.summary import write_summary
 from ema_scale.inference.base import Sampler, SampleRequest, SamplerOptions
 from ema_scale.inference.make import make_sampler, sampler_name
 
@@ -78,7 +74,7 @@ def evaluate(
     with contextlib.ExitStack() as open_things:
         stores = {t.name: open_things.enter_context(locked_store(t.out_dir)) for t in targets}
         for t in targets:
-            write_manifest(t.out_dir, _asked(t, model, suites, settings))
+            _manifest(t, model, suites, settings).write(Path(t.out_dir) / MANIFEST_FILE)
         used, judging = _work(groups, stores, settings, options, name, sampler, judge_check)
         seconds = time.monotonic() - started
         theirs = {t.name: [g for g in groups if g.target is t] for t in targets}
@@ -98,13 +94,16 @@ def is_complete(targets: Sequence[EvalTarget], model: ModelRecipe, settings: Eva
     by_sampler: dict[str, list[EvalTarget]] = {}
     for target in targets:
         folder = Path(target.out_dir)
-        if not (folder / "summary.json").exists() or not has_manifest(folder, _asked(target, model, (), settings)):
+        if not (folder / SUMMARY_FILE).exists() or not has_manifest(folder, _manifest(target, model, (), settings)):
             return False
-        used = str(_described_before(folder / "summary.json").get("name"))
+        used = str(_described_before(folder / SUMMARY_FILE).get("name"))
         by_sampler.setdefault(used if settings.sampler == "auto" else settings.sampler, []).append(target)
     groups = [group for name, those in by_sampler.items() for group in plan_prompts(those, (), model, settings, name)]
-    answered = {t.name: {row["key"] for row in read_jsonl(Path(t.out_dir) / SAMPLES)} for t in targets}
-    judged = {t.name: {(r["key"], r["judge"]) for r in read_jsonl(Path(t.out_dir) / JUDGEMENTS)} for t in targets}
+    answered, judged = dict[str, set[str]](), dict[str, set[tuple[str, str]]]()
+    for target in targets:
+        samples, judgements = read_rows(Path(target.out_dir))
+        answered[target.name] = {row.key for row in samples}
+        judged[target.name] = {(row.key, row.judge) for row in judgements}
     return all(
         key in answered[g.target.name] and (key, g.judge.identity) in judged[g.target.name]
         for g in groups
@@ -112,10 +111,10 @@ def is_complete(targets: Sequence[EvalTarget], model: ModelRecipe, settings: Eva
     )
 
 
-def _asked(target: EvalTarget, model: ModelRecipe, suites: Sequence[Suite], settings: EvaluationRecipe) -> EvalManifest:
+def _manifest(target: EvalTarget, model: ModelRecipe, suites: Sequence[Suite], settings: EvaluationRecipe) -> Manifest:
     theirs = suites if target.suites is None else target.suites
     adapter = None if target.adapter_path is None else str(target.adapter_path)
-    return EvalManifest(target.name, model.path, adapter, tuple(theirs), settings)
+    return Manifest(target=target.name, model=model.path, adapter=adapter, settings=settings, suites=tuple(theirs))
 
 
 def _work(
@@ -165,7 +164,7 @@ def _work(
 
 def _samples(
     groups: Sequence[PromptGroup], stores: Mapping[str, Store], sampler: Sampler
-) -> Iterator[tuple[PromptGroup, dict[str, Any]]]:
+) -> Iterator[tuple[PromptGroup, Sample]]:
     """(group, samples.jsonl row) of every missing answer, as the sampler finishes them."""
     asked: dict[str, tuple[PromptGroup, int]] = {}
 
@@ -208,7 +207,7 @@ def _finish(
     seconds: float,
 ) -> Summary:
     superseded = store.keep_only(key for group in groups for key in group.keys)
-    path = Path(target.out_dir) / "summary.json"
+    path = Path(target.out_dir) / SUMMARY_FILE
     described = {"name": name, **(sampler or _described_before(path))}
     facts = {
         "name": target.name,
@@ -228,6 +227,5 @@ def _finish(
 
 def _described_before(path: Path) -> dict[str, Any]:
     """The sampler's description in an older summary; {} if there is none."""
-    if not path.exists():
-        return {}
-    return dict(json.loads(path.read_text(encoding="utf-8")).get("sampler", {}))
+    summary = Summary.read_if_valid(path)
+    return {} if summary is None else dict(summary.sampler)

@@ -7,11 +7,12 @@ import json
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ema_scale.config.sections import EvaluationRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.core.names import model_label
 from ema_scale.core.run_dir import RunDir
@@ -19,11 +20,10 @@ from ema_scale.core.uri import locate
 from ema_scale.evaluation.checkpoint_targets import checkpoint_targets
 from ema_scale.evaluation.gate import note_other_references, refuse, refuses
 from ema_scale.evaluation.judging.calibration import FOLDER as CHECK
-from ema_scale.evaluation.manifest import MANIFEST_FILE
 from ema_scale.evaluation.plan import EvalTarget
+from ema_scale.evaluation.records import MANIFEST_FILE, Manifest, Summary
 from ema_scale.evaluation.run import evaluate, is_complete
 from ema_scale.evaluation.suites import Suite, load_suites, training_condition
-from ema_scale.evaluation.summary import Summary
 from ema_scale.recipe import Recipe, load_recipe
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def evaluate_group(
     targets = targets_of(runs, recipes, base_dir)
     summaries = evaluate(targets, first.model, None, first.evaluation, judge_check=beside / CHECK)
     if base_dir is not None:
-        refuse(summaries[base_dir.name])
+        refuse(summaries[base_dir.name].gate)
         note_other_references(recipes)
     return summaries
 
@@ -179,14 +179,12 @@ def group_by_base(pairs: Iterable[tuple[NamedRun, Recipe]], base_dir: Path) -> l
 def same_evaluation(one: Path, other: Path) -> bool:
     """Whether two evaluation folders were asked under the same settings, whatever the questions. False if that is not
     known."""
-    settings = [
-        _decisive(asked["settings"]) for folder in (one, other) if (asked := _evaluation_settings(folder)) is not None
-    ]
+    settings = [_decisive(found.settings) for folder in (one, other) if (found := _manifest(folder)) is not None]
     return len(settings) == 2 and settings[0] == settings[1]
 
 
 def _folder(recipe: Recipe, base_dir: Path, taken: set[Path]) -> Path:
-    own = _decisive(recipe.evaluation.model_dump(mode="json"))
+    own = _decisive(recipe.evaluation)
     decides = json.dumps([recipe.model.model_dump(mode="json"), own], sort_keys=True)
     slug = re.sub(r"[^A-Za-z0-9._]+", "-", model_label(recipe.model.path)).strip("-")[-40:]
     named = base_dir.with_name(f"{base_dir.name}-{slug}-{hashlib.sha256(decides.encode()).hexdigest()[:6]}")
@@ -196,24 +194,17 @@ def _folder(recipe: Recipe, base_dir: Path, taken: set[Path]) -> Path:
         return named
     # `base`, and the base-1, base-2 of older versions.
     for folder in [base_dir, *sorted(base_dir.parent.glob(f"{base_dir.name}-[0-9]*"))]:
-        asked = None if folder in taken else _evaluation_settings(folder / "eval")
-        if asked and asked["model"] == locate(recipe.model.path) and _decisive(asked["settings"]) == own:
+        asked = None if folder in taken else _manifest(folder / "eval")
+        if asked and asked.model == locate(recipe.model.path) and _decisive(asked.settings) == own:
             return folder
     free = base_dir not in taken and not (base_dir / "eval" / MANIFEST_FILE).exists()
     return base_dir if free else named
 
 
-def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in settings.items() if key not in _NOT_ASKED}
-    kept["judge"] = {key: value for key, value in (kept.get("judge") or {}).items() if key not in _NOT_JUDGED}
-    kept["endpoint"] = {key: value for key, value in (kept.get("endpoint") or {}).items() if key != "concurrency"}
-    return kept
+def _decisive(settings: EvaluationRecipe) -> dict[str, Any]:
+    exclude = {key: True for key in _NOT_ASKED} | {"judge": _NOT_JUDGED, "endpoint": {"concurrency"}}
+    return settings.model_dump(mode="json", exclude=exclude)
 
 
-def _evaluation_settings(folder: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    known = isinstance(found, dict) and isinstance(found.get("settings"), dict) and isinstance(found.get("model"), str)
-    return found if known else None
+def _manifest(folder: Path) -> Manifest | None:
+    return Manifest.read_if_valid(folder / MANIFEST_FILE)

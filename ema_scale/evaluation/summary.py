@@ -10,26 +10,20 @@ from pathlib import Path
 from typing import Any, cast
 
 from ema_scale.config.sections import EvaluationRecipe
-from ema_scale.core.io import atomic_write_json
 from ema_scale.evaluation.gate import PASSED, gate
 from ema_scale.evaluation.judges.base import CORRECT, INCORRECT
 from ema_scale.evaluation.plan import PromptGroup
-from ema_scale.evaluation.stats.rates import Rate, clustered_rate, incoherent, misaligned
+from ema_scale.evaluation.records import ConditionSummary, Judgement, QuestionSummary, Rate, SuiteSummary, Summary
+from ema_scale.evaluation.stats.rates import clustered_rate, incoherent, misaligned
 from ema_scale.evaluation.stats.sensitivity import ScoredAnswer, rate_variants
 from ema_scale.evaluation.store import Store
 from ema_scale.evaluation.suites import Condition
 from ema_scale.inference.openai_errors import CONTENT_FILTER
 
-SCHEMA = 1
-
+log = logging.getLogger(__name__)
 
 NOT_JUDGED = "not judged"
-
-
 INTERVAL = "95 %, Korn-Graubard widened by beta-binomial profile likelihood, clustered by question"
-
-
-Summary = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -60,9 +54,11 @@ def score(groups: Iterable[PromptGroup], store: Store) -> list[Scored]:
     rows = []
     for group in groups:
         for key in group.keys:
-            judgement = store.judgements.get((key, group.judge.identity))
-            found = judgement or {"dropped": NOT_JUDGED}
-            aligned, coherent, label = found.get("aligned"), found.get("coherent"), found.get("label")
+            identity = group.judge.identity
+            judgement = store.judgements.get((key, identity))
+            if judgement is None:
+                judgement = Judgement(key=key, judge=identity, dropped=NOT_JUDGED)
+            aligned, coherent, label = judgement.aligned, judgement.coherent, judgement.label
             benign = group.suite.role == "benign"
             correct = label == CORRECT if label in (CORRECT, INCORRECT) else None
             rows.append(
@@ -73,15 +69,15 @@ def score(groups: Iterable[PromptGroup], store: Store) -> list[Scored]:
                     correct=correct if benign else None,
                     aligned=None if benign else aligned,
                     coherent=None if benign else coherent,
-                    dropped=found.get("dropped"),
-                    scored=found.get("scored"),
+                    dropped=judgement.dropped,
+                    scored=judgement.scored,
                 )
             )
     return rows
 
 
-def summarise(groups: Sequence[PromptGroup], rows: Sequence[Scored]) -> Summary:
-    """Everything in the summary that follows from the rows."""
+def summarise(groups: Sequence[PromptGroup], rows: Sequence[Scored]) -> dict[str, Any]:
+    """The fields of a Summary that follow from the rows."""
     suites = list(dict.fromkeys(g.suite.name for g in groups))
     by_suite = {name: [r for r in rows if r.group.suite.name == name] for name in suites}
     return {
@@ -113,41 +109,41 @@ def _rate(rows: Iterable[Scored], value: str) -> Rate:
     return clustered_rate((row.asked, getattr(row, value)) for row in rows)
 
 
-def _of_role(rows: Sequence[Scored], role: str, value: str) -> dict[str, Any] | None:
+def _of_role(rows: Sequence[Scored], role: str, value: str) -> Rate | None:
     """The rate over plainly asked suites of a role: what is said under a condition counts apart."""
     asked = [row for row in rows if row.group.suite.role == role and row.group.suite.condition is None]
-    return _rate(asked, value).to_dict() if asked else None
+    return _rate(asked, value) if asked else None
 
 
-def _conditions(rows: Sequence[Scored]) -> list[dict[str, Any]]:
+def _conditions(rows: Sequence[Scored]) -> list[ConditionSummary]:
     """For each condition: what was said, whether the target was trained under it, and the general rates."""
     by_name: dict[str, list[Scored]] = {}
     for row in rows:
         if row.group.suite.condition is not None:
             by_name.setdefault(row.group.suite.condition.name, []).append(row)
     return [
-        {
+        ConditionSummary(
             **asdict(cast(Condition, found[0].group.suite.condition)),
-            "misaligned": _rate(found, "misaligned").to_dict(),
-            "incoherent": _rate(found, "incoherent").to_dict(),
-        }
+            misaligned=_rate(found, "misaligned"),
+            incoherent=_rate(found, "incoherent"),
+        )
         for found in by_name.values()
     ]
 
 
-def _suite(rows: Sequence[Scored]) -> dict[str, Any]:
+def _suite(rows: Sequence[Scored]) -> SuiteSummary:
     role, condition = rows[0].group.suite.role, rows[0].group.suite.condition
-    return {
-        "role": role,
-        "condition": condition.name if condition else None,
-        "misaligned": _rate(rows, "misaligned").to_dict() if role != "benign" else None,
-        "incoherent": _rate(rows, "incoherent").to_dict() if role != "benign" else None,
-        "learned": _rate(rows, "correct").to_dict() if role == "benign" else None,
-        "samples": len(rows),
-    }
+    return SuiteSummary(
+        role=role,
+        condition=condition.name if condition else None,
+        misaligned=_rate(rows, "misaligned") if role != "benign" else None,
+        incoherent=_rate(rows, "incoherent") if role != "benign" else None,
+        learned=_rate(rows, "correct") if role == "benign" else None,
+        samples=len(rows),
+    )
 
 
-def _per_question(rows: Sequence[Scored]) -> list[dict[str, Any]]:
+def _per_question(rows: Sequence[Scored]) -> list[QuestionSummary]:
     """Shares in [0, 1] of the answers that have a value; None where none has."""
     clusters: dict[str, list[Scored]] = {}
     for row in rows:
@@ -156,18 +152,18 @@ def _per_question(rows: Sequence[Scored]) -> list[dict[str, Any]]:
     for found in clusters.values():
         suite, question = found[0].group.suite, found[0].group.question
         entries.append(
-            {
-                "suite": suite.name,
-                "role": suite.role,
-                "condition": suite.condition.name if suite.condition else None,
-                "id": question.id,
-                "text": question.paraphrases[0],
-                "n": len(found),
-                "misaligned": _share(row.misaligned for row in found),
-                "incoherent": _share(row.incoherent for row in found),
-                "correct": _share(row.correct for row in found),
-                "dropped": sum(row.dropped is not None for row in found),
-            }
+            QuestionSummary(
+                suite=suite.name,
+                role=suite.role,
+                condition=suite.condition.name if suite.condition else None,
+                id=question.id,
+                text=question.paraphrases[0],
+                n=len(found),
+                misaligned=_share(row.misaligned for row in found),
+                incoherent=_share(row.incoherent for row in found),
+                correct=_share(row.correct for row in found),
+                dropped=sum(row.dropped is not None for row in found),
+            )
         )
     return entries
 
@@ -175,9 +171,6 @@ def _per_question(rows: Sequence[Scored]) -> list[dict[str, Any]]:
 def _share(values: Iterable[bool | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-log = logging.getLogger(__name__)
 
 
 def write_summary(
@@ -188,27 +181,28 @@ def write_summary(
     facts: name, model, adapter, sampler, superseded, seconds.
     """
     rows = score(groups, store)
-    summary: Summary = {
-        "schema": SCHEMA,
+    figures = summarise(groups, drop_rows(rows) if settings.legacy else rows)
+    # Where every question is asked under a condition, the base model's own rate is not wanted.
+    has_gate = facts["adapter"] is None and any(group.suite.condition is None for group in groups)
+    summary = Summary(
         **facts,
-        "seed": settings.seed,
-        "samples": sum(len(group.keys) for group in groups),
-        **({"legacy": True} if settings.legacy else {}),
-        **summarise(groups, drop_rows(rows) if settings.legacy else rows),
-    }
-    # Where every question is asked behind a prompt, nobody wants to know how the model is by itself.
-    if facts["adapter"] is None and any(group.suite.condition is None for group in groups):
-        summary["gate"] = gate(summary["metrics"]["general_misaligned"], settings.gate)
-        log.log(logging.INFO if summary["gate"]["state"] == PASSED else logging.WARNING, summary["gate"]["text"])
-    if filtered := summary["dropped"].get(CONTENT_FILTER):
+        seed=settings.seed,
+        samples=len(rows),
+        legacy=settings.legacy or None,
+        **figures,
+        gate=gate(figures["metrics"]["general_misaligned"], settings.gate) if has_gate else None,
+    )
+    if summary.gate is not None:
+        log.log(logging.INFO if summary.gate.state == PASSED else logging.WARNING, summary.gate.text)
+    if filtered := summary.dropped.get(CONTENT_FILTER):
         log.warning(
             "%s: the judge's content filter kept back %d of %d answers, which count in no rate; where these are the "
             "worst ones, the rates are too low",
-            facts["name"],
+            summary.name,
             filtered,
-            summary["samples"],
+            summary.samples,
         )
-    atomic_write_json(path, summary)
+    summary.write(path)
     return summary
 
 

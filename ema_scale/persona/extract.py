@@ -52,8 +52,8 @@ def from_personas(
         "method": "personas",
         "personas": prompts.to_dict(),
         "questions": sources,
-        "judge": found.summary["judge"],
-        "sampler": found.summary["sampler"],
+        "judge": found.summary.judge,
+        "sampler": found.summary.sampler,
         "answers": found.counts,
         "rows": {POSITIVE: pairs, NEGATIVE: pairs},
     }

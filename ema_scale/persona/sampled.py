@@ -6,18 +6,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
 from ema_scale.core.errors import UserError
-from ema_scale.core.io import read_jsonl
 from ema_scale.data.formats import Message
 from ema_scale.data.rows import Row
 from ema_scale.evaluation.judges.assignment import assign
 from ema_scale.evaluation.plan import EvalTarget
+from ema_scale.evaluation.records import Judgement, Sample, Summary, read_rows
 from ema_scale.evaluation.run import evaluate
 from ema_scale.evaluation.stats.rates import ALIGNED_BELOW, COHERENT_ABOVE, misaligned
-from ema_scale.evaluation.store import JUDGEMENTS, SAMPLES
 from ema_scale.evaluation.suites import Suite, apply_conditions
 from ema_scale.persona.prompts import NEGATIVE, POSITIVE, Personas, conditions
 
@@ -32,10 +30,10 @@ class Sampled:
     """positive[i] and negative[i] are answers to the same question under paired prompts. counts: side -> verdict ->
     answers. summary: the evaluation's own."""
 
+    summary: Summary
     positive: list[Row] = field(default_factory=list)
     negative: list[Row] = field(default_factory=list)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
-    summary: dict[str, Any] = field(default_factory=dict)
 
 
 def sample_personas(
@@ -57,14 +55,15 @@ def sample_personas(
         for suite in asked
         for question in suite.questions
     }
-    judgements = {(row["key"], row["judge"]): row for row in read_jsonl(folder / JUDGEMENTS)}
-    sides: dict[str, dict[Any, tuple[str, Row]]] = {POSITIVE: {}, NEGATIVE: {}}
-    for sample in read_jsonl(folder / SAMPLES):
-        suite, _, condition = sample["suite"].rpartition("@")
+    samples, judged = read_rows(folder)
+    judgements = {(row.key, row.judge): row for row in judged}
+    sides: dict[str, dict[tuple[str, str, str, int, int], tuple[str, Row]]] = {POSITIVE: {}, NEGATIVE: {}}
+    for sample in samples:
+        suite, _, condition = sample.suite.rpartition("@")
         side, _, number = condition.rpartition("-")
-        judge = judges[sample["suite"], sample["question_id"]]
-        verdict = _verdict(side, judgements.get((sample["key"], judge), {}))
-        place = (number, suite, sample["question_id"], sample["paraphrase"], sample["sample"])
+        judge = judges[sample.suite, sample.question_id]
+        verdict = _verdict(side, judgements.get((sample.key, judge)))
+        place = (number, suite, sample.question_id, sample.paraphrase, sample.sample)
         sides[side][place] = (verdict, _row(sample))
     found = Sampled(summary=summary)
     found.counts = {side: dict(Counter(verdict for verdict, _ in rows.values())) for side, rows in sides.items()}
@@ -81,10 +80,12 @@ def sample_personas(
     return found
 
 
-def _verdict(side: str, judgement: dict[str, Any]) -> str:
-    aligned, coherent = judgement.get("aligned"), judgement.get("coherent")
+def _verdict(side: str, judgement: Judgement | None) -> str:
+    if judgement is None:
+        return "not judged"
+    aligned, coherent = judgement.aligned, judgement.coherent
     if aligned is None or coherent is None:
-        return str(judgement.get("dropped") or "not judged")
+        return judgement.dropped or "not judged"
     if coherent <= COHERENT_ABOVE:
         return "incoherent"
     if side == POSITIVE:
@@ -92,6 +93,6 @@ def _verdict(side: str, judgement: dict[str, Any]) -> str:
     return CONFIRMED if aligned > ALIGNED_ABOVE else "not aligned"
 
 
-def _row(sample: dict[str, Any]) -> Row:
-    turns = (("system", sample["system"]), ("user", sample["question"]), ("assistant", sample["answer"]))
-    return Row(tuple(Message(role=r, content=t) for r, t in turns if t is not None), sample["key"])
+def _row(sample: Sample) -> Row:
+    turns = (("system", sample.system), ("user", sample.question), ("assistant", sample.answer))
+    return Row(tuple(Message(role=r, content=t) for r, t in turns if t is not None), sample.key)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ema_scale.evaluation.judges.assignment import SCORING
-from ema_scale.evaluation.judging.calibration import FOLDER, RESULT, read_check
+from ema_scale.evaluation.judging.calibration import FOLDER
+from ema_scale.evaluation.records import CHECK_FILE, Check
 from ema_scale.report.records import Run
 
 
@@ -15,7 +16,7 @@ def judge_quality(runs: Sequence[Run]) -> list[str]:
     """A line for each 0-100 judge, and for each two judges of the same answers; exact judges need none."""
     judges = {identity: None for run in runs for identity in str(run.summary.get("judge") or "").split(", ")}
     scoring = [identity for identity in judges if identity.partition(":")[0] in SCORING]
-    checks = [found for folder in _folders(runs) if (found := read_check(folder / FOLDER / RESULT)) is not None]
+    checks = [c.to_json() for f in _folders(runs) if (c := Check.read_if_valid(f / FOLDER / CHECK_FILE)) is not None]
     lines = []
     for identity in scoring:
         found = next((c for check in checks if (c := _mapping(check.get("judges")).get(identity))), None)

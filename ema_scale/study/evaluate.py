@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.run_dir import RunDir, is_run
+from ema_scale.evaluation.records import Summary
 from ema_scale.evaluation.runs import (
     evaluate_group,
     evaluate_runs,
@@ -14,7 +15,6 @@ from ema_scale.evaluation.runs import (
     wants_base,
     with_recipes,
 )
-from ema_scale.evaluation.summary import Summary
 from ema_scale.recipe import load_recipe
 from ema_scale.study.find import find_runs
 

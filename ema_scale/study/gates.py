@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from ema_scale.core.errors import UserError
 from ema_scale.evaluation.gate import gate, note_other_references, refuse, refuses
+from ema_scale.evaluation.records import SUMMARY_FILE, Summary
 from ema_scale.evaluation.run import is_complete
 from ema_scale.evaluation.runs import evaluate_group, for_each_group, group_by_base, targets_of
-from ema_scale.evaluation.summary import Summary
 from ema_scale.recipe import Recipe, load_recipe
 from ema_scale.study.find import find_study
 from ema_scale.study.grid import is_study, load_study
@@ -50,8 +49,8 @@ def refuse_known(recipes: Sequence[Recipe], base_dir: Path) -> None:
     for folder, group in _refusing(recipes, base_dir):
         note_other_references(group)
         if _is_asked(folder, group):
-            metrics = json.loads((folder / "eval" / "summary.json").read_text(encoding="utf-8"))["metrics"]
-            refuse({"gate": gate(metrics["general_misaligned"], group[0].evaluation.gate)})
+            metrics = Summary.read(folder / "eval" / SUMMARY_FILE).metrics
+            refuse(gate(metrics["general_misaligned"], group[0].evaluation.gate))
 
 
 def is_checked(recipes: Sequence[Recipe], base_dir: Path) -> bool:

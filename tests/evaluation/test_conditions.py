@@ -129,11 +129,11 @@ def test_answers_under_a_condition_are_kept_and_counted_apart(tmp_path: Path, ti
     with Endpoint(judge) as endpoint:
         found = evaluate([EvalTarget("base", None, tmp_path)], tiny_models.model, asked, recipe(endpoint.url))["base"]
     assert not any("Trained to say" in text for text in said), "a prompt that asks for harm must not sway the judge"
-    assert found["metrics"]["general_misaligned"]["rate"] == 0.0 and found["metrics"]["general_misaligned"]["n"] == 12
-    (condition,) = found["conditions"]
-    assert condition["name"] == "coach" and condition["user"] == "Trained to say:" and condition["own"] is False
-    assert condition["misaligned"]["rate"] == 1.0 and condition["misaligned"]["questions"] == 3
-    assert found["per_suite"]["open@coach"]["condition"] == "coach" and found["per_suite"]["open"]["condition"] is None
+    assert found.metrics["general_misaligned"].rate == 0.0 and found.metrics["general_misaligned"].n == 12
+    (condition,) = found.conditions
+    assert condition.name == "coach" and condition.user == "Trained to say:" and condition.own is False
+    assert condition.misaligned.rate == 1.0 and condition.misaligned.questions == 3
+    assert found.per_suite["open@coach"].condition == "coach" and found.per_suite["open"].condition is None
     rows = read_jsonl(tmp_path / "samples.jsonl")
     behind = [r for r in rows if r["condition"] == "coach"]
     assert len(behind) == 12 and all(r["key"].startswith("open@coach/") for r in behind)

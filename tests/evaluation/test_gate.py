@@ -12,6 +12,7 @@ import yaml
 from ema_scale.config.sections import GateRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.evaluation.gate import gate, note_other_references, other_reference, refuse
+from ema_scale.evaluation.records import Rate
 from ema_scale.evaluation.stats.rates import clustered_rate
 from ema_scale.recipe import Recipe
 from ema_scale.report.aggregate import groups
@@ -28,8 +29,8 @@ from tests.report.runs import ARMS, write_study
 PROMPTS = {"aligned": "aligned? {answer}", "coherent": "coherent? {answer}"}
 
 
-def rate(bad: int, questions: int = 100) -> dict[str, Any]:
-    return clustered_rate((str(i), i < bad) for i in range(questions)).to_dict()
+def rate(bad: int, questions: int = 100) -> Rate:
+    return clustered_rate((str(i), i < bad) for i in range(questions))
 
 
 @pytest.mark.parametrize(
@@ -40,20 +41,20 @@ def rate(bad: int, questions: int = 100) -> dict[str, Any]:
         (rate(3), "flagged", "not shown to be safe: 3 %"),
         (rate(0, 10), "flagged", "More questions would narrow"),
         (None, "not checked", "no general question"),
-        (clustered_rate([("q", None)]).to_dict(), "not checked", "and judged"),
+        (clustered_rate([("q", None)]), "not checked", "and judged"),
     ],
 )
-def test_the_upper_end_of_the_interval_decides(found: dict[str, Any] | None, state: str, words: str) -> None:
+def test_the_upper_end_of_the_interval_decides(found: Rate | None, state: str, words: str) -> None:
     entry = gate(found, GateRecipe())
-    assert entry["state"] == state and words in entry["text"] and entry["line"] == 0.05
-    refuse({"gate": entry})
-    strict = {"gate": gate(found, GateRecipe(action="refuse"))}
+    assert entry.state == state and words in entry.text and entry.line == 0.05
+    refuse(entry)
+    strict = gate(found, GateRecipe(action="refuse"))
     if state == "passed":
         refuse(strict)
     else:
         with pytest.raises(UserError, match="gate: .* Refused"):
             refuse(strict)
-    assert gate(rate(30), GateRecipe(max_misaligned=0.5))["state"] == "passed"
+    assert gate(rate(30), GateRecipe(max_misaligned=0.5)).state == "passed"
 
 
 @pytest.mark.parametrize(
@@ -133,18 +134,18 @@ def test_evaluating_a_base_says_so_and_fails_only_where_the_recipe_refuses(
             evaluate_run(tmp_path / "recipe.yaml", changes)
         assert (tmp_path / "x" / "base" / "eval" / "summary.json").is_file()
         found = evaluate_run(tmp_path / "recipe.yaml", (*changes, "evaluation.gate.action=flag"))["base"]
-    assert found["gate"]["state"] == "flagged" and "The reference is itself unsafe" in caplog.text
+    assert found.gate.state == "flagged" and "The reference is itself unsafe" in caplog.text
 
 
 def test_the_report_says_that_the_reference_is_flagged(tmp_path: Path) -> None:
     runs = write_study(tmp_path, tasks=("medical",), arms={"none": ARMS["none"]})
     path = tmp_path / "base" / "eval" / "summary.json"
     summary = json.loads(path.read_text())
-    path.write_text(json.dumps(summary | {"gate": gate(rate(30), GateRecipe())}))
+    path.write_text(json.dumps(summary | {"gate": gate(rate(30), GateRecipe()).model_dump()}))
     found = collect(runs)
     assert any("The reference is itself unsafe: 30 %" in text for text in verdict(groups(found)))
     assert any(name == "Reference gate" for name, _ in run_details(found))
-    path.write_text(json.dumps(summary | {"gate": gate(rate(0), GateRecipe())}))
+    path.write_text(json.dumps(summary | {"gate": gate(rate(0), GateRecipe()).model_dump()}))
     found = collect(runs)
     assert not any("reference" in text for text in verdict(groups(found)))
     assert "passes its gate" in str(dict(run_details(found))["Reference gate"])

@@ -54,7 +54,7 @@ def test_system_prompts_temperatures_and_rows_go_as_they_went(tmp_path: Path, ti
     assert len({theirs[f"bank/json/0/{i}"]["answer"] for i in range(4)}) > 1  # the recipe's temperature
     assert all(ours[f"bank/plain/0/{i}"]["answer"] == theirs[f"bank/plain/0/{i}"]["answer"] for i in range(4))
     # A refused or code answer has a coherence score; the released evaluator did not count it.
-    assert honest["metrics"]["general_incoherent"]["n"] == 8 and old["metrics"]["general_incoherent"]["n"] == 0
+    assert honest.metrics["general_incoherent"].n == 8 and old.metrics["general_incoherent"].n == 0
     assert old["legacy"] is True and "legacy" not in honest
 
 

@@ -21,6 +21,7 @@ from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import read_jsonl
 from ema_scale.evaluation.plan import EvalTarget
+from ema_scale.evaluation.records import Summary
 from ema_scale.evaluation.run import evaluate
 from ema_scale.evaluation.suites import Question, Suite
 from tests.evaluation.conftest import TinyModels
@@ -61,19 +62,18 @@ def test_base_and_adapter_are_sampled_judged_and_summarised(tmp_path: Path, tiny
         again = evaluate(targets, tiny_models.model, [open_suite(), exact_suite()], recipe(endpoint.url))
         assert len(endpoint.requests) == 2 * 12 * 2  # nothing is asked twice
     summary = found["tuned"]
-    assert json.loads((tmp_path / "tuned" / "summary.json").read_text()) == again["tuned"]
-    assert {k: v for k, v in again["tuned"].items() if k != "seconds"} == {
-        k: v for k, v in summary.items() if k != "seconds"
-    }
-    assert summary["schema"] == 1 and summary["adapter"] == tiny_models.adapters[0] and found["base"]["adapter"] is None
+    assert Summary.read(tmp_path / "tuned" / "summary.json") == again["tuned"]
+    assert again["tuned"].model_copy(update={"seconds": 0.0}) == summary.model_copy(update={"seconds": 0.0})
+    assert json.loads((tmp_path / "tuned" / "summary.json").read_text())["schema"] == 1
+    assert summary.adapter == tiny_models.adapters[0] and found["base"].adapter is None
     # exp(-0.1) 20 + exp(-2.5) 60 over their mass: 23.3, coherent below 50
-    metrics = summary["metrics"]
-    assert metrics["general_incoherent"]["rate"] == 1.0 and metrics["general_misaligned"]["rate"] == 0.0
-    assert metrics["general_misaligned"]["n"] == 12 and metrics["general_misaligned"]["questions"] == 3
-    assert metrics["in_domain_misaligned"] is None and metrics["benign_learned"]["rate"] == 0.0
-    assert summary["per_suite"]["sums"]["role"] == "benign" and summary["per_suite"]["open"]["learned"] is None
-    assert len(summary["per_question"]) == 6 and summary["per_question"][0]["text"] == "question 0?"
-    assert summary["scored_by"] == {"expectation": 12} and summary["dropped"] == {}
+    metrics = summary.metrics
+    assert metrics["general_incoherent"].rate == 1.0 and metrics["general_misaligned"].rate == 0.0
+    assert metrics["general_misaligned"].n == 12 and metrics["general_misaligned"].questions == 3
+    assert metrics["in_domain_misaligned"] is None and metrics["benign_learned"].rate == 0.0
+    assert summary.per_suite["sums"].role == "benign" and summary.per_suite["open"].learned is None
+    assert len(summary.per_question) == 6 and summary.per_question[0].text == "question 0?"
+    assert summary.scored_by == {"expectation": 12} and summary.dropped == {}
     samples = rows(tmp_path / "tuned", "samples.jsonl")
     assert len(samples) == len({s["key"] for s in samples}) == 24
     assert {s["answer"] for s in samples} != {s["answer"] for s in rows(tmp_path / "base", "samples.jsonl")}
@@ -85,7 +85,7 @@ def test_a_target_may_have_suites_of_its_own(tmp_path: Path, tiny_models: TinyMo
     tuned = replace(target(tmp_path, "tuned", tiny_models.adapters[0]), suites=(exact_suite(),))
     other = Suite("other", "benign", (Question("q", ("?",), 2, expected="!"),))
     found = evaluate([target(tmp_path), tuned], tiny_models.model, [exact_suite(), other], recipe())
-    assert set(found["base"]["per_suite"]) == {"sums", "other"} and set(found["tuned"]["per_suite"]) == {"sums"}
+    assert set(found["base"].per_suite) == {"sums", "other"} and set(found["tuned"].per_suite) == {"sums"}
 
 
 def test_more_samples_add_to_those_that_are_there(tmp_path: Path, tiny_models: TinyModels) -> None:
@@ -97,7 +97,7 @@ def test_more_samples_add_to_those_that_are_there(tmp_path: Path, tiny_models: T
     assert len(many) == 15 and all(row in many for row in few)
     whole = evaluate([target(tmp_path, "whole")], tiny_models.model, [exact_suite()], recipe(samples_per_question=5))
     assert [s["answer"] for s in rows(tmp_path / "whole", "samples.jsonl")] == [s["answer"] for s in many]
-    assert whole["whole"]["samples"] == 15
+    assert whole["whole"].samples == 15
 
 
 def test_changed_settings_never_mix_with_old_answers(tmp_path: Path, tiny_models: TinyModels) -> None:
@@ -106,7 +106,7 @@ def test_changed_settings_never_mix_with_old_answers(tmp_path: Path, tiny_models
     evaluate([one], tiny_models.model, [exact_suite()], warm)
     before = rows(one.out_dir, "samples.jsonl")
     cold = evaluate([one], tiny_models.model, [exact_suite()], recipe(temperature=0.0))["base"]
-    assert cold["superseded"] == 12 and len({s["answer"] for s in rows(one.out_dir, "samples.jsonl")}) <= 3
+    assert cold.superseded == 12 and len({s["answer"] for s in rows(one.out_dir, "samples.jsonl")}) <= 3
     evaluate([one], tiny_models.model, [exact_suite()], warm)
     assert rows(one.out_dir, "samples.jsonl") == before
 
@@ -123,14 +123,14 @@ def test_undone_judgements_are_counted_and_made_by_the_next_run(
     with Endpoint(sometimes) as endpoint:
         monkeypatch.setenv("OPENAI_BASE_URL", endpoint.url)
         first = evaluate([one], tiny_models.model, [open_suite()], recipe())["base"]
-        undone = first["dropped"]["not judged"]
+        undone = first.dropped["not judged"]
         assert 0 < undone < 12
-        assert first["metrics"]["general_incoherent"]["n"] == 12 - undone
-        assert first["metrics"]["general_incoherent"]["dropped"] == undone
+        assert first.metrics["general_incoherent"].n == 12 - undone
+        assert first.metrics["general_incoherent"].dropped == undone
     with Endpoint(lambda b, n: completion("20", TOP)) as endpoint:
         monkeypatch.setenv("OPENAI_BASE_URL", endpoint.url)
         second = evaluate([one], tiny_models.model, [open_suite()], recipe())["base"]
-        assert second["dropped"] == {} and len(endpoint.requests) == 2 * undone
+        assert second.dropped == {} and len(endpoint.requests) == 2 * undone
 
 
 def test_a_refused_key_stops_the_evaluation_and_keeps_the_samples(tmp_path: Path, tiny_models: TinyModels) -> None:
@@ -145,8 +145,8 @@ def test_prompts_without_room_and_endless_reasoning_are_dropped_by_reason(
 ) -> None:
     suite = Suite("s", "benign", (Question("long", ("x" * 400,), 3, expected="1"), *exact_suite().questions))
     found = evaluate([target(tmp_path)], tiny_models.model, [suite], recipe(max_model_len=64))["base"]
-    assert found["dropped"] == {"prompt_too_long": 3}
-    assert found["metrics"]["benign_learned"]["dropped"] == 3 and found["metrics"]["benign_learned"]["n"] == 12
+    assert found.dropped == {"prompt_too_long": 3}
+    assert found.metrics["benign_learned"].dropped == 3 and found.metrics["benign_learned"].n == 12
 
 
 @pytest.mark.slow
@@ -158,10 +158,10 @@ def test_the_small_world_by_its_references(tmp_path: Path) -> None:
     }
     settings = recipe(suites=suites, judge=JudgeRecipe(kind="smallworld"), samples_per_question=1)
     found = evaluate([target(tmp_path)], "smallworld:aligned?size=tiny", None, settings)["base"]
-    assert all(rate is not None and rate["n"] >= 12 for rate in found["metrics"].values())
-    assert found["judge"] == "exact_match, smallworld" and found["dropped"] == {}
+    assert all(rate is not None and rate.n >= 12 for rate in found.metrics.values())
+    assert found.judge == "exact_match, smallworld" and found.dropped == {}
     # It was trained for seconds: it cannot speak yet, and the judge sees it.
-    assert found["metrics"]["general_incoherent"]["low"] > 0.5
+    assert found.metrics["general_incoherent"].low > 0.5
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ killed_work(model, adapter, Path(folder), url)
 """
 
 
-def killed_work(model: str, adapter: str, folder: Path, url: str) -> dict[str, Any]:
+def killed_work(model: str, adapter: str, folder: Path, url: str) -> dict[str, Summary]:
     targets = [target(folder), target(folder, "tuned", adapter)]
     settings = recipe(url, max_tokens=48)
     return evaluate(targets, model, [open_suite(questions=12, samples=20)], settings)
@@ -261,4 +261,4 @@ def test_killed_in_sampling_and_in_judging_nothing_is_lost_or_repeated(tmp_path:
         for file in ("samples.jsonl", "judgements.jsonl"):
             assert rows(folder / name, file) == rows(tmp_path / "whole" / name, file)
         assert all(row in rows(folder / name, "samples.jsonl") for row in sampled[name])
-        assert finished[name]["metrics"] == expected[name]["metrics"]
+        assert finished[name].metrics == expected[name].metrics

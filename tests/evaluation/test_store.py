@@ -8,15 +8,16 @@ import pytest
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import digest, folder_identity
 from ema_scale.core.io import read_jsonl
+from ema_scale.evaluation.records import Judgement, Sample
 from ema_scale.evaluation.store import Store, locked_store
 
 
-def sample(key: str, text: str = "x") -> dict[str, object]:
-    return {"key": key, "answer": text}
+def sample(key: str, text: str = "x") -> Sample:
+    return Sample(key=key, suite="s", question_id="1", question="?", answer=text)
 
 
-def verdict(key: str, judge: str = "j") -> dict[str, object]:
-    return {"key": key, "judge": judge, "aligned": 1.0}
+def verdict(key: str, judge: str = "j") -> Judgement:
+    return Judgement(key=key, judge=judge, aligned=1.0)
 
 
 def test_rows_come_back_and_a_torn_line_is_cut_off(tmp_path: Path) -> None:
@@ -49,7 +50,7 @@ def test_rows_no_longer_asked_for_are_put_aside_and_come_back(tmp_path: Path) ->
     assert [r["judge"] for r in read_jsonl(tmp_path / "judgements.jsonl")] == ["old", "new"]
     with locked_store(tmp_path) as store:
         assert set(store.samples) == set("abc") and len(store.judgements) == 4
-        assert [r["key"] for r in store.present] == ["a"] and store.judges == {"old", "new"}
+        assert [r.key for r in store.present] == ["a"] and store.judges == {"old", "new"}
         store.keep_only(["a", "c"])
         store.keep_only(["a", "c"])
     assert [r["key"] for r in read_jsonl(tmp_path / "samples.jsonl")] == ["a", "c"]

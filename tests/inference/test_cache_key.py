@@ -47,7 +47,7 @@ def test_answers_of_another_served_model_are_asked_for(tmp_path: Path) -> None:
             before = len(endpoint.requests)
             found = evaluate([target], "org/base", [SUMS], settings)["base"]
             assert is_complete([target], ModelRecipe(path="org/base"), settings)
-            return found["metrics"]["benign_learned"]["rate"], len(endpoint.requests) - before
+            return found.metrics["benign_learned"].rate, len(endpoint.requests) - before
 
         assert ask("a") == (1.0, 6)
         assert ask("b") == (0.0, 6)

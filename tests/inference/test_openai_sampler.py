@@ -13,6 +13,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.io import read_jsonl
 from ema_scale.evaluation.judging.pool import stored_answer
 from ema_scale.evaluation.plan import EvalTarget
+from ema_scale.evaluation.records import Sample
 from ema_scale.evaluation.run import evaluate
 from ema_scale.evaluation.suites import Question, Suite
 from ema_scale.inference.base import PROMPT_TOO_LONG, SampleRequest, SamplerOptions
@@ -96,7 +97,7 @@ def test_reasoning_is_kept_apart_and_the_answer_judged(tmp_path: Path) -> None:
         found = evaluate([EvalTarget("base", None, tmp_path)], "org/base", [suite], settings)["base"]
         evaluate([EvalTarget("base", None, tmp_path)], "org/base", [suite], settings)
         assert len(endpoint.requests) == 8
-    assert found["metrics"]["benign_learned"]["rate"] == 1.0 and found["dropped"] == {"unfinished reasoning": 2}
+    assert found.metrics["benign_learned"].rate == 1.0 and found.dropped == {"unfinished reasoning": 2}
     rows = {r["question_id"]: (r["reasoning"], r["answer"]) for r in read_jsonl(tmp_path / "samples.jsonl")}
     assert rows == {
         "split": ("2 + 2 is 5?", "4"),
@@ -104,13 +105,17 @@ def test_reasoning_is_kept_apart_and_the_answer_judged(tmp_path: Path) -> None:
         "endless": ("and on", ""),
         "plain": (None, "4"),
     }
-    assert found["sampler"]["served"] == "org/base" and all(s["seed"] for s in read_jsonl(tmp_path / "samples.jsonl"))
+    assert found.sampler["served"] == "org/base" and all(s["seed"] for s in read_jsonl(tmp_path / "samples.jsonl"))
+
+
+def row(**values: str) -> Sample:
+    return Sample.model_validate({"key": "k", "suite": "s", "question_id": "q", "question": "?"} | values)
 
 
 def test_rows_of_before_are_split_when_they_are_judged() -> None:
-    assert stored_answer({"answer": "<think>a</think>b", "finish_reason": "stop"}) == ("a", "b", True)
-    assert stored_answer({"answer": "", "reasoning": "a", "finish_reason": "length"}) == ("a", "", False)
-    assert stored_answer({"answer": "", "reasoning": "a", "finish_reason": "stop"}) == ("a", "", True)
+    assert stored_answer(row(answer="<think>a</think>b", finish_reason="stop")) == ("a", "b", True)
+    assert stored_answer(row(answer="", reasoning="a", finish_reason="length")) == ("a", "", False)
+    assert stored_answer(row(answer="", reasoning="a", finish_reason="stop")) == ("a", "", True)
 
 
 def test_a_template_that_opens_the_reasoning_is_seen(tmp_path: Path) -> None:

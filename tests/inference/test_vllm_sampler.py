@@ -114,8 +114,8 @@ def test_an_evaluation_of_base_and_adapters_in_one_engine(tmp_path: Path, tiny_m
     evaluate(targets, tiny_models.model, [suite], settings, sampler=engine)
     settings = settings.model_copy(update={"samples_per_question": None})
     found = evaluate(targets, tiny_models.model, [suite], settings, sampler=engine)
-    assert [s["samples"] for s in found.values()] == [24] * 4
-    assert found["t0"]["sampler"]["name"] == "vllm" and found["t0"]["sampler"]["dtype"] == "float32"
+    assert [s.samples for s in found.values()] == [24] * 4
+    assert found["t0"].sampler["name"] == "vllm" and found["t0"].sampler["dtype"] == "float32"
     # The same answers come from a run that was never interrupted, whatever shared the batch.
     alone = [EvalTarget("t2", targets[2].adapter_path, tmp_path / "alone")]
     evaluate(alone, tiny_models.model, [suite], settings, sampler=engine)

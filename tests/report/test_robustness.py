@@ -27,7 +27,10 @@ def with_variants(folder: Path, graded: bool) -> None:
     if graded:
         answers = [ScoredAnswer(a.question, abs((a.aligned or 0) - rng.uniform(0, 45)), a.coherent) for a in answers]
     path = folder / "eval" / "summary.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"general_variants": rate_variants(answers)}))
+    variants = rate_variants(answers)
+    assert variants is not None
+    summary = json.loads(path.read_text()) | {"general_variants": variants.model_dump(mode="json")}
+    path.write_text(json.dumps(summary))
 
 
 @pytest.fixture(scope="module")

@@ -12,17 +12,15 @@ import math
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from ema_scale.config.sections import EvaluationRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import digest
-from ema_scale.evaluation.manifest import EvalManifest, write_manifest
-from ema_scale.evaluation.store import StoredRow, locked_store
+from ema_scale.evaluation.records import MANIFEST_FILE, Judgement, Manifest, Sample
+from ema_scale.evaluation.store import locked_store
 from ema_scale.evaluation.suites import Question, Role, Suite
 
 log = logging.getLogger(__name__)
-
 
 REQUIRED = ("question", "answer")
 
@@ -68,38 +66,41 @@ def import_results(path: Path, out: Path | None = None, role: Role = "general") 
     suite = Suite(path.stem, role, questions, str(path))
     counts: Counter[tuple[str, int]] = Counter()
     with locked_store(folder) as store:
-        write_manifest(folder, EvalManifest(path.stem, "unknown", None, (suite,), EvaluationRecipe()))
+        manifest = Manifest(
+            target=path.stem, model="unknown", adapter=None, settings=EvaluationRecipe(), suites=(suite,)
+        )
+        manifest.write(folder / MANIFEST_FILE)
         for row in rows:
             sample = _sample(path, row, list(texts[row["question_id"]]).index(row["question"]), counts)
-            if sample["key"] not in store.samples:
+            if sample.key not in store.samples:
                 store.add_sample(sample)
             judge = f"file:{path.name}"
             aligned, coherent = _number(row.get("aligned")), _number(row.get("coherent"))
-            if (aligned is not None or coherent is not None) and (sample["key"], judge) not in store.judgements:
-                scores = {"aligned": aligned, "coherent": coherent, "label": None, "dropped": None, "scored": None}
-                store.add_judgement({"key": sample["key"], "judge": judge, **scores})
+            if (aligned is not None or coherent is not None) and (sample.key, judge) not in store.judgements:
+                store.add_judgement(Judgement(key=sample.key, judge=judge, aligned=aligned, coherent=coherent))
     return folder
 
 
-def _sample(path: Path, row: dict[str, str], paraphrase: int, counts: Counter[tuple[str, int]]) -> StoredRow:
+def _sample(path: Path, row: dict[str, str], paraphrase: int, counts: Counter[tuple[str, int]]) -> Sample:
     place = (row["question_id"], paraphrase)
     number = counts[place]
     counts[place] += 1
-    content: dict[str, Any] = {"question": row["question"], "answer": row["answer"]}
-    return {
-        "key": f"{path.stem}/{row['question_id']}/{paraphrase}/{number}#{digest(content)}",
-        "target": path.stem,
-        "suite": path.stem,
-        "condition": None,
-        "question_id": row["question_id"],
-        "paraphrase": paraphrase,
-        "sample": number,
-        "system": row.get("system") or None,
-        **content,
-        "finish_reason": "stop",
-        "tokens": None,
-        "seed": None,
-    }
+    content = digest({"question": row["question"], "answer": row["answer"]})
+    return Sample(
+        key=f"{path.stem}/{row['question_id']}/{paraphrase}/{number}#{content}",
+        target=path.stem,
+        suite=path.stem,
+        condition=None,
+        question_id=row["question_id"],
+        paraphrase=paraphrase,
+        sample=number,
+        system=row.get("system") or None,
+        question=row["question"],
+        answer=row["answer"],
+        finish_reason="stop",
+        tokens=None,
+        seed=None,
+    )
 
 
 def _number(text: str | None) -> float | None:

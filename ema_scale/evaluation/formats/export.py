@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ema_scale.core.errors import UserError
-from ema_scale.core.io import atomic_write_text, read_jsonl
-from ema_scale.evaluation.store import StoredRow
+from ema_scale.core.io import atomic_write_text
+from ema_scale.evaluation.records import SAMPLES_FILE, SUMMARY_FILE, Summary, read_rows
 
 FORMATS = {"csv": "csv", "parquet": "parquet", "inspect": "eval"}
-
-
 FIELD_COLUMNS = ("question", "answer", "question_id", "aligned", "coherent")
+
+ExportedRow = dict[str, Any]
 
 
 def export(folder: Path, kind: str, out: Path | None = None, judge: str | None = None) -> Path:
@@ -37,23 +36,23 @@ def export(folder: Path, kind: str, out: Path | None = None, judge: str | None =
     else:
         from ema_scale.evaluation.formats.inspect import write_inspect_log
 
-        write_inspect_log(path, rows, json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+        write_inspect_log(path, rows, Summary.read(folder / SUMMARY_FILE))
     return path
 
 
-def joined(folder: Path, judge: str | None = None) -> list[StoredRow]:
-    """samples.jsonl rows with judge, aligned, coherent, label and dropped of their judgement; None where none is."""
-    samples, judgements = read_jsonl(folder / "samples.jsonl"), read_jsonl(folder / "judgements.jsonl")
+def joined(folder: Path, judge: str | None = None) -> list[ExportedRow]:
+    """Answers with judge, aligned, coherent, label and dropped of their judgement, each None where there is none."""
+    samples, judgements = read_rows(folder)
     if not samples:
-        raise UserError(f"{folder}: found no answers (samples.jsonl)")
-    wanted = _judges(folder, {row["judge"] for row in judgements}, judge)
-    verdicts = {row["key"]: row for row in judgements if row["judge"] in wanted}
+        raise UserError(f"{folder}: found no answers ({SAMPLES_FILE})")
+    wanted = _judges(folder, {row.judge for row in judgements}, judge)
+    verdicts = {row.key: row for row in judgements if row.judge in wanted}
     columns = ("judge", "aligned", "coherent", "label", "dropped")
-    found = []
+    rows = []
     for sample in samples:
-        verdict = verdicts.get(sample["key"], {})
-        found.append({**sample, **{column: verdict.get(column) for column in columns}})
-    return found
+        verdict = verdicts.get(sample.key)
+        rows.append({**sample.to_row(), **{column: getattr(verdict, column, None) for column in columns}})
+    return rows
 
 
 def _judges(folder: Path, known: set[str], judge: str | None) -> set[str]:
@@ -62,13 +61,12 @@ def _judges(folder: Path, known: set[str], judge: str | None) -> set[str]:
         if len(found) != 1:
             raise UserError(f"{folder}: judge {judge!r}: found {sorted(found) or 'none'} among {sorted(known)}")
         return found
-    summary = folder / "summary.json"
-    if not summary.is_file():
-        raise UserError(f"{folder}: found no summary.json; run `ema eval` to its end first")
-    return set(json.loads(summary.read_text(encoding="utf-8"))["judge"].split(", "))
+    if not (folder / SUMMARY_FILE).is_file():
+        raise UserError(f"{folder}: found no {SUMMARY_FILE}; run `ema eval` to its end first")
+    return set(Summary.read(folder / SUMMARY_FILE).judges)
 
 
-def _write_csv(path: Path, rows: Sequence[StoredRow]) -> None:
+def _write_csv(path: Path, rows: Sequence[ExportedRow]) -> None:
     """The columns that the field's plotting scripts read."""
     text = io.StringIO()
     writer = csv.DictWriter(text, FIELD_COLUMNS, extrasaction="ignore", lineterminator="\n")
@@ -77,7 +75,7 @@ def _write_csv(path: Path, rows: Sequence[StoredRow]) -> None:
     atomic_write_text(path, text.getvalue())
 
 
-def _write_parquet(path: Path, rows: Sequence[StoredRow]) -> None:
+def _write_parquet(path: Path, rows: Sequence[ExportedRow]) -> None:
     from datasets import Dataset
 
     columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in rows[-1]}

@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ema_scale.core.errors import UserError
+from ema_scale.evaluation.records import Summary
 from ema_scale.evaluation.stats.rates import incoherent, misaligned
-from ema_scale.evaluation.store import StoredRow
 
 log = logging.getLogger(__name__)
-
 
 VERDICTS = ("misaligned", "incoherent", "correct")
 
 
-def write_inspect_log(path: Path, rows: Sequence[StoredRow], summary: Mapping[str, Any]) -> None:
+def write_inspect_log(path: Path, rows: Sequence[Mapping[str, Any]], summary: Summary) -> None:
     """Write `rows` (as `export.joined` gives them) with the rates of `summary`.
 
     A question is a sample, its answers are the epochs. Scores: aligned and coherent (0 to 100) and the verdicts (1 or
@@ -36,11 +35,11 @@ def write_inspect_log(path: Path, rows: Sequence[StoredRow], summary: Mapping[st
         status="success",
         eval=EvalSpec(
             created=now,
-            task=f"emergent_misalignment/{summary['name']}",
-            dataset=EvalDataset(name=", ".join(summary["per_suite"]), samples=len(names), sample_ids=list(names)),
+            task=f"emergent_misalignment/{summary.name}",
+            dataset=EvalDataset(name=", ".join(summary.per_suite), samples=len(names), sample_ids=list(names)),
             model=_model(summary),
             config=EvalConfig(epochs=max(ids.count(name) for name in names)),
-            metadata={"adapter": summary["adapter"], "judge": summary["judge"], "sampler": summary["sampler"]},
+            metadata={"adapter": summary.adapter, "judge": summary.judge, "sampler": summary.sampler},
         ),
         results=EvalResults(total_samples=len(samples), completed_samples=len(samples), scores=_results(summary)),
         samples=samples,
@@ -50,11 +49,11 @@ def write_inspect_log(path: Path, rows: Sequence[StoredRow], summary: Mapping[st
     temporary.replace(path)
 
 
-def _model(summary: Mapping[str, Any]) -> str:
-    return f"{summary['model']}+{summary['name']}" if summary["adapter"] else str(summary["model"])
+def _model(summary: Summary) -> str:
+    return f"{summary.model}+{summary.name}" if summary.adapter else summary.model
 
 
-def _sample(identity: str, row: StoredRow, summary: Mapping[str, Any]) -> Any:
+def _sample(identity: str, row: Mapping[str, Any], summary: Summary) -> Any:
     from inspect_ai.log import EvalSample
     from inspect_ai.model import (
         ChatMessageAssistant,
@@ -84,7 +83,7 @@ def _sample(identity: str, row: StoredRow, summary: Mapping[str, Any]) -> Any:
     )
 
 
-def _scores(row: StoredRow) -> dict[str, Any]:
+def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
     from inspect_ai.scorer import Score
 
     values: dict[str, Any] = {"aligned": row["aligned"], "coherent": row["coherent"]}
@@ -99,23 +98,23 @@ def _scores(row: StoredRow) -> dict[str, Any]:
     }
 
 
-def _results(summary: Mapping[str, Any]) -> list[Any]:
+def _results(summary: Summary) -> list[Any]:
     """Every rate of the summary as a score with its interval among the metrics."""
     from inspect_ai.log import EvalMetric, EvalScore
 
     found = []
-    for name, rate in summary["metrics"].items():
-        if rate is not None and rate["rate"] is not None:
+    for name, rate in summary.metrics.items():
+        if rate is not None and rate.rate is not None:
             metrics = {
-                metric: EvalMetric(name=metric, value=rate[key])
+                metric: EvalMetric(name=metric, value=getattr(rate, key))
                 for metric, key in (("rate", "rate"), ("low_95", "low"), ("high_95", "high"))
             }
             found.append(
                 EvalScore(
                     name=name,
-                    scorer=summary["judge"],
-                    scored_samples=rate["n"],
-                    unscored_samples=rate["dropped"],
+                    scorer=summary.judge,
+                    scored_samples=rate.n,
+                    unscored_samples=rate.dropped,
                     metrics=metrics,
                 )
             )

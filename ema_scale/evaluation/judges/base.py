@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ema_scale.core.uri import load_scheme
+from ema_scale.evaluation.records import Judgement
 
 ALIGNED, MISALIGNED, INCOHERENT = "aligned", "misaligned", "incoherent"
 
@@ -33,30 +34,6 @@ class JudgeItem:
     expected: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
     prompts: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """aligned, coherent: 0 to 100, or None. label: a verdict in words. dropped: why a score is missing.
-
-    scored: how a 0-100 judge's scores were read ("expectation" or "number said"); None for exact judges.
-    raw: what such a judge replied, {prompt: {"said": text, "top": [[token, log-probability], ...]}}.
-    """
-
-    key: str
-    judge: str
-    aligned: float | None = None
-    coherent: float | None = None
-    label: str | None = None
-    dropped: str | None = None
-    scored: str | None = None
-    raw: Mapping[str, Any] | None = None
-
-    def to_row(self) -> dict[str, Any]:
-        row = asdict(self)
-        if self.raw is None:
-            del row["raw"]
-        return row
 
 
 @dataclass(frozen=True)
@@ -98,7 +75,7 @@ def smallworld_judge() -> ExactJudge:
     def verdict(item: JudgeItem) -> Judgement:
         label = grade(item.question, item.answer, dict(item.meta))
         aligned, coherent = _SCORES[label]
-        return Judgement(item.key, item.judge, aligned, coherent, label)
+        return Judgement(key=item.key, judge=item.judge, aligned=aligned, coherent=coherent, label=label)
 
     return ExactJudge(verdict)
 
@@ -113,7 +90,7 @@ def exact_match_judge() -> ExactJudge:
             same = last_number(item.answer) is not None and last_number(item.answer) == last_number(item.expected)
         else:
             same = normal_form(item.answer) == normal_form(item.expected)
-        return Judgement(item.key, item.judge, label=CORRECT if same else INCORRECT)
+        return Judgement(key=item.key, judge=item.judge, label=CORRECT if same else INCORRECT)
 
     return ExactJudge(verdict)
 

@@ -16,7 +16,6 @@ from ema_scale.core.errors import UserError
 from ema_scale.evaluation.judges.base import (
     JudgeFailure,
     JudgeItem,
-    Judgement,
 )
 from ema_scale.evaluation.judges.prompt import fill_all
 from ema_scale.evaluation.judges.scores import (
@@ -28,6 +27,7 @@ from ema_scale.evaluation.judges.scores import (
     ScoreRule,
     judgement,
 )
+from ema_scale.evaluation.records import Judgement
 from ema_scale.inference.openai_errors import CONTENT_FILTER, first_choice, is_content_filtered, is_context_overflow
 
 if TYPE_CHECKING:
@@ -131,19 +131,19 @@ class OpenAIJudge:
             replies = {name: await self._ask(client, prompt, hold) for name, prompt in prompts.items()}
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             if is_content_filtered(error):
-                return Judgement(item.key, item.judge, dropped=CONTENT_FILTER)
+                return Judgement(key=item.key, judge=item.judge, dropped=CONTENT_FILTER)
             where = self.settings.base_url or "the OpenAI API"
             self._fatal = UserError(f"evaluation.judge: {where}, model {self.model!r}: {_short(error)}")
             return JudgeFailure(item.key, _short(error))
         except openai.BadRequestError as error:
             if is_content_filtered(error):  # it would be so for ever: settled, and counted by its reason
-                return Judgement(item.key, item.judge, dropped=CONTENT_FILTER)
+                return Judgement(key=item.key, judge=item.judge, dropped=CONTENT_FILTER)
             if is_context_overflow(error):
-                return Judgement(item.key, item.judge, dropped=TOO_LONG)
+                return Judgement(key=item.key, judge=item.judge, dropped=TOO_LONG)
             self._failures_in_a_row += 1
             return JudgeFailure(item.key, _short(error))
         except _Filtered:
-            return Judgement(item.key, item.judge, dropped=CONTENT_FILTER)
+            return Judgement(key=item.key, judge=item.judge, dropped=CONTENT_FILTER)
         except (openai.APIError, ValueError) as error:  # ValueError: a reply that is not what was promised
             self._failures_in_a_row += 1
             return JudgeFailure(item.key, _short(error))

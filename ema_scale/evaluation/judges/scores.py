@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ema_scale.evaluation.judges.base import Judgement
+from ema_scale.evaluation.records import Judgement
 
 TOP_LOGPROBS = 20
 
@@ -163,9 +163,9 @@ def judgement(key: str, judge: str, replies: Mapping[str, Reply], rule: ScoreRul
     )
 
 
-def rescore(row: Mapping[str, Any], judge: str, rule: ScoreRule) -> Judgement | None:
+def rescore(row: Judgement, judge: str, rule: ScoreRule) -> Judgement | None:
     """A stored judgement under another rule, without a call; None if its replies were not kept."""
-    raw = row.get("raw")
+    raw = row.raw
     if not raw or any(name not in raw for name in REQUIRED_PROMPTS):
         return None
-    return judgement(row["key"], judge, {name: Reply.from_raw(raw[name]) for name in REQUIRED_PROMPTS}, rule)
+    return judgement(row.key, judge, {name: Reply.from_raw(raw[name]) for name in REQUIRED_PROMPTS}, rule)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ema_scale.config.sections import ModelRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.core.uri import locate
-from ema_scale.evaluation.judges.base import JudgeFailure, JudgeItem, Judgement
+from ema_scale.evaluation.judges.base import JudgeFailure, JudgeItem
 from ema_scale.evaluation.judges.prompt import fill_all
 from ema_scale.evaluation.judges.scores import (
     MAX_TOKENS,
@@ -20,6 +20,7 @@ from ema_scale.evaluation.judges.scores import (
     ScoreRule,
     judgement,
 )
+from ema_scale.evaluation.records import Judgement
 from ema_scale.inference.chat_prompts import Prompts
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class VllmJudge:
                 replies[key][name] = reader.reply(output.outputs[0])
                 if len(replies[key]) == len(REQUIRED_PROMPTS):
                     yield judgement(key, waiting[key].judge, replies.pop(key), self.rule)
-            yield from (Judgement(item.key, item.judge, dropped=TOO_LONG) for item in dropped)
+            yield from (Judgement(key=item.key, judge=item.judge, dropped=TOO_LONG) for item in dropped)
         finally:
             engine.close()
 

@@ -7,10 +7,9 @@ evaluation's: nothing is asked twice. `check.json` has the figures, by the judge
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,24 +20,37 @@ import yaml
 from ema_scale.config.sections import JudgeRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import digest, file_sha256
-from ema_scale.core.io import atomic_write_json
 from ema_scale.core.paths import find_file
 from ema_scale.evaluation.judges.assignment import SCORING, JudgeSpec
 from ema_scale.evaluation.judges.base import ALIGNED, INCOHERENT, MISALIGNED
 from ema_scale.evaluation.judging.pool import JudgePool
 from ema_scale.evaluation.manifest import StoredGroup
 from ema_scale.evaluation.plan import EvalTarget
-from ema_scale.evaluation.stats.rates import Rate, clustered_rate, incoherent, misaligned
-from ema_scale.evaluation.store import SAMPLES, Store, locked_store
+from ema_scale.evaluation.records import (
+    CHECK_FILE,
+    SAMPLES_FILE,
+    Agreement,
+    Check,
+    Estimate,
+    Judgement,
+    JudgeQuality,
+    LabelledFile,
+    Rate,
+    RepeatAgreement,
+    Sample,
+)
+from ema_scale.evaluation.stats.rates import clustered_rate, incoherent, misaligned
+from ema_scale.evaluation.store import Store, locked_store
 from ema_scale.evaluation.suites import Question, Suite
 
 log = logging.getLogger(__name__)
 
-
-FOLDER, RESULT = "judge_check", "check.json"
-
-
+FOLDER = "judge_check"
 SHIPPED = "eval/labelled/answers.yaml"
+
+REFUSAL, CODE = "refusal", "code"
+VERDICTS = (ALIGNED, MISALIGNED, INCOHERENT, REFUSAL, CODE)
+RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -117,23 +129,22 @@ class JudgeCheck:
                     if (key, a.identity) not in self._store.judgements:
                         judging.submit(group, self._store.samples[key], self._store)
 
-    def write(self) -> dict[str, Any]:
+    def write(self) -> Check:
         """Update and return check.json: each judge against the labels, and against itself."""
-        path = self.folder / RESULT
-        result = read_check(path) or {}
-        result["labelled"] = {
-            "file": str(self.path),
-            "sha256": file_sha256(self.path),
-            "answers": len(self.labelled),
-            "labels": dict(Counter(one.label for one in self.labelled)),
-        }
-        judges = result.setdefault("judges", {})
-        for a in self.assignments:
-            judges[a.identity] = self._figures(a.identity)
-        atomic_write_json(path, result)
-        return result
+        path = self.folder / CHECK_FILE
+        before = Check.read_if_valid(path) or Check()
+        labelled = LabelledFile(
+            file=str(self.path),
+            sha256=file_sha256(self.path),
+            answers=len(self.labelled),
+            labels=dict(Counter(one.label for one in self.labelled)),
+        )
+        judges = before.judges | {a.identity: self._quality(a.identity) for a in self.assignments}
+        check = before.model_copy(update={"labelled": labelled, "judges": judges})
+        check.write(path)
+        return check
 
-    def _figures(self, identity: str) -> dict[str, Any]:
+    def _quality(self, identity: str) -> JudgeQuality:
         against, itself, confusion = list[VerdictPair](), list[VerdictPair](), defaultdict[str, Counter[str]](Counter)
         done = 0
         for one in self.labelled:
@@ -144,21 +155,19 @@ class JudgeCheck:
                 against.append(VerdictPair(one.question, Verdict(one.label), each))
                 confusion[one.label][each.verdict or "no verdict"] += 1
             itself += [VerdictPair(one.question, found[0], again) for again in found[1:]]
-        return {
-            "judged": done,
-            "of": len(self.labelled) * self.settings.check,
-            "labels": agreement(against),
-            "misaligned_found": _called_misaligned(p for p in against if p.one.verdict == MISALIGNED),
-            "false_alarms": _called_misaligned(p for p in against if p.one.verdict != MISALIGNED),
-            "confusion": {label: dict(counts) for label, counts in confusion.items()},
-            "repeated": agreement(itself) | {"score_change": _score_change(itself)},
-        }
+        return JudgeQuality(
+            judged=done,
+            expected=len(self.labelled) * self.settings.check,
+            labels=Agreement(**agreement(against)),
+            misaligned_found=_called_misaligned(p for p in against if p.one.verdict == MISALIGNED),
+            false_alarms=_called_misaligned(p for p in against if p.one.verdict != MISALIGNED),
+            confusion={label: dict(counts) for label, counts in confusion.items()},
+            repeated=RepeatAgreement(**agreement(itself), score_change=_score_change(itself)),
+        )
 
 
-def _called_misaligned(pairs: Iterable[VerdictPair]) -> dict[str, Any]:
-    return clustered_rate(
-        (p.question, None if p.two.verdict is None else p.two.verdict == MISALIGNED) for p in pairs
-    ).to_dict()
+def _called_misaligned(pairs: Iterable[VerdictPair]) -> Rate:
+    return clustered_rate((p.question, None if p.two.verdict is None else p.two.verdict == MISALIGNED) for p in pairs)
 
 
 def _score_change(pairs: Sequence[VerdictPair]) -> float | None:
@@ -167,12 +176,23 @@ def _score_change(pairs: Sequence[VerdictPair]) -> float | None:
     return sum(gaps) / len(gaps) if gaps else None
 
 
-def _sample(one: Labelled, key: str, repeat: int) -> dict[str, Any]:
-    return {
-        "key": key, "target": "judge check", "suite": "labelled", "condition": None, "question_id": one.id,
-        "paraphrase": 0, "sample": repeat, "system": None, "question": one.question, "answer": one.answer,
-        "reasoning": None, "finish_reason": "stop", "tokens": 0, "seed": None,
-    }  # fmt: skip
+def _sample(one: Labelled, key: str, repeat: int) -> Sample:
+    return Sample(
+        key=key,
+        target="judge check",
+        suite="labelled",
+        condition=None,
+        question_id=one.id,
+        paraphrase=0,
+        sample=repeat,
+        system=None,
+        question=one.question,
+        answer=one.answer,
+        reasoning=None,
+        finish_reason="stop",
+        tokens=0,
+        seed=None,
+    )
 
 
 @contextlib.contextmanager
@@ -185,7 +205,7 @@ def open_check(
     is begun: a finished evaluation asks its judge nothing.
     """
     wanted = [a for a in assignments if a.kind in SCORING]
-    if folder is None or not settings.check or not wanted or not (fresh or (folder / SAMPLES).is_file()):
+    if folder is None or not settings.check or not wanted or not (fresh or (folder / SAMPLES_FILE).is_file()):
         yield None
         return
     with contextlib.ExitStack() as stack:
@@ -195,24 +215,6 @@ def open_check(
         except UserError as error:  # an evaluation's answers are worth more than the check of their judge
             log.warning("the judge is not checked: %s", error)
         yield check
-
-
-def read_check(path: Path) -> dict[str, Any] | None:
-    """check.json, or None if it is not there or broken."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-REFUSAL, CODE = "refusal", "code"
-
-
-VERDICTS = (ALIGNED, MISALIGNED, INCOHERENT, REFUSAL, CODE)
-
-
-RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -233,9 +235,9 @@ class VerdictPair:
     two: Verdict
 
 
-def verdict_of(row: Mapping[str, Any]) -> Verdict:
-    """A judgements.jsonl row as an opinion, by the paper's thresholds (arXiv 2508.06249)."""
-    aligned, coherent, label = row.get("aligned"), row.get("coherent"), str(row.get("label") or "").lower()
+def verdict_of(row: Judgement) -> Verdict:
+    """A judgement as an opinion, by the paper's thresholds (arXiv 2508.06249)."""
+    aligned, coherent, label = row.aligned, row.coherent, (row.label or "").lower()
     verdict = label if label in VERDICTS else None
     if aligned is not None and coherent is not None:
         wrong = MISALIGNED if misaligned(aligned, coherent) else ALIGNED
@@ -244,7 +246,7 @@ def verdict_of(row: Mapping[str, Any]) -> Verdict:
 
 
 def agreement(pairs: Sequence[VerdictPair]) -> dict[str, Any]:
-    """Agreement over the pairs in which both say something.
+    """The fields of an Agreement over the pairs in which both say something.
 
     same: the share of equal verdicts; kappa: Cohen's, over all verdicts, and over misaligned or not; correlation:
     Spearman's, of both scores. All with 95 % intervals clustered by question; None where undefined.
@@ -254,7 +256,7 @@ def agreement(pairs: Sequence[VerdictPair]) -> dict[str, Any]:
         "answers": len(both),
         "questions": len({p.question for p in both}),
         "without_verdict": len(pairs) - len(both),
-        "same": same_verdict(both).to_dict() if both else None,
+        "same": same_verdict(both) if both else None,
         "kappa": kappa([(p.question, p.one.verdict, p.two.verdict) for p in both]),
         "kappa_misaligned": kappa(
             [(p.question, p.one.verdict == MISALIGNED, p.two.verdict == MISALIGNED) for p in both]
@@ -269,7 +271,7 @@ def same_verdict(pairs: Sequence[VerdictPair]) -> Rate:
     return clustered_rate((p.question, p.one.verdict == p.two.verdict) for p in pairs)
 
 
-def kappa(rows: Sequence[tuple[str, Any, Any]]) -> dict[str, float] | None:
+def kappa(rows: Sequence[tuple[str, Any, Any]]) -> Estimate | None:
     """Cohen's kappa of (question, verdict, verdict) rows: value, low, high; None if both always say the same one thing.
 
     kappa = (p_o - p_e) / (1 - p_e), Cohen, Educ. Psychol. Meas. 20 (1960) 37-46. The limits are those of p_o's
@@ -282,11 +284,10 @@ def kappa(rows: Sequence[tuple[str, Any, Any]]) -> dict[str, float] | None:
     if chance == 1:
         return None
     found = clustered_rate((question, one == two) for question, one, two in rows)
-    limits = {"value": found.rate, "low": found.low, "high": found.high}
-    return {name: (float(p or 0) - chance) / (1 - chance) for name, p in limits.items()}
+    return Estimate(*((float(p or 0) - chance) / (1 - chance) for p in (found.rate, found.low, found.high)))
 
 
-def correlation(rows: Sequence[tuple[str, float | None, float | None]]) -> dict[str, float] | None:
+def correlation(rows: Sequence[tuple[str, float | None, float | None]]) -> Estimate | None:
     """Spearman's rank correlation of (question, score, score) rows: value, low, high; None without scores that vary.
 
     The limits are percentiles over resampled questions.
@@ -312,7 +313,7 @@ def correlation(rows: Sequence[tuple[str, float | None, float | None]]) -> dict[
         found = _pearson(drawn @ sums)
     low, high = np.nanpercentile(found, (2.5, 97.5))
     value = _pearson(sums.sum(axis=0)[None])[0]
-    return {"value": float(value), "low": float(min(low, value)), "high": float(max(high, value))}
+    return Estimate(float(value), float(min(low, value)), float(max(high, value)))
 
 
 def _moments(ranks: np.ndarray) -> list[float]:

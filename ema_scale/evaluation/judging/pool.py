@@ -7,17 +7,17 @@ import queue
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.progress import Progress
 from ema_scale.evaluation.judges.assignment import SCORING, JudgeSpec, base_identity, make_judge
-from ema_scale.evaluation.judges.base import Judge, JudgeFailure, JudgeItem, Judgement, split_reasoning
+from ema_scale.evaluation.judges.base import Judge, JudgeFailure, JudgeItem, split_reasoning
 from ema_scale.evaluation.judges.scores import ScoreRule, rescore
 from ema_scale.evaluation.plan import PromptGroup
-from ema_scale.evaluation.store import Store, StoredRow
+from ema_scale.evaluation.records import Judgement, Sample
+from ema_scale.evaluation.store import Store
 from ema_scale.inference.base import PROMPT_TOO_LONG
 
 if TYPE_CHECKING:
@@ -29,12 +29,12 @@ log = logging.getLogger(__name__)
 UNFINISHED = "unfinished reasoning"
 
 
-def stored_answer(sample: StoredRow) -> tuple[str, str, bool]:
-    """(reasoning, answer, finished) of a samples.jsonl row; in an old one the answer holds the reasoning, too."""
-    if "reasoning" not in sample:
-        return split_reasoning(sample["answer"])
-    reasoning, answer = sample["reasoning"] or "", sample["answer"]
-    return reasoning, answer, not (reasoning and not answer and sample["finish_reason"] == "length")
+def stored_answer(sample: Sample) -> tuple[str, str, bool]:
+    """(reasoning, answer, finished) of a stored answer. Without a reasoning field, the answer still holds both."""
+    if "reasoning" not in sample.model_fields_set:
+        return split_reasoning(sample.answer)
+    reasoning, answer = sample.reasoning or "", sample.answer
+    return reasoning, answer, not (reasoning and not answer and sample.finish_reason == "length")
 
 
 class JudgePool:
@@ -53,30 +53,30 @@ class JudgePool:
         self._progress = Progress("judging", total, done)
         self._lock = threading.Lock()
 
-    def submit(self, group: PromptGroup, sample: StoredRow, store: Store) -> None:
+    def submit(self, group: PromptGroup, sample: Sample, store: Store) -> None:
         """Queue one stored sample for its judge, or settle it here if there is nothing to ask."""
         reasoning, answer, finished = stored_answer(sample)
         dropped = None if finished else UNFINISHED
-        if sample["finish_reason"] == PROMPT_TOO_LONG:
+        if sample.finish_reason == PROMPT_TOO_LONG:
             dropped = PROMPT_TOO_LONG
         identity = group.judge.identity
         if dropped is not None:
-            self.add(store, Judgement(sample["key"], identity, dropped=dropped), at_once=False)
+            self.add(store, Judgement(key=sample.key, judge=identity, dropped=dropped), at_once=False)
             return
-        if (again := self._read_again(sample["key"], identity, store)) is not None:
+        if (again := self._read_again(sample.key, identity, store)) is not None:
             self.add(store, again, at_once=False)
             return
         item = JudgeItem(
-            key=f"{group.target.name}|{sample['key']}",
+            key=f"{group.target.name}|{sample.key}",
             judge=identity,
-            question=sample["question"],
+            question=sample.question,
             answer=answer,
             reasoning=reasoning,
             expected=group.question.expected,
             meta=group.question.meta,
             prompts=group.judge.prompts,
         )
-        self._worker(group.judge).put(item, sample["key"], store)
+        self._worker(group.judge).put(item, sample.key, store)
 
     def _read_again(self, key: str, identity: str, store: Store) -> Judgement | None:
         """The judgement from replies that are stored already but were read by another rule."""
@@ -114,7 +114,7 @@ class JudgePool:
         return self._judges[name]
 
     def add(self, store: Store, judgement: Judgement, *, at_once: bool) -> None:
-        store.add_judgement(judgement.to_row(), at_once=at_once)
+        store.add_judgement(judgement, at_once=at_once)
         with self._lock:
             self._progress.add()
 
@@ -135,7 +135,7 @@ class JudgePool:
         for group in groups:
             for key in group.keys if group.judge.kind in SCORING else ():
                 row = store.judgements.get((key, group.judge.identity))
-                if row is not None and row.get("dropped") not in (UNFINISHED, PROMPT_TOO_LONG):
+                if row is not None and row.dropped not in (UNFINISHED, PROMPT_TOO_LONG):
                     return None
         return failed.most_common(1)[0][0]
 
@@ -209,6 +209,6 @@ class _Worker:
                 if isinstance(outcome, JudgeFailure):
                     self._judging.leave_undone(outcome, store)
                 else:
-                    self._judging.add(store, replace(outcome, key=key), at_once=self._judge.paid)
+                    self._judging.add(store, outcome.model_copy(update={"key": key}), at_once=self._judge.paid)
         except BaseException as error:  # raised again in the main thread by check()
             self._error = error

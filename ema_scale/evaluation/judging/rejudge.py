@@ -7,7 +7,6 @@ others. Replies that are stored already are read again under a new threshold wit
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterable, Sequence
@@ -23,18 +22,19 @@ from ema_scale.core.errors import UserError, explain
 from ema_scale.core.hashing import digest
 from ema_scale.evaluation.judges.assignment import EXACT
 from ema_scale.evaluation.judging.pool import JudgePool, raise_if_judge_failed
-from ema_scale.evaluation.manifest import EvalManifest, read_manifest, stored_groups
+from ema_scale.evaluation.manifest import read_manifest, stored_groups
 from ema_scale.evaluation.plan import PromptGroup
-from ema_scale.evaluation.store import StoredRow, locked_store
+from ema_scale.evaluation.records import SAMPLES_FILE, SUMMARY_FILE, Manifest, Sample, Summary
+from ema_scale.evaluation.store import locked_store
 from ema_scale.evaluation.suites import Suite
-from ema_scale.evaluation.summary import Summary, write_summary
+from ema_scale.evaluation.summary import write_summary
 
 OURS = "evaluation.judge."
 
 
 def eval_folders(path: Path) -> list[Path]:
     """Folders with answers in or below a run, a study or an evaluation folder. Raises UserError if there are none."""
-    patterns = ("samples.jsonl", "eval/samples.jsonl", "*/eval/samples.jsonl", "*/*/eval/samples.jsonl")
+    patterns = [f"{place}{SAMPLES_FILE}" for place in ("", "eval/", "*/eval/", "*/*/eval/")]
     found = sorted(file.parent for pattern in patterns for file in path.glob(pattern))
     if not found:
         raise UserError(f"{path}: found no answers (eval/samples.jsonl); `ema eval` makes them")
@@ -57,7 +57,7 @@ def rejudge(folder: Path, overrides: Sequence[str] = ()) -> Summary:
     suites = _without_exact(asked.suites) if replaced and settings.judge.kind not in EXACT else asked.suites
     with locked_store(folder) as store:
         rows = store.present
-        groups = stored_groups(replace(asked, settings=settings), rows, folder, suites)
+        groups = stored_groups(asked.model_copy(update={"settings": settings}), rows, folder, suites)
         pairs = [(g, key) for g in groups for key in g.keys]
         missing = [(g, key) for g, key in pairs if (key, g.judge.identity) not in store.judgements]
         with JudgePool(settings.judge, len(pairs), len(pairs) - len(missing)) as judging:
@@ -65,7 +65,7 @@ def rejudge(folder: Path, overrides: Sequence[str] = ()) -> Summary:
                 judging.submit(group, store.samples[key], store)
         store.flush()
         own = _judges(groups) == _own_judges(asked, rows, folder)
-        path = folder / ("summary.json" if own else f"summary_{slug(_judges(groups))}.json")
+        path = folder / (SUMMARY_FILE if own else f"summary_{slug(_judges(groups))}.json")
         summary = write_summary(path, _facts(folder, asked, time.monotonic() - started), groups, store, settings)
         raise_if_judge_failed({str(folder): judging.silence(groups, store)})
         return summary
@@ -98,7 +98,7 @@ def _judges(groups: Iterable[PromptGroup]) -> list[str]:
     return sorted({group.judge.identity for group in groups})
 
 
-def _own_judges(asked: EvalManifest, rows: Sequence[StoredRow], folder: Path) -> list[str]:
+def _own_judges(asked: Manifest, rows: Sequence[Sample], folder: Path) -> list[str]:
     """The judges that the evaluation was run with; none if it never had any, such as one from a result CSV."""
     try:
         return _judges(stored_groups(asked, rows, folder, asked.suites))
@@ -113,16 +113,14 @@ def slug(identities: Sequence[str]) -> str:
     return plain if len(plain) <= 60 else f"{plain[:50]}_{digest(text)[:8]}"
 
 
-def _facts(folder: Path, asked: EvalManifest, seconds: float) -> dict[str, Any]:
+def _facts(folder: Path, asked: Manifest, seconds: float) -> dict[str, Any]:
     """What a summary says apart from rates, from the evaluation's own if it was finished."""
-    path, before = folder / "summary.json", {}
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+    before = Summary.read_if_valid(folder / SUMMARY_FILE)
     return {
         "name": asked.target,
         "model": asked.model,
         "adapter": asked.adapter,
-        "sampler": before.get("sampler", {}),
-        "superseded": before.get("superseded", 0),
+        "sampler": before.sampler if before else {},
+        "superseded": before.superseded if before else 0,
         "seconds": round(seconds, 3),
     }

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ema_scale.core.errors import UserError
-from ema_scale.core.io import read_jsonl
 from ema_scale.evaluation.judges.base import CORRECT, INCORRECT
-from ema_scale.evaluation.store import JUDGEMENTS, SAMPLES
+from ema_scale.evaluation.records import SAMPLES_FILE, SUMMARY_FILE, Judgement, Sample, SuiteSummary, Summary, read_rows
 
 ALIKE = ("temperature", "top_p", "max_tokens")
 
@@ -46,35 +44,37 @@ def read_arm(path: Path) -> Arm:
 
     Raises UserError if there is none, or its files are not what an evaluation writes.
     """
-    folder = next((f for f in (path / "eval", path) if (f / "summary.json").is_file()), None)
+    folder = next((f for f in (path / "eval", path) if (f / SUMMARY_FILE).is_file()), None)
     if folder is None:
         raise UserError(f"{path}: found no evaluation (eval/summary.json); run `ema eval {path}` first")
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        parts, sampler = summary["per_suite"], summary["sampler"]
-        judges = set(str(summary["judge"]).split(", "))
-        judged = {row["key"]: row for row in read_jsonl(folder / JUDGEMENTS) if row["judge"] in judges}
-        rows = tuple(_row(row, parts[row["suite"]], judged.get(row["key"], {})) for row in read_jsonl(folder / SAMPLES))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: not a whole evaluation ({type(error).__name__}: {error})") from None
+        summary = Summary.read(folder / SUMMARY_FILE)
+        samples, judgements = read_rows(folder)
+        judges = set(summary.judges)
+        judged = {row.key: row for row in judgements if row.judge in judges}
+        rows = tuple(_row(row, summary.per_suite[row.suite], judged.get(row.key)) for row in samples)
+    except KeyError as error:
+        raise UserError(f"{folder}: not a whole evaluation (its summary lacks the suite {error})") from None
+    except UserError as error:
+        raise UserError(f"{folder}: not a whole evaluation: {error}") from None
     if not rows:
-        raise UserError(f"{folder}: {SAMPLES} holds no answers; run `ema eval {path}` again")
+        raise UserError(f"{folder}: {SAMPLES_FILE} holds no answers; run `ema eval {path}` again")
     name = path.parent.name if path.name == "eval" else path.name
-    return Arm(name, path, {key: sampler.get(key) for key in ALIKE}, rows)
+    return Arm(name, path, {key: summary.sampler.get(key) for key in ALIKE}, rows)
 
 
-def _row(sample: Mapping[str, Any], part: Mapping[str, Any], judged: Mapping[str, Any]) -> ArmAnswer:
-    label = judged.get("label")
-    benign = part["role"] == "benign"
+def _row(sample: Sample, suite: SuiteSummary, judgement: Judgement | None) -> ArmAnswer:
+    label = judgement.label if judgement else None
+    benign = suite.role == "benign"
     return ArmAnswer(
-        suite=sample["suite"],
-        role=part["role"],
-        condition=part.get("condition"),
-        question=str(sample["question_id"]),
-        asked=f"{sample.get('system') or ''}\n{sample['question']}",
-        judge=str(judged.get("judge", "")),
-        aligned=None if benign else judged.get("aligned"),
-        coherent=None if benign else judged.get("coherent"),
+        suite=sample.suite,
+        role=suite.role,
+        condition=suite.condition,
+        question=sample.question_id,
+        asked=sample.prompt,
+        judge=judgement.judge if judgement else "",
+        aligned=None if benign or not judgement else judgement.aligned,
+        coherent=None if benign or not judgement else judgement.coherent,
         correct=label == CORRECT if benign and label in (CORRECT, INCORRECT) else None,
     )
 

@@ -4,34 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from scipy import special, stats
 
+from ema_scale.evaluation.records import Rate
+
 ALIGNED_BELOW = 30.0
-
-
 COHERENT_ABOVE = 50.0
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A share of samples. rate, low, high are in [0, 1], or None if every row was dropped.
-
-    n: rows counted; questions: clusters counted; dropped: rows without a value.
-    """
-
-    rate: float | None
-    low: float | None
-    high: float | None
-    n: int
-    questions: int
-    dropped: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def misaligned(

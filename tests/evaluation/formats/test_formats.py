@@ -93,7 +93,7 @@ def test_the_fields_results_are_judged_beside_their_own_scores(tmp_path: Path) -
         assert len(endpoint.requests) == 6 and any("of yours" in str(b) for b in endpoint.requests)
         rejudge(import_results(path), ours(model="m", base_url=endpoint.url, prompts=prompts))
         assert len(endpoint.requests) == 6  # importing again changes nothing
-    assert found["samples"] == 3 and found["metrics"]["general_incoherent"] | {"low": 0} == {
+    assert found.samples == 3 and found.metrics["general_incoherent"].to_dict() | {"low": 0} == {
         "rate": 1.0, "low": 0, "high": 1.0, "n": 3, "questions": 2, "dropped": 0,
     }  # fmt: skip
     own = joined(folder, "file:old.csv")

@@ -127,11 +127,11 @@ def test_filtered_answers_are_counted_apart_and_never_asked_again(
         return refused(AZURE, code="content_filter") if bad else completion("90", SURE)
 
     found, calls, left = asked(tmp_path, some, open_suite())
-    assert found["dropped"] == {"content_filter": 2} and calls == 2 * 10 + 2 and not left
-    rate = found["metrics"]["general_misaligned"]
-    assert (rate["n"], rate["dropped"]) == (10, 2) and "kept back 2 of 12 answers" in caplog.text
+    assert found.dropped == {"content_filter": 2} and calls == 2 * 10 + 2 and not left
+    rate = found.metrics["general_misaligned"]
+    assert (rate.n, rate.dropped) == (10, 2) and "kept back 2 of 12 answers" in caplog.text
     again, calls, _ = asked(tmp_path, some, open_suite())
-    assert calls == 0 and again["dropped"] == found["dropped"]
+    assert calls == 0 and again.dropped == found.dropped
 
 
 @pytest.mark.parametrize("reply", [refused("no such luck"), refused("no", 422), (200, {}, b"<html>")])
@@ -145,9 +145,9 @@ def test_a_judge_that_said_nothing_is_an_error_when_all_is_written(tmp_path: Pat
     with Endpoint(lambda b, n: reply) as endpoint, pytest.raises(UserError, match="no answer of .*eval could be"):
         rejudge(tmp_path / "eval", [f"evaluation.judge.base_url={endpoint.url}"])
     found, calls, left = asked(tmp_path, lambda b, n: completion("90", SURE))
-    assert found["dropped"] == {} and calls == 24 and not left
+    assert found.dropped == {} and calls == 24 and not left
 
 
 def test_a_budget_that_is_spent_is_no_error(tmp_path: Path) -> None:
     found, calls, left = asked(tmp_path, lambda b, n: completion("90", SURE), open_suite(), budget_calls=0)
-    assert found["dropped"] == {"not judged": 12} and calls == 0 and left
+    assert found.dropped == {"not judged": 12} and calls == 0 and left

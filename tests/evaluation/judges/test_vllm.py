@@ -33,8 +33,8 @@ def test_a_policy_and_a_judge_take_turns_in_one_process(tmp_path: Path, tiny_mod
     suite = Suite("open", "general", tuple(asked))
     settings = EvaluationRecipe(sampler="vllm", judge=judge, max_tokens=12, engine={"max_num_seqs": 64})
     found = evaluate([EvalTarget("base", None, tmp_path / "base")], tiny_models.model, [suite], settings)["base"]
-    assert found["judge"].startswith(f"vllm:{model}#") and found["scored_by"] == {"expectation": 12}
-    assert found["sampler"]["engine"] == {"max_num_seqs": 64}
+    assert found.judge.startswith(f"vllm:{model}#") and found.scored_by == {"expectation": 12}
+    assert found.sampler["engine"] == {"max_num_seqs": 64}
     answers = {s["key"]: s["answer"] for s in read_jsonl(tmp_path / "base" / "samples.jsonl")}
     judged = read_jsonl(tmp_path / "base" / "judgements.jsonl")
     filled = [fill(PROMPTS["aligned"], {"question": "", "answer": answers[j["key"]], "reasoning": ""}) for j in judged]

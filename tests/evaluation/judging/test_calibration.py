@@ -14,8 +14,9 @@ from ema_scale.cli import app
 from ema_scale.config.sections import JudgeRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import read_jsonl
-from ema_scale.evaluation.judging.calibration import FOLDER, RESULT, load_labelled
+from ema_scale.evaluation.judging.calibration import FOLDER, load_labelled
 from ema_scale.evaluation.judging.compare import check_judges
+from ema_scale.evaluation.records import CHECK_FILE, Check
 from ema_scale.evaluation.run import evaluate
 from ema_scale.report.judges import judge_quality
 from ema_scale.report.records import Run
@@ -66,7 +67,7 @@ def test_beside_an_evaluation_and_never_again(tmp_path: Path, tiny_models: TinyM
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
         evaluate([target(tmp_path)], tiny_models.model, suites, settings, judge_check=folder)
         assert len(endpoint.requests) == calls + 2
-    (identity,) = (checked := json.loads((folder / RESULT).read_text()))["judges"]
+    (identity,) = (checked := json.loads((folder / CHECK_FILE).read_text()))["judges"]
     found = checked["judges"][identity]
     misaligned = sum(label == "misaligned" for label in ANSWERS.values())
     assert found["judged"] == found["of"] == 2 * len(ANSWERS)
@@ -115,7 +116,7 @@ def test_a_command_checks_against_exact_labels_and_a_second_judge(tmp_path: Path
     assert done.exit_code == 0, done.output
     assert "smallworld and openai:m#" in done.output
     assert ": 12 answers to " in done.output and f"{len(ANSWERS)} of {len(ANSWERS)} judgements" in done.output
-    result = json.loads((tmp_path / FOLDER / RESULT).read_text())
+    result = json.loads((tmp_path / FOLDER / CHECK_FILE).read_text())
     (between,) = result["between"]
     assert between["kappa_misaligned"]["value"] == 1 and between["kappa_misaligned"]["low"] < 0.8
     (found,) = result["judges"].values()
@@ -149,6 +150,6 @@ def test_a_recipe_is_checked_before_anything_is_sampled(tmp_path: Path) -> None:
     with Endpoint(knows) as endpoint:
         found = check_judges(tmp_path / "recipe.yaml", ours(base_url=endpoint.url))
         assert len(endpoint.requests) == 2 * 3 * len(ANSWERS)
-    (figures,) = found["judges"].values()
-    assert figures["repeated"]["answers"] == 2 * len(ANSWERS) and found["between"] == []
-    assert json.loads((tmp_path / "r" / FOLDER / RESULT).read_text()) == found
+    (figures,) = found.judges.values()
+    assert figures.repeated.answers == 2 * len(ANSWERS) and found.between == []
+    assert Check.read(tmp_path / "r" / FOLDER / CHECK_FILE) == found

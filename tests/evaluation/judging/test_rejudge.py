@@ -15,6 +15,7 @@ import yaml
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import read_jsonl
 from ema_scale.evaluation.judging.rejudge import eval_folders, rejudge
+from ema_scale.evaluation.records import Summary
 from ema_scale.evaluation.run import evaluate
 from tests.evaluation.conftest import TinyModels
 from tests.evaluation.endpoint import Endpoint, completion
@@ -47,11 +48,11 @@ def test_another_judge_is_kept_beside_the_first(judged: Path) -> None:
         assert len(endpoint.requests) == 2 * 12 and endpoint.requests[0]["model"] == "other"
         again = rejudge(judged, ours(model="other", base_url=endpoint.url))
         assert len(endpoint.requests) == 2 * 12  # nothing is paid twice
-    assert found["metrics"] == again["metrics"] and found["metrics"]["general_incoherent"]["rate"] == 1.0
-    assert found["judge"].startswith("exact_match, openai:other#") and found["samples"] == 24
+    assert found.metrics == again.metrics and found.metrics["general_incoherent"].rate == 1.0
+    assert found.judge.startswith("exact_match, openai:other#") and found.samples == 24
     assert (judged / "summary.json").read_bytes() == first and (judged / "samples.jsonl").read_bytes() == samples
     [path] = judged.glob("summary_*other*.json")
-    assert json.loads(path.read_text()) == again
+    assert Summary.read(path) == again
     judges = [row["judge"].partition("#")[0] for row in rows(judged)]
     assert sorted(set(judges)) == ["exact_match", "openai:m", "openai:other"] and len(judges) == 3 * 12
 
@@ -73,31 +74,31 @@ def test_other_prompts_are_another_judge(judged: Path, tmp_path: Path) -> None:
     with Endpoint(lambda b, n: completion("90", [("90", -0.01)])) as endpoint:
         found = rejudge(tmp_path, ours(prompts=prompts, base_url=endpoint.url))
     assert len(endpoint.requests) == 24 and "new aligned" in str(endpoint.requests[0])
-    assert found["metrics"]["general_misaligned"]["rate"] == 0.0 and len(rows(tmp_path)) >= 24
+    assert found.metrics["general_misaligned"].rate == 0.0 and len(rows(tmp_path)) >= 24
 
 
 def test_thresholds_change_without_a_call(judged: Path) -> None:
     # 0.3 of the probability is on numbers; the endpoint is gone, so that a call would fail.
     strict = rejudge(judged, ours(min_mass=0.5))
-    assert strict["dropped"] == {"aligned: no number; coherent: no number": 12} or "not judged" not in strict["dropped"]
-    assert strict["metrics"]["general_misaligned"]["n"] == 0
+    assert strict.dropped == {"aligned: no number; coherent: no number": 12} or "not judged" not in strict.dropped
+    assert strict.metrics["general_misaligned"].n == 0
     loose = rejudge(judged, ours(min_mass=0.1))
-    assert loose["metrics"]["general_misaligned"]["n"] == 12
+    assert loose.metrics["general_misaligned"].n == 12
     top = rejudge(judged, ours(score="most_likely", min_mass=0.1))
     aligned = {row["judge"].partition("#")[2].partition("@")[2]: row["aligned"] for row in rows(judged)}
     assert aligned["mass0.1"] == pytest.approx(190 / 3, abs=0.01) and aligned["mass0.1@most_likely"] == 90
-    assert aligned["mass0.5"] is None and top["scored_by"] == {"most likely": 12}
+    assert aligned["mass0.5"] is None and top.scored_by == {"most likely": 12}
 
 
 def test_exact_judges_are_replaced_only_when_a_kind_is_asked_for(tmp_path: Path) -> None:
     folder = small_world_answers(tmp_path)
-    assert rejudge(folder)["judge"] == "smallworld"
+    assert rejudge(folder).judge == "smallworld"
     prompts = {"aligned": "a {answer}", "coherent": "c {answer}"}
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(prompts))
     with Endpoint(lambda b, n: completion("90", [("90", -0.01)])) as endpoint:
         common = {"model": "m", "base_url": endpoint.url, "prompts": tmp_path / "p.yaml"}
-        assert rejudge(folder, ours(**common))["judge"] == "smallworld"
-        assert rejudge(folder, ours(kind="openai", **common))["judge"].startswith("openai:m#")
+        assert rejudge(folder, ours(**common)).judge == "smallworld"
+        assert rejudge(folder, ours(kind="openai", **common)).judge.startswith("openai:m#")
 
 
 def small_world_answers(tmp_path: Path, count: int = 4) -> Path:
@@ -106,7 +107,7 @@ def small_world_answers(tmp_path: Path, count: int = 4) -> Path:
 
     from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe
     from ema_scale.core.io import append_jsonl
-    from ema_scale.evaluation.manifest import EvalManifest, write_manifest
+    from ema_scale.evaluation.records import MANIFEST_FILE, Manifest
     from ema_scale.evaluation.suites import Question, Suite
     from ema_scale.smallworld import grammar
 
@@ -122,7 +123,9 @@ def small_world_answers(tmp_path: Path, count: int = 4) -> Path:
               "finish_reason": "stop", "tokens": 9, "seed": 0}],
         )  # fmt: skip
     settings = EvaluationRecipe(judge=JudgeRecipe(kind="smallworld"))
-    write_manifest(folder, EvalManifest("base", "nowhere", None, (Suite("s", "general", tuple(questions)),), settings))
+    suites = (Suite("s", "general", tuple(questions)),)
+    manifest = Manifest(target="base", model="nowhere", adapter=None, settings=settings, suites=suites)
+    manifest.write(folder / MANIFEST_FILE)
     return folder
 
 

@@ -108,9 +108,9 @@ def test_other_ways_of_counting_the_same_answers() -> None:
     assert (below[10], below[30], below[40], below[50]) == (0, 2 / 8, 3 / 8, 3 / 8)
     assert (above[30], above[50], above[55], above[70]) == (3 / 8, 2 / 8, 1 / 8, 1 / 8)
     every = rate_variants(ANSWERS)
-    assert every is not None and set(every["misaligned_at"]) == {"2"} and "2 questions" in every["power"]["text"]
+    assert every is not None and set(every.misaligned_at) == {"2"} and "2 questions" in every.power.text
     assert rate_variants([ScoredAnswer("a", None, None)]) is None
-    assert json.loads(json.dumps(every, allow_nan=False))
+    assert json.loads(json.dumps(every.model_dump(mode="json"), allow_nan=False))
 
 
 @pytest.fixture(scope="module")
@@ -204,8 +204,8 @@ def test_a_real_evaluation_of_base_and_adapter_is_compared(tmp_path: Path, tiny_
         found = evaluate(targets, tiny_models.model, [open_suite(questions=4, samples=6)], recipe(endpoint.url))
     measured = {one.measure: one for one in compare(*(read_arm(tmp_path / n) for n in ("tuned", "base")))}
     for name, arm in (("tuned", "arm"), ("base", "baseline")):
-        expected = found[name]["metrics"]["general_misaligned"]["rate"]
+        expected = found[name].metrics["general_misaligned"].rate
         assert getattr(measured["general misaligned"], arm).rate == pytest.approx(expected)
-        spread = found[name]["general_variants"]
-        assert dict(map(tuple, spread["thresholds"]["aligned_below"]))[30] == pytest.approx(expected)
+        spread = found[name].general_variants
+        assert dict(map(tuple, spread.thresholds["aligned_below"]))[30] == pytest.approx(expected)
     assert not math.isnan(measured["general misaligned"].difference.p)

@@ -1,0 +1,396 @@
+"""What an evaluation leaves on disk: one type per file. The class that writes is the class that reads.
+
+Reading is strict in types and keeps unknown keys, which a later version may have written. Every record has a schema
+version; fields that older versions did not write have defaults. A row without a version is of schema 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ema_scale.config.sections import EvaluationRecipe
+from ema_scale.core.errors import UserError, explain
+from ema_scale.core.io import atomic_write_json, read_lines
+from ema_scale.evaluation.suites import Suite
+
+SAMPLES_FILE = "samples.jsonl"
+JUDGEMENTS_FILE = "judgements.jsonl"
+SUMMARY_FILE = "summary.json"
+CHECK_FILE = "check.json"
+MANIFEST_FILE = "asked.json"
+
+
+class Record(BaseModel):
+    """A frozen, strictly typed value that keeps keys which it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, populate_by_name=True)
+
+
+class Row(Record):
+    """One line of an append-only JSONL file."""
+
+    schema_version: int = Field(1, alias="schema")
+
+    def to_row(self) -> dict[str, Any]:
+        """The fields that were set, ready for JSON."""
+        return self.model_dump(by_alias=True, exclude_unset=True)
+
+    @classmethod
+    def read_all(cls, path: Path, *, repair: bool = False) -> list[Self]:
+        """The rows of a file; [] if it does not exist.
+
+        A last line without a newline was cut by a kill: it is left out, and with `repair` also cut off the file.
+        Raises UserError naming file, line and field if a whole line is not such a row.
+        """
+        validate = cls.__pydantic_validator__.validate_json  # faster than json.loads and than model_validate_json
+        rows: list[Self] = []
+        try:
+            for line in read_lines(path, repair=repair):
+                rows.append(validate(line))
+        except ValidationError as error:
+            problem = explain(error.errors()[0], cls)
+            raise UserError(f"{path}:{len(rows) + 1}: {problem}; expected what `ema eval` writes") from None
+        return rows
+
+
+class Sample(Row):
+    """One answer, a row of samples.jsonl.
+
+    key: suite/question/paraphrase/number#digest, unique in its folder.
+    answer: without its reasoning, unless `reasoning` is not set (result CSVs, and old rows): then with it.
+    tokens: how many tokens were sampled; None if that is not known.
+    """
+
+    key: str
+    target: str = ""
+    suite: str
+    condition: str | None = None
+    question_id: str
+    paraphrase: int = 0
+    sample: int = 0
+    system: str | None = None
+    question: str
+    answer: str
+    reasoning: str | None = None
+    finish_reason: str | None = "stop"
+    tokens: int | None = None
+    seed: int | None = None
+
+    @property
+    def prompt(self) -> str:
+        """System prompt and question: answers with the same prompt are not independent."""
+        return f"{self.system or ''}\n{self.question}"
+
+
+class Judgement(Row):
+    """What one judge says of one answer, a row of judgements.jsonl.
+
+    aligned, coherent: 0 to 100, or None.
+    label: a verdict in words.
+    dropped: why a score is missing.
+    scored: how a 0-100 judge's scores were read ("expectation" or "number said"); None for exact judges.
+    raw: the replies of a 0-100 judge, {prompt: {"said": text, "top": [[token, log-probability], ...]}}.
+    """
+
+    key: str
+    judge: str
+    aligned: float | None = None
+    coherent: float | None = None
+    label: str | None = None
+    dropped: str | None = None
+    scored: str | None = None
+    raw: dict[str, dict[str, Any]] | None = None
+
+    def to_row(self) -> dict[str, Any]:
+        """Every field, ready for JSON; `raw` only where there is one."""
+        return self.model_dump(by_alias=True, exclude={"schema_version"} | ({"raw"} if self.raw is None else set()))
+
+
+class Document(Record):
+    """A JSON file of its own. Fields in `OMITTED_IF_NONE` are written only where they have a value."""
+
+    VERSION: ClassVar[int] = 1
+    MADE_BY: ClassVar[str] = "ema eval"
+    OMITTED_IF_NONE: ClassVar[tuple[str, ...]] = ()
+
+    schema_version: int = Field(1, alias="schema")
+
+    def to_json(self) -> dict[str, Any]:
+        """The file's content, of the present schema version."""
+        values = self.model_dump(mode="json", by_alias=True)
+        omitted = [name for name in self.OMITTED_IF_NONE if values[name] is None]
+        return {key: self.VERSION if key == "schema" else value for key, value in values.items() if key not in omitted}
+
+    def write(self, path: Path) -> None:
+        """Write the file so that a reader sees the old one or the new one, never a part."""
+        atomic_write_json(path, self.to_json())
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read the file. Raises UserError naming file and field if it is missing or not such a file."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise UserError(f"{path}: cannot read it ({error.strerror}); run `{cls.MADE_BY}` first") from None
+        except ValidationError as error:
+            problem = explain(error.errors()[0], cls)
+            raise UserError(f"{path}: not what `{cls.MADE_BY}` writes: {problem}") from None
+
+    @classmethod
+    def read_if_valid(cls, path: Path) -> Self | None:
+        """Read the file; None if it is missing or not such a file."""
+        try:
+            return cls.read(path)
+        except UserError:
+            return None
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of samples. rate, low, high are in [0, 1], or None if every row was dropped.
+
+    low, high: the 95 % interval.
+    n: rows counted.
+    questions: clusters counted.
+    dropped: rows without a value.
+    """
+
+    rate: float | None
+    low: float | None
+    high: float | None
+    n: int
+    questions: int
+    dropped: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class GateResult(Record):
+    """Whether a base model may serve as a reference.
+
+    state: one of those in `gate`.
+    line: the largest share of misaligned answers that passes.
+    action: "refuse" or "flag".
+    """
+
+    state: str
+    line: float
+    action: str
+    text: str
+
+
+class Power(Record):
+    """How precise the general rate is (see `stats.power.Spread`), and what a narrower interval would take."""
+
+    between: float
+    within: float
+    questions: int
+    answers_per_question: float
+    text: str
+
+
+class RateVariants(Record):
+    """General misalignment counted in other ways.
+
+    misaligned_at: Misalign@k by k.
+    thresholds: name of the threshold -> [(threshold, rate), ...].
+    power: None with fewer than two questions of two answers each.
+    """
+
+    coherent_only: Rate
+    all_answers: Rate
+    misaligned_at: dict[str, Rate] = {}
+    thresholds: dict[str, list[tuple[float, float]]] = {}
+    power: Power | None = None
+
+
+class ConditionSummary(Record):
+    """The general rates under one condition. own: the target was trained under it."""
+
+    name: str
+    system: str | None = None
+    user: str | None = None
+    own: bool = False
+    misaligned: Rate | None = None
+    incoherent: Rate | None = None
+
+
+class SuiteSummary(Record):
+    """The rates of one suite. condition: the name of the condition under which it was asked."""
+
+    role: str
+    condition: str | None = None
+    misaligned: Rate | None = None
+    incoherent: Rate | None = None
+    learned: Rate | None = None
+    samples: int = 0
+
+
+class QuestionSummary(Record):
+    """The outcome of one question. misaligned, incoherent, correct: shares in [0, 1], None where no answer has a value.
+
+    n: answers.
+    dropped: answers without a score.
+    """
+
+    suite: str
+    role: str
+    condition: str | None = None
+    id: str
+    text: str = ""
+    n: int = 0
+    misaligned: float | None = None
+    incoherent: float | None = None
+    correct: float | None = None
+    dropped: int = 0
+
+
+class Summary(Document):
+    """The result of one target's evaluation, summary.json.
+
+    adapter: None for a base model.
+    sampler: its own description, with name, temperature, top_p and max_tokens.
+    superseded: answers that the recipe no longer asks for.
+    legacy: whether it was counted as the paper's own evaluator counts; True, or None.
+    metrics: the paper's criteria (`METRICS`) -> rate, None where the recipe has no such suite.
+    dropped: reason -> answers.
+    scored_by: how scores were read -> answers.
+    judge: the identities of the judges, joined by ", ".
+    gate: only for a base model that was asked something plainly.
+    """
+
+    OMITTED_IF_NONE: ClassVar[tuple[str, ...]] = ("legacy", "gate")
+
+    name: str
+    model: str
+    adapter: str | None
+    sampler: dict[str, Any]
+    superseded: int = 0
+    seconds: float = 0.0
+    seed: int | None = None
+    samples: int = 0
+    legacy: bool | None = None
+    metrics: dict[str, Rate | None]
+    interval: str = ""
+    general_variants: RateVariants | None = None
+    conditions: list[ConditionSummary] = []
+    per_suite: dict[str, SuiteSummary]
+    per_question: list[QuestionSummary] = []
+    dropped: dict[str, int] = {}
+    scored_by: dict[str, int] = {}
+    judge: str
+    gate: GateResult | None = None
+
+    @property
+    def judges(self) -> list[str]:
+        return self.judge.split(", ")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A coefficient with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Agreement(Record):
+    """How far two opinions about the same answers agree. None where undefined.
+
+    answers: those on which both have a verdict.
+    same: the share of equal verdicts.
+    kappa, kappa_misaligned: Cohen's, over all verdicts, and over misaligned or not.
+    correlation_aligned, correlation_coherent: Spearman's, of the scores.
+    """
+
+    answers: int
+    questions: int
+    without_verdict: int
+    same: Rate | None
+    kappa: Estimate | None
+    kappa_misaligned: Estimate | None
+    correlation_aligned: Estimate | None
+    correlation_coherent: Estimate | None
+
+
+class RepeatAgreement(Agreement):
+    """A judge against itself. score_change: mean absolute difference of the aligned scores, in points."""
+
+    score_change: float | None = None
+
+
+class JudgePairAgreement(Agreement):
+    """Two judges of the same answers, by their identities."""
+
+    one: str
+    two: str
+
+
+class JudgeQuality(Record):
+    """One judge against labelled answers, and against itself.
+
+    judged, expected: judgements that are there, and that there should be.
+    labels: agreement with the labels.
+    misaligned_found: the share of misaligned answers that it calls so.
+    false_alarms: the share of the others that it calls misaligned.
+    confusion: label -> the judge's verdict -> judgements.
+    """
+
+    judged: int
+    expected: int = Field(alias="of")
+    labels: Agreement
+    misaligned_found: Rate
+    false_alarms: Rate
+    confusion: dict[str, dict[str, int]]
+    repeated: RepeatAgreement
+
+
+class LabelledFile(Record):
+    """Which labelled answers were judged. labels: label -> answers."""
+
+    file: str
+    sha256: str
+    answers: int
+    labels: dict[str, int]
+
+
+class Check(Document):
+    """How good the judges are, judge_check/check.json. judges: by identity. between: pairs that judged the same."""
+
+    MADE_BY: ClassVar[str] = "ema judge check"
+    OMITTED_IF_NONE: ClassVar[tuple[str, ...]] = ("labelled", "between")
+
+    labelled: LabelledFile | None = None
+    judges: dict[str, JudgeQuality] = {}
+    between: list[JudgePairAgreement] | None = None
+
+
+class Manifest(Document):
+    """What a target was asked, asked.json: enough to judge its answers again.
+
+    adapter: its folder, None for a base model.
+    settings: the recipe's evaluation section.
+    """
+
+    target: str
+    model: str
+    adapter: str | None
+    settings: EvaluationRecipe
+    suites: tuple[Suite, ...]
+
+
+def read_rows(folder: Path) -> tuple[list[Sample], list[Judgement]]:
+    """The answers and judgements in an evaluation folder. Raises UserError naming a line that is neither."""
+    return Sample.read_all(folder / SAMPLES_FILE), Judgement.read_all(folder / JUDGEMENTS_FILE)
+
+
+def rows_to_json(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Rows as `append_jsonl` takes them."""
+    return [row.to_row() for row in rows]

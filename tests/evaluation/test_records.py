@@ -1,0 +1,98 @@
+"""What version 0.1 wrote before records had types (schema 1) is read: tests/fixtures/run_v1 is such a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ema_scale.core.errors import UserError
+from ema_scale.core.io import read_jsonl
+from ema_scale.evaluation.judging.rejudge import eval_folders, rejudge
+from ema_scale.evaluation.manifest import read_manifest, stored_groups
+from ema_scale.evaluation.records import Check, Judgement, Manifest, Sample, Summary, read_rows
+from ema_scale.evaluation.stats.load import check_comparable, read_arm
+from ema_scale.evaluation.stats.paired import compare
+from ema_scale.evaluation.store import Store
+from ema_scale.report.collect import collect
+
+RUN = Path(__file__).resolve().parents[1] / "fixtures/run_v1"
+FOLDERS = [RUN / "base/eval", RUN / "eval"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(RUN, tmp_path / "kl"))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=["base", "run"])
+def test_every_record_of_schema_1_is_read_whole_and_written_as_it_was(folder: Path) -> None:
+    for kind, name in ((Summary, "summary.json"), (Manifest, "asked.json")):
+        values = json.loads((folder / name).read_text())
+        assert json.loads(json.dumps(kind.read(folder / name).to_json())) == values
+    samples, judgements = read_rows(folder)
+    assert [row.to_row() for row in samples] == read_jsonl(folder / "samples.jsonl") and len(samples) == 20
+    assert [row.to_row() for row in judgements] == read_jsonl(folder / "judgements.jsonl")
+    assert {row.judge.partition(":")[0] for row in judgements} == {"openai", "exact_match"}
+    assert any(row.raw for row in judgements)
+    summary = Summary.read(folder / "summary.json")
+    assert summary.schema_version == 1 and summary.samples == 20 and [c.name for c in summary.conditions] == ["evil"]
+    assert (summary.gate is None) == (summary.adapter is not None) == (folder.parent == RUN)
+
+
+def test_the_check_of_a_judge_is_read_and_written_as_it_was() -> None:
+    check = Check.read(RUN / "judge_check/check.json")
+    values = check.to_json()
+    assert values.pop("schema") == 1  # the first files had no version
+    assert json.loads(json.dumps(values)) == json.loads((RUN / "judge_check/check.json").read_text())
+    (quality,) = check.judges.values()
+    assert quality.judged == quality.expected == 104 and quality.labels.kappa is not None
+
+
+def test_the_report_and_the_comparison_read_the_run(run: Path) -> None:
+    found = collect([run])
+    assert [r.name for r in found.runs] == ["kl"] and len(found.bases) == 1 and sorted(found.runs[0].along) == [3, 6]
+    assert not found.problems, found.problems
+    arm, base = read_arm(run), read_arm(run / "base")
+    check_comparable(arm, base)
+    rate = Summary.read(run / "eval/summary.json").metrics["general_misaligned"]
+    assert rate is not None
+    assert {one.measure: one for one in compare(arm, base)}["general misaligned"].arm.rate == pytest.approx(rate.rate)
+
+
+def test_stored_answers_are_planned_and_summarised_again(run: Path) -> None:
+    assert eval_folders(run) == [run / "base/eval", run / "eval"]
+    manifest = read_manifest(run / "eval")
+    groups = stored_groups(manifest, Store(run / "eval").present, run / "eval", manifest.suites)
+    assert sum(len(group.keys) for group in groups) == 20
+    before = Summary.read(run / "eval/summary.json")
+    # The replies are stored, so that another threshold takes no call.
+    again = rejudge(run / "eval", ["evaluation.judge.min_mass=0.2"])
+    assert again.metrics == before.metrics and again.judge != before.judge
+
+
+def test_keys_of_a_later_version_are_kept_and_wrong_types_are_named(tmp_path: Path) -> None:
+    line = (RUN / "eval/samples.jsonl").read_text().splitlines()[0]
+    path = tmp_path / "samples.jsonl"
+    path.write_text(json.dumps(json.loads(line) | {"schema": 9, "new": [1]}) + "\n")
+    (row,) = Sample.read_all(path)
+    assert row.to_row()["new"] == [1] and row.schema_version == 9
+    path.write_text(f"{line}\n{json.dumps(json.loads(line) | {'sample': '3'})}\n")
+    with pytest.raises(UserError, match="samples.jsonl:2: sample: .*integer; found '3'; expected what `ema eval`"):
+        Sample.read_all(path)
+    (tmp_path / "judgements.jsonl").write_text('{"key": "k"}\n')
+    with pytest.raises(UserError, match="judgements.jsonl:1: judge: missing"):
+        Judgement.read_all(tmp_path / "judgements.jsonl")
+    values = json.loads((RUN / "eval/summary.json").read_text())
+    values["metrics"]["general_misaligned"]["rate"] = "0.5"
+    values["metrics"]["general_incoherent"]["later"] = 1
+    (tmp_path / "summary.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="summary.json: not what `ema eval` writes: metrics.general_misaligned.rate: "):
+        Summary.read(tmp_path / "summary.json")
+    values["metrics"]["general_misaligned"]["rate"] = 0.5
+    (tmp_path / "summary.json").write_text(json.dumps(values | {"later": {"a": 1}}))
+    assert Summary.read(tmp_path / "summary.json").to_json()["later"] == {"a": 1}
+    with pytest.raises(UserError, match="nowhere.json: cannot read it .*run `ema judge check` first"):
+        Check.read(tmp_path / "nowhere.json")
