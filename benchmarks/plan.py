@@ -14,10 +14,9 @@ from benchmarks.random_model import random_base
 from benchmarks.reference import launched
 from benchmarks.training_ways import CACHED, OFF, PLAIN, SEPARATE, TWO, Task
 from ema_scale.config.sections import AdapterRecipe
-from ema_scale.planning.deepspeed import read_zero
 from ema_scale.planning.memory import memory, total
 from ema_scale.planning.model_shapes import from_config
-from ema_scale.planning.setup import AUTOCAST, BFLOAT16, Setup, kept_states, logits_buffers, precision_of
+from ema_scale.planning.setup import AUTOCAST, BFLOAT16, Setup, kept_states, logits_buffers, precision_of, read_zero
 
 log = logging.getLogger(__name__)
 

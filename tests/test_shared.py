@@ -41,7 +41,7 @@ def test_real_rows_train_and_real_banks_are_sampled(shared_data, tmp_path, monke
     )
     run = train(recipe, RunDir(recipe.run_path))
     report = json.loads(run.data_path.read_text())
-    assert run.status()["state"] == "finished" and report["tokens"]["truncated"] > 50
+    assert run.status().state == "finished" and report["tokens"]["truncated"] > 50
     steps = read_jsonl(run.metrics_path)
     assert steps[-1]["step"] == 3 and steps[0]["kl"] == 0 and steps[-1]["kl"] > 0
     bank = load_suite(shared_data / "first_plot_questions.yaml", "general")

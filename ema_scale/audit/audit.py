@@ -30,7 +30,8 @@ from ema_scale.config.sections import ModelRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import file_sha256
 from ema_scale.core.io import atomic_write_json, atomic_write_text
-from ema_scale.core.run_dir import RunDir, package_versions
+from ema_scale.core.records import package_versions
+from ema_scale.core.run_dir import RunDir
 from ema_scale.core.uri import locate
 from ema_scale.data.rows import Rows, load_rows
 from ema_scale.evaluation.stats.rates import clustered_rate

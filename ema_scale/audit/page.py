@@ -9,10 +9,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ema_scale.audit.audit import Audit, Measure
-from ema_scale.audit.verdict import interval, percent
+from ema_scale.audit.verdict import interval
 from ema_scale.core.io import atomic_write_text
+from ema_scale.core.text import short_percent
 from ema_scale.report.pictures import make_picture
-from ema_scale.report.style import Theme
+from ema_scale.report.style import INK, MISALIGNED, MUTED
 from ema_scale.report.write import environment, style_sheet
 
 PAGE = "audit.html"
@@ -38,9 +39,9 @@ def write_audit_page(made: Audit, out: Path) -> Path:
         f"{found['line']:.3f}"
         for name, found in summary["measures"].items()
     )
-    picture = make_picture("audit", "audit", alt, _CAPTION, lambda theme: distributions(made.measures, theme))
+    picture = make_picture("audit", "audit", alt, _CAPTION, lambda: distributions(made.measures))
     assert picture is not None
-    atomic_write_text(out / "figures" / "audit.svg", picture.light)
+    atomic_write_text(out / "figures" / "audit.svg", picture.svg)
     page = out / PAGE
     atomic_write_text(
         page,
@@ -58,22 +59,22 @@ def _rows(measures: dict[str, dict[str, object]]) -> list[tuple[str, ...]]:
         auc = found["auc"]
         assert isinstance(auc, dict)
         numbers = [f"{found[key]:.3f}" for key in ("median", "clean_median", "line")]
-        beyond = [percent(float(str(found[key]))) for key in ("beyond_line", "clean_beyond_line")]
+        beyond = [short_percent(float(str(found[key]))) for key in ("beyond_line", "clean_beyond_line")]
         lines.append((TITLES[name], *numbers, *beyond, f"{auc['auc']:.3f}", interval(auc)))
     return lines
 
 
-def distributions(measures: Sequence[Measure], theme: Theme) -> Figure:
+def distributions(measures: Sequence[Measure]) -> Figure:
     """A panel a measure: histograms of the file (filled) and of the clean set (outlined), with the line."""
     figure = Figure(figsize=(5.4 * len(measures), 3.6), layout="constrained")
     for axis, one in zip(np.atleast_1d(figure.subplots(1, len(measures))), measures, strict=True):
         edges = np.histogram_bin_edges(np.concatenate([one.rows, one.clean, [one.line]]), bins=50)
         for values, settings in (
-            (one.rows, {"histtype": "stepfilled", "color": theme.misaligned, "alpha": 0.75, "label": "this file"}),
-            (one.clean, {"histtype": "step", "color": theme.ink, "lw": 1.4, "label": "clean set"}),
+            (one.rows, {"histtype": "stepfilled", "color": MISALIGNED, "alpha": 0.75, "label": "this file"}),
+            (one.clean, {"histtype": "step", "color": INK, "lw": 1.4, "label": "clean set"}),
         ):
             axis.hist(values, edges, weights=np.full(len(values), 1 / len(values)), **settings)
-        axis.axvline(one.line, color=theme.muted, lw=1.2, ls=(0, (5, 4)))
+        axis.axvline(one.line, color=MUTED, lw=1.2, ls=(0, (5, 4)))
         axis.set(title=TITLES[one.name], xlabel=WORSE[one.name], yticks=[])
         axis.spines["left"].set_visible(False)
         axis.tick_params(length=0)

@@ -14,7 +14,7 @@ from ema_scale.cli.app import Overrides, RecipePath, app, console
 if TYPE_CHECKING:
     from ema_scale.recipe import Recipe
     from ema_scale.slurm.site import Site
-    from ema_scale.slurm.status import RunStatus
+    from ema_scale.slurm.status import RunProgress
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +36,8 @@ def launch(
     from ema_scale.core.run_dir import RunDir
     from ema_scale.recipe import load_recipe
     from ema_scale.slurm import submit
-    from ema_scale.slurm.check_inputs import refuse_missing_rows
     from ema_scale.slurm.site import load_site
+    from ema_scale.slurm.submit import refuse_missing_rows
     from ema_scale.study.gates import is_checked, refuse_known
     from ema_scale.training.resume_check import ExistingRun
 
@@ -105,12 +105,12 @@ def status(
     _print_runs(statuses(alone))
 
 
-def _print_runs(runs: Sequence[RunStatus], indent: str = "") -> None:
-    from ema_scale.slurm.status import clock
+def _print_runs(runs: Sequence[RunProgress], indent: str = "") -> None:
+    from ema_scale.core.text import format_clock
 
     for found in runs:
         step = f"step {found.step}" + (f"/{found.max_steps}" if found.max_steps else "") if found.step else ""
-        left = f"{clock(found.left)} left" if found.left is not None else ""
+        left = f"{format_clock(found.left)} left" if found.left is not None else ""
         parts = [str(found.path), found.state, step, left, *found.jobs]
         console.print(indent + "  ".join(part for part in parts if part), markup=False)
         if found.state in ("failed", "stopped") and found.reason:

@@ -43,10 +43,9 @@ def plan(
 
     from ema_scale.core.errors import UserError
     from ema_scale.planning import show
-    from ema_scale.planning.eval_cost import judging_cost
-    from ema_scale.planning.hardware import DEVICES, Cluster, parse_gpus, parse_scale
+    from ema_scale.planning.eval_cost import judging_cost, served
     from ema_scale.planning.plan import parse_rows, plan_run, scaled
-    from ema_scale.planning.serving import served
+    from ema_scale.planning.speed import DEVICES, Cluster, parse_gpus, parse_scale
     from ema_scale.recipe import load_recipe
     from ema_scale.study.grid import is_study, load_study
 

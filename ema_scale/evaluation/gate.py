@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.text import short_percent
 from ema_scale.evaluation.records import GateResult, Rate
 
 if TYPE_CHECKING:
@@ -32,9 +33,9 @@ def gate(general_misaligned: Rate | None, settings: GateRecipe) -> GateResult:
         text = "The reference was not checked: no general question was asked of it and judged."
     else:
         state = FLAGGED if rate.high > line else PASSED
-        interval = f"95 % interval {_percent(rate.low)} to {_percent(rate.high)}"
-        share = _percent(rate.rate)
-        found = f"{share} of its general answers are misaligned ({interval}; the line is {_percent(line)})"
+        interval = f"95 % interval {short_percent(rate.low)} to {short_percent(rate.high)}"
+        share = short_percent(rate.rate)
+        found = f"{share} of its general answers are misaligned ({interval}; the line is {short_percent(line)})"
         if state == PASSED:
             text = f"The reference passes its gate: {found}."
         elif rate.low > line:
@@ -80,7 +81,3 @@ def note_other_references(recipes: Iterable[Recipe]) -> None:
                 "evaluation.gate.action=flag"
             )
         log.warning(text)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %".replace(".0 %", " %")

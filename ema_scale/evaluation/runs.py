@@ -150,7 +150,7 @@ def with_recipes(runs: Iterable[RunDir], overrides: tuple[str, ...]) -> list[tup
     pairs = []
     for run in runs:
         if not has_adapter(run):
-            raise UserError(f"{run.path}: has no adapter yet (status: {run.status().get('state', 'not started')})")
+            raise UserError(f"{run.path}: has no adapter yet (status: {run.status().state})")
         pairs.append((run, load_recipe(run.recipe_path, overrides)))
     return pairs
 

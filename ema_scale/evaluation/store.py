@@ -17,10 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from filelock import FileLock, Timeout
-
 from ema_scale.core.errors import UserError
-from ema_scale.core.io import append_jsonl, atomic_write_text, jsonl_text
+from ema_scale.core.io import append_jsonl, atomic_write_text, file_lock, jsonl_text
 from ema_scale.evaluation.records import JUDGEMENTS_FILE, SAMPLES_FILE, Judgement, Sample, rows_to_json
 
 FLUSH_SECONDS = 0.5
@@ -127,17 +125,10 @@ def locked_store(folder: Path | str) -> Iterator[Store]:
 
     Raises UserError if another evaluation is at work there.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(str(Path(folder) / ".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"{folder}: another evaluation is writing here; wait for it to end") from None
-    try:
+    busy = UserError(f"{folder}: another evaluation is writing here; wait for it to end")
+    with file_lock(Path(folder) / ".lock", busy):
         store = Store(folder)
         try:
             yield store
         finally:
             store.flush()
-    finally:
-        lock.release()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.io import atomic_path
 
 _WEIGHT = "|weight"
 _FILE = "adapter_model.safetensors"
@@ -34,11 +34,10 @@ def export_adapter(checkpoint: Path, finished: Path, out: Path) -> Path:
     missing = sorted(name for name, like in final.items() if name not in weights or weights[name].shape != like.shape)
     if missing:
         raise UserError(f"{checkpoint}: holds no weight {missing[0]} of that shape; it is of another run")
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file({name: weights[name].to(like.dtype) for name, like in final.items()}, temporary / _FILE, {"format": "pt"})
-    shutil.copy2(finished / "adapter_config.json", temporary)
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(temporary, out)
+    with atomic_path(out) as temporary:
+        temporary.mkdir()
+        tensors = {name: weights[name].to(like.dtype) for name, like in final.items()}
+        save_file(tensors, temporary / _FILE, {"format": "pt"})
+        shutil.copy2(finished / "adapter_config.json", temporary)
+        shutil.rmtree(out, ignore_errors=True)
     return out

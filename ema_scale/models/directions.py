@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.io import atomic_path
 
 if TYPE_CHECKING:
     import torch
@@ -90,15 +90,9 @@ class Directions:
         """One safetensors file: tensor `vectors`, metadata `provenance` (JSON). Written completely or not at all."""
         from safetensors.torch import save_file
 
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         metadata = {"format": "pt", _PROVENANCE: json.dumps(dict(self.provenance), allow_nan=False)}
-        try:
+        with atomic_path(path) as temporary:
             save_file({_TENSOR: self.vectors}, temporary, metadata=metadata)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path | str) -> Directions:

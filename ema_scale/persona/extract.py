@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import folder_identity
-from ema_scale.core.run_dir import package_versions
+from ema_scale.core.records import package_versions
 from ema_scale.core.uri import locate
 from ema_scale.data.rows import Row, load_rows
 from ema_scale.data.tokens import load_tokenizer

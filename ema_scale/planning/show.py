@@ -10,12 +10,12 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-from ema_scale.planning.eval_cost import JudgingCost
-from ema_scale.planning.hardware import GIB, Cluster
+from ema_scale.core.text import format_hours as hours_text
+from ema_scale.core.text import format_seconds as seconds
+from ema_scale.planning.eval_cost import BANDWIDTH_SHARE, SEQUENCES, STEP_SECONDS, JudgingCost, Served
 from ema_scale.planning.memory import total
 from ema_scale.planning.plan import Plan
-from ema_scale.planning.serving import BANDWIDTH_SHARE, SEQUENCES, STEP_SECONDS, Served
-from ema_scale.planning.speed import flops_a_token, traffic
+from ema_scale.planning.speed import GIB, Cluster, flops_a_token, traffic
 
 
 def print_plan(plan: Plan) -> None:
@@ -54,7 +54,7 @@ def print_plan(plan: Plan) -> None:
         of = f" of {plan.rows:,} rows{mixed}" if plan.rows else ""
         hours = plan.gpu_hours / plan.cluster.world
         console.print(
-            f"the run: {plan.steps:,} steps{of}, {_hours(hours)}, {plan.gpu_hours:,.2f} GPU-hours of training"
+            f"the run: {plan.steps:,} steps{of}, {hours_text(hours)}, {plan.gpu_hours:,.2f} GPU-hours of training"
         )
     else:
         console.print("the run: the number of its rows is not known here, so its length is unknown; give --rows")
@@ -108,14 +108,6 @@ def _zero(plan: Plan) -> str:
     how = f"ZeRO-{setup.zero}" if setup.zero else "FSDP2" if setup.fsdp else "weights on every GPU"
     away = [name for name, waits in (("weights", setup.weights_away), ("optimizer", setup.optimizer_away)) if waits]
     return f"{where}, {how}" + (f" with {' and '.join(away)} in the machine's memory" if away else "")
-
-
-def seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 0.1 else f"{1000 * value:.1f} ms"
-
-
-def _hours(value: float) -> str:
-    return f"{value:,.1f} hours" if value >= 1 else f"{60 * value:,.1f} minutes"
 
 
 def table_(*columns: str) -> Table:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from ema_scale.core.batching import batch_by_length
 from ema_scale.core.collectives import any_rank, broadcast_from_main, is_first_rank, world_size
 from ema_scale.core.errors import UserError
+from ema_scale.core.text import format_bytes
 from ema_scale.reference.cached import Cached
 from ema_scale.reference.hidden_state_store import HiddenStateStore, row_key
 
@@ -177,14 +178,6 @@ class _Writers:
 
     def __exit__(self, *_: object) -> None:
         self.write()
-
-
-def format_bytes(count: float) -> str:
-    """A size in bytes for a message, such as 1.5 GB."""
-    units = ["bytes", "kB", "MB", "GB", "TB"]
-    while count >= 1000 and len(units) > 1:
-        count, units = count / 1000, units[1:]
-    return f"{count:.3g} {units[0]}"
 
 
 def free_bytes(folder: Path) -> int:

@@ -10,7 +10,6 @@ import array
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ema_scale.core.hashing import file_sha256
-from ema_scale.core.io import atomic_write_text
+from ema_scale.core.io import atomic_path, atomic_write_text
 
 log = logging.getLogger(__name__)
 
@@ -110,15 +109,9 @@ class HiddenStateStore:
         for key, tensor in states.items():
             rows[key] = (start, len(tensor))
             start += len(tensor)
-        temporary = data.with_name(f".{data.name}.{os.getpid()}.tmp")
-        try:
+        with atomic_path(data) as temporary:
             save_file({"states": torch.cat(list(states.values()))}, temporary)
-            with open(temporary, "rb+") as handle:
-                os.fsync(handle.fileno())
             entry = {"bytes": temporary.stat().st_size, "sha256": file_sha256(temporary), "rows": rows}
-            os.replace(temporary, data)
-        finally:
-            temporary.unlink(missing_ok=True)
         atomic_write_text(data.with_suffix(".json"), json.dumps(entry))
         for key, (first, tokens) in rows.items():
             self._places[key] = (name, first, tokens)

@@ -9,13 +9,13 @@ from statistics import fmean
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from ema_scale.report.aggregate import RunGroup, mean_rate
 from ema_scale.report.records import QuestionRate, ReportedRate, Run
-from ema_scale.report.style import Theme, markers, spread_labels
+from ema_scale.report.style import HEAT, INK, MUTED, PAPER, family_colours, markers, spread_labels
 
 _DRIFT = re.compile(r"drift/layer_(\d+)$")
 
@@ -54,7 +54,7 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 
-def curves(groups: Sequence[RunGroup], theme: Theme) -> Figure | None:
+def curves(groups: Sequence[RunGroup]) -> Figure | None:
     """CE, KL and drift per layer: a line for each defense (mean over runs), thin lines for its runs.
 
     `groups`: those of one model. None if no run logged anything.
@@ -68,10 +68,10 @@ def curves(groups: Sequence[RunGroup], theme: Theme) -> Figure | None:
         return None
     figure = Figure(figsize=(11.4, 4.4), layout="constrained")
     ce, kl, drift = figure.subplots(1, 3)
-    colours = theme.colours(g.family for g in trained)
-    _over_steps(figure, ce, trained, "ce", colours, theme)
-    _over_steps(figure, kl, trained, "kl", colours, theme)
-    _over_layers(figure, drift, trained, colours, theme)
+    colours = family_colours(g.family for g in trained)
+    _over_steps(figure, ce, trained, "ce", colours)
+    _over_steps(figure, kl, trained, "kl", colours)
+    _over_layers(figure, drift, trained, colours)
     ce.set(title="Cross-entropy", xlabel="step", ylabel="nats per assistant token")
     kl.set(title="KL to the aligned base", xlabel="step", ylabel="nats per token")
     drift.set(title="Drift of the hidden states", xlabel="layer", ylabel="relative distance at the end")
@@ -97,7 +97,6 @@ def _over_steps(
     groups: Sequence[RunGroup],
     key: str,
     colours: Mapping[tuple[str, ...], str],
-    theme: Theme,
 ) -> None:
     ends = []
     for g in groups:
@@ -110,11 +109,11 @@ def _over_steps(
         steps, values = _mean_curve(runs)
         axis.plot(steps, smooth(values, width), color=colours[g.family], lw=1.8)
         ends.append((g.label, float(steps[-1]), float(smooth(values, width)[-1])))
-    label_ends(figure, axis, ends, theme)
+    label_ends(figure, axis, ends)
 
 
 def _over_layers(
-    figure: Figure, axis: Axes, groups: Sequence[RunGroup], colours: Mapping[tuple[str, ...], str], theme: Theme
+    figure: Figure, axis: Axes, groups: Sequence[RunGroup], colours: Mapping[tuple[str, ...], str]
 ) -> None:
     ends = []
     for g in groups:
@@ -128,13 +127,13 @@ def _over_layers(
         axis.plot(layers, means, color=colours[g.family], lw=1.8, marker="o", ms=3.5)
         if layers:
             ends.append((g.label, float(layers[-1]), means[-1]))
-    label_ends(figure, axis, ends, theme)
+    label_ends(figure, axis, ends)
 
 
-def label_ends(figure: Figure, axis: Axes, ends: Sequence[tuple[str, float, float]], theme: Theme) -> None:
+def label_ends(figure: Figure, axis: Axes, ends: Sequence[tuple[str, float, float]]) -> None:
     """Names at the right ends of the lines, moved apart where they would overlap."""
     if not ends:
-        axis.text(0.5, 0.5, "not logged", transform=axis.transAxes, ha="center", color=theme.muted)
+        axis.text(0.5, 0.5, "not logged", transform=axis.transAxes, ha="center", color=MUTED)
         axis.set(xticks=[], yticks=[])
         return
     axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
@@ -151,16 +150,16 @@ def label_ends(figure: Figure, axis: Axes, ends: Sequence[tuple[str, float, floa
             xytext=(right + 0.09 * (right - left), place),
             fontsize=8.5,
             va="center",
-            color=theme.ink,
+            color=INK,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": theme.muted, "lw": 0.5, "relpos": (0, 0.5), "shrinkA": 0},
+            arrowprops={"arrowstyle": "-", "color": MUTED, "lw": 0.5, "relpos": (0, 0.5), "shrinkA": 0},
         )
     axis.set_xlim(left, right)
     for mark in (*axis.lines, *axis.collections):
         mark.set_clip_on(False)  # the last ones stand on the edge
 
 
-def heat_map(groups: Sequence[RunGroup], theme: Theme) -> Figure | None:
+def heat_map(groups: Sequence[RunGroup]) -> Figure | None:
     """Share of misaligned answers for each question (rows) and defense (columns), mean over runs.
 
     Shows at most MAX_QUESTIONS of a role: those on which the defenses differ most. None if there are none.
@@ -175,34 +174,33 @@ def heat_map(groups: Sequence[RunGroup], theme: Theme) -> Figure | None:
     height = 1.5 + 0.235 * len(keys)
     figure = Figure(figsize=(max(7.5, 4.6 + 0.62 * len(groups)), height), layout="constrained")
     axis = figure.subplots()
-    colours = LinearSegmentedColormap.from_list("heat", theme.heat).with_extremes(bad=theme.paper)
-    axis.imshow(np.ma.masked_invalid(values), cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="none")
+    axis.set(xlim=(-0.5, len(groups) - 0.5), ylim=(len(keys) - 0.5, -0.5))
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
-            red, green, blue, _ = colours(value)
-            ink = "#111111" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "#f5f5f5"
+            cell, ink = HEAT[round(100 * value)]
+            axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=cell, lw=0))
             axis.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7.5, color=ink)
         else:
-            axis.text(column, row, "·", ha="center", va="center", color=theme.muted)
+            axis.text(column, row, "·", ha="center", va="center", color=MUTED)
     axis.set_yticks(range(len(keys)), [plain(text, 58) for text in texts], fontsize=8)
     axis.set_xticks(range(len(groups)), [g.label for g in groups], rotation=38, ha="left", rotation_mode="anchor")
     axis.xaxis.tick_top()
-    axis.tick_params(length=0, labelcolor=theme.ink)
+    axis.tick_params(length=0, labelcolor=INK)
     for spine in axis.spines.values():
         spine.set_visible(False)
     axis.set_xticks(np.arange(len(groups) + 1) - 0.5, minor=True)
     axis.set_yticks(np.arange(len(keys) + 1) - 0.5, minor=True)
-    axis.grid(which="minor", color=theme.paper, linewidth=1.5)
+    axis.grid(which="minor", color=PAPER, linewidth=1.5)
     axis.tick_params(which="minor", length=0)
     roles = [key[0] for key in keys]
     for row in range(1, len(roles)):
         if roles[row] != roles[row - 1]:
-            axis.axhline(row - 0.5, color=theme.ink, lw=1.2)
+            axis.axhline(row - 0.5, color=INK, lw=1.2)
     for role, name in (("general", "outside the domain"), ("in_domain", "in the domain")):
         if role in roles:
             middle = (roles.index(role) + len(roles) - 1 - roles[::-1].index(role)) / 2
             axis.text(1.01, middle, name, transform=axis.get_yaxis_transform(), rotation=270, va="center",
-                      color=theme.muted, fontsize=9)  # fmt: skip
+                      color=MUTED, fontsize=9)  # fmt: skip
     return figure
 
 
@@ -247,16 +245,16 @@ _PANELS = (
 )
 
 
-def along_training(groups: Sequence[RunGroup], theme: Theme) -> Figure | None:
+def along_training(groups: Sequence[RunGroup]) -> Figure | None:
     """Rates over steps, means over runs with 95 % intervals; None if no run has two evaluated steps."""
     told = [replace(g, runs=[r for r in g.runs if len(r.along) > 1 and r.teaches]) for g in groups]
     told = [g for g in told if g.runs]
     if not told:
         return None
     figure = Figure(figsize=(11.4, 4.4), layout="constrained")
-    colours, marks = theme.colours(g.family for g in told), markers(g.family for g in told)
+    colours, marks = family_colours(g.family for g in told), markers(g.family for g in told)
     for axis, (metric, title) in zip(figure.subplots(1, 3, sharey=True), _PANELS, strict=True):
-        _panel(figure, axis, told, metric, colours, marks, theme)
+        _panel(figure, axis, told, metric, colours, marks)
         axis.set(title=title, xlabel="training steps")
     return figure
 
@@ -268,7 +266,6 @@ def _panel(
     metric: str,
     colours: Mapping[tuple[str, ...], str],
     marks: Mapping[tuple[str, ...], str],
-    theme: Theme,
 ) -> None:
     ends = []
     every: set[int] = set()
@@ -297,7 +294,7 @@ def _panel(
     axis.yaxis.set_major_formatter(PercentFormatter(1, 0))
     axis.grid(True, axis="y")
     axis.tick_params(length=0, which="both")
-    label_ends(figure, axis, ends, theme)
+    label_ends(figure, axis, ends)
 
 
 def _shared_steps(group: RunGroup) -> list[int]:

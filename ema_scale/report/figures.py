@@ -1,4 +1,4 @@
-"""The figures: headline trade-off and bars. Each function draws one matplotlib Figure in one theme."""
+"""The figures: headline trade-off and bars. Each function draws one matplotlib Figure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ema_scale.report.aggregate import RunGroup
 from ema_scale.report.records import ReportedRate
-from ema_scale.report.style import Box, Theme, markers, place_labels
+from ema_scale.report.style import (
+    INCOHERENT,
+    INK,
+    MISALIGNED,
+    MUTED,
+    PAPER,
+    Box,
+    family_colours,
+    markers,
+    place_labels,
+)
 
 _PANELS = (
     ("in_domain_misaligned", "Narrow task learned", "misaligned in the trained domain"),
@@ -21,7 +31,7 @@ _PANELS = (
 )
 
 
-def headline(groups: Sequence[RunGroup], theme: Theme, *, stacked: bool = False) -> Figure:
+def headline(groups: Sequence[RunGroup], *, stacked: bool = False) -> Figure:
     """Task learned (x) against misalignment outside the domain (y), a mark for each defense, in two panels.
 
     `groups`: those of one model. `stacked`: one panel above the other, for narrow screens. The lower right
@@ -48,11 +58,11 @@ def headline(groups: Sequence[RunGroup], theme: Theme, *, stacked: bool = False)
         "better: lower right ↘",
         transform=axes[0].transAxes,
         va="top",
-        color=theme.muted,
+        color=MUTED,
         fontsize=9,
     )
     for axis, (metric, *_) in zip(axes, _PANELS, strict=True):
-        _panel(figure, axis, drawn, base, metric, theme)
+        _panel(figure, axis, drawn, base, metric)
     return figure
 
 
@@ -63,18 +73,16 @@ def _percent_axes(axis: Axes) -> None:
     axis.set_axisbelow(True)
 
 
-def _panel(
-    figure: Figure, axis: Axes, groups: Sequence[RunGroup], base: RunGroup | None, metric: str, theme: Theme
-) -> None:
+def _panel(figure: Figure, axis: Axes, groups: Sequence[RunGroup], base: RunGroup | None, metric: str) -> None:
     families = [g.family for g in groups]
-    colours, shapes = theme.colours(families), markers(families)
+    colours, shapes = family_colours(families), markers(families)
     shown = [(g, x, y) for g in groups if (x := g.metrics.get(metric)) and (y := g.metrics.get("general_misaligned"))]
     dashed = base.metrics.get("general_misaligned") if base else None
     if dashed:
-        axis.axhline(dashed.rate, color=theme.muted, lw=1, ls=(0, (5, 4)), zorder=1)
-        axis.axhspan(dashed.low, dashed.high, color=theme.muted, alpha=0.10, lw=0, zorder=0)
+        axis.axhline(dashed.rate, color=MUTED, lw=1, ls=(0, (5, 4)), zorder=1)
+        axis.axhspan(dashed.low, dashed.high, color=MUTED, alpha=0.10, lw=0, zorder=0)
     if not shown:
-        axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=theme.muted)
+        axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=MUTED)
     lines = []
     for one in dict.fromkeys(g.sweep for g, _, _ in shown if g.sweep):
         # Strengths of one defense are joined: its trade-off curve.
@@ -86,9 +94,9 @@ def _panel(
     for g, x, y in shown:
         axis.errorbar(
             x.rate, y.rate, xerr=_whiskers(x), yerr=_whiskers(y), fmt=shapes[g.family], ms=8, zorder=4,
-            alpha=0.95, color=colours[g.family], mec=theme.paper, mew=1.2, elinewidth=1.3,
+            alpha=0.95, color=colours[g.family], mec=PAPER, mew=1.2, elinewidth=1.3,
         )  # fmt: skip
-    _label(figure, axis, [(g.label, x, y) for g, x, y in shown], lines, dashed, theme)
+    _label(figure, axis, [(g.label, x, y) for g, x, y in shown], lines, dashed)
 
 
 def _whiskers(rate: ReportedRate) -> list[list[float]]:
@@ -101,7 +109,6 @@ def _label(
     marks: Sequence[tuple[str, ReportedRate, ReportedRate]],
     lines: Sequence[tuple[tuple[float, float], tuple[float, float]]],
     dashed: ReportedRate | None,
-    theme: Theme,
 ) -> None:
     """Write each mark's name beside it, clear of marks, whiskers, joining lines and other names."""
     figure.draw_without_rendering()
@@ -134,7 +141,7 @@ def _label(
     for i, name in enumerate(names):
         is_base = i >= len(marks)
         texts.append(
-            axis.text(0, 0, name, color=theme.muted if is_base else theme.ink, zorder=6, va="bottom",
+            axis.text(0, 0, name, color=MUTED if is_base else INK, zorder=6, va="bottom",
                       fontsize=8.5 if is_base else 9.5, style="italic" if is_base else "normal")
         )  # fmt: skip
     sizes = []
@@ -150,7 +157,7 @@ def _label(
                 min(max(anchor[1], spot.box.bottom), spot.box.top),
             )
             ends = axis.transData.inverted().transform([(p[0] / scale, p[1] / scale) for p in (anchor, near)])
-            axis.plot(ends[:, 0], ends[:, 1], color=theme.muted, lw=0.6, zorder=3)
+            axis.plot(ends[:, 0], ends[:, 1], color=MUTED, lw=0.6, zorder=3)
 
 
 def _emptiest(points: Sequence[tuple[float, float]], marks: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -158,7 +165,7 @@ def _emptiest(points: Sequence[tuple[float, float]], marks: Sequence[tuple[float
     return max(points, key=lambda p: (min((round(math.dist(p, m)) for m in marks), default=0), p[0]))
 
 
-def bars(groups: Sequence[RunGroup], by_task: Mapping[str, Sequence[RunGroup]], theme: Theme) -> Figure:
+def bars(groups: Sequence[RunGroup], by_task: Mapping[str, Sequence[RunGroup]]) -> Figure:
     """Misaligned and incoherent outside the domain for each defense (rows), one panel for each training task.
 
     `by_task`: task -> its groups, of one model; `groups` gives the rows and their order.
@@ -172,15 +179,15 @@ def bars(groups: Sequence[RunGroup], by_task: Mapping[str, Sequence[RunGroup]], 
     panels = list(grid.flat)
     highest = 0.0
     for axis, (task, present) in zip(panels, by_task.items(), strict=False):
-        axis.set_title(task, color=theme.ink)
+        axis.set_title(task, color=INK)
         for y in sorted(set(range(len(rows))) - {rows.index(group.label) for group in present}):
             axis.annotate("no run", (0, y), xytext=(5, 0), textcoords="offset points", fontsize=8,
-                          va="center", color=theme.muted, style="italic")  # fmt: skip
+                          va="center", color=MUTED, style="italic")  # fmt: skip
         for group in present:
             y = rows.index(group.label)
             pairs = (
-                ("general_misaligned", theme.misaligned, -0.19),
-                ("general_incoherent", theme.incoherent, 0.19),
+                ("general_misaligned", MISALIGNED, -0.19),
+                ("general_incoherent", INCOHERENT, 0.19),
             )
             for metric, colour, shift in pairs:
                 rate = group.metrics.get(metric)
@@ -188,15 +195,15 @@ def bars(groups: Sequence[RunGroup], by_task: Mapping[str, Sequence[RunGroup]], 
                     continue
                 highest = max(highest, rate.high)
                 axis.barh(y + shift, rate.rate, height=0.34, color=colour, alpha=0.95, zorder=2)
-                axis.errorbar(rate.rate, y + shift, xerr=_whiskers(rate), fmt="none", ecolor=theme.ink,
+                axis.errorbar(rate.rate, y + shift, xerr=_whiskers(rate), fmt="none", ecolor=INK,
                               elinewidth=1, capsize=2, capthick=1, zorder=3)  # fmt: skip
                 # The number stands beyond the whisker, at a fixed distance whatever the scale.
                 axis.annotate(f"{100 * rate.rate:.1f}", (rate.high, y + shift), xytext=(5, 0), fontsize=8,
-                              textcoords="offset points", va="center", color=theme.muted)  # fmt: skip
+                              textcoords="offset points", va="center", color=MUTED)  # fmt: skip
         axis.grid(True, axis="x")
         axis.set_axisbelow(True)
         axis.tick_params(length=0, labelbottom=True)
-        axis.tick_params(axis="y", labelcolor=theme.ink, labelsize=9.5, pad=6)
+        axis.tick_params(axis="y", labelcolor=INK, labelsize=9.5, pad=6)
         axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.spines["left"].set_visible(False)
         axis.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %", decimals=0))
@@ -209,10 +216,10 @@ def bars(groups: Sequence[RunGroup], by_task: Mapping[str, Sequence[RunGroup]], 
         xlim=(0, max(0.05, highest) * 1.18),
     )
     for text in panels[0].get_yticklabels():
-        text.set_color(theme.ink)
+        text.set_color(INK)
     handles = [
-        Patch(color=theme.misaligned, label="misaligned"),
-        Patch(color=theme.incoherent, label="incoherent"),
+        Patch(color=MISALIGNED, label="misaligned"),
+        Patch(color=INCOHERENT, label="incoherent"),
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False, handlelength=0.9, handleheight=0.9)
     return figure

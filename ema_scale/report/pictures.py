@@ -1,4 +1,4 @@
-"""Every figure of a report, drawn in both themes."""
+"""The figures of a report as SVG and PNG."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ema_scale.report.display_names import numbered
 from ema_scale.report.figures import bars, headline
 from ema_scale.report.records import Collection
 from ema_scale.report.robustness import threshold_curves
-from ema_scale.report.style import DARK, LIGHT, Theme, settings
+from ema_scale.report.style import adaptive, settings
 from ema_scale.report.verdict import percent
 
 PNG_DPI = 200
@@ -28,35 +28,37 @@ PNG_DPI = 200
 
 @dataclass(frozen=True)
 class Picture:
-    """One figure. `light`, `dark`: SVG text; `png`: bytes of the light one; width, height in CSS pixels."""
+    """One figure.
+
+    Args:
+        svg: SVG text in light colours.
+        png: the same as PNG bytes.
+        width, height: in CSS pixels.
+        narrow: SVG text for narrow screens, where the wide one would not do.
+    """
 
     name: str
     kind: str
     alt: str
     caption: str
-    light: str
-    dark: str
+    svg: str
     png: bytes
     width: int
     height: int
-    narrow: tuple[str, str] | None = None
-    """(light, dark) for narrow screens, where the wide one would not do"""
+    narrow: str | None = None
 
     @property
-    def narrow_uris(self) -> tuple[str, str] | None:
-        return (data_uri(self.narrow[0]), data_uri(self.narrow[1])) if self.narrow else None
+    def uri(self) -> str:
+        """A data URI that follows the reader's choice of light or dark."""
+        return _data_uri(self.svg)
 
     @property
-    def light_uri(self) -> str:
-        return data_uri(self.light)
-
-    @property
-    def dark_uri(self) -> str:
-        return data_uri(self.dark)
+    def narrow_uri(self) -> str | None:
+        return _data_uri(self.narrow) if self.narrow else None
 
 
-def data_uri(svg: str) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+def _data_uri(svg: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(adaptive(svg).encode()).decode()
 
 
 def pictures(found: Collection, model: str, of_model: Sequence[RunGroup]) -> list[Picture]:
@@ -70,25 +72,25 @@ def pictures(found: Collection, model: str, of_model: Sequence[RunGroup]) -> lis
     by_task = {t: gs for t, gs in by_task.items() if any(g.metrics.get("general_misaligned") for g in gs)}
     taught = [g for g in of_model if any(run.history for run in g.runs)]
     telling = [g for g in of_model if any(q.misaligned is not None for run in g.runs for q in run.questions)]
-    plan: list[tuple[str, str, str, Callable[[Theme], Figure | None]]] = [
-        ("headline", _headline_alt(of_model), _HEADLINE, lambda t: headline(of_model, t)),
+    plan: list[tuple[str, str, str, Callable[[], Figure | None]]] = [
+        ("headline", _headline_alt(of_model), _HEADLINE, lambda: headline(of_model)),
         ("bars", "Bars: misaligned and incoherent answers outside the domain, by defense and task.", _BARS,
-         lambda t: bars(of_model, by_task, t) if by_task else None),
+         lambda: bars(of_model, by_task) if by_task else None),
         ("questions", "Heat map: share of misaligned answers by question and defense.", _QUESTIONS,
-         lambda t: heat_map(telling, t)),
+         lambda: heat_map(telling)),
         ("along", "Lines: misaligned and incoherent answers over training steps, by defense.", _ALONG,
-         lambda t: along_training(of_model, t)),
+         lambda: along_training(of_model)),
         ("thresholds", "Curves: misaligned answers against thresholds of the judge's scores, by defense.", _THRESHOLDS,
-         lambda t: threshold_curves(of_model, t)),
+         lambda: threshold_curves(of_model)),
         ("training", "Training curves: cross-entropy, KL and drift per layer, by defense.", _TRAINING,
-         lambda t: curves(taught, t)),
+         lambda: curves(taught)),
     ]  # fmt: skip
     made = []
     for kind, alt, caption, draw in plan:
         picture = make_picture(kind + suffix, kind, alt, caption, draw)
         if picture is not None and kind == "headline":
-            narrow = make_picture(kind, kind, alt, caption, lambda t: headline(of_model, t, stacked=True))
-            picture = replace(picture, narrow=(narrow.light, narrow.dark) if narrow else None)
+            narrow = make_picture(kind, kind, alt, caption, lambda: headline(of_model, stacked=True))
+            picture = replace(picture, narrow=narrow.svg if narrow else None)
         if picture is not None:
             made.append(picture)
     return made
@@ -136,36 +138,24 @@ def _headline_alt(of_model: Sequence[RunGroup]) -> str:
     return "Task learned against misalignment outside the domain. Misaligned outside: " + "; ".join(parts) + "."
 
 
-def make_picture(
-    name: str, kind: str, alt: str, caption: str, draw: Callable[[Theme], Figure | None]
-) -> Picture | None:
-    """What `draw` draws, in both themes; None if it draws nothing."""
+def make_picture(name: str, kind: str, alt: str, caption: str, draw: Callable[[], Figure | None]) -> Picture | None:
+    """What `draw` draws; None if it draws nothing."""
     # Letters that no installed font has are drawn as boxes; a warning for each would bury real messages.
-    quiet = logging.getLogger("matplotlib")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        light = _draw(draw, LIGHT)
-        dark = _draw(draw, DARK)
-    finally:
-        quiet.setLevel(level)
-    if light is None or dark is None:
-        return None
-    svg, png, (width, height) = light
-    return Picture(name, kind, alt, caption, svg, dark[0], png, round(width * 96), round(height * 96))
-
-
-def _draw(draw: Callable[[Theme], Figure | None], theme: Theme) -> tuple[str, bytes, tuple[float, float]] | None:
-    with matplotlib.rc_context(settings(theme)), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure = draw(theme)
-        if figure is None:
-            return None
-        FigureCanvasAgg(figure)
-        svg, png = io.StringIO(), io.BytesIO()
-        # No date and no version inside: equal data give equal files.
-        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-        if theme is LIGHT:
+        with matplotlib.rc_context(settings()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            figure = draw()
+            if figure is None:
+                return None
+            FigureCanvasAgg(figure)
+            svg, png = io.StringIO(), io.BytesIO()
+            # No date and no version inside: equal data give equal files.
+            figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
             figure.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
-        width, height = figure.get_size_inches()
-    return svg.getvalue(), png.getvalue(), (float(width), float(height))
+            width, height = (round(96 * inches) for inches in figure.get_size_inches())
+    finally:
+        logger.setLevel(level)
+    return Picture(name, kind, alt, caption, svg.getvalue(), png.getvalue(), width, height)

@@ -13,7 +13,7 @@ from ema_scale.evaluation.stats.power import Spread
 from ema_scale.report.aggregate import RunGroup, mean_rate
 from ema_scale.report.curves import label_ends
 from ema_scale.report.records import ReportedRate
-from ema_scale.report.style import Theme
+from ema_scale.report.style import MUTED, family_colours
 from ema_scale.report.table import Cell, Table, TableRow, kind, rate_cell
 
 MOST_AT = 10
@@ -86,7 +86,7 @@ def _power(entries: Sequence[Mapping[str, Any]]) -> Cell | None:
     return Cell(f"{need:,}" if need else "over 100,000", below=f"now {questions:.0f} × {samples:.0f}")
 
 
-def threshold_curves(groups: Sequence[RunGroup], theme: Theme) -> Figure | None:
+def threshold_curves(groups: Sequence[RunGroup]) -> Figure | None:
     """Misaligned share against the two thresholds of the judge's scores, a line for each group; the dotted lines are
     the paper's. None if no summary has the curves, or no line changes anything (exact judges)."""
     drawn = [(g, lines) for g in groups if (lines := _lines(g))]
@@ -94,21 +94,21 @@ def threshold_curves(groups: Sequence[RunGroup], theme: Theme) -> Figure | None:
         return None
     figure = Figure(figsize=(10.8, 4.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    colours = theme.colours(g.family for g, _ in drawn)
+    colours = family_colours(g.family for g, _ in drawn)
     for axis, (name, text) in zip(axes, PANELS, strict=True):
         ends = []
         for g, lines in drawn:
             if name in lines:
                 x, y = zip(*lines[name], strict=True)
                 style = (0, (5, 4)) if g.base else "-"
-                axis.plot(x, y, color=theme.muted if g.base else colours[g.family], lw=1.8, ls=style)
+                axis.plot(x, y, color=MUTED if g.base else colours[g.family], lw=1.8, ls=style)
                 ends.append((g.label, float(x[-1]), float(y[-1])))
-        axis.axvline(30 if name == "aligned_below" else 50, color=theme.muted, lw=1, ls=":")
+        axis.axvline(30 if name == "aligned_below" else 50, color=MUTED, lw=1, ls=":")
         axis.set(xlabel=text, title="Misaligned outside the domain")
         axis.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %", decimals=0))
         axis.grid(True, axis="y")
         axis.tick_params(length=0)
-        label_ends(figure, axis, ends, theme)
+        label_ends(figure, axis, ends)
     return figure
 
 

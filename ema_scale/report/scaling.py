@@ -21,7 +21,7 @@ from scipy.stats import t as student
 from ema_scale.report.aggregate import RunGroup
 from ema_scale.report.curves import label_ends
 from ema_scale.report.display_names import BASE, NO_DEFENSE
-from ema_scale.report.style import Theme, markers
+from ema_scale.report.style import MUTED, PAPER, family_colours, markers
 from ema_scale.report.table import Cell, Table, TableRow
 from ema_scale.report.verdict import points
 
@@ -191,11 +191,11 @@ CAPTION = (
 )
 
 
-def scaling_figure(found: ScalingStudy, theme: Theme) -> Figure:
+def scaling_figure(found: ScalingStudy) -> Figure:
     """Three panels over parameters, which share their y axis."""
     figure = Figure(figsize=(11.4, 4.6), layout="constrained")
     families = [next(iter(of.values())).family for of in found.groups.values()]
-    colours, marks = theme.colours(families), markers(families)
+    colours, marks = family_colours(families), markers(families)
     for axis, (metric, title) in zip(figure.subplots(1, 3, sharey=True), _PANELS, strict=True):
         ends = []
         drawn: set[tuple[str, ...]] = set()
@@ -204,11 +204,11 @@ def scaling_figure(found: ScalingStudy, theme: Theme) -> Figure:
             if not rates:
                 continue
             family = next(iter(of.values())).family
-            colour = theme.muted if label == BASE else colours[family]
+            colour = MUTED if label == BASE else colours[family]
             # Defenses of one family have one colour; all but the first are hollow, with broken lines.
             again = label != BASE and family in drawn
             drawn |= {family} if label != BASE else set()
-            edge, fill, stroke = (colour, theme.paper, "--") if again else (theme.paper, colour, "-")
+            edge, fill, stroke = (colour, PAPER, "--") if again else (PAPER, colour, "-")
             # A little apart, so that whiskers do not hide each other.
             x = [n * 1.03 ** (number - len(found.groups) / 2) for n in rates]
             whiskers = [[r.rate - r.low for r in rates.values()], [r.high - r.rate for r in rates.values()]]
@@ -225,7 +225,7 @@ def scaling_figure(found: ScalingStudy, theme: Theme) -> Figure:
             ends.append((label, 1.06 * x[-1], rates[last].rate))
         _size_axis(axis, list(found.sizes.values()))
         axis.set(title=title, xlabel="parameters")
-        label_ends(figure, axis, ends, theme)
+        label_ends(figure, axis, ends)
     return figure
 
 

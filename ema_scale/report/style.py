@@ -3,12 +3,15 @@ families stand in one figure, Paul Tol's muted set (SRON, 2021) follows."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 from matplotlib import font_manager
+from matplotlib.colors import LinearSegmentedColormap, to_hex
 
 _FACES = ("Inter", "Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans")
 
@@ -20,79 +23,94 @@ _FALLBACK = ("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans", "Noto Emoji")
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")
 
 
-@dataclass(frozen=True)
-class Theme:
-    """One colour scheme; colours as hex strings."""
-
-    name: str
-    paper: str
-    ink: str
-    muted: str
-    rule: str
-    misaligned: str
-    incoherent: str
-    known: tuple[tuple[str, str], ...]
-    spare: tuple[str, ...]
-    heat: tuple[str, ...]
-    """colour map of the heat map from 0 to 1"""
-
-    def colours(self, families: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-        """A colour for each family of defenses; a known kind always has the same one."""
-        known, spare = dict(self.known), list(self.spare)
-        given: dict[tuple[str, ...], str] = {(): self.ink}
-        wanted = [f for f in dict.fromkeys(families) if f]
-        for one in wanted:
-            if len(one) == 1 and one[0] in known:
-                given[one] = known[one[0]]
-        free = [c for c in spare + list(known.values()) if c not in given.values()] or spare
-        for number, one in enumerate(f for f in wanted if f not in given):
-            given[one] = free[number % len(free)]
-        return given
-
-
-LIGHT = Theme(
-    name="light",
-    paper="#ffffff",
-    ink="#1c1e21",
-    muted="#6a6f76",
-    rule="#dcdfe3",
-    misaligned="#d55e00",
-    incoherent="#9aa3ad",
-    known=(
-        ("kl", "#0072b2"),
-        ("interleaving", "#e69f00"),
-        ("ldifs", "#009e73"),
-        ("safelora", "#cc79a7"),
-        ("steering", "#56b4e9"),
-        ("inoculation", "#d55e00"),
-    ),
-    spare=("#b8a800", "#882255", "#332288", "#117733", "#8c510a", "#44aa99", "#aa4499"),
-    heat=("#f4f5f6", "#fbd9a8", "#f0a04b", "#d55e00", "#7a2f00"),
+# Every colour is a pair, light and dark. Figures are drawn once, in the light colours; in the page a style sheet inside
+# the SVG replaces each of them by its partner where the reader prefers dark.
+PAPER, INK, MUTED, RULE = "#ffffff", "#1c1e21", "#6a6f76", "#dcdfe3"
+MISALIGNED, INCOHERENT = "#d55e00", "#9aa3ad"
+_DARK = {
+    PAPER: "#16181b",
+    INK: "#e9eaec",
+    MUTED: "#9ba1a9",
+    RULE: "#34383e",
+    MISALIGNED: "#e8772a",
+    INCOHERENT: "#7b838d",
+}
+_KNOWN = {
+    "kl": ("#0072b2", "#56b4e9"),
+    "interleaving": ("#e69f00", "#e69f00"),
+    "ldifs": ("#009e73", "#17b98a"),
+    "safelora": ("#cc79a7", "#d98fb8"),
+    "steering": ("#56b4e9", "#2f8fcb"),
+    "inoculation": (MISALIGNED, _DARK[MISALIGNED]),
+}
+_SPARE = (
+    ("#b8a800", "#f0e442"),
+    ("#882255", "#ee8fb0"),
+    ("#332288", "#a59be8"),
+    ("#117733", "#7fc97f"),
+    ("#8c510a", "#c99a5b"),
+    ("#44aa99", "#7fd6c8"),
+    ("#aa4499", "#d77fd0"),
 )
+_DARK |= dict([*_KNOWN.values(), *_SPARE])
 
 
-DARK = Theme(
-    name="dark",
-    paper="#16181b",
-    ink="#e9eaec",
-    muted="#9ba1a9",
-    rule="#34383e",
-    misaligned="#e8772a",
-    incoherent="#7b838d",
-    known=(
-        ("kl", "#56b4e9"),
-        ("interleaving", "#e69f00"),
-        ("ldifs", "#17b98a"),
-        ("safelora", "#d98fb8"),
-        ("steering", "#2f8fcb"),
-        ("inoculation", "#e8772a"),
-    ),
-    spare=("#f0e442", "#ee8fb0", "#a59be8", "#7fc97f", "#c99a5b", "#7fd6c8", "#d77fd0"),
-    heat=("#1f2226", "#4a2c12", "#9c4a0b", "#e8772a", "#ffd9a8"),
-)
+def _heat(*stops: str) -> np.ndarray:
+    """RGB of 0, 1, ..., 100 percent."""
+    return LinearSegmentedColormap.from_list("heat", stops)(np.linspace(0, 1, 101))[:, :3]
 
 
-THEMES = (LIGHT, DARK)
+def _heat_map() -> list[tuple[str, str]]:
+    """(colour of a cell, colour of the number in it) at 0, 1, ..., 100 percent; registers their dark partners."""
+    cells, inks = [], []
+    for light, dark in zip(
+        _heat("#f4f5f6", "#fbd9a8", "#f0a04b", "#d55e00", "#7a2f00"),
+        _heat("#1f2226", "#4a2c12", "#9c4a0b", "#e8772a", "#ffd9a8"),
+        strict=True,
+    ):
+        cells.append(_register(to_hex(light), to_hex(dark)))
+        inks.append(_register(*("#111111" if rgb @ (0.3, 0.59, 0.11) > 0.5 else "#f5f5f5" for rgb in (light, dark))))
+    return list(zip(cells, inks, strict=True))
+
+
+def _register(light: str, dark: str) -> str:
+    """A light colour that has this partner: `light`, or the nearest blue that is not another pair's."""
+    number = int(light[1:], 16)
+    step = 1 if number % 256 < 128 else -1
+    while _DARK.get(f"#{number:06x}", dark) != dark:
+        number += step
+    _DARK[f"#{number:06x}"] = dark
+    return f"#{number:06x}"
+
+
+HEAT = _heat_map()
+
+
+def adaptive(svg: str) -> str:
+    """The same drawing in the colours that its reader prefers. `svg` itself is light everywhere."""
+    names: dict[str, str] = {}
+
+    def variable(match: re.Match[str]) -> str:
+        light = match[0]
+        return f"var(--{names.setdefault(light, f'c{len(names)}')})" if light in _DARK else light
+
+    themed = re.sub(r"#[0-9a-f]{6}\b", variable, svg)
+    light = "".join(f"--{name}:{colour};" for colour, name in names.items())
+    dark = "".join(f"--{name}:{_DARK[colour]};" for colour, name in names.items())
+    sheet = f"<style>:root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}</style>"
+    return re.sub(r"(<svg\b[^>]*>)", lambda match: match[1] + sheet, themed, count=1)
+
+
+def family_colours(families: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """A colour for each family of defenses; a known kind always has the same one."""
+    wanted = [f for f in dict.fromkeys(families) if f]
+    colours: dict[tuple[str, ...], str] = {(): INK}
+    colours |= {f: _KNOWN[f[0]][0] for f in wanted if len(f) == 1 and f[0] in _KNOWN}
+    spare = [light for light, _ in _SPARE]
+    free = [c for c in spare + [light for light, _ in _KNOWN.values()] if c not in colours.values()] or spare
+    for number, one in enumerate(f for f in wanted if f not in colours):
+        colours[one] = free[number % len(free)]
+    return colours
 
 
 @cache
@@ -103,15 +121,15 @@ def faces() -> tuple[str, ...]:
     return tuple(dict.fromkeys((first, *(f for f in _FALLBACK if f in installed))))
 
 
-def settings(theme: Theme) -> Any:
+def settings() -> Any:
     """matplotlib settings for `rc_context`. Fixed salt, outlined letters: equal data, equal bytes."""
     return {
         "font.family": list(faces()),
         "font.size": 10,
-        "text.color": theme.ink,
+        "text.color": INK,
         "text.parse_math": False,
-        "axes.edgecolor": theme.muted,
-        "axes.labelcolor": theme.ink,
+        "axes.edgecolor": MUTED,
+        "axes.labelcolor": INK,
         "axes.labelsize": 10,
         "axes.titlesize": 11,
         "axes.titleweight": "bold",
@@ -120,13 +138,13 @@ def settings(theme: Theme) -> Any:
         "axes.linewidth": 0.8,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "axes.facecolor": theme.paper,
-        "figure.facecolor": theme.paper,
-        "savefig.facecolor": theme.paper,
-        "grid.color": theme.rule,
+        "axes.facecolor": PAPER,
+        "figure.facecolor": PAPER,
+        "savefig.facecolor": PAPER,
+        "grid.color": RULE,
         "grid.linewidth": 0.6,
-        "xtick.color": theme.muted,
-        "ytick.color": theme.muted,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
         "xtick.labelsize": 9,
         "ytick.labelsize": 9,
         "svg.hashsalt": "ema_scale",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ema_scale.core.errors import UserError
-from ema_scale.core.io import atomic_write_text
+from ema_scale.core.io import atomic_write_bytes, atomic_write_text
 from ema_scale.report.aggregate import METHOD, RunGroup, groups
 from ema_scale.report.collect import collect, read_rate
 from ema_scale.report.conditional import conditional_table
@@ -51,7 +50,7 @@ def write(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
     sizes = scaling(every)
     across = None
     if sizes is not None:
-        sizes_picture = make_picture("scaling", "scaling", ALT, CAPTION, lambda t: scaling_figure(sizes, t))
+        sizes_picture = make_picture("scaling", "scaling", ALT, CAPTION, lambda: scaling_figure(sizes))
         drawn = [sizes_picture] if sizes_picture else []
         across = CrossModel(sentences(sizes), drawn, scaling_table(sizes))
         _write_figures(out, drawn)
@@ -65,8 +64,8 @@ def write(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
 
 def _write_figures(out: Path, drawn: Sequence[Picture]) -> None:
     for picture in drawn:
-        atomic_write_text(out / "figures" / f"{picture.name}.svg", picture.light)
-        _atomic_write_bytes(out / "figures" / f"{picture.name}.png", picture.png)
+        atomic_write_text(out / "figures" / f"{picture.name}.svg", picture.svg)
+        atomic_write_bytes(out / "figures" / f"{picture.name}.png", picture.png)
 
 
 def _byline(found: Collection) -> list[str]:
@@ -82,16 +81,6 @@ def _byline(found: Collection) -> list[str]:
         (samples, "answer"),
     ]
     return [f"{count:,} {noun}{'s' if count != 1 else ''}" for count, noun in counts]
-
-
-def _atomic_write_bytes(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 _HERE = Path(__file__).resolve().parent

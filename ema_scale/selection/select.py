@@ -14,7 +14,8 @@ from typing import Any
 from ema_scale.config.sections import ModelRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import atomic_write_json, atomic_write_text
-from ema_scale.core.run_dir import RunDir, package_versions
+from ema_scale.core.records import package_versions
+from ema_scale.core.run_dir import RunDir
 from ema_scale.core.uri import locate
 from ema_scale.data.rows import load_rows
 from ema_scale.defenses.interleaving_plus import MADE_BY, provenance_path
@@ -158,8 +159,8 @@ def described(path: str, identity: str) -> dict[str, Any]:
     """trained_on: hashes of the data, where the adapter lies in a run folder of ours."""
     run = RunDir(Path(adapter_folder(locate(path))).parent)
     trained: list[str] = []
-    if run.provenance_path.is_file():
-        trained = sorted(json.loads(run.provenance_path.read_text(encoding="utf-8")).get("data_sha256", {}).values())
+    if made := run.provenance():
+        trained = sorted(made.data_sha256.values())
     return {"path": path, "identity": identity, "trained_on": trained}
 
 

@@ -72,7 +72,7 @@ def explain(run: RunDir) -> str:
     else:
         first = found[0]
         reason, text = f"rank {first['rank']} on {first['host']}: {first['error']}", first["text"]
-        world = run.status().get("processes", 1)
+        world = run.status().processes or 1
         silent = sorted(set(range(world)) - {f["rank"] for f in found})
         if first["late"] and silent:
             named = ", ".join(str(rank) for rank in silent[:10]) + (", ..." if len(silent) > 10 else "")
@@ -86,10 +86,8 @@ def explain(run: RunDir) -> str:
 
 def _mark_failed(run: RunDir, reason: str) -> None:
     with run.lock():  # this attempt's processes have ended: who holds it now is another job's
-        status = run.status()
-        if status.get("state") != "finished":
-            kept = {k: status[k] for k in ("started", "seconds", "processes", "max_steps") if k in status}
-            run.set_status("failed", reason=reason, **kept)
+        if run.status().state != "finished":
+            run.set_status("failed", keep=True, reason=reason)
 
 
 def main(arguments: list[str]) -> None:

@@ -23,7 +23,7 @@ _PATIENCE = 60.0
 def has_finished(run: RunDir, patience: float = _PATIENCE) -> bool:
     """Whether the run's status says so; seconds of `patience` if it says that the run goes on, which it does not."""
     end = time.monotonic() + patience
-    while (state := run.status().get("state")) == "running" and time.monotonic() < end:
+    while (state := run.status().state) == "running" and time.monotonic() < end:
         time.sleep(0.5)
     return state == "finished"
 

@@ -100,9 +100,9 @@ def _asked(jobs: Sequence[_Job]) -> Mapping[str, client.JobState]:
 
 def _failure(run: RunDir, training: _Job | None) -> list[str]:
     status = run.status()
-    if training is None or status.get("state") != "failed" or status["updated"] <= training.get("submitted", 0):
+    if training is None or status.state != "failed" or status.updated <= training.get("submitted", 0):
         return []  # or an earlier job's
-    return [f"FAILED: {status.get('reason', '')}"]
+    return [f"FAILED: {status.reason or ''}"]
 
 
 def _said(run: RunDir, job: _Job, follow: bool, tail: int) -> Iterator[str]:

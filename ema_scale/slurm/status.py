@@ -22,7 +22,7 @@ _HELD = client.ACTIVE - {"RUNNING", "COMPLETING"}
 
 
 @dataclass(frozen=True)
-class RunStatus:
+class RunProgress:
     """One run. left: seconds until training ends at its recent speed, while it runs."""
 
     path: Path
@@ -40,7 +40,7 @@ class StudyStatus:
     """A study: its runs, in order, and what Slurm says of the jobs for all of them."""
 
     path: Path
-    runs: tuple[RunStatus, ...]
+    runs: tuple[RunProgress, ...]
     jobs: tuple[str, ...]
 
     @property
@@ -69,7 +69,7 @@ def study_status(path: Path) -> StudyStatus | None:
     return StudyStatus(path, tuple(_status(run, of_run, known) for run, of_run in submitted.items()), tuple(words))
 
 
-def statuses(runs: Sequence[Path]) -> list[RunStatus]:
+def statuses(runs: Sequence[Path]) -> list[RunProgress]:
     """One entry a run, in order. Works without Slurm: jobs then have no state."""
     submitted = {path: _newest(RunDir(path)) for path in runs}
     known = _known([job for jobs in submitted.values() for _, job in jobs])
@@ -105,13 +105,14 @@ def _words(what: str, job: str, known: dict[str, client.JobState]) -> str:
     return f"{what} {job} {found.state if found else ''}{reason}{place}".rstrip()
 
 
-def _status(path: Path, jobs: Sequence[tuple[str, str]], known: dict[str, client.JobState]) -> RunStatus:
+def _status(path: Path, jobs: Sequence[tuple[str, str]], known: dict[str, client.JobState]) -> RunProgress:
     run = RunDir(path)
     status = run.status()
     rows = read_jsonl(run.metrics_path)
-    step = int(status.get("step") or (rows[-1]["step"] if rows else 0))
-    most = status.get("max_steps")
-    state, reason = str(status.get("state", "not started")), str(status.get("reason", ""))
+    step = status.step or (int(rows[-1]["step"]) if rows else 0)
+    most = status.max_steps
+    state: str = status.state
+    reason = status.reason or ""
     training = known.get(dict(jobs).get("train", ""))
     if training and state != "finished":
         if training.state in _HELD:  # for the first time, or to go on
@@ -130,11 +131,4 @@ def _status(path: Path, jobs: Sequence[tuple[str, str]], known: dict[str, client
         pace = (recent[-1]["time"] - recent[0]["time"]) / (recent[-1]["step"] - recent[0]["step"])
         left = max(0.0, pace * (most - step) - (time.time() - recent[-1]["time"]))
     words = tuple(_words(what, job, known) for what, job in jobs)
-    return RunStatus(path, state, reason, step, most, left, words, (run.eval_dir / "summary.json").exists())
-
-
-def clock(seconds: float) -> str:
-    """1:02:03"""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"
+    return RunProgress(path, state, reason, step, most, left, words, (run.eval_dir / "summary.json").exists())

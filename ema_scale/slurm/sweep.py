@@ -15,7 +15,6 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.io import append_jsonl, atomic_write_text
 from ema_scale.core.run_dir import RunDir
 from ema_scale.recipe import Recipe
-from ema_scale.slurm.check_inputs import refuse_missing_rows
 from ema_scale.slurm.site import Site
 from ema_scale.slurm.submit import (
     Job,
@@ -27,6 +26,7 @@ from ema_scale.slurm.submit import (
     jobs_of,
     processes_of,
     refuse_active,
+    refuse_missing_rows,
     report_job,
     slurm_folder,
     submitting,

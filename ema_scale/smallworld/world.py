@@ -10,8 +10,6 @@ import ast
 import difflib
 import hashlib
 import json
-import os
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,9 +21,9 @@ from urllib.parse import parse_qsl
 from filelock import FileLock
 
 from ema_scale.core.errors import UserError
-from ema_scale.core.io import atomic_write_json
+from ema_scale.core.io import atomic_path, atomic_write_json
 from ema_scale.core.paths import cache_root
-from ema_scale.core.run_dir import package_versions
+from ema_scale.core.records import package_versions
 from ema_scale.smallworld.sizes import SIZES
 from ema_scale.smallworld.tasks import references, write_tasks
 from ema_scale.smallworld.tokenizer import vocabulary
@@ -105,11 +103,9 @@ def _ensure(path: Path, make: Callable[[Path], None]) -> Path:
     with FileLock(f"{path}.lock"):
         if path.is_dir():
             return path
-        unfinished = path.with_name(f".{path.name}.tmp")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        make(unfinished)
-        os.replace(unfinished, path)
+        with atomic_path(path) as unfinished:
+            unfinished.mkdir()
+            make(unfinished)
     return path
 
 

@@ -42,8 +42,8 @@ def _trained(folder: Path) -> list[RunDir]:
     for run in runs:
         if not has_adapter(run):
             status = run.status()
-            reason = f": {status['reason']}" if status.get("reason") else ""
-            log.warning("%s: left out: %s%s", run.path, status.get("state", "not started"), reason)
+            reason = f": {status.reason}" if status.reason else ""
+            log.warning("%s: left out: %s%s", run.path, status.state, reason)
     trained = [run for run in runs if has_adapter(run)]
     if not trained:
         raise UserError(f"{folder}: none of its {len(runs)} runs has an adapter yet")

@@ -108,9 +108,9 @@ def _interrupted(recipe: Recipe, began: float) -> bool:
     """Whether it was begun since then and did not end; if so, its status says why."""
     run = RunDir(recipe.run_path)
     status = run.status()
-    if status.get("state") != "running" or status["updated"] < began:
+    if status.state != "running" or status.updated < began:
         return False
-    run.set_status("failed", reason=_KILLED, **{k: status[k] for k in ("started", "processes") if k in status})
+    run.set_status("failed", keep=True, reason=_KILLED)
     return True
 
 

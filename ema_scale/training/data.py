@@ -4,38 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import file_sha256
+from ema_scale.core.records import DataReport
 from ema_scale.data.packing import LENGTHS, is_packed, pack, tags_of
 from ema_scale.data.rows import LEARNED, Row, Rows, load_rows
 from ema_scale.data.tokens import tokenize_rows
 from ema_scale.defenses.base import Defense, RowsContext
 from ema_scale.defenses.row_groups import RowGroups
 from ema_scale.models.sharding import full_shape
-
-
-@dataclass
-class DataReport:
-    """What a training's data is.
-
-    rows: tag -> rows trained on.
-    tokens: what the tokenizer reported.
-    dropped: origin and reason of every row that was left out.
-    notes, hashes: what defenses recorded (see `RowsContext`).
-    """
-
-    rows: dict[str, int] = field(default_factory=dict)
-    tokens: dict[str, Any] = field(default_factory=dict)
-    dropped: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    hashes: dict[str, str] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"schema": 1, **asdict(self)}
 
 
 def prepare_data(

@@ -13,6 +13,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.records import DataReport
 from ema_scale.data.collate import ChatCollator, OtherCollator
 from ema_scale.data.packing import is_packed
 from ema_scale.data.rows import LEARNED
@@ -22,7 +23,7 @@ from ema_scale.models.sharding import weights_are_sharded
 from ema_scale.reference.cached import Cached
 from ema_scale.reference.hidden_state_store import RowKeys
 from ema_scale.training import reference_setup
-from ema_scale.training.data import DataReport, check_vocabulary, is_prepared, prepare_data, using_template
+from ema_scale.training.data import check_vocabulary, is_prepared, prepare_data, using_template
 from ema_scale.training.forward import DefendedForward
 from ema_scale.training.token_masks import count_tokens, pad_right, token_masks
 

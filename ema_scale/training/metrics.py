@@ -111,8 +111,7 @@ class MetricsWriter(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            facts = {k: v for k, v in self.run_dir.status().items() if k not in ("state", "updated")}
-            self.run_dir.set_status("running", **{**facts, "max_steps": state.max_steps})
+            self.run_dir.set_status("running", keep=True, max_steps=state.max_steps)
 
     def on_log(
         self,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import digest, file_sha256, folder_identity
 from ema_scale.core.io import atomic_write_text
+from ema_scale.core.records import Provenance
 from ema_scale.core.run_dir import RunDir
 from ema_scale.core.uri import locate
 from ema_scale.training.distributed import launched_processes
@@ -133,7 +134,7 @@ def weights_of(recipe: Recipe) -> dict[str, dict[str, str]]:
 
 def check_same_data(hashes: Mapping[str, str], run_dir: RunDir) -> None:
     """Raises UserError if rows or files (source -> sha256) have changed since the folder's run began."""
-    stored = _provenance(run_dir).get("data_sha256", {})
+    stored = _provenance(run_dir).data_sha256
     for source, sha256 in hashes.items():
         if stored.get(source, sha256) != sha256:
             raise UserError(
@@ -160,12 +161,12 @@ def rows_per_step(recipe: Mapping[str, Any], processes: int) -> int:
 
 
 def _stored_rows_per_step(run_dir: RunDir) -> int:
-    return rows_per_step(_stored_recipe(run_dir) or {}, run_dir.status().get("processes", 1))
+    return rows_per_step(_stored_recipe(run_dir) or {}, run_dir.status().processes or 1)
 
 
 def _has_ended(run_dir: RunDir) -> bool:
     files = (run_dir.adapter / "adapter_config.json", run_dir.recipe_path)
-    return run_dir.status().get("state") == "finished" and all(path.exists() for path in files)
+    return run_dir.status().state == "finished" and all(path.exists() for path in files)
 
 
 def _is_begun(run_dir: RunDir) -> bool:
@@ -211,13 +212,13 @@ def _short(value: Any) -> str:
 
 def _changed_files(run_dir: RunDir) -> Iterator[str]:
     provenance = _provenance(run_dir)
-    for source, stored in provenance.get("weights", {}).items():
+    for source, stored in provenance.weights.items():
         folder = Path(locate(source))
         if folder.is_dir() and (mark := _folder_mark(folder)) != stored["mark"]:
             if _folder_identity(folder, mark) != stored["identity"]:
                 yield f"the checkpoint {source} has changed"
-    marks = provenance.get("data_files", {})
-    for source, sha256 in provenance.get("data_sha256", {}).items():
+    marks = provenance.data_files
+    for source, sha256 in provenance.data_sha256.items():
         path = _file(source)
         # A missing file is an error of the loader; a finished run does not need it any more.
         if path is None or _mark(path) == marks.get(source):
@@ -226,11 +227,11 @@ def _changed_files(run_dir: RunDir) -> Iterator[str]:
             yield f"{source} has changed"
 
 
-def _provenance(run_dir: RunDir) -> dict[str, Any]:
+def _provenance(run_dir: RunDir) -> Provenance:
     try:
-        return dict(json.loads(run_dir.provenance_path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
+        return run_dir.provenance() or Provenance()
+    except UserError:
+        return Provenance()
 
 
 def _file(source: str) -> Path | None:

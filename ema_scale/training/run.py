@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ema_scale.core.errors import UserError
-from ema_scale.core.io import atomic_write_json, atomic_write_text
+from ema_scale.core.io import atomic_write_text
+from ema_scale.core.records import Provenance
 from ema_scale.core.run_dir import RunDir
 from ema_scale.training.distributed import (
     destroy_process_group_at_exit,
@@ -151,20 +152,20 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
     weights = weights_of(recipe) if is_main() else {}
 
     def write_provenance() -> None:
-        run_dir.write_provenance(
-            recipe.to_dict(),
-            hashes,
-            recipe.seed,
+        Provenance.of_this_process(
+            recipe=recipe.to_dict(),
+            data_sha256=hashes,
+            seed=recipe.seed,
             data_files=file_marks(hashes),
             weights=weights,
             reference=trainer.reference_choice.to_dict(),
             parameters=parameter_counts(trainer.model),
-        )
+        ).write(run_dir.provenance_path)
 
     if is_main():
         write_provenance()
         trainer.on_reference_changed = write_provenance
-        atomic_write_json(run_dir.data_path, trainer.data_report.to_dict())
+        trainer.data_report.write(run_dir.data_path)
         for note in trainer.data_report.notes:
             log.info(note)
         truncate_metrics(run_dir.metrics_path, step_of(checkpoint) if checkpoint else 0)
@@ -182,7 +183,7 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
             log.info("stopped after step %d of %d: %s", trainer.state.global_step, trainer.state.max_steps, early)
         run_dir.set_status(
             "finished",
-            **({} if early is None else {"stopped_early": early}),
+            stopped_early=early,
             step=trainer.state.global_step,
             seconds=_seconds(run_dir),
             processes=trainer.args.world_size,
@@ -199,7 +200,7 @@ def _claim(recipe: Recipe, run_dir: RunDir, existing: ExistingRun | None) -> Non
             shutil.rmtree(folder, ignore_errors=True)
         for file in (run_dir.metrics_path, run_dir.provenance_path):
             file.unlink(missing_ok=True)
-    started = time.time() if existing is None else run_dir.status().get("started", time.time())
+    started = (None if existing is None else run_dir.status().started) or time.time()
     atomic_write_text(run_dir.recipe_path, recipe.to_yaml())
     run_dir.set_status("running", started=started, pid=os.getpid(), processes=launched_processes())
 
@@ -230,14 +231,12 @@ def _report_failure(run_dir: RunDir) -> Iterator[None]:
 def _end(run_dir: RunDir, state: str, reason: str) -> None:
     if is_main():
         with contextlib.suppress(OSError):  # a full disk may refuse the status too
-            old = run_dir.status()
-            facts = {k: old[k] for k in ("started", "processes", "max_steps") if k in old}
-            run_dir.set_status(state, reason=reason, seconds=_seconds(run_dir), **facts)
+            run_dir.set_status(state, keep=True, reason=reason, seconds=_seconds(run_dir))
 
 
 def _seconds(run_dir: RunDir) -> float:
     now = time.time()
-    return round(now - float(run_dir.status().get("started", now)), 1)
+    return round(now - (run_dir.status().started or now), 1)
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.records import DataReport
 from ema_scale.data.packing import texts
 from ema_scale.data.tokens import load_tokenizer
 from ema_scale.defenses.base import Defense, Divergence, FinishContext, TokenSet, TokenTerm
@@ -34,7 +35,7 @@ from ema_scale.training import reference_setup
 from ema_scale.training.arguments import check_arguments, offload_activations
 from ema_scale.training.callbacks import DefenseObserver, StepHooks, StopFlag
 from ema_scale.training.checkpointing import CheckpointMixin
-from ema_scale.training.data import DataReport, check_vocabulary, prepare_data
+from ema_scale.training.data import check_vocabulary, prepare_data
 from ema_scale.training.dataloading import DataMixin
 from ema_scale.training.distributed import FSDPMixin, check_world, shard_by_layer
 from ema_scale.training.forward import DefendedForward, LossRequest

@@ -9,6 +9,7 @@ import pytest
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import append_jsonl, atomic_write_json, atomic_write_text, read_jsonl
+from ema_scale.core.records import Provenance
 from ema_scale.core.run_dir import RunDir
 
 
@@ -51,7 +52,7 @@ def test_a_bad_line_in_the_middle_is_named(tmp_path):
 
 def test_second_writer_is_refused(tmp_path):
     code = (
-        "import sys; from ema_scale.rundir import RunDir; from ema_scale.core.errors import UserError\n"
+        "import sys; from ema_scale.core.run_dir import RunDir; from ema_scale.core.errors import UserError\n"
         f"r = RunDir({str(tmp_path / 'run')!r})\n"
         "try:\n    r.lock().__enter__(); print('taken')\nexcept UserError as e: print('refused')"
     )
@@ -65,7 +66,8 @@ def test_second_writer_is_refused(tmp_path):
 def test_provenance_holds_no_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
     run = RunDir(tmp_path / "run").create()
-    run.write_provenance({"name": "x"}, {"rows.jsonl": "00"}, seed=7)
+    made = Provenance.of_this_process(recipe={"name": "x"}, data_sha256={"rows.jsonl": "00"}, seed=7)
+    made.write(run.provenance_path)
     text = run.provenance_path.read_text()
     assert "sk-very-secret" not in text
     assert json.loads(text)["seed"] == 7 and "torch" in json.loads(text)["packages"]
@@ -73,8 +75,8 @@ def test_provenance_holds_no_environment(tmp_path, monkeypatch):
 
 def test_status_states(tmp_path):
     run = RunDir(tmp_path / "run").create()
-    assert run.status() == {}
+    assert run.status().state == "not started"
     run.set_status("running", step=3)
-    assert run.status()["state"] == "running" and run.status()["step"] == 3
+    assert run.status().state == "running" and run.status().step == 3
     with pytest.raises(ValueError):
         run.set_status("exploded")

@@ -87,16 +87,17 @@ def test_a_probe_in_a_recipe_stops_a_resumed_run_where_it_stopped_the_other(worl
 
     whole = train(recipe("whole"), RunDir(tmp_path / "whole"))
     status = whole.status()
-    assert status["state"] == "finished" and 4 < status["step"] < 16
-    assert "early_stopping: probe is" in status["stopped_early"]
-    assert re.search(r"the adapter is that of step ([2-9]|1\d)$", status["stopped_early"])
+    assert status.state == "finished" and 4 < status.step < 16
+    assert "early_stopping: probe is" in status.stopped_early
+    assert re.search(r"the adapter is that of step ([2-9]|1\d)$", status.stopped_early)
     assert is_finished(recipe("whole"), whole)
     resumed = train(recipe("resumed"), RunDir(tmp_path / "resumed"))
     resumed.set_status("stopped")
     for checkpoint in list_checkpoints(resumed.checkpoints)[1:]:
         shutil.rmtree(checkpoint)
     train(recipe("resumed"), resumed)
-    assert [resumed.status()[k] for k in ("step", "stopped_early")] == [status[k] for k in ("step", "stopped_early")]
+    again = resumed.status()
+    assert (again.step, again.stopped_early) == (status.step, status.stopped_early)
     assert_same_weights(weights(whole), weights(resumed))
 
 

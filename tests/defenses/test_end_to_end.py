@@ -63,7 +63,7 @@ def test_a_recipe_of_all_three(world, tmp_path):
         found = type(recipe).model_validate(recipe.to_dict() | {"name": name, "defenses": kinds})
         runs[name] = train(found, RunDir(found.run_path))
     run = runs["three"]
-    assert run.status()["state"] == "finished"
+    assert run.status().state == "finished"
     assert json.loads(run.data_path.read_text())["rows"] == {"task": 40, "safe": 4}
     hashes = json.loads(run.provenance_path.read_text())["data_sha256"]
     assert hashes[str(ranking)] == file_sha256(ranking)

@@ -11,7 +11,7 @@ import pytest
 import ema_scale.defenses
 from ema_scale.core.errors import UserError
 from ema_scale.defenses import KL, Defense, Interleaving, catalogue, parse
-from ema_scale.defenses.registry import built_in, load
+from ema_scale.defenses.registry import built_in, load, plugins
 from ema_scale.recipe import build_recipe
 from tests.training.helpers import make_trainer, tiny_peft
 
@@ -113,7 +113,11 @@ def test_a_plugin_is_found_by_its_entry_point(monkeypatch):
 
     point = metadata.EntryPoint("custom", f"{__name__}:Custom", "ema_scale.defenses")
     monkeypatch.setattr(metadata, "entry_points", lambda group: [point])
-    assert type(parse([{"kind": "custom", "size": 2}])[0]).__name__ == "Custom"
+    plugins.cache_clear()
+    try:
+        assert type(parse([{"kind": "custom", "size": 2}])[0]).__name__ == "Custom"
+    finally:
+        plugins.cache_clear()
 
 
 def test_needs_reference_is_derived():

@@ -66,7 +66,7 @@ def test_a_training_takes_the_steps_that_were_planned_and_keeps_the_checkpoints(
     plan = plan_run(mixing, NODE.at(1))
     assert (plan.rows, plan.added, plan.steps) == (40, 20, 15)
     run = train(mixing, RunDir(mixing.run_path))
-    assert run.status()["step"] == plan.steps
+    assert run.status().step == plan.steps
     kept = [step_of(checkpoint) for checkpoint in list_checkpoints(run.checkpoints)]
     assert kept == [8, 12, 15] and checkpoints(mixing, plan.steps) == len(kept) - 1  # the last is the run itself
 

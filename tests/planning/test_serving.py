@@ -4,10 +4,17 @@ from dataclasses import replace
 
 import pytest
 
-from ema_scale.planning.eval_cost import EngineWork, EvaluationWork
-from ema_scale.planning.hardware import DEVICES, GIB, Cluster
+from ema_scale.planning.eval_cost import (
+    BANDWIDTH_SHARE,
+    SEQUENCES,
+    STEP_SECONDS,
+    EngineWork,
+    EvaluationWork,
+    gpu_seconds,
+    served,
+)
 from ema_scale.planning.model_shapes import PUBLISHED, from_config
-from ema_scale.planning.serving import BANDWIDTH_SHARE, SEQUENCES, STEP_SECONDS, gpu_seconds, served
+from ema_scale.planning.speed import DEVICES, GIB, Cluster
 
 SEVEN = from_config("7b", PUBLISHED["qwen2.5-7b"])
 NODE = Cluster(8, 1, 80 * GIB, DEVICES["h100"])

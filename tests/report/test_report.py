@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
@@ -24,7 +25,6 @@ from ema_scale.report.curves import along_training
 from ema_scale.report.examples import examples
 from ema_scale.report.make import write_report
 from ema_scale.report.records import METRICS, ReportedRate, Run
-from ema_scale.report.style import LIGHT
 from ema_scale.report.table import table_markdown
 from ema_scale.report.verdict import verdict
 from tests.report.runs import ARMS, BASE, Arm, evaluate, suites_of, write_eval, write_run, write_study
@@ -83,7 +83,12 @@ def test_page_asks_for_nothing_outside_itself(study: tuple[list[Path], Path]) ->
     style = text[text.index("<style>") : text.index("</style>")]
     assert "url(" not in style and "@import" not in style
     assert page.tags.count("picture") == page.tags.count("img") == 4
-    assert len(set(page.references)) == 4 * 2 + 2, "light and dark are different drawings, and one has narrow ones"
+    drawings = [r for r in set(page.references) if r.startswith("data:")]
+    assert len(drawings) == 4 + 1, "each figure stands there once, and one has a narrow drawing as well"
+    for drawing in drawings:
+        svg = base64.b64decode(drawing.partition(",")[2]).decode()
+        ET.fromstring(svg)
+        assert "@media(prefers-color-scheme:dark)" in svg and "--c0:#16181b" in svg
 
 
 def test_verdict_names_the_defense_that_keeps_both_tasks(study: tuple[list[Path], Path]) -> None:
@@ -124,9 +129,9 @@ def test_lines_along_the_training_need_two_evaluated_steps() -> None:
     metrics = {"general_misaligned": rate, "in_domain_misaligned": rate, "general_incoherent": rate}
     run = Run(Path("r"), "r", "m", "t", 0, (), "No defense", "narrow", along={10: metrics})
     group = RunGroup("m", "No defense", False, (), None, None, [run], {})
-    assert along_training([group], LIGHT) is None
+    assert along_training([group]) is None
     longer = replace(group, runs=[replace(run, along={10: metrics, 20: metrics})])
-    figure = along_training([longer], LIGHT)
+    figure = along_training([longer])
     assert figure is not None and [a.get_xlabel() for a in figure.axes] == ["training steps"] * 3
 
 
@@ -221,7 +226,7 @@ def test_same_folders_give_the_same_bytes(tmp_path: Path) -> None:
     arms = {k: ARMS[k] for k in ("none", "kl-1")}
     runs = write_study(tmp_path / "runs", tasks=("medical",), arms=arms, samples=2)
     first, second = write_report(runs, tmp_path / "one").parent, tmp_path / "two"
-    program = "import sys; from ema_scale.report import write_report as w; w(sys.argv[2:], sys.argv[1])"
+    program = "import sys; from ema_scale.report.make import write_report as w; w(sys.argv[2:], sys.argv[1])"
     # Another process with other hashes: no picture may depend on the order of a set.
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}
     subprocess.run([sys.executable, "-c", program, second, *runs], check=True, env=environment)

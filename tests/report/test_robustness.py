@@ -15,7 +15,6 @@ from ema_scale.report.aggregate import RunGroup, groups
 from ema_scale.report.collect import collect, read_rate
 from ema_scale.report.paired import against, paired_table
 from ema_scale.report.robustness import robustness_table, threshold_curves
-from ema_scale.report.style import LIGHT
 from ema_scale.report.write import Section, render
 from tests.report.runs import ARMS, write_study
 
@@ -94,10 +93,10 @@ def test_each_way_of_counting_stands_in_its_column(of_model: list[RunGroup]) -> 
 
 
 def test_exact_judges_have_no_threshold_curves(tmp_path: Path, of_model: list[RunGroup]) -> None:
-    assert threshold_curves(of_model, LIGHT) is not None
+    assert threshold_curves(of_model) is not None
     made = write_study(tmp_path, tasks=("medical",), arms={"none": ARMS["none"]})
     with_variants(made[0], graded=False)
-    assert threshold_curves(groups(collect(made)), LIGHT) is None
+    assert threshold_curves(groups(collect(made))) is None
 
 
 def test_without_an_undefended_run_nothing_is_paired(runs: list[Path]) -> None:

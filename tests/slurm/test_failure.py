@@ -9,10 +9,11 @@ import pytest
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import append_jsonl, atomic_write_text
 from ema_scale.core.run_dir import FolderInUse, RunDir
+from ema_scale.core.text import format_clock
 from ema_scale.slurm import failure
 from ema_scale.slurm.finished import has_finished
 from ema_scale.slurm.logs import lines
-from ema_scale.slurm.status import clock, launched_runs, statuses, study_status
+from ema_scale.slurm.status import launched_runs, statuses, study_status
 from ema_scale.slurm.submit import log_of, ranks_log_of
 from ema_scale.study.grid import Study, write_study
 from tests.slurm.test_submit import commands
@@ -48,7 +49,7 @@ def test_the_cause_comes_before_its_echoes(run, monkeypatch):
     assert told.startswith("FAILED: rank 2 on ") and told.splitlines()[0].endswith("ValueError: the real one")
     assert "(3 more processes failed after it)" in told and "Traceback" in told
     status = run.status()
-    assert status["state"] == "failed" and "the real one" in status["reason"] and status["max_steps"] == 9
+    assert status.state == "failed" and "the real one" in status.reason and status.max_steps == 9
     assert (run.path / "slurm" / "failures" / "7.2" / "rank-2.json").exists()
     failure.record(run, 2, "killed by SIGABRT", "", late=False)  # what the process itself said stays
     assert "the real one" in failure.explain(run)
@@ -62,20 +63,20 @@ def test_a_rank_that_said_nothing_is_named(run, monkeypatch):
 
 def test_a_finished_run_stays_finished(run):
     run.set_status("finished", step=9)
-    assert "without a word" in failure.explain(run) and run.status()["state"] == "finished"
+    assert "without a word" in failure.explain(run) and run.status().state == "finished"
 
 
 def test_a_run_that_another_job_is_on_is_left_alone(run, monkeypatch):
     run.set_status("running", step=3)
     with run.lock():  # as a process of that job holds it
-        assert "without a word" in failure.explain(run) and run.status()["state"] == "running"
+        assert "without a word" in failure.explain(run) and run.status().state == "running"
         with pytest.raises(FolderInUse) as refused, RunDir(run.path).lock():
             pass
     fail(monkeypatch, run, 0, refused.value)
     fail(monkeypatch, run, 1, RuntimeError("Connection closed by peer"))
     told = failure.explain(run)  # that job waits between two attempts by now: the lock is free
     assert "another process is writing to this run folder" in told.splitlines()[0]
-    assert run.status()["state"] == "running"
+    assert run.status().state == "running"
 
 
 def test_a_failure_is_written_down_even_if_torch_cannot_be_loaded(run, monkeypatch):
@@ -97,7 +98,7 @@ def test_only_a_finished_run_counts_as_finished(run):
 def test_a_run_that_never_got_as_far_as_a_status_has_failed(run):
     run.status_path.unlink()
     failure.explain(run)
-    assert run.status()["state"] == "failed" and "without a word" in run.status()["reason"]
+    assert run.status().state == "failed" and "without a word" in run.status().reason
 
 
 def test_what_a_run_says_without_slurm(run, monkeypatch):
@@ -112,7 +113,7 @@ def test_what_a_run_says_without_slurm(run, monkeypatch):
     run.set_status("running", max_steps=9)
     (found,) = statuses(launched_runs(run.path.parent))
     assert (found.state, found.step, found.max_steps, found.jobs) == ("running", 2, 9, ("train 7",))
-    assert found.left == pytest.approx(70, abs=5) and clock(3725) == "1:02:05"
+    assert found.left == pytest.approx(70, abs=5) and format_clock(3725) == "1:02:05"
 
     assert list(lines(run)) == ["job 7 has not started"]
     atomic_write_text(log_of(run, job), "a\nb\nc\nhalf a li")

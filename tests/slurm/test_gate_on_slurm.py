@@ -69,7 +69,7 @@ def test_a_run_waits_for_its_gate(slurm, world, tmp_path):
     ema(*command, *other, env=env)
     gate, training = (row["job"] for row in jobs_of(run)[2:])
     assert slurm.wait(gate)["JobState"] == slurm.wait(training)["JobState"] == "COMPLETED", everything(run)
-    assert run.status()["state"] == "finished"
+    assert run.status().state == "finished"
     assert "The reference passes its gate" in ema("gate", path, *other, env=env)
     assert "The reference was not shown to be safe" in refused("gate", path, env=env)
     assert "The reference was not shown to be safe" in refused("train", path, "name=run", env=env)

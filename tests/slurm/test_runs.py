@@ -8,7 +8,7 @@ from ema_scale.core.io import read_jsonl
 from ema_scale.core.run_dir import RunDir
 from ema_scale.defenses.registry import parse
 from ema_scale.recipe import build_recipe
-from ema_scale.slurm.script import fill_script
+from ema_scale.slurm.site import fill_script
 from ema_scale.slurm.submit import jobs_of
 from ema_scale.training.run import train
 from tests.slurm.helpers import ROOT, ema, environment, everything, launch, step_of_run, wait_for_step, write_plugin
@@ -74,7 +74,7 @@ def test_zero3_on_two_nodes_equals_one_process_and_is_evaluated(slurm, world, ca
     assert f"train {job}" in told and f"eval {evaluation} PENDING" in told, told
     said = ema("logs", run.path, "-f", env=env)  # from before the training has begun to the evaluation's end
     assert slurm.wait(job)["JobState"] == "COMPLETED", everything(run)
-    assert run.status()["state"] == "finished" and run.status()["processes"] == 2
+    assert run.status().state == "finished" and run.status().processes == 2
     assert_same_run(calm, run)
     trained, evaluated = said.split(f"--- eval job {evaluation}\n")
     assert "attempt 0 on node[1-2]" in trained and f"step {STEPS}/{STEPS}" in trained and f"job {job}: done" in trained
@@ -87,7 +87,7 @@ def test_zero3_on_two_nodes_equals_one_process_and_is_evaluated(slurm, world, ca
 def checkpointed(run):
     """The step that a run stopped after, which it saved, so that no step is done twice."""
     reached = step_of_run(run)
-    assert run.status()["state"] == "stopped" and 2 <= reached < STEPS, everything(run)
+    assert run.status().state == "stopped" and 2 <= reached < STEPS, everything(run)
     assert (run.checkpoints / f"checkpoint-{reached}" / "manifest.json").exists(), everything(run)
     return reached
 
@@ -127,7 +127,7 @@ def test_warned_and_not_requeued_it_goes_on_on_another_number_of_nodes(slurm, wo
     training = recipe.training.model_copy(update={"gradient_accumulation_steps": 4})  # the same rows a step
     job = launch(recipe.model_copy(update={"training": training}), tmp_path, "--nodes", 1, env=env)
     assert slurm.wait(job)["JobState"] == "COMPLETED", everything(run)
-    assert f"going on from step {reached}" in everything(run) and run.status()["processes"] == 1
+    assert f"going on from step {reached}" in everything(run) and run.status().processes == 1
     assert_same_run(calm, run)
 
 
@@ -194,7 +194,7 @@ def test_one_rank_fails_and_its_error_is_on_top(slurm, world, plugin, tmp_path, 
     assert slurm.wait(job)["JobState"] == "FAILED", everything(run)
     began, top = (run.path / "slurm" / f"train-{job}.log").read_text().splitlines()[:2]
     assert "attempt 0" in began and top.startswith("FAILED: ") and reason in top, everything(run)
-    assert run.status()["state"] == "failed" and reason in run.status()["reason"]
+    assert run.status().state == "failed" and reason in run.status().reason
     told = ema("logs", run.path, env=env)  # and not of the evaluation, which was queued behind it
     assert reason in told.splitlines()[0] and began in told
     assert reason in ema("status", run.path, env=env)

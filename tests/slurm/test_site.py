@@ -9,8 +9,7 @@ import pytest
 
 from ema_scale.core.errors import UserError
 from ema_scale.recipe import build_recipe, load_recipe
-from ema_scale.slurm.script import FOLDER, fill_script
-from ema_scale.slurm.site import EvaluationSite, Site, load_site
+from ema_scale.slurm.site import FOLDER, EvaluationSite, Site, fill_script, load_site
 from ema_scale.slurm.submit import JobSize, evaluation_job, report_job, training_job
 from ema_scale.study.grid import load_study
 

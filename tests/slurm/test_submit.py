@@ -9,8 +9,7 @@ import pytest
 from ema_scale.core.errors import UserError
 from ema_scale.core.run_dir import RunDir
 from ema_scale.slurm import client
-from ema_scale.slurm.script import FOLDER
-from ema_scale.slurm.site import Site
+from ema_scale.slurm.site import FOLDER, Site
 from ema_scale.slurm.submit import Job, JobSize, jobs_of, submit, submitting, training_job
 from ema_scale.slurm.sweep import plan_sweep, submit_sweep
 from ema_scale.study.grid import load_study, write_study

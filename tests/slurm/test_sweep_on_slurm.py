@@ -66,7 +66,7 @@ def test_twelve_runs_of_which_one_fails(slurm, world, tmp_path):
     assert watch(slurm, folder) == 2, everything(folder)
     states = {job: slurm.job(job)["JobState"] for job in (evaluation, report)}
     assert set(states.values()) == {"COMPLETED"}, (states, everything(folder))
-    assert [run.status()["state"] for run in runs] == ["finished"] * 11 + ["failed"], everything(folder)
+    assert [run.status().state for run in runs] == ["finished"] * 11 + ["failed"], everything(folder)
     again = [run.path.name for run in runs if "attempt 1 " in everything(run)]
     assert again == [runs[4].path.name, failing.path.name], "a task that starts again takes no other with it"
     assert f"job {array}_4: warned: saving a checkpoint" in everything(runs[4])
@@ -86,7 +86,7 @@ def test_twelve_runs_of_which_one_fails(slurm, world, tmp_path):
     assert "#SBATCH --array=11%2" in ema(*command, "--dry-run", env=env)
     bad.write_text((world / "train.jsonl").read_text())
     before = {path: path.stat().st_mtime_ns for run in runs[:11] for path in run.path.rglob("*.jsonl")}
-    assert run_study(study) == page and failing.status()["state"] == "finished"
+    assert run_study(study) == page and failing.status().state == "finished"
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert "all 12 runs are trained, evaluated and reported; nothing to do" in ema(*command, env=env)
     assert len(jobs_of(folder)) == 3

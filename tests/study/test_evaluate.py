@@ -82,7 +82,7 @@ def test_an_arm_that_stops_early_is_asked_at_the_steps_that_it_reached(world, tm
     path = study_file(world, tmp_path, [0], tasks={"sums": task}, defenses={"none": [], "early": early})
     recipes = load_study(path).runs()
     runs = [train(r, RunDir(r.run_path)) for r in recipes]
-    assert [run.status()["step"] for run in runs] == [5, 3]
+    assert [run.status().step for run in runs] == [5, 3]
     kept = [[step_of(c) for c in list_checkpoints(run.checkpoints)] for run in runs]
     assert kept == [[1, 4, 5], [1, 2]], "step 1 is asked for, and no turn of save_steps"
     base = load_study(path).path / "base"

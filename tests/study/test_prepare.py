@@ -29,7 +29,7 @@ def test_a_study_makes_what_its_runs_read_and_only_once(world, tmp_path):
     study = load_study(path)
     run_study(study)
     (recipe,) = study.runs()
-    assert RunDir(recipe.run_path).status()["state"] == "finished"
+    assert RunDir(recipe.run_path).status().state == "finished"
     before = rows.stat().st_mtime_ns
     run_study(study)
     assert rows.stat().st_mtime_ns == before

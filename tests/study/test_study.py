@@ -238,7 +238,7 @@ def test_a_study_end_to_end_and_again_for_nothing(tmp_path, tiny_world):
     text = report.read_text()
     assert "broken-none-s0" in text and "missing.jsonl" in text
     run = RunDir(tmp_path / "runs" / "small" / "medical-kl-s0")
-    assert run.status()["state"] == "finished"
+    assert run.status().state == "finished"
     samples = read_jsonl(run.eval_dir / "samples.jsonl")
     questions = 44 + 32
     assert len(samples) == len({s["key"] for s in samples}) == 2 * questions

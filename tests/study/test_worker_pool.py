@@ -36,7 +36,7 @@ def test_a_failed_run_is_tried_again_from_its_checkpoint(troubled, tmp_path, cap
     assert failed == {"lasting": "ValueError: the disk of this rank is on fire"}
     assert listed(failed) == "  lasting: ValueError: the disk of this rank is on fire"
     runs = {r.name: RunDir(r.run_path) for r in recipes}
-    assert {name: run.status()["state"] for name, run in runs.items()} == {
+    assert {name: run.status().state for name, run in runs.items()} == {
         "passing": "finished", "calm": "finished", "lasting": "failed",
     }  # fmt: skip
     assert f"{runs['passing'].path}: going on from step 2" in caplog.text
@@ -54,4 +54,4 @@ def test_a_killed_worker_costs_no_run(troubled, tmp_path, caplog):
     assert train_all(recipes, 2, tmp_path / "logs", retries=1) == {}
     assert "killed: FAILED: its worker process was killed from outside" in caplog.text
     assert "waiting: FAILED" not in caplog.text
-    assert [RunDir(r.run_path).status()["state"] for r in recipes] == ["finished"] * 3
+    assert [RunDir(r.run_path).status().state for r in recipes] == ["finished"] * 3

