@@ -36,8 +36,11 @@ demo: setup ## see emergent misalignment appear and a defense prevent it; writes
 # Those that start engines, several processes or a cluster have the machine to themselves; of the others two run at a time.
 ALONE := vllm or zero3 or slurm
 
+# CI sets this to --cov=ema_scale.
+COVERAGE ?=
+
 test: setup ## all tests
-	$(BIN)/python -m pytest -q -n 2 -m "not ($(ALONE))"
+	$(BIN)/python -m pytest -q -n 2 -m "not ($(ALONE))" $(COVERAGE)
 	$(BIN)/python -m pytest -q -m "$(ALONE)"
 
 test-fast: setup ## the tests that take seconds
@@ -54,4 +57,4 @@ format: setup ## format and fix what ruff can
 	$(BIN)/ruff check --fix .
 
 clean: ## remove the environment and caches; runs/ stays
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .coverage build *.egg-info

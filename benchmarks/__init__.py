@@ -1,1 +1,1 @@
-"""Benchmarks: ways of doing the same thing, run in turn and compared as ratios. `python -m benchmarks --help`."""
+"""Benchmarks: variants of one computation, run in turn and compared by ratio. `python -m benchmarks --help`."""

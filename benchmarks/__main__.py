@@ -1,4 +1,4 @@
-"""`python -m benchmarks`, with the command line's way of reporting errors."""
+"""`python -m benchmarks`, with errors reported as `ema` reports them."""
 
 from benchmarks.cli import bench
 from ema_scale.cli.main import main

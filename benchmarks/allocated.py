@@ -1,4 +1,4 @@
-"""The most memory that a step of training takes, in one process or on every one that torchrun started.
+"""The worker of `ema bench plan`: peak memory of a training step, in one process or in each of several.
 
 torchrun --nproc_per_node 2 -m benchmarks.allocated RESULT.json WAY TASK
 """
@@ -15,17 +15,17 @@ from typing import Any
 import torch
 
 from benchmarks.harness import peak_rss, reset_peak_rss
-from benchmarks.training_ways import WARMUP, Task, train
+from benchmarks.training_variants import WARMUP, Task, train
 from ema_scale.core.io import atomic_write_json
 from ema_scale.training.distributed import is_main, prepare_environment
 
 
-def allocated(way: str, task: dict[str, Any], cache: str) -> dict[str, Any]:
-    """One way alone in its process: the most bytes of torch's allocator in the steps after the warm-up."""
+def allocated(variant: str, task: dict[str, Any], cache: str) -> dict[str, Any]:
+    """Peak bytes of torch's allocator in the steps after the warm-up; the variant has this process to itself."""
     os.environ["EMA_CACHE"] = cache
     asked = Task(**task)
     if asked.device == "cuda":
-        done = train(way, asked, torch.cuda.reset_peak_memory_stats)
+        done = train(variant, asked, torch.cuda.reset_peak_memory_stats)
         return {"bytes": torch.cuda.max_memory_allocated(), "seconds": done.seconds}
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
     held, steps = 0, 0
@@ -39,7 +39,7 @@ def allocated(way: str, task: dict[str, Any], cache: str) -> dict[str, Any]:
         elif steps == WARMUP + asked.steps:
             profiler.stop()
 
-    done = train(way, asked, ended=ended)
+    done = train(variant, asked, ended=ended)
     now = highest = 0
     for change in changes(profiler):
         now += change
@@ -55,7 +55,7 @@ def changes(profiler: Any) -> Iterator[int]:
 
 
 def held_bytes() -> int:
-    """Of all tensors that are alive, by the storages they share."""
+    """Bytes of all live tensors; storage that several share counts once."""
     import gc
 
     gc.collect()
@@ -65,15 +65,13 @@ def held_bytes() -> int:
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
-def resident(way: str, task: Task) -> dict[str, Any]:
-    """One way on one of several processes: the bytes of tensors after the warm-up, and by how much the process grows
-    beyond that in a step.
+def resident(variant: str, task: Task) -> dict[str, Any]:
+    """Peak bytes of one process among several: live tensors after the warm-up, plus its growth in a step.
 
-    Not by the allocator's events: the threads of a collective give back what the profiler has seen given out, and
-    it does not see that.
+    The allocator's events would not do: a collective's threads free memory, and the profiler does not see that.
     """
     if task.device == "cuda":
-        done = train(way, task, torch.cuda.reset_peak_memory_stats)
+        done = train(variant, task, torch.cuda.reset_peak_memory_stats)
         return {"bytes": torch.cuda.max_memory_allocated(), "seconds": done.seconds}
     held = before = steps = 0
 
@@ -85,15 +83,15 @@ def resident(way: str, task: Task) -> dict[str, Any]:
             reset_peak_rss()
             before = peak_rss()
 
-    done = train(way, task, ended=ended)
+    done = train(variant, task, ended=ended)
     return {"bytes": held + peak_rss() - before, "seconds": done.seconds}
 
 
-def main(result: str, way: str, given: str) -> None:
+def main(result: str, variant: str, given: str) -> None:
     task = Task(**json.loads(given))
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     prepare_environment(task.deepspeed, task.fsdp)
-    found = resident(way, task)
+    found = resident(variant, task)
     if is_main():
         atomic_write_json(Path(result), found)
 

@@ -1,9 +1,9 @@
-"""A function in a process of its own: for memory, which other ways in the same process would spoil.
+"""Run a function in its own process, so that the memory of other variants does not count.
 
-    alone("benchmarks.loss:measure", way="naive", tokens=512)
+    alone("benchmarks.loss:measure", variant="naive", tokens=512)
 
-The function takes and returns what JSON can hold. On a CPU the process may take nine tenths of the memory that is free
-now: a way that needs more runs out of memory instead of taking the machine down.
+The function takes and returns JSON values. On a CPU the process may use 90 % of the free memory: a variant that needs
+more fails by itself, and the machine survives.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ OUT_OF_MEMORY = "out of memory"
 
 
 def alone(target: str, **arguments: Any) -> dict[str, Any] | None:
-    """What `module:function` returns for these arguments, None if it ran out of memory.
+    """The value of `module:function(**arguments)`; None if it ran out of memory.
 
-    Raises UserError if it failed.
+    Raises UserError if it fails.
     """
     # Without the threshold, freed memory stays in the heap of the process and counts as used.
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -38,7 +38,7 @@ def alone(target: str, **arguments: Any) -> dict[str, Any] | None:
 
 
 def free_memory() -> int | None:
-    """Bytes that the machine can give; None where /proc does not say."""
+    """Bytes of memory available on this machine; None where /proc does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

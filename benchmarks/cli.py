@@ -1,13 +1,13 @@
 """`python -m benchmarks ...` (or `ema bench ...` in a checkout): one command per benchmark.
 
-To add one: a module in benchmarks/ that makes the ways, and here a command of this form:
+To add one: a module in benchmarks/ that makes the variants, and here a command of this form:
 
     @bench.command()
     def mine(rows: int = 1000, out: Out = None, repeats: Repeats = 5, threads: Threads = 1) -> None:
         \"\"\"What is compared with what.\"\"\"
         machine(threads)
-        ways = [Way("theirs", ...), Way("ours", ...)]
-        finish("mine", compare(ways, baseline="theirs", repeats=repeats), {"rows": rows}, out=out)
+        variants = [Variant("theirs", ...), Variant("ours", ...)]
+        finish("mine", compare(variants, baseline="theirs", repeats=repeats), {"rows": rows}, out=out)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from benchmarks.harness import Measured
 
 bench = typer.Typer(
-    help="Measure time, memory and communication; every way in one run.",
+    help="Measure time, memory and communication; every variant in one run.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -36,17 +36,13 @@ bench = typer.Typer(
 
 
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="write all figures to this JSON file")]
-
-
-Repeats = Annotated[int, typer.Option(min=1, help="timed runs of every way")]
-
-
-Threads = Annotated[int, typer.Option(min=1, help="CPU threads a process")]
+Repeats = Annotated[int, typer.Option(min=1, help="timed runs of every variant")]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads per process")]
 
 
 @bench.command("machine")
 def show_machine(threads: Threads = 1) -> None:
-    """What benchmarks would record about this machine."""
+    """What benchmarks record about this machine."""
     from benchmarks.harness import machine
 
     for name, value in machine(threads).items():
@@ -55,8 +51,10 @@ def show_machine(threads: Threads = 1) -> None:
 
 @bench.command("safelora")
 def safelora_(
-    layers: Annotated[int, typer.Option(min=1, max=28, help="of the 28; fewer need less disk")] = 28,
-    folder: Annotated[Path | None, typer.Option(help="where 26 GB of random weights fit for a while")] = None,
+    layers: Annotated[int, typer.Option(min=1, max=28, help="decoder layers; fewer need less disk")] = 28,
+    folder: Annotated[
+        Path | None, typer.Option(help="a folder with room for 26 GB of random weights, deleted at the end")
+    ] = None,
     out: Out = None,
     threads: Threads = 2,
 ) -> None:
@@ -72,21 +70,13 @@ def safelora_(
 
 
 Model = Annotated[str, typer.Option(help="a shape: small, qwen2.5-0.5b, ... llama-3.1-70b")]
-
-
-Layers = Annotated[int | None, typer.Option(min=1, help="cut to so many")]
-
-
-Length = Annotated[int, typer.Option(min=2, help="tokens a row")]
-
-
-Checkpointing = Annotated[bool, typer.Option(help="of gradients")]
-
-
-Strength = Annotated[float, typer.Option(min=0, help="0: without")]
-
-
-Ways = Annotated[list[str] | None, typer.Option("--way", help="only plain and these (the first words are enough)")]
+Layers = Annotated[int | None, typer.Option(min=1, help="use only the first N layers")]
+Length = Annotated[int, typer.Option(min=2, help="tokens per row")]
+Checkpointing = Annotated[bool, typer.Option(help="gradient checkpointing")]
+Strength = Annotated[float, typer.Option(min=0, help="the defense's strength; 0: without it")]
+Only = Annotated[
+    list[str] | None, typer.Option("--variant", help="run plain and this one alone; repeat for more (first words do)")
+]
 
 
 ZERO3_CPU = "launch/deepspeed/zero3_cpu.json"
@@ -117,7 +107,7 @@ def loss_(
     direction: Direction = Direction.policy_reference,
     device: Device = Device.cpu,
     full: Annotated[
-        bool, typer.Option("--full", help="8,192 tokens of Qwen2.5-7B's head in bfloat16, each way once, alone")
+        bool, typer.Option("--full", help="8,192 tokens of Qwen2.5-7B's head in bfloat16, each variant once, alone")
     ] = False,
     out: Out = None,
     repeats: Repeats = 5,
@@ -131,38 +121,38 @@ def loss_(
     shape = Shape(tokens, vocab, hidden, dtype.value, direction.value, device.value)
     if full:
         shape = replace(FULL, direction=direction.value, device=device.value)
-    measured, bars = bench_loss(shape, repeats=repeats, each_alone=full)
+    measured, targets = bench_loss(shape, repeats=repeats, each_alone=full)
     shown = ["error", *(name for one in measured[:1] for name in one.figures if name.startswith("value"))]
     columns = {"cpu": lambda v: f"{v:.2f} s of CPU", **{name: lambda v: f"{v:.1e}" for name in shown}}
-    finish("loss", measured, vars(shape), threads=threads, out=out, columns=columns, bars=bars)
+    finish("loss", measured, vars(shape), threads=threads, out=out, columns=columns, targets=targets)
 
 
 @bench.command("step")
 def step_(
     model: Model = "small",
     layers: Layers = None,
-    rows: Annotated[int, typer.Option(min=1, help="a step")] = 2,
+    rows: Annotated[int, typer.Option(min=1, help="rows per step")] = 2,
     length: Length = 128,
-    steps: Annotated[int, typer.Option(min=1, help="timed steps a repeat")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="timed steps per repeat")] = 5,
     dtype: Dtype = Dtype.float32,
     device: Device = Device.cpu,
     checkpointing: Checkpointing = True,
     kl: Strength = 0.1,
     ldifs: Strength = 0.1,
-    way: Ways = None,
+    variant: Only = None,
     out: Out = None,
     repeats: Repeats = 3,
     threads: Threads = 1,
 ) -> None:
-    """A LoRA step with KL + LDIFS by every way to run the reference, against plain fine-tuning: time, peak memory."""
+    """A LoRA step with KL + LDIFS, for each kind of reference, against plain fine-tuning: time, peak memory."""
     from benchmarks.harness import finish, machine, seconds
     from benchmarks.phases import PHASES
     from benchmarks.step import bench_step
-    from benchmarks.training_ways import WAYS, Task, chosen
+    from benchmarks.training_variants import VARIANTS, Task, chosen
 
     machine(threads)
     task = Task(model, layers, rows, length, steps, dtype.value, device.value, checkpointing, kl, ldifs)
-    measured, bars, floor = bench_step(task, repeats=repeats, ways=chosen(way, WAYS))
+    measured, targets, floor = bench_step(task, repeats=repeats, variants=chosen(variant, VARIANTS))
     columns = {
         "cpu": lambda v: f"{v:.2f}x",
         "memory": lambda v: f"{v:.2f}x",
@@ -170,7 +160,7 @@ def step_(
         **dict.fromkeys(PHASES, seconds),
     }
     options = {**task.shown(), "arithmetic floor": f"{floor:.2f}x"}
-    finish("step", measured, options, threads=threads, out=out, columns=columns, bars=bars)
+    finish("step", measured, options, threads=threads, out=out, columns=columns, targets=targets)
 
 
 @bench.command("reference")
@@ -180,23 +170,22 @@ def reference_(
     fsdp: Annotated[bool, typer.Option("--fsdp", help="FSDP2 in place of ZeRO-3")] = False,
     model: Model = "small",
     layers: Layers = None,
-    rows: Annotated[int, typer.Option(min=1, help="a step and process")] = 1,
+    rows: Annotated[int, typer.Option(min=1, help="rows per step and process")] = 1,
     length: Length = 128,
-    steps: Annotated[int, typer.Option(min=1, help="timed")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="timed steps")] = 3,
     dtype: Dtype = Dtype.float32,
     device: Device = Device.cpu,
     checkpointing: Checkpointing = True,
     kl: Strength = 0.1,
     ldifs: Strength = 0.1,
-    way: Ways = None,
+    variant: Only = None,
     out: Out = None,
     threads: Threads = 1,
 ) -> None:
-    """Bytes gathered and reduced in a step of KL + LDIFS on several processes, by every way to run the reference; time,
-    memory."""
+    """Bytes gathered and reduced in a step of KL + LDIFS on several processes, for each kind of reference."""
     from benchmarks.harness import finish, machine, mebibytes
-    from benchmarks.reference import WAYS, bench_reference
-    from benchmarks.training_ways import Task, chosen
+    from benchmarks.reference import VARIANTS, bench_reference
+    from benchmarks.training_variants import Task, chosen
 
     machine(threads)
     task = Task(model, layers, rows, length, steps, dtype.value, device.value, checkpointing, kl, ldifs)
@@ -204,7 +193,7 @@ def reference_(
         task = replace(task, fsdp=True)
     elif deepspeed != "none":
         task = replace(task, deepspeed=str(_config(deepspeed)))
-    measured, bars = bench_reference(task, processes=processes, ways=chosen(way, WAYS))
+    measured, targets = bench_reference(task, processes=processes, variants=chosen(variant, VARIANTS))
     columns = {
         "gathered": lambda v: f"{mebibytes(v)} gathered",
         "traffic": lambda v: f"{v:.2f}x",
@@ -214,11 +203,11 @@ def reference_(
         "reference": lambda v: f"{v:.0%} of the time",
     }
     finish("reference", measured, {"processes": processes, **task.shown()}, threads=threads, out=out, columns=columns,
-           bars=bars)  # fmt: skip
+           targets=targets)  # fmt: skip
 
 
 def _config(name: str) -> Path:
-    """A DeepSpeed config, where it says or in the checkout that this package runs from."""
+    """A DeepSpeed config of the user's or of the checkout. Raises UserError if there is none."""
     path = find_file(name)
     if path.is_file():
         return path
@@ -238,12 +227,12 @@ class Part(StrEnum):
 def evaluation(
     model: Annotated[str, typer.Option(help="a folder, hub id or small-world reference")] = "smallworld:aligned",
     adapters: Annotated[int, typer.Option(min=1, help="random LoRA adapters")] = 3,
-    questions: Annotated[int, typer.Option(min=1, help="of the small world's general suite")] = 24,
-    samples: Annotated[int, typer.Option(min=1, help="answers to each question by each adapter")] = 10,
-    latency: Annotated[float, typer.Option(min=0, help="seconds that the judge's endpoint takes a call")] = 1.0,
-    at_once: Annotated[int, typer.Option(min=1, help="most calls under way, for every way")] = 128,
+    questions: Annotated[int, typer.Option(min=1, help="questions of the small world's general suite")] = 24,
+    samples: Annotated[int, typer.Option(min=1, help="answers per question and adapter")] = 10,
+    latency: Annotated[float, typer.Option(min=0, help="seconds per call of the judge's endpoint")] = 1.0,
+    at_once: Annotated[int, typer.Option(min=1, help="most calls at a time, for every variant")] = 128,
     stored: Annotated[int, typer.Option(min=1, help="stored answers to judge again")] = 10_000,
-    part: Annotated[Part | None, typer.Option(help="only this one")] = None,
+    part: Annotated[Part | None, typer.Option(help="run only this part")] = None,
     out: Out = None,
     repeats: Repeats = 3,
     threads: Threads = 1,
@@ -287,7 +276,7 @@ COLUMNS: dict[str, Callable[[float], str]] = {
 def plan_(
     model: Model = "small",
     layers: Layers = None,
-    rows: Annotated[int, typer.Option(min=1, help="a micro-batch")] = 4,
+    rows: Annotated[int, typer.Option(min=1, help="rows per micro-batch")] = 4,
     length: Length = 128,
     dtype: Dtype = Dtype.float32,
     device: Device = Device.cpu,
@@ -295,38 +284,40 @@ def plan_(
     out: Out = None,
     threads: Threads = 1,
 ) -> None:
-    """`ema plan`'s memory against the most that torch's allocator gives out in a step, case by case."""
+    """The memory that `ema plan` predicts, against the peak of torch's allocator in a step, case by case."""
     import tempfile
 
     from benchmarks.harness import finish, machine, mebibytes
     from benchmarks.plan import bench_plan
-    from benchmarks.training_ways import Task
+    from benchmarks.training_variants import Task
 
     machine(threads)
     task = Task(model, layers, rows, length, steps=2, dtype=dtype.value, device=device.value)
     with tempfile.TemporaryDirectory(prefix="ema-bench-") as cache:
-        measured, bars = bench_plan(task, cache, only=only)
+        measured, targets = bench_plan(task, cache, only=only)
     columns = {"planned": lambda v: f"{mebibytes(v)} planned", "off": lambda v: f"{v:+.1%}"}
-    finish("plan", measured, task.shown(), threads=threads, out=out, columns=columns, bars=bars)
+    finish("plan", measured, task.shown(), threads=threads, out=out, columns=columns, targets=targets)
 
 
 @bench.command("select")
 def select_(
     model: Annotated[str, typer.Option(help="the aligned model")] = "smallworld:aligned",
     source: Annotated[str, typer.Option(help="safe rows")] = "smallworld:safe",
-    rows: Annotated[int, typer.Option(min=1, help="read so many of them")] = 500,
-    domains: Annotated[int, typer.Option(min=2, help="rank for so many, each with an adapter (random weights)")] = 5,
+    rows: Annotated[int, typer.Option(min=1, help="rows to read")] = 500,
+    domains: Annotated[int, typer.Option(min=2, help="domains to rank for, each with a random adapter")] = 5,
     batch_tokens: Annotated[int | None, typer.Option(min=1, help="[default: as ema select]")] = None,
     out: Out = None,
     repeats: Repeats = 5,
     threads: Threads = 1,
 ) -> None:
-    """`ema select`'s reading of rows, to rank them for several domains, against one row and one adapter at a time."""
+    """How fast `ema select` reads rows for several domains, against one row and one adapter at a time."""
     from benchmarks.harness import finish, machine
     from benchmarks.selection import bench_selection
 
     machine(threads)
-    done, bars = bench_selection(model, source, rows=rows, domains=domains, repeats=repeats, batch_tokens=batch_tokens)
+    done, targets = bench_selection(
+        model, source, rows=rows, domains=domains, repeats=repeats, batch_tokens=batch_tokens
+    )
     columns = {"readings": lambda n: f"{n:.0f} a row", "cpu_ms": lambda ms: f"{ms:.1f} ms a row"}
     options = {"model": model, "rows": rows, "domains": domains}
-    finish("select", done, options, threads=threads, out=out, columns=columns, bars=bars)
+    finish("select", done, options, threads=threads, out=out, columns=columns, targets=targets)

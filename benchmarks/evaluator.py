@@ -1,9 +1,8 @@
 """The evaluator's speed: against vLLM alone, against the field's loop, and judging again without a model.
 
-The field's loop is the one of the released evaluators (emergent-misalignment, after Betley et al., arXiv 2502.17424):
-adapter after adapter, question after question; all answers to one question are sampled, then judged, first for one
-score, then for the other, at once each. Here it keeps one connection pool and its model; loading it again for
-each adapter, as those scripts do, is a row of its own.
+The field's loop is that of the released evaluators (after Betley et al., arXiv 2502.17424). For each adapter and each
+question it samples all answers, then has all judged for one score, then all for the other. Here it keeps one connection
+pool and one loaded model; a row of its own loads the model for each adapter, as those scripts do.
 """
 
 from __future__ import annotations
@@ -31,13 +30,11 @@ from ema_scale.evaluation.suites import Question, Suite, load_suite
 from ema_scale.inference.base import SampleRequest, SamplerOptions
 
 PROMPTS = "eval/judges/aligned_coherent.yaml"
-
-
 MAX_TOKENS, MAX_MODEL_LEN = 48, 160
 
 
 class Bench:
-    """A model with adapters and a suite: what every way samples. `place` is a folder for adapters and rows."""
+    """What every variant samples: a model with adapters and a suite. `place` is a folder for adapters and rows."""
 
     def __init__(self, place: Path, model: str, adapters: int, questions: int, samples: int) -> None:
         self.place, self.samples = place, samples
@@ -49,7 +46,7 @@ class Bench:
         asked = tuple(replace(q, samples_per_paraphrase=samples) for q in general.questions[:questions])
         self.exact = replace(general, questions=asked)
         self.open = replace(self.exact, questions=tuple(replace(q, judge=None) for q in asked))
-        self.prompts = str(_shipped(PROMPTS))
+        self.prompts = str(find_file(PROMPTS))
         self._runs = 0
 
     def settings(self, judge: JudgeRecipe) -> EvaluationRecipe:
@@ -58,7 +55,7 @@ class Bench:
         )
 
     def targets(self) -> list[EvalTarget]:
-        """The adapters, each with a folder that is new: nothing is there already."""
+        """The adapters, each with a new, empty folder."""
         self._runs += 1
         return [
             EvalTarget(f"a{n}", path, self.place / f"rows-{self._runs}-{n}") for n, path in enumerate(self.adapters)
@@ -77,12 +74,10 @@ class Bench:
 
 
 def against_vllm(bench: Bench, repeats: int) -> list[Measured]:
-    """`LLM.generate` on all prompts at once, and an evaluation that stores answers and exact judgements; one engine."""
+    """`LLM.generate` on all prompts at once, against an evaluation that also judges and stores; both use one engine."""
     judge = JudgeRecipe(kind="smallworld")
     with bench.sampler() as sampler:
-        requests = [
-            request for group in bench.groups(bench.exact, judge) for _, request in group.requests(lambda _: False)
-        ]
+        requests = [request for group in bench.groups(bench.exact, judge) for request in _requests(group)]
 
         def raw() -> dict[str, float]:
             began = time.process_time()
@@ -125,7 +120,7 @@ def generate(sampler: Any, requests: Sequence[SampleRequest]) -> int:
 
 def against_the_loop(bench: Bench, latency: float, at_once: int, repeats: int) -> list[Measured]:
     """The field's loop and an evaluation, judged by an endpoint that takes `latency` seconds a call."""
-    bench.sampler().close()  # the first way must not pay for importing vLLM
+    bench.sampler().close()  # the first variant must not pay for importing vLLM
     with slow_judge(latency) as url:
         judge = JudgeRecipe(model="slow", base_url=url, concurrency=at_once, prompts=bench.prompts)
 
@@ -164,7 +159,7 @@ def against_the_loop(bench: Bench, latency: float, at_once: int, repeats: int) -
 
 
 async def field_loop(sampler: Any, groups: Sequence[PromptGroup], judge: JudgeRecipe) -> int:
-    """Question by question: sample, then one score of all answers, then the other; returns how many were judged."""
+    """The field's loop over `groups`; returns how many answers were judged."""
     import openai
 
     from ema_scale.evaluation.judges.prompt import fill
@@ -206,9 +201,9 @@ print("loaded:", *heavy)
 
 
 def judge_again(place: Path, answers: int, repeats: int) -> list[Measured]:
-    """`ema judge` on stored answers of a model that is not there, in a process of its own.
+    """Time `ema judge` on stored answers, in its own process; the model that gave them does not exist.
 
-    figures: answers, loaded (of torch, vLLM, transformers and PEFT, how many the process imported).
+    Figures: `answers`; `loaded`, how many of torch, vLLM, transformers and PEFT the process imported.
     """
     stored = _stored(place / "stored", answers)
     measured = Measured(f"ema judge, {answers:,} stored answers")
@@ -226,7 +221,7 @@ def judge_again(place: Path, answers: int, repeats: int) -> list[Measured]:
 
 
 def _stored(folder: Path, count: int) -> Path:
-    """An evaluation folder with `count` answers made by the small world's grammar, 100 a question."""
+    """An evaluation folder with `count` answers by the small world's grammar, 100 per question."""
     from ema_scale.core.io import append_jsonl
     from ema_scale.evaluation.records import MANIFEST_FILE, Manifest
     from ema_scale.smallworld import grammar
@@ -253,7 +248,7 @@ def _stored(folder: Path, count: int) -> Path:
 
 
 def _random_adapter(model: str, folder: Path, seed: int) -> Path:
-    """A LoRA adapter (r = 16, queries and values) that changes what is said, but not into noise."""
+    """A random LoRA adapter (r = 16, queries and values), small enough that answers do not become noise."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -267,7 +262,3 @@ def _random_adapter(model: str, folder: Path, seed: int) -> Path:
             torch.nn.init.normal_(parameter, std=0.01)
     adapted.save_pretrained(str(folder))
     return folder
-
-
-def _shipped(path: str) -> Path:
-    return find_file(path)

@@ -1,5 +1,4 @@
-"""The worker of `ema bench reference`: one way to train, on every process that torchrun started, under ZeRO, FSDP2 or
-DDP.
+"""The worker of `ema bench reference`: trains one variant under ZeRO, FSDP2 or DDP and counts the bytes it moves.
 
 torchrun --nproc_per_node 2 -m benchmarks.gathered RESULT.json WAY TASK
 """
@@ -19,16 +18,21 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import peak_rss, reset_peak_rss
-from benchmarks.training_ways import WARMUP, Task, train
+from benchmarks.training_variants import WARMUP, Task, train
 from ema_scale.core.io import atomic_write_json
 from ema_scale.models.sharding import uses_fsdp
 from ema_scale.training.distributed import is_main, prepare_environment, uses_deepspeed
 
 
 @dataclass(frozen=True)
-class Moved:
-    """Calls of all-gather and bytes that come out of them; bytes of gradients that go into reductions: reduce-scatter,
-    reduce, all-reduce."""
+class Communication:
+    """Communication of one process.
+
+    Args:
+        calls: calls of all-gather.
+        gathered: bytes that all-gather puts out.
+        reduced: bytes of gradients that go into reduce-scatter, reduce and all-reduce.
+    """
 
     calls: float = 0
     gathered: float = 0
@@ -36,15 +40,18 @@ class Moved:
 
 
 class Traffic:
-    """Counts what DeepSpeed's backend, FSDP2 or DDP moves on this process."""
+    """Counts what DeepSpeed, FSDP2 or DDP moves on this process.
+
+    torch's CommDebugMode would count calls, but not bytes, and sees neither DeepSpeed's collectives nor DDP's.
+    """
 
     def __init__(self) -> None:
         self.calls = self.gathered = self.reduced = 0
-        self.steps: list[Moved] = []
+        self.steps: list[Communication] = []
         _hook_ddp(self._reduces)
 
     def install(self) -> None:
-        """After DeepSpeed has made its backend."""
+        """Replace the collectives by counting ones. DeepSpeed's backend must exist."""
         if uses_fsdp():
             import torch.distributed as dist
             import torch.distributed._functional_collectives as functional
@@ -64,7 +71,7 @@ class Traffic:
                 setattr(comm.cdb, name, self._counted(getattr(comm.cdb, name), _IN_PLACE))
 
     def _counted(self, collective: Any, read: _Read | None) -> Any:
-        """read: which argument is counted; None: what it returns, which is gathered."""
+        """`collective`, counted by the bytes of the argument that `read` returns; None: of its result, as gathered."""
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             done = collective(*args, **kwargs)
@@ -81,20 +88,20 @@ class Traffic:
         self.reduced += size
 
     def step(self) -> None:
-        self.steps.append(Moved(self.calls, self.gathered, self.reduced))
+        self.steps.append(Communication(self.calls, self.gathered, self.reduced))
 
-    def a_step(self) -> Moved:
-        """Medians of the steps after the warm-up, whose first checks what the others need not."""
+    def per_step(self) -> Communication:
+        """Medians of the steps after the warm-up; the first of them makes checks that others do not."""
         timed = list(zip(self.steps[WARMUP - 1 :], self.steps[WARMUP:], strict=False))
-        names = [field.name for field in fields(Moved)]
-        return Moved(*(statistics.median(getattr(b, n) - getattr(a, n) for a, b in timed) for n in names))
+        names = [field.name for field in fields(Communication)]
+        return Communication(*(statistics.median(getattr(b, n) - getattr(a, n) for a, b in timed) for n in names))
 
 
 _Read = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
 
 def _argument(position: int, *names: str) -> _Read:
-    """A collective's argument, by position or by how its name begins."""
+    """Reads a collective's argument, by position or by the beginning of its name."""
 
     def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return args[position] if len(args) > position else next(v for k, v in kwargs.items() if k.startswith(names))
@@ -110,7 +117,7 @@ def _nbytes(tensors: Tensor | Sequence[Tensor]) -> int:
 
 
 def _hook_ddp(reduces: Callable[[int], None]) -> None:
-    """DDP reduces in C++, bucket by bucket; a hook sees each."""
+    """Count DDP's reductions: they run in C++, and a communication hook sees each bucket."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
     from torch.nn.parallel import DistributedDataParallel
 
@@ -128,7 +135,7 @@ def _hook_ddp(reduces: Callable[[int], None]) -> None:
     DistributedDataParallel.__init__ = init  # type: ignore[method-assign]
 
 
-def main(result: str, way: str, given: str) -> None:
+def main(result: str, variant: str, given: str) -> None:
     task = Task(**json.loads(given))
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     prepare_environment(task.deepspeed, task.fsdp)
@@ -146,11 +153,11 @@ def main(result: str, way: str, given: str) -> None:
     if not cuda:
         reset_peak_rss()
         before = peak_rss()
-    done = train(way, task, began, traffic.step)
+    done = train(variant, task, began, traffic.step)
     peak = torch.cuda.max_memory_allocated() if cuda else peak_rss() - before
     if is_main():
         found = {"seconds": done.seconds, "losses": done.losses, "reference": done.reference, "phases": done.phases}
-        atomic_write_json(Path(result), {**found, "peak_bytes": peak, **asdict(traffic.a_step())})
+        atomic_write_json(Path(result), {**found, "peak_bytes": peak, **asdict(traffic.per_step())})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Several ways of doing the same thing, side by side in one process: time, peak memory and what it ran on.
+"""Compare variants of one computation in one process: time, peak memory, and the machine they ran on.
 
-    ways = [Way("naive", lambda: naive(x)), Way("ours", lambda: ours(x)), Way("theirs", None, "needs a GPU")]
-    finish("loss", compare(ways, baseline="naive", repeats=5), {"tokens": 512}, out=Path("loss.json"))
+    variants = [Variant("naive", lambda: naive(x)), Variant("ours", lambda: ours(x)), Variant("theirs", None, "no GPU")]
+    finish("loss", compare(variants, baseline="naive", repeats=5), {"tokens": 512}, out=Path("loss.json"))
 
-The ways take turns, so that a machine that slows down slows all of them down; the ratio of medians is the figure
-to trust. Memory is read in a pass of its own, which nothing is timed in.
+The variants take turns, so a machine that slows down slows them all, and the ratio of medians can be trusted.
+Memory is read in a separate pass that is not timed.
 """
 
 from __future__ import annotations
@@ -29,9 +29,13 @@ from ema_scale.core.run_dir import package_versions
 
 @dataclass(frozen=True)
 class Variant:
-    """One way: `run()` does it once, and may return figures (name -> number) whose medians are reported.
+    """One way to compute something.
 
-    run: None if this machine cannot run it; `note` then says why, and the row stands as not measured.
+    Args:
+        name: its row in the table.
+        run: computes it once; may return figures (name -> number), whose medians are reported. None: this machine
+            cannot run it.
+        note: why it cannot, or a remark for the table.
     """
 
     name: str
@@ -41,8 +45,14 @@ class Variant:
 
 @dataclass
 class Measured:
-    """One way's figures. seconds: one a repeat; peak_bytes: memory that one run needs beyond what was held before it,
-    None if it cannot be told here; ratio: of medians, to the baseline; figures: medians of what `run` returned."""
+    """What was measured of one variant.
+
+    Args:
+        seconds: one per repeat.
+        peak_bytes: memory that one run adds at its peak; None: it cannot be measured here.
+        ratio: median seconds over the baseline's.
+        figures: medians of what `run` returned.
+    """
 
     name: str
     seconds: list[float] = field(default_factory=list)
@@ -62,7 +72,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Target:
-    """A figure that should be at most `limit`; None: it was not measured. form: how both are shown."""
+    """A figure and its limit. value: None if it was not measured; form: how both numbers are shown."""
 
     name: str
     value: float | None
@@ -76,20 +86,22 @@ class Target:
     def __str__(self) -> str:
         limit = self.form.format(self.limit)
         if self.value is None:
-            return f"{self.name}: not measured (bar: at most {limit})"
-        return f"{self.name}: {self.form.format(self.value)} (bar: at most {limit}): {'met' if self.met else 'MISSED'}"
+            return f"{self.name}: not measured (target: at most {limit})"
+        return (
+            f"{self.name}: {self.form.format(self.value)} (target: at most {limit}): {'met' if self.met else 'MISSED'}"
+        )
 
 
 def compare(
-    ways: Sequence[Variant], *, baseline: str, repeats: int = 5, warmup: int = 1, memory: bool = True
+    variants: Sequence[Variant], *, baseline: str, repeats: int = 5, warmup: int = 1, memory: bool = True
 ) -> list[Measured]:
-    """Run every way `warmup` times, then all of them in turn, `repeats` times.
+    """Run every variant `warmup` times, then all of them in turn, `repeats` times.
 
-    A way that runs out of memory becomes a row that says so. Raises KeyError if no way is called `baseline`.
+    A variant that runs out of memory becomes a row that says so. Raises KeyError if no variant is called `baseline`.
     """
-    measured = {way.name: Measured(way.name, note=way.note) for way in ways}
+    measured = {variant.name: Measured(variant.name, note=variant.note) for variant in variants}
     measured[baseline]  # noqa: B018
-    alive = {way.name: way.run for way in ways if way.run is not None}
+    alive = {variant.name: variant.run for variant in variants if variant.run is not None}
     returned: dict[str, list[Mapping[str, float]]] = {name: [] for name in alive}
     for turn in range(warmup + repeats):
         for name, run in list(alive.items()):
@@ -121,8 +133,7 @@ def add_ratios(measured: Sequence[Measured], baseline: str) -> None:
 
 
 def peak_bytes(run: Callable[[], Any]) -> int | None:
-    """Memory beyond what is held before, at the highest point of one run: on CUDA what torch's allocator gave out, on
-    Linux the growth of the resident set; None elsewhere."""
+    """Bytes that one run adds at its peak: torch's allocator on CUDA, the resident set on Linux, else None."""
     import torch
 
     gc.collect()
@@ -141,7 +152,7 @@ def peak_bytes(run: Callable[[], Any]) -> int | None:
 
 
 def reset_peak_rss() -> bool:
-    """Give freed memory back to the system and start the peak of the resident set again; whether that is possible."""
+    """Return freed memory to the system and restart the peak of the resident set. False where that is not possible."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # else a run may live on what an earlier one left in the heap
     try:
@@ -160,7 +171,7 @@ def peak_rss() -> int:
 
 
 def machine(threads: int | None = None) -> dict[str, Any]:
-    """What it runs on; with `threads`, first set torch's number of them (also for processes started later)."""
+    """Facts about this machine. `threads` sets torch's number of threads first, for later processes as well."""
     import torch
 
     if threads is not None:
@@ -172,7 +183,7 @@ def machine(threads: int | None = None) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
-        "load_average": round(os.getloadavg()[0], 2),  # above the number of cores: the times are not to be trusted
+        "load_average": round(os.getloadavg()[0], 2),  # above the number of cores, times are not reliable
         "versions": package_versions(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -180,11 +191,19 @@ def machine(threads: int | None = None) -> dict[str, Any]:
 
 def finish(
     name: str, measured: Sequence[Measured], options: Mapping[str, Any], *, threads: int | None = None,
-    out: Path | None = None, columns: Mapping[str, Callable[[float], str]] | None = None, bars: Sequence[Target] = (),
+    out: Path | None = None, columns: Mapping[str, Callable[[float], str]] | None = None,
+    targets: Sequence[Target] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """Print the table (which is also Markdown) and write everything as JSON to `out`; returns what it wrote.
+    """Print a Markdown table; returns everything as plain values, and writes them to `out` as JSON.
 
-    columns: figure -> how to show it, for those figures of the ways that belong in the table. bars: said below it.
+    Args:
+        name: the benchmark.
+        measured: one row per variant.
+        options: shown above the table.
+        threads: CPU threads.
+        out: a JSON file.
+        columns: figure -> how to show it, for the figures that belong in the table.
+        targets: shown below the table.
     """
     from rich.box import MARKDOWN
     from rich.console import Console
@@ -196,12 +215,12 @@ def finish(
         "command": ["ema", *sys.argv[1:]],
         "options": dict(options),
         "machine": facts,
-        "ways": [one.row() for one in measured],
-        **({"bars": [{**asdict(bar), "met": bar.met} for bar in bars]} if bars else {}),
+        "variants": [one.row() for one in measured],
+        **({"targets": [{**asdict(target), "met": target.met} for target in targets]} if targets else {}),
     }
     table = Table(box=MARKDOWN)
-    for column in ("way", "median", "min - max", "ratio", "peak memory", *(columns or {}), "note"):
-        table.add_column(column, justify="left" if column in ("way", "note") else "right", overflow="fold")
+    for column in ("variant", "median", "min - max", "ratio", "peak memory", *(columns or {}), "note"):
+        table.add_column(column, justify="left" if column in ("variant", "note") else "right", overflow="fold")
     for one in measured:
         shown = [show(one.figures[key]) if key in one.figures else "" for key, show in (columns or {}).items()]
         if one.median is None:
@@ -220,8 +239,8 @@ def finish(
     where = facts["gpu"] or f"{facts['cpu']}, {facts['threads']} thread(s), load {facts['load_average']}"
     console.print(f"{name}: {', '.join(f'{k} {v}' for k, v in options.items())}; {where}")
     console.print(table)
-    for bar in bars:
-        console.print(str(bar))
+    for target in targets:
+        console.print(str(target))
     if out is not None:
         atomic_write_json(out, result)
         console.print(f"wrote {out}")
@@ -251,7 +270,7 @@ def _timed(run: Callable[[], Mapping[str, float] | None]) -> tuple[float, Mappin
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether it says that no memory was left."""
+    """Whether `error` says that memory ran out."""
     import torch
 
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

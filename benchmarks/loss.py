@@ -26,33 +26,19 @@ from ema_scale.models.head import Head
 from ema_scale.training.loss import LossTerm, fused_loss
 
 STRENGTH = 0.1
-
-
 BETA = {"reference_policy": 0.0, "jensen_shannon": 0.5, "policy_reference": 1.0}  # Liger's names for directions
-
-
 NAIVE, CHUNKED, TRITON, OURS = "full logits", "Liger, chunked torch", "Liger, Triton", "ema_scale, fused"
-
-
 CE = "cross-entropy"
-
-
 PARTS = (CE, *BETA)
-
-
-MEMORY_BAR, ERROR_BAR = 2e9, 1e-6
-
-
-IN_BAR = (f"gradient, {CE}", *(f"value, {name}" for name in PARTS))
-
-
+MEMORY_LIMIT, ERROR_LIMIT = 2e9, 1e-6
+HELD = (f"gradient, {CE}", *(f"value, {name}" for name in PARTS))
 # A divergence's gradient is of the difference of two logits, and float32's products have lost more of that than 1e-6.
-OVER, OVER_BAR = "error of the divergences' gradients, of float64's on float32's logits", 1.1
+OVER, OVER_LIMIT = "error of the divergences' gradients, of float64's on float32's logits", 1.1
 
 
 @dataclass(frozen=True)
 class Shape:
-    """tokens N, vocab V, hidden H. dtype: of states and head. direction: see `Divergence`."""
+    """A problem's size: N tokens, V vocabulary entries, H hidden units. dtype: of states and head."""
 
     tokens: int = 2048
     vocab: int = 32_000
@@ -62,13 +48,21 @@ class Shape:
     device: str = "cpu"
 
 
-FULL = Shape(8192, 152_000, 3584, "bfloat16")  # Qwen2.5-7B's head, as the memory bar has it
+FULL = Shape(8192, 152_000, 3584, "bfloat16")  # Qwen2.5-7B's head, as the memory target has it
 
 
 @dataclass(frozen=True)
 class Problem:
-    """policy, reference: [N, H]; weight: [V, H]; labels: [N]. hard, soft: what cross-entropy and divergence are
-    multiplied by."""
+    """Inputs of the loss.
+
+    Args:
+        policy, reference: hidden states [N, H].
+        weight: the head, [V, H].
+        labels: [N].
+        direction: of the divergence, see `Divergence`.
+        hard: the weight of cross-entropy.
+        soft: the weight of the divergence.
+    """
 
     policy: Tensor
     reference: Tensor
@@ -104,7 +98,7 @@ class Problem:
 
 
 def naive(problem: Problem, policy: Tensor) -> Tensor:
-    """Logits of both, as float32 (float64), then losses of torch."""
+    """torch's losses on full logits of both, in float32 (float64 for float64 states)."""
     dtype = torch.promote_types(policy.dtype, torch.float32)
     with torch.no_grad():
         reference = (problem.reference @ problem.weight.T).to(dtype)
@@ -112,7 +106,7 @@ def naive(problem: Problem, policy: Tensor) -> Tensor:
 
 
 def on_logits(problem: Problem, policy: Tensor, reference: Tensor) -> Tensor:
-    """The definition, of logits [N, V]."""
+    """The loss by its definition, from logits [N, V]."""
     log_p, log_q = F.log_softmax(policy, -1), F.log_softmax(reference, -1)
     if problem.direction == "policy_reference":
         apart = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
@@ -153,32 +147,34 @@ def ours(problem: Problem, policy: Tensor) -> Tensor:
     return fused_loss(policy, problem.reference, head, problem.labels, hard, terms).loss
 
 
-WAYS: dict[str, Callable[[Problem, Tensor], Tensor]] = {
+VARIANTS: dict[str, Callable[[Problem, Tensor], Tensor]] = {
     NAIVE: naive, CHUNKED: liger_chunked, TRITON: liger_triton, OURS: ours
 }  # fmt: skip
 
 
-def run(way: str, problem: Problem) -> tuple[Tensor, Tensor]:
+def run(variant: str, problem: Problem) -> tuple[Tensor, Tensor]:
     """Loss and gradient [N, H]."""
     policy = problem.policy.detach().requires_grad_()
-    loss = WAYS[way](problem, policy)
+    loss = VARIANTS[variant](problem, policy)
     loss.backward()
     assert policy.grad is not None
     return loss.detach(), policy.grad
 
 
-def measure(way: str, shape: dict[str, Any], exact_tokens: int = 128) -> dict[str, Any]:
-    """One way alone in its process: peak_bytes beyond states and head, seconds (cpu: of the processor) of that run, and
-    on the first tokens `error`, the worse of value's and gradient's; in float32 also `parts`: name -> `errors` of that
-    part alone."""
+def measure(variant: str, shape: dict[str, Any], exact_tokens: int = 128) -> dict[str, Any]:
+    """Measure one variant, which has this process to itself.
+
+    Returns peak_bytes (beyond states and head), seconds and cpu (elapsed and of the processor), and for the first
+    `exact_tokens` tokens `error`, the larger one of value and gradient. In float32 also `parts`: name -> `errors`.
+    """
     problem = Problem.of(Shape(**shape))
-    run(way, problem.first(16))
+    run(variant, problem.first(16))
     taken = used = 0.0
 
     def once() -> None:
         nonlocal taken, used
         began, before = time.perf_counter(), time.process_time()
-        run(way, problem)
+        run(variant, problem)
         if problem.policy.is_cuda:
             torch.cuda.synchronize()
         taken, used = time.perf_counter() - began, time.process_time() - before
@@ -189,19 +185,21 @@ def measure(way: str, shape: dict[str, Any], exact_tokens: int = 128) -> dict[st
         "peak_bytes": peak,
         "seconds": taken,
         "cpu": used,
-        "error": max(errors(way, few)[:2]),
+        "error": max(errors(variant, few)[:2]),
         "parts": {},
     }
     if shape["dtype"] == "float32":
-        found["parts"] = {name: errors(way, few.first(32).part(name)) for name in PARTS}
+        found["parts"] = {name: errors(variant, few.first(32).part(name)) for name in PARTS}
     return found
 
 
-def errors(way: str, problem: Problem) -> tuple[float, float, float]:
-    """To float64: |loss - exact| / |exact|, and the same of the gradient in the Euclidean norm; and how far that
-    gradient is off which float64 makes of logits that products in the problem's dtype have made."""
+def errors(variant: str, problem: Problem) -> tuple[float, float, float]:
+    """Relative errors against float64: of the loss, of the gradient (Euclidean norm), and the gradient's floor.
+
+    The floor is the error of a gradient computed in float64 from logits computed in the problem's dtype.
+    """
     exact = problem.first(len(problem.labels), torch.float64)
-    (loss, gradient), (value, slope) = run(way, problem), run(NAIVE, exact)
+    (loss, gradient), (value, slope) = run(variant, problem), run(NAIVE, exact)
     logits = (problem.policy @ problem.weight.T).double().requires_grad_()
     on_logits(exact, logits, (problem.reference @ problem.weight.T).double()).backward()
     assert logits.grad is not None
@@ -210,35 +208,39 @@ def errors(way: str, problem: Problem) -> tuple[float, float, float]:
     return float(value_off), float(off.norm() / slope.norm()), float(floor.norm() / slope.norm())
 
 
-def missing(way: str, shape: Shape) -> str:
-    """Why a way cannot run here; empty if it can."""
-    if way in (CHUNKED, TRITON) and importlib.util.find_spec("liger_kernel") is None:
+def missing(variant: str, shape: Shape) -> str:
+    """Why a variant cannot run here; empty if it can."""
+    if variant in (CHUNKED, TRITON) and importlib.util.find_spec("liger_kernel") is None:
         return "needs liger-kernel, which is not installed"
-    if way == TRITON and shape.device == "cpu":
+    if variant == TRITON and shape.device == "cpu":
         return "needs a GPU: Triton kernels do not run on a CPU"
     return ""
 
 
 def bench_loss(shape: Shape, *, repeats: int, each_alone: bool = False) -> tuple[list[Measured], list[Target]]:
-    """All ways; memory and error of each in its own process, times side by side in this one.
+    """Measure all variants: memory and error of each in its own process, times in turn in this one.
 
-    each_alone: times, too, are of one run in a process of its own, for shapes at which not all of them fit. On a CPU
-    `cpu` is the processor's seconds. Raises UserError if a way computes something else.
+    On a CPU the figure `cpu` is processor seconds. Raises UserError if a variant computes something else.
+
+    Args:
+        shape: the problem's size.
+        repeats: timed runs of each variant.
+        each_alone: time one run in the variant's own process instead, where this one cannot hold them all.
     """
-    notes = {way: missing(way, shape) for way in WAYS}
-    found = {w: alone("benchmarks.loss:measure", way=w, shape=asdict(shape)) for w in WAYS if not notes[w]}
-    notes |= {way: OUT_OF_MEMORY for way, figures in found.items() if figures is None}
-    good = {way: figures for way, figures in found.items() if figures is not None}
-    for way, figures in good.items():
+    notes = {variant: missing(variant, shape) for variant in VARIANTS}
+    found = {w: alone("benchmarks.loss:measure", variant=w, shape=asdict(shape)) for w in VARIANTS if not notes[w]}
+    notes |= {variant: OUT_OF_MEMORY for variant, figures in found.items() if figures is None}
+    good = {variant: figures for variant, figures in found.items() if figures is not None}
+    for variant, figures in good.items():
         if not figures["error"] < (0.1 if shape.dtype == "bfloat16" else 1e-3):
-            raise UserError(f"{way}: is {figures['error']:.2g} away from float64; it computes something else")
+            raise UserError(f"{variant}: is {figures['error']:.2g} away from float64; it computes something else")
     if each_alone:
-        measured = [Measured(w, [good[w]["seconds"]] if w in good else [], note=notes[w]) for w in WAYS]
+        measured = [Measured(w, [good[w]["seconds"]] if w in good else [], note=notes[w]) for w in VARIANTS]
         for one in measured:
             one.figures = {"cpu": good[one.name]["cpu"]} if one.name in good else {}
     else:
         problem = Problem.of(shape)
-        runs = [Variant(w, functools.partial(_timed, w, problem) if w in good else None, notes[w]) for w in WAYS]
+        runs = [Variant(w, functools.partial(_timed, w, problem) if w in good else None, notes[w]) for w in VARIANTS]
         measured = compare(runs, baseline=OURS, repeats=repeats, memory=False)
     add_ratios(measured, OURS)
     for one in measured:
@@ -247,38 +249,38 @@ def bench_loss(shape: Shape, *, repeats: int, each_alone: bool = False) -> tuple
             one.figures |= _errors(good[one.name])
         if shape.device != "cpu":
             one.figures.pop("cpu", None)
-    return measured, _bars({one.name: one for one in measured}, shape)
+    return measured, _targets({one.name: one for one in measured}, shape)
 
 
 def _errors(found: dict[str, Any]) -> dict[str, float]:
     parts = found["parts"].items()
     figures = {f"{kind}, {name}": each[i] for name, each in parts for i, kind in enumerate(("value", "gradient"))}
     if parts:
-        figures[OVER] = max(each[1] / max(each[2], ERROR_BAR) for name, each in parts if name != CE)
+        figures[OVER] = max(each[1] / max(each[2], ERROR_LIMIT) for name, each in parts if name != CE)
     return {"error": found["error"], **figures}
 
 
-def _timed(way: str, problem: Problem) -> dict[str, float]:
+def _timed(variant: str, problem: Problem) -> dict[str, float]:
     before = time.process_time()
-    run(way, problem)
+    run(variant, problem)
     return {"cpu": time.process_time() - before}
 
 
-def _bars(measured: dict[str, Measured], shape: Shape) -> list[Target]:
-    mine, bars = measured[OURS], []
+def _targets(measured: dict[str, Measured], shape: Shape) -> list[Target]:
+    mine, targets = measured[OURS], []
     if shape.dtype == "float32" and "error" in mine.figures:
-        bars.append(Target("error to float64", mine.figures["error"], ERROR_BAR, "{:.1e}"))
-        bars += [Target(name, mine.figures[name], ERROR_BAR, "{:.1e}") for name in mine.figures if name in IN_BAR]
+        targets.append(Target("error to float64", mine.figures["error"], ERROR_LIMIT, "{:.1e}"))
+        targets += [Target(name, mine.figures[name], ERROR_LIMIT, "{:.1e}") for name in mine.figures if name in HELD]
         if OVER in mine.figures:
-            bars.append(Target(OVER, mine.figures[OVER], OVER_BAR))
+            targets.append(Target(OVER, mine.figures[OVER], OVER_LIMIT))
     large = (shape.tokens, shape.vocab, shape.hidden) == (FULL.tokens, FULL.vocab, FULL.hidden)
     if large and mine.peak_bytes is not None:
-        bars.append(Target("peak extra memory, GB", mine.peak_bytes / 1e9, MEMORY_BAR / 1e9, "{:.2f}"))
+        targets.append(Target("peak extra memory, GB", mine.peak_bytes / 1e9, MEMORY_LIMIT / 1e9, "{:.2f}"))
     for other in (measured[CHUNKED], measured[TRITON]):
         if other.median and mine.median:
             # Other work on the machine changes the processor's seconds less than the time that passes.
             cpu = mine.figures["cpu"] / other.figures["cpu"] if "cpu" in mine.figures else None
-            bars.append(Target(f"time, of {other.name}", cpu or mine.median / other.median, 1.0))
+            targets.append(Target(f"time, of {other.name}", cpu or mine.median / other.median, 1.0))
         if other.peak_bytes and mine.peak_bytes is not None:
-            bars.append(Target(f"memory, of {other.name}", mine.peak_bytes / other.peak_bytes, 1.0))
-    return bars
+            targets.append(Target(f"memory, of {other.name}", mine.peak_bytes / other.peak_bytes, 1.0))
+    return targets

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: forwards of policy and reference, loss, backward, optimizer, the rest."""
+"""Where the time of a training step goes: policy, reference, loss, backward, optimizer, the rest."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ PHASES = (POLICY, REFERENCE, LOSS, BACKWARD, OPTIMIZER, REST)
 
 
 class Phases(TrainerCallback):
-    """Stopwatches around the parts of a DefendedTrainer's step; on CUDA between events on the stream, so that nothing
-    waits.
+    """Stopwatches around the parts of a DefendedTrainer's step. On CUDA they use events, so nothing waits.
 
-    policy: the backbone, with penalties on its layers; loss: the head, for both streams, with the gradient of the last
-    hidden states, which is formed there; backward: the rest of it, and what checkpointing computes again. Under
-    DeepSpeed the optimizer is part of backward.
+    - policy: the backbone's forward, with penalties on its layers.
+    - loss: the head of both streams, and the gradient of the last hidden states, which is computed there.
+    - backward: the rest of the gradient, and what checkpointing recomputes. Under DeepSpeed, the optimizer as well.
     """
 
     def __init__(self, trainer: DefendedTrainer, device: str) -> None:
@@ -53,7 +52,9 @@ class Phases(TrainerCallback):
         with (
             patch.object(watch, "running", both),
             patch.object(reference, "streams", self._timed(POLICY, reference.streams)),
-            patch.object(forward, "loss_over_shared", self._timed(LOSS, forward.loss_over_shared)),
+            patch.object(
+                forward, "loss_over_shared_vocabulary", self._timed(LOSS, forward.loss_over_shared_vocabulary)
+            ),
             patch.object(accelerator, "backward", self._timed(BACKWARD, accelerator.backward)),
         ):
             yield
@@ -70,7 +71,7 @@ class Phases(TrainerCallback):
         self.steps.append(spent)
 
     def of(self, seconds: list[float]) -> list[dict[str, float]]:
-        """Phase -> seconds, of the last steps, which took so long; without the reference's if it never ran."""
+        """Phase -> seconds of each of the last steps, which took `seconds`. A reference that never ran is left out."""
         found = self.steps[-len(seconds) :]
         names = [name for name in self.watches if name != REFERENCE or any(step[REFERENCE] for step in found)]
         return [

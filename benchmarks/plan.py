@@ -1,4 +1,4 @@
-"""`ema plan`'s memory against what torch's allocator really gives out in a step, on small models of the same layers."""
+"""The memory that `ema plan` predicts, against what torch's allocator gives out in a step of a small model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.alone import alone
 from benchmarks.harness import Measured, Target
 from benchmarks.random_model import random_base
 from benchmarks.reference import launched
-from benchmarks.training_ways import CACHED, OFF, PLAIN, SEPARATE, TWO, Task
+from benchmarks.training_variants import CACHED, OFF, PLAIN, SEPARATE, TWO, Task
 from ema_scale.config.sections import AdapterRecipe
 from ema_scale.planning.memory import memory, total
 from ema_scale.planning.model_shapes import from_config
@@ -21,20 +21,18 @@ from ema_scale.planning.setup import AUTOCAST, BFLOAT16, Setup, kept_states, log
 log = logging.getLogger(__name__)
 
 
-BAR = 0.15
-
-
+LIMIT = 0.15
 PROCESSES = 2
 
 
 ZERO3 = "launch/deepspeed/zero3_cpu.json"
 
 
-_WAYS = {PLAIN: None, OFF: "adapter_off", TWO: "two_stream", CACHED: "cached", SEPARATE: "separate"}
+_VARIANTS = {PLAIN: None, OFF: "adapter_off", TWO: "two_stream", CACHED: "cached", SEPARATE: "separate"}
 
 
 def cases(task: Task) -> dict[str, tuple[str, Task]]:
-    """Name -> (way, task): what changes memory, one after the other. task: with checkpointing, KL and LDIFS."""
+    """Name -> (variant, task). Each case changes one thing; `task` has checkpointing, KL and LDIFS."""
     kl, stored = replace(task, ldifs=0.0), replace(task, ldifs=0.0, checkpointing=False)
     half = "bfloat16" if task.dtype == "float32" else "float32"
     zero3, fsdp = replace(kl, deepspeed=ZERO3), replace(kl, fsdp=True)
@@ -63,45 +61,49 @@ def cases(task: Task) -> dict[str, tuple[str, Task]]:
 
 
 def bench_plan(task: Task, cache: str, *, only: str = "") -> tuple[list[Measured], list[Target]]:
-    """Every case whose name contains `only`, each alone in a process, or, where weights are sharded, on the first of
-    two processes of its own.
+    """Measure every case whose name contains `only`.
 
-    Figures: `planned`, bytes; `off`, by how much that is above what was measured (below it: negative). cache: a folder
-    for the cached reference.
+    Each case has a process to itself; where weights are sharded it has two, and the first is measured.
+    Figures: `planned` (bytes) and `off` (planned / measured - 1).
+
+    Args:
+        task: the case from which the others differ.
+        cache: a folder for the cached reference.
+        only: a part of the names of the cases to run.
     """
-    measured, bars = [], []
-    for name, (way, case) in cases(task).items():
+    measured, targets = [], []
+    for name, (variant, case) in cases(task).items():
         if only not in name:
             continue
         log.info("%s", name)
         processes = PROCESSES if case.deepspeed or case.fsdp else 1
         found: dict[str, Any] | None
         if processes > 1:
-            found = _on_several(way, case)
+            found = _on_several(variant, case)
         else:
-            found = alone("benchmarks.allocated:allocated", way=way, task=case.to_dict(), cache=cache)
+            found = alone("benchmarks.allocated:allocated", variant=variant, task=case.to_dict(), cache=cache)
         if found is None:
             measured.append(Measured(name, note="out of memory"))
             continue
-        lines = memory(setup_of_task(way, case), processes, cuda=case.device == "cuda")
+        lines = memory(setup_of_task(variant, case), processes, cuda=case.device == "cuda")
         planned = total([line for line in lines if line.measured])
         off = planned / found["bytes"] - 1
         measured.append(Measured(name, found["seconds"], found["bytes"], figures={"planned": planned, "off": off}))
-        bars.append(Target(name, abs(off), BAR, "{:.0%}"))
-    return measured, bars
+        targets.append(Target(name, abs(off), LIMIT, "{:.0%}"))
+    return measured, targets
 
 
-def _on_several(way: str, case: Task) -> dict[str, Any]:
+def _on_several(variant: str, case: Task) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="ema-bench-") as folder:
         case = replace(case, saved=f"{folder}/model")
         random_base(case.fields, case.dtype, "cpu").save_pretrained(case.saved)
-        return launched("benchmarks.allocated", way, case, PROCESSES, Path(folder))
+        return launched("benchmarks.allocated", variant, case, PROCESSES, Path(folder))
 
 
-def setup_of_task(way: str, task: Task) -> Setup:
-    """What `planning.setup_of` makes of a recipe, of a benchmark's task."""
+def setup_of_task(variant: str, task: Task) -> Setup:
+    """The setup that `ema plan` computes with, from a benchmark's task."""
     zero = read_zero(task.deepspeed)
-    shape, defenses = from_config(task.model, task.fields), [] if way == PLAIN else task.defenses
+    shape, defenses = from_config(task.model, task.fields), [] if variant == PLAIN else task.defenses
     half = AUTOCAST if task.device == "cuda" else BFLOAT16
     return Setup(
         shape,
@@ -113,8 +115,8 @@ def setup_of_task(way: str, task: Task) -> Setup:
         rank=AdapterRecipe().r,
         targets=None,
         precision=precision_of(False, zero.stage > 0) if task.dtype == "float32" else half,
-        way=_WAYS[way],
-        other=shape if way == SEPARATE else None,
+        way=_VARIANTS[variant],
+        other=shape if variant == SEPARATE else None,
         states=kept_states(defenses, shape.layers),
         buffers=logits_buffers(defenses, 0),
         zero=zero.stage,

@@ -1,4 +1,4 @@
-"""A model of a real shape with random weights, and rows for it: nothing is downloaded, and the time is the same."""
+"""Random weights and rows in a real model's shape: a step takes as long, and nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHAPES = {"small": SMALL, **PUBLISHED}
 
 
 def fields_of(name: str, layers: int | None = None) -> dict[str, Any]:
-    """config.json's fields of a shape, with fewer layers if asked. Raises UserError for an unknown name."""
+    """The fields of config.json for a shape, cut to `layers`. Raises UserError for an unknown name."""
     if name not in SHAPES:
         raise UserError(f"--model: found {name!r}, expected one of {', '.join(SHAPES)}")
     return SHAPES[name] | ({} if layers is None else {"num_hidden_layers": layers})
@@ -47,7 +47,7 @@ def random_rows(fields: dict[str, Any], rows: int, length: int) -> Any:
 
 
 def placeholder_tokenizer() -> Any:
-    """What a trainer wants to have beside a model; random rows need no words."""
+    """The tokenizer that a trainer requires; random rows are token ids already."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

@@ -1,8 +1,8 @@
 """`ema safelora` on random weights of Qwen2.5-7B's shape: seconds and peak memory of the command itself.
 
-The bar: under 2 minutes and under 4 GiB on 2 cores. The decoder's matrices alone are written (13 GB in bfloat16 each
-for base and aligned: embeddings and head are not adapted), one shard a layer, and dropped from the page cache, so that
-the command reads them from the disk as it would a fresh checkpoint.
+The target is under 2 minutes and under 4 GiB on 2 cores. Only the decoder's matrices are written, 13 GB in bfloat16
+each for base and aligned model: embeddings and head have no adapter. There is one shard per layer. It is dropped from
+the page cache, so that the command reads from the disk, as it would from a fresh checkpoint.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ log = logging.getLogger(__name__)
 
 
 HIDDEN, INTERMEDIATE, KEYS, LAYERS, RANK = 3584, 18944, 4 * 128, 28, 32
-
-
 MATRICES = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
     "self_attn.k_proj": (KEYS, HIDDEN),
@@ -45,7 +43,7 @@ MATRICES = {
 
 @dataclass(frozen=True)
 class SafeLoRABench:
-    """layers: of the 28. weights_gb: read in all (10^9 bytes). seconds, peak_gib: of the command, start-up included."""
+    """What was measured. weights_gb: 10^9 bytes read; seconds and peak_gib include the command's start-up."""
 
     layers: int
     matrices: int
@@ -56,9 +54,9 @@ class SafeLoRABench:
 
 
 def bench_safelora(layers: int = LAYERS, threads: int = 2, folder: Path | None = None) -> SafeLoRABench:
-    """Write the models to a temporary folder inside `folder`, run the command in a process of its own, clean up.
+    """Write the models to a temporary folder inside `folder`, run the command in its own process, clean up.
 
-    Raises UserError if the disk has too little room, or the command fails.
+    Raises UserError if the disk is too small, or the command fails.
     """
     weights = 2 * 2 * layers * sum(rows * columns for rows, columns in MATRICES.values())
     root = Path(folder or tempfile.gettempdir())

@@ -1,11 +1,11 @@
-"""`ema select`'s reading of rows against the field's: one row and one adapter at a time, with all logits.
+"""How fast `ema select` reads rows, against the released procedure: one row and one adapter at a time, all logits.
 
-To rank safe rows for each of D domains, each time with the other domains' adapters, the released procedure
-(arXiv 2508.06249) starts anew for every domain: D readings of a row for each of D rankings. `ema select` keeps every
-likelihood, and reads D + 1 times in all. Both are measured, and the same loop reading each likelihood once.
+A ranking for one of D domains uses the adapters of the others. The released procedure (arXiv 2508.06249) reads each
+row D times per ranking, so D * D times. `ema select` keeps every likelihood and reads a row D + 1 times. Both are
+measured, and also the released loop with each likelihood read once.
 
-All ways read the same rows with the same weights in one process, and must agree before anything is timed. The adapters
-are random, for their weights do not change the time; they are written and loaded as real ones are.
+All variants read the same rows with the same weights in one process, and must agree before anything is timed. The
+adapters are random: their weights do not change the time.
 """
 
 from __future__ import annotations
@@ -29,25 +29,18 @@ from ema_scale.models.lora import lora_config
 from ema_scale.selection.scoring_models import ALIGNED, SCORES, EncodedRow, ScoringModels, read_items, score
 
 ANEW = "one row, one adapter, all logits; for each domain anew"
-
-
 NAIVE, UNBATCHED, OURS = "the same, each likelihood once", "ema select, one row a batch", "ema select"
-
-
 TOLERANCE = 1e-3  # nats a token: the same sums in another order, in float32
-
-
-BAR = 1 / 8
+LIMIT = 1 / 8
 
 
 def bench_selection(
     model: str, source: str, *, rows: int, domains: int, repeats: int, batch_tokens: int | None = None
 ) -> tuple[list[Measured], list[Target]]:
-    """Times of reading the first `rows` rows of `source` to rank them for each of `domains` domains, in four ways.
+    """Time four variants of reading the first `rows` rows of `source` to rank them for each of `domains` domains.
 
-    `ema select` writes its scores to a file, as the command does. Figures: `readings` of each row; `cpu_ms`, processor
-    time of all threads a row, which other work on the machine changes less than it does the time that passes. Raises
-    UserError if the ways do not agree.
+    `ema select` writes its scores to a file, as the command does. Figures: `readings` per row; `cpu_ms`, processor
+    milliseconds per row, which other load disturbs less than elapsed time. Raises UserError if variants disagree.
     """
     recipe = ModelRecipe(path=model, dtype="float32")
     with tempfile.TemporaryDirectory(prefix="ema-bench-") as made:
@@ -72,25 +65,25 @@ def bench_selection(
             return run
 
         _check(ours(batch_tokens), naive(readers, items[:20], names))
-        ways = [
+        variants = [
             Variant(ANEW, timed(anew, domains * domains)),
             Variant(NAIVE, timed(lambda: naive(readers, items, names), domains + 1)),
             Variant(UNBATCHED, timed(lambda: ours(1), domains + 1)),
             Variant(OURS, timed(lambda: ours(batch_tokens), domains + 1)),
         ]
-        measured = compare(ways, baseline=ANEW, repeats=repeats)
+        measured = compare(variants, baseline=ANEW, repeats=repeats)
     took = {one.name: one.median for one in measured}
     mine = took[OURS]
-    bars = [
-        Target(f"time, of: {way}", mine / theirs if mine and theirs else None, BAR, "{:.3f}x")
-        for way, theirs in list(took.items())[:2]
+    targets = [
+        Target(f"time, of: {variant}", mine / theirs if mine and theirs else None, LIMIT, "{:.3f}x")
+        for variant, theirs in list(took.items())[:2]
     ]
-    return measured, bars
+    return measured, targets
 
 
 @torch.no_grad()
 def naive(readers: ScoringModels, items: Sequence[EncodedRow], names: Sequence[str]) -> dict[str, list[float]]:
-    """Reader -> mean negative log-likelihood of each item, as a loop over transformers' own loss gives it."""
+    """Model -> mean negative log-likelihood of each item, by a loop over transformers' own loss."""
     found: dict[str, list[float]] = {}
     for name in names:
         with _reading(readers.model, name):
@@ -104,7 +97,7 @@ def naive(readers: ScoringModels, items: Sequence[EncodedRow], names: Sequence[s
 
 @contextlib.contextmanager
 def _reading(model: Any, name: str) -> Iterator[None]:
-    # PEFT's own switches, as anybody would use them.
+    # PEFT's own switches, as in the released procedure.
     if name == ALIGNED:
         with model.disable_adapter():
             yield
@@ -134,4 +127,4 @@ def random_adapters(recipe: ModelRecipe, number: int, folder: Path) -> dict[str,
 def _check(ours: dict[str, list[float]], theirs: dict[str, list[float]]) -> None:
     apart = max(abs(a - b) for name, values in theirs.items() for a, b in zip(values, ours[name], strict=False))
     if not apart < TOLERANCE:
-        raise UserError(f"the ways differ by {apart:.2g} nats a token; expected less than {TOLERANCE}")
+        raise UserError(f"the variants differ by {apart:.2g} nats a token; expected less than {TOLERANCE}")

@@ -1,4 +1,4 @@
-"""A judge's endpoint that takes its time: `python -m benchmarks.slow_judge SECONDS`, in a process of its own."""
+"""A judge's endpoint with a fixed latency, in its own process: `python -m benchmarks.slow_judge SECONDS`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 
 def _reply() -> bytes:
-    """85 with 20 likeliest tokens, as endpoints send them."""
+    """An HTTP response with the score 85 and the 20 likeliest tokens."""
     numbers = [85, 90, 80, 75, 95, 70, 100, 88, 60, 50, 92, 65, 78, 82, 40, 30, 98, 20, 10, 0]
     top = [{"token": str(n), "logprob": math.log(0.5**k), "bytes": None} for k, n in enumerate(numbers, start=1)]
     choice = {

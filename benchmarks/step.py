@@ -1,4 +1,4 @@
-"""A training step of KL + LDIFS by every way to run the reference, beside plain fine-tuning: time and peak memory."""
+"""A training step of KL + LDIFS with each kind of reference, against plain fine-tuning: time and peak memory."""
 
 from __future__ import annotations
 
@@ -13,76 +13,83 @@ import torch
 
 from benchmarks.alone import OUT_OF_MEMORY, alone
 from benchmarks.harness import Measured, Target, add_ratios, out_of_memory
-from benchmarks.training_ways import CACHED, PLAIN, TWO, UNDEFENDED, WAYS, Task, Trained, train
+from benchmarks.training_variants import CACHED, PLAIN, TWO, UNDEFENDED, VARIANTS, Task, Trained, train
 from ema_scale.core.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
-TWO_STREAM_BAR, CACHED_BAR, MEMORY_BAR = 1.40, 1.10, 1.10
-
-
+TWO_STREAM_LIMIT, CACHED_LIMIT, MEMORY_LIMIT = 1.40, 1.10, 1.10
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative, of losses
 
 
-def bench_step(task: Task, *, repeats: int, ways: tuple[str, ...] = WAYS) -> tuple[list[Measured], list[Target], float]:
-    """All ways in turn, `repeats` times, each time `task.steps` timed steps of a model built anew; memory of each in a
-    process of its own. Also the arithmetic floor: see `floor`.
+def bench_step(
+    task: Task, *, repeats: int, variants: tuple[str, ...] = VARIANTS
+) -> tuple[list[Measured], list[Target], float]:
+    """Run all variants in turn, `repeats` times: `task.steps` timed steps of a newly built model each time.
 
-    Figures: `memory`, of plain's; `reference`, share of the time that its hidden states take; `PHASES`, seconds of a
-    step; on a CPU `cpu`, the ratio of processor seconds, which other work on the machine changes less than the time
-    that passes, and by which the bars are read there. Raises UserError if the ways' losses differ.
+    Memory is measured in one process per variant. Returns rows, targets and the arithmetic floor (see `floor`).
+    Figures: `memory`, ratio to plain; `reference`, the share of time that its hidden states take; `PHASES`, seconds
+    per step; on a CPU `cpu`, the ratio of processor seconds, which other load disturbs less than elapsed time:
+    there the targets use it. Raises UserError if losses differ.
     """
-    measured = {way: Measured(way) for way in ways}
+    measured = {variant: Measured(variant) for variant in variants}
     shares: dict[str, list[float]] = {}
-    cpu: dict[str, list[float]] = {way: [] for way in ways}
-    phases: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+    cpu: dict[str, list[float]] = {variant: [] for variant in variants}
+    phases: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
     with tempfile.TemporaryDirectory(prefix="ema-bench-") as cache, patch.dict(os.environ, EMA_CACHE=cache):
         for _ in range(repeats):
             done = {}
-            for way in ways:
-                if not measured[way].note:
-                    log.info("%s", way)
-                    done[way] = _attempt(way, task)
-            for way, trained in done.items():
+            for variant in variants:
+                if not measured[variant].note:
+                    log.info("%s", variant)
+                    done[variant] = _attempt(variant, task)
+            for variant, trained in done.items():
                 if trained is None:
-                    measured[way] = Measured(way, note=OUT_OF_MEMORY)
+                    measured[variant] = Measured(variant, note=OUT_OF_MEMORY)
                     continue
-                measured[way].seconds += trained.seconds
-                cpu[way] += trained.cpu
-                phases[way] += trained.phases
+                measured[variant].seconds += trained.seconds
+                cpu[variant] += trained.cpu
+                phases[variant] += trained.phases
                 if trained.reference is not None:
-                    shares.setdefault(way, []).append(trained.reference)
-            check_losses({way: trained.losses for way, trained in done.items() if trained is not None}, task.dtype)
-        for way in ways:
-            found = alone("benchmarks.training_ways:measure", way=way, task=task.to_dict(), cache=cache)
-            measured[way].peak_bytes = found["peak_bytes"] if found else None
+                    shares.setdefault(variant, []).append(trained.reference)
+            check_losses(
+                {variant: trained.losses for variant, trained in done.items() if trained is not None}, task.dtype
+            )
+        for variant in variants:
+            found = alone("benchmarks.training_variants:measure", variant=variant, task=task.to_dict(), cache=cache)
+            measured[variant].peak_bytes = found["peak_bytes"] if found else None
     base = measured[PLAIN]
-    for way, one in measured.items():
-        for name in phases[way][0] if phases[way] else ():
-            one.figures[name] = statistics.median(step[name] for step in phases[way])
-        if way in shares:
-            one.figures["reference"] = statistics.median(shares[way])
+    for variant, one in measured.items():
+        for name in phases[variant][0] if phases[variant] else ():
+            one.figures[name] = statistics.median(step[name] for step in phases[variant])
+        if variant in shares:
+            one.figures["reference"] = statistics.median(shares[variant])
         if one.peak_bytes and base.peak_bytes:
             one.figures["memory"] = one.peak_bytes / base.peak_bytes
-        if cpu[way] and cpu[PLAIN] and task.device == "cpu":
-            one.figures["cpu"] = statistics.median(cpu[way]) / statistics.median(cpu[PLAIN])
+        if cpu[variant] and cpu[PLAIN] and task.device == "cpu":
+            one.figures["cpu"] = statistics.median(cpu[variant]) / statistics.median(cpu[PLAIN])
     add_ratios(list(measured.values()), PLAIN)
-    return list(measured.values()), _bars(measured), floor(task)
+    return list(measured.values()), _targets(measured), floor(task)
 
 
 def check_losses(losses: dict[str, list[float]], dtype: str) -> None:
-    """Raises UserError unless all ways with defenses trained on one loss, and all without on one."""
+    """Raises UserError unless all variants with defenses trained on one loss, and all without on one."""
     for group in ([w for w in losses if w in UNDEFENDED], [w for w in losses if w not in UNDEFENDED]):
-        for way in group[1:]:
-            for step, (a, b) in enumerate(zip(losses[group[0]], losses[way], strict=True), start=1):
+        for variant in group[1:]:
+            for step, (a, b) in enumerate(zip(losses[group[0]], losses[variant], strict=True), start=1):
                 if not abs(a - b) <= TOLERANCE[dtype] * abs(a):
-                    raise UserError(f"step {step}: the loss of {group[0]!r} is {a:.6g}, and that of {way!r} {b:.6g}")
+                    raise UserError(
+                        f"step {step}: the loss of {group[0]!r} is {a:.6g}, and that of {variant!r} {b:.6g}"
+                    )
 
 
 def floor(task: Task) -> float:
-    """By counting operations (`training.flops`): what a step takes with a forward of the reference more, and logits for
-    all tokens, over a plain step, with logits for the learned half."""
+    """The ratio to plain fine-tuning that arithmetic alone allows, by counting operations (`models.flops`).
+
+    A defended step adds the reference's forward and needs logits of all tokens; a plain step needs those of the
+    learned half.
+    """
     from peft import get_peft_model
 
     from benchmarks.random_model import random_base
@@ -97,9 +104,9 @@ def floor(task: Task) -> float:
     return (every.training + every.reference + again) / (half.training + again)
 
 
-def _attempt(way: str, task: Task) -> Trained | None:
+def _attempt(variant: str, task: Task) -> Trained | None:
     try:
-        return train(way, task)
+        return train(variant, task)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -110,12 +117,12 @@ def _attempt(way: str, task: Task) -> Trained | None:
             torch.cuda.empty_cache()
 
 
-def _bars(measured: dict[str, Measured]) -> list[Target]:
-    bars = []
-    for way, limit in ((TWO, TWO_STREAM_BAR), (CACHED, CACHED_BAR)):
-        if way in measured:
-            one = measured[way]
-            bars.append(Target(f"time, {way} of plain", one.figures.get("cpu", one.ratio), limit))
+def _targets(measured: dict[str, Measured]) -> list[Target]:
+    targets = []
+    for variant, limit in ((TWO, TWO_STREAM_LIMIT), (CACHED, CACHED_LIMIT)):
+        if variant in measured:
+            one = measured[variant]
+            targets.append(Target(f"time, {variant} of plain", one.figures.get("cpu", one.ratio), limit))
     if TWO in measured:
-        bars.append(Target(f"memory, {TWO} of plain", measured[TWO].figures.get("memory"), MEMORY_BAR))
-    return bars
+        targets.append(Target(f"memory, {TWO} of plain", measured[TWO].figures.get("memory"), MEMORY_LIMIT))
+    return targets

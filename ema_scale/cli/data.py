@@ -10,6 +10,7 @@ import typer
 
 from ema_scale.cli.app import Overrides, RecipePath, app, console
 from ema_scale.core.errors import UserError, explain
+from ema_scale.core.paths import find_file
 
 if TYPE_CHECKING:
     from ema_scale.config.sections import ModelRecipe
@@ -152,7 +153,7 @@ def model_recipe(reference: str) -> ModelRecipe:
 
     if not reference.endswith((".yaml", ".yml")):
         return ModelRecipe(path=reference)
-    if not Path(reference).is_file():
+    if not find_file(reference).is_file():
         raise UserError(f"{reference}: no such file; expected a recipe or a checkpoint")
     section = read_layers(Path(reference)).get("model")
     if not isinstance(section, dict) or "path" not in section:

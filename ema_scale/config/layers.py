@@ -14,11 +14,12 @@ from typing import Any
 import yaml
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.paths import find_file
 
 
 def read_layers(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The merged mapping of a YAML file and everything it extends."""
-    path = path.expanduser()
+    path = find_file(path)
     if path.resolve() in seen:
         chain = " -> ".join(str(p) for p in (*seen, path.resolve()))
         raise UserError(f"{path}: extends itself: {chain}")
@@ -36,7 +37,7 @@ def read_layers(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     parents = values.pop("extends", [])
     merged: dict[str, Any] = {}
     for parent in [parents] if isinstance(parents, str) else parents or []:
-        merged = merge(merged, read_layers(path.parent / parent, (*seen, path.resolve())))
+        merged = merge(merged, read_layers(find_file(parent, path.parent), (*seen, path.resolve())))
     return merge(merged, _anchor_paths(values, path.parent))
 
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-# In a checkout they stand beside the package; in a wheel, inside it.
+# In a checkout they stand beside the package; in a wheel, inside it (setup.py).
 SHIPPED_FOLDERS = ("configs", "eval", "launch")
 
 
@@ -16,15 +16,24 @@ def cache_root() -> Path:
 
 
 def shipped_root() -> Path:
-    """The folder that holds configs/, eval/ and launch/: the checkout, or the installed package's own copy."""
+    """The folder that holds configs/, eval/ and launch/: the checkout, or `shipped` in the installed package."""
     inside = _PACKAGE / "shipped"
     return inside if inside.is_dir() else _PACKAGE.parent
 
 
-def find_file(name: str | os.PathLike[str]) -> Path:
-    """`name` where it says, or, if it is not there and begins with configs/, eval/ or launch/, as it shipped."""
-    path = Path(name)
-    if path.is_absolute() or path.exists() or path.parts[:1] not in [(folder,) for folder in SHIPPED_FOLDERS]:
-        return path
+def find_file(name: str | os.PathLike[str], folder: str | os.PathLike[str] = "") -> Path:
+    """The file that a recipe or an option names, which need not exist.
+
+    A shipped file is found from every folder: a relative `name` that begins with configs/, eval/ or launch/
+    and does not exist in `folder` is the one that ships with ema_scale. `~` is the home folder.
+
+    Args:
+        name: a file's path.
+        folder: what a relative `name` is relative to; default: the working directory.
+    """
+    path = Path(os.path.expanduser(name))
+    there = Path(folder) / path
+    if path.is_absolute() or path.parts[:1] not in [(first,) for first in SHIPPED_FOLDERS] or there.exists():
+        return there
     shipped = shipped_root() / path
-    return shipped if shipped.exists() else path
+    return shipped if shipped.exists() else there

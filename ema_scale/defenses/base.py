@@ -16,7 +16,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, dataclass_transform
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -245,6 +245,9 @@ _OLD_METHODS = {
 }
 
 
+# For type checkers: subclasses take their fields by position too. No field_specifiers: to a checker, a default that
+# `Field` takes by position would be none.
+@dataclass_transform()
 class Defense(BaseModel):
     """Base class of all defenses. Positional arguments fill fields in order: `KL(0.1)`.
 

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from ema_scale.config.sections import ConditionRecipe, EvaluationRecipe
 from ema_scale.core.errors import UserError, explain
 from ema_scale.core.hashing import digest
+from ema_scale.core.paths import find_file
 from ema_scale.core.uri import locate
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def load_suite(source: str | Path, role: Role) -> Suite:
     """
     if role not in get_args(Role):
         raise UserError(f"suite role: found {role!r}, expected one of {', '.join(get_args(Role))}")
-    path = Path(locate(str(source)))
+    path = find_file(locate(str(source)))
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -278,7 +279,7 @@ def load_conditions(wanted: Sequence[ConditionRecipe]) -> list[Condition]:
     found: list[Condition] = []
     for entry in wanted:
         if entry.file is not None:
-            found += _read(Path(entry.file))
+            found += _read(find_file(entry.file))
         else:
             assert entry.name is not None  # the recipe sees to it
             found.append(Condition(entry.name, entry.system, entry.user))

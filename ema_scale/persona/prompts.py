@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.paths import find_file
 from ema_scale.evaluation.suites import Condition
 
 POSITIVE, NEGATIVE = "positive", "negative"
@@ -32,7 +33,7 @@ def load_personas(path: Path | str) -> Personas:
     Raises UserError for a missing file, other keys, or lists of different lengths.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(find_file(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the personas ({error.strerror})") from None
     except yaml.YAMLError as error:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.paths import find_file
 from ema_scale.recipe import Recipe
 from ema_scale.reference.strategy import BASE, START, ReferenceStrategy, choose_strategy
 from ema_scale.training.distributed import launched_processes, zero_stage
@@ -83,4 +84,4 @@ def _conditions(recipe: Recipe) -> list[str]:
 
 def _with_presence(source: str) -> str:
     looks_local = Path(source).suffix in {".jsonl", ".json", ".csv", ".parquet", ".yaml", ".yml"}
-    return f"{source} (NOT FOUND)" if looks_local and not Path(source).exists() else source
+    return f"{source} (NOT FOUND)" if looks_local and not find_file(source).exists() else source

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.paths import find_file
 from ema_scale.defenses.base import Defense, Divergence
 from ema_scale.planning.model_shapes import Shape, shape_of
 from ema_scale.recipe import Recipe
@@ -53,7 +53,7 @@ def read_zero(path: str | None) -> Zero:
     if path is None:
         return Zero()
     try:
-        values: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8")).get("zero_optimization") or {}
+        values: dict[str, Any] = json.loads(find_file(path).read_text(encoding="utf-8")).get("zero_optimization") or {}
         stage = int(values.get("stage", 0))
         return Zero(
             stage,

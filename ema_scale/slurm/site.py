@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ema_scale.core.errors import UserError, explain
-from ema_scale.core.paths import shipped_root
+from ema_scale.core.paths import find_file, shipped_root
 
 _LINE = r"^[^\n]*$"
 
@@ -157,7 +157,7 @@ def load_site(path: Path | None = None) -> Site:
     if named is None:
         return Site()
     try:
-        values = yaml.safe_load(named.expanduser().read_text(encoding="utf-8"))
+        values = yaml.safe_load(find_file(named).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{named}: cannot read the site file ({error.strerror})") from None
     except yaml.YAMLError as error:

@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ema_scale.config.layers import apply_overrides, merge, read_layers
 from ema_scale.core.errors import UserError, explain
+from ema_scale.core.paths import find_file
 from ema_scale.recipe import Recipe, build_recipe
 from ema_scale.study.prepare import Preparation
 
@@ -167,10 +168,10 @@ def is_study(path: Path) -> bool:
 
 def load_study(path: Path | str) -> Study:
     """Read and validate a study file. Raises UserError naming file and field."""
-    path = Path(path)
+    path = find_file(path)
     values = read_layers(path)
     if isinstance(values.get("recipe"), str):
-        values["recipe"] = str((path.parent / values["recipe"]).resolve())
+        values["recipe"] = str(find_file(values["recipe"], path.parent).resolve())
     try:
         return Study.model_validate(values)
     except ValidationError as error:

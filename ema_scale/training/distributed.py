@@ -10,10 +10,10 @@ import socket
 import time
 import warnings
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.paths import find_file
 from ema_scale.models.sharding import uses_fsdp
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ def zero_stage(deepspeed: str | None) -> int:
     if deepspeed is None:
         return 0
     try:
-        return int((json.loads(Path(deepspeed).read_text(encoding="utf-8")).get("zero_optimization") or {})["stage"])
+        config = json.loads(find_file(deepspeed).read_text(encoding="utf-8"))
+        return int((config.get("zero_optimization") or {})["stage"])
     except KeyError:
         return 0
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -75,10 +76,10 @@ def prepare_environment(deepspeed: str | None = None, fsdp: bool = False) -> Non
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else every import of it warns
     if deepspeed is not None:
-        if not Path(deepspeed).is_file():
+        if not (config := find_file(deepspeed)).is_file():
             raise UserError(f"training.deepspeed: no file {deepspeed!r}; expected a DeepSpeed JSON config")
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = deepspeed
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(config)
         os.environ.setdefault("ACCELERATE_DEEPSPEED_ZERO3_INIT", "true")
     if not uses_deepspeed():
         # A ZeRO-3 run before this one in the same process would still shard the model while it loads.

@@ -1,4 +1,4 @@
-"""`ema bench eval` measures what it says: each way answers and judges everything, small."""
+"""`ema bench eval` measures what it says: each variant answers and judges everything, small."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def test_memory_is_what_a_run_needs_also_when_an_earlier_one_left_it_in_the_heap
 def test_ways_take_turns_and_ratios_are_of_medians():
     order = []
 
-    def way(name, seconds):
+    def variant(name, seconds):
         def run():
             order.append(name)
             time.sleep(seconds)
@@ -37,7 +37,7 @@ def test_ways_take_turns_and_ratios_are_of_medians():
         return Variant(name, run)
 
     slow, fast, absent = compare(
-        [way("slow", 0.02), way("fast", 0.002), Variant("absent", None, "needs a GPU")],
+        [variant("slow", 0.02), variant("fast", 0.002), Variant("absent", None, "needs a GPU")],
         baseline="slow", repeats=3, warmup=1, memory=False,
     )  # fmt: skip
     assert order == ["slow", "fast"] * 4
@@ -72,6 +72,6 @@ def test_the_table_is_markdown_and_the_file_holds_everything(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "| one" in out and "2097152 B" in out and "not measured here" in out and "no device" in out
     kept = json.loads((tmp_path / "mine.json").read_text())
-    assert kept["ways"][0]["seconds"] and kept["ways"][1]["median"] is None
+    assert kept["variants"][0]["seconds"] and kept["variants"][1]["median"] is None
     assert kept["machine"]["cpu"] and kept["machine"]["versions"]["torch"]
     assert kept["options"] == {"n": 3}

@@ -13,13 +13,13 @@ from ema_scale.core.errors import UserError
 SMALL = ["--tokens", "512", "--vocab", "32000", "--hidden", "16"]
 
 
-@pytest.mark.parametrize("way", [NAIVE, OURS, pytest.param(CHUNKED, marks=pytest.mark.liger)])
+@pytest.mark.parametrize("variant", [NAIVE, OURS, pytest.param(CHUNKED, marks=pytest.mark.liger)])
 @pytest.mark.parametrize("direction", list(loss.BETA))
-def test_all_ways_compute_the_same(direction, way):
+def test_all_variants_compute_the_same(direction, variant):
     problem = Problem.of(Shape(32, 500, 16, direction=direction))
-    assert max(loss.errors(way, problem)[:2]) < 1e-6
+    assert max(loss.errors(variant, problem)[:2]) < 1e-6
     for part in loss.PARTS:  # a strength or a direction that is ignored would be far off
-        assert max(loss.errors(way, problem.part(part))[:2]) < 1e-4
+        assert max(loss.errors(variant, problem.part(part))[:2]) < 1e-4
 
 
 def test_triton_needs_a_gpu():
@@ -32,17 +32,17 @@ def test_the_command_measures_time_memory_and_error(tmp_path):
     done = CliRunner().invoke(app, ["bench", "loss", *SMALL, "--repeats", "2", "-o", str(out)])
     assert done.exit_code == 0, done.output
     found = json.loads(out.read_text())
-    ways = {way["name"]: way for way in found["ways"]}
-    assert list(ways) == [NAIVE, CHUNKED, TRITON, OURS]
-    assert ways[TRITON]["median"] is None and ways[TRITON]["note"]
-    assert len(ways[OURS]["seconds"]) == 2 and ways[OURS]["ratio"] == 1 and ways[OURS]["figures"]["cpu"] > 0
-    for way in (NAIVE, OURS):
-        assert 0 < ways[way]["figures"]["error"] < 1e-6
-    assert ways[OURS]["peak_bytes"] < 0.7 * ways[NAIVE]["peak_bytes"]  # a chunk is a quarter of the tokens
-    bars = {bar["name"]: bar for bar in found["bars"]}
-    for name in ("error to float64", *loss.IN_BAR, loss.OVER):
-        assert bars[name]["met"] is True, bars[name]
-    assert len(loss.IN_BAR) == 5 and ways[OURS]["figures"]["value, policy_reference"] < 1e-6
+    variants = {variant["name"]: variant for variant in found["variants"]}
+    assert list(variants) == [NAIVE, CHUNKED, TRITON, OURS]
+    assert variants[TRITON]["median"] is None and variants[TRITON]["note"]
+    assert len(variants[OURS]["seconds"]) == 2 and variants[OURS]["ratio"] == 1 and variants[OURS]["figures"]["cpu"] > 0
+    for variant in (NAIVE, OURS):
+        assert 0 < variants[variant]["figures"]["error"] < 1e-6
+    assert variants[OURS]["peak_bytes"] < 0.7 * variants[NAIVE]["peak_bytes"]  # a chunk is a quarter of the tokens
+    targets = {target["name"]: target for target in found["targets"]}
+    for name in ("error to float64", *loss.HELD, loss.OVER):
+        assert targets[name]["met"] is True, targets[name]
+    assert len(loss.HELD) == 5 and variants[OURS]["figures"]["value, policy_reference"] < 1e-6
 
 
 def test_a_way_that_computes_something_else_is_not_timed(monkeypatch):
@@ -53,9 +53,9 @@ def test_a_way_that_computes_something_else_is_not_timed(monkeypatch):
 
 
 def test_what_does_not_fit_is_a_row(monkeypatch):
-    monkeypatch.setattr(loss, "alone", lambda _, way, **__: None if way == NAIVE else {
+    monkeypatch.setattr(loss, "alone", lambda _, variant, **__: None if variant == NAIVE else {
         "peak_bytes": 3_000_000_000, "seconds": 2.0, "cpu": 2.0, "error": 1e-3, "parts": {}})  # fmt: skip
-    measured, bars = loss.bench_loss(loss.FULL, repeats=1, each_alone=True)
+    measured, targets = loss.bench_loss(loss.FULL, repeats=1, each_alone=True)
     rows = {one.name: one for one in measured}
     assert rows[NAIVE].note == "out of memory" and rows[NAIVE].median is None and rows[OURS].median == 2.0
-    assert [str(bar) for bar in bars][0] == "peak extra memory, GB: 3.00 (bar: at most 2.00): MISSED"
+    assert [str(target) for target in targets][0] == "peak extra memory, GB: 3.00 (target: at most 2.00): MISSED"

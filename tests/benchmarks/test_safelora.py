@@ -20,8 +20,8 @@ def test_time_and_memory_of_the_command_itself(small, tmp_path):
     arguments = ["bench", "safelora", "--layers", "2", "--folder", str(tmp_path / "room"), "-o", str(out)]
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    (way,) = json.loads(out.read_text())["ways"]
-    assert way["figures"]["matrices"] == 4 and way["seconds"][0] > 0.1 and way["peak_bytes"] > 50e6
+    (variant,) = json.loads(out.read_text())["variants"]
+    assert variant["figures"]["matrices"] == 4 and variant["seconds"][0] > 0.1 and variant["peak_bytes"] > 50e6
     assert not list((tmp_path / "room").iterdir()), "the random models are gone"
 
 

@@ -1,4 +1,4 @@
-"""The three ways of reading rows are measured on the same rows, and only if they agree."""
+"""The three variants of reading rows are measured on the same rows, and only if they agree."""
 
 import json
 
@@ -23,13 +23,15 @@ def command(tmp_path):
 def test_select_is_measured_beside_one_row_at_a_time(command, tmp_path):
     assert CliRunner().invoke(app, command).exit_code == 0
     found = json.loads((tmp_path / "out.json").read_text())
-    ways = found["ways"]
-    assert ways[0]["ratio"] == 1 and all(len(way["seconds"]) == 2 for way in ways)
-    assert [way["figures"]["readings"] for way in ways] == [9, 4, 4, 4]
-    anew, naive, unbatched, ours = (way["figures"]["cpu_ms"] for way in ways)
+    variants = found["variants"]
+    assert variants[0]["ratio"] == 1 and all(len(variant["seconds"]) == 2 for variant in variants)
+    assert [variant["figures"]["readings"] for variant in variants] == [9, 4, 4, 4]
+    anew, naive, unbatched, ours = (variant["figures"]["cpu_ms"] for variant in variants)
     assert ours < 0.7 * naive < 0.7 * anew and ours < 0.7 * unbatched
-    assert [bar["limit"] for bar in found["bars"]] == [1 / 8, 1 / 8]
-    assert [bar["value"] for bar in found["bars"]] == [ways[3]["median"] / way["median"] for way in ways[:2]]
+    assert [target["limit"] for target in found["targets"]] == [1 / 8, 1 / 8]
+    assert [target["value"] for target in found["targets"]] == [
+        variants[3]["median"] / variant["median"] for variant in variants[:2]
+    ]
 
 
 def test_ways_that_do_not_agree_are_not_timed(command, monkeypatch):
@@ -38,4 +40,4 @@ def test_ways_that_do_not_agree_are_not_timed(command, monkeypatch):
         ScoringModels, "nll", lambda self, name, part: [x + 0.01 * (name == "adapter1") for x in true(self, name, part)]
     )
     done = CliRunner().invoke(app, command)
-    assert isinstance(done.exception, UserError) and "the ways differ by 0.01" in str(done.exception)
+    assert isinstance(done.exception, UserError) and "the variants differ by 0.01" in str(done.exception)

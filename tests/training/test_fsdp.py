@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from benchmarks.plan import setup_of_task
-from benchmarks.training_ways import Task
+from benchmarks.training_variants import Task
 from ema_scale.config.sections import SeparateReference
 from ema_scale.core.checkpoints import list_checkpoints
 from ema_scale.core.run_dir import RunDir
@@ -118,12 +118,13 @@ def test_fsdp_gathers_no_more_with_a_reference_than_without(tmp_path):
     done = subprocess.run(
         [
             sys.executable, "-m", "ema_scale", "bench", "reference", "--fsdp", "--layers", "2", "--length", "16",
-            "--steps", "1", "--way", "two_stream", "--way", "adapter_off", "--out", str(tmp_path / "bench.json"),
+            "--steps", "1", "--variant", "two_stream", "--variant", "adapter_off",
+            "--out", str(tmp_path / "bench.json"),
         ],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    found = {row["name"]: row for row in json.loads((tmp_path / "bench.json").read_text())["ways"]}
+    found = {row["name"]: row for row in json.loads((tmp_path / "bench.json").read_text())["variants"]}
     task = Task(layers=2, length=16, fsdp=True)
     for name, row in found.items():  # as `ema plan` counts them
         counted = row["figures"]["gathered"], row["figures"]["calls"]

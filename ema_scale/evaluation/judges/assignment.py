@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import digest
+from ema_scale.core.paths import find_file
 from ema_scale.evaluation.judges.base import Judge, exact_match_judge, smallworld_judge
 from ema_scale.evaluation.judges.scores import REQUIRED_PROMPTS, ScoreRule
 from ema_scale.evaluation.suites import Question, Suite
@@ -89,7 +89,7 @@ def load_prompts(source: str | None, where: str) -> dict[str, str]:
             f"{where}: has no judge_prompts; set evaluation.judge.prompts, such as eval/judges/aligned_coherent.yaml"
         )
     try:
-        values = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
+        values = yaml.safe_load(find_file(source).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{source}: cannot read the judge prompts ({error.strerror})") from None
     except yaml.YAMLError as error:

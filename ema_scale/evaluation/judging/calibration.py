@@ -88,10 +88,8 @@ def load_labelled(path: Path) -> list[Labelled]:
 
 
 def labelled_path(settings: JudgeRecipe) -> Path:
-    """The file that the recipe names, else the shipped one, from the current folder or beside the package."""
-    if settings.labelled is not None:
-        return Path(settings.labelled)
-    return find_file(SHIPPED)
+    """The file that the recipe names, else the shipped one."""
+    return find_file(settings.labelled or SHIPPED)
 
 
 class JudgeCheck:

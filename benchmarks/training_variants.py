@@ -1,4 +1,4 @@
-"""Ways to train a step of KL + LDIFS, and plain fine-tuning: the field's, and ours by each way to run the reference.
+"""Variants of a training step with KL + LDIFS, and of plain fine-tuning: the field's, and ours per kind of reference.
 
 All go through transformers' training loop with the same rows, the same random weights and the same LoRA adapter, and
 give the same loss, which is checked before times count. The field's two compute full logits of policy and reference in
@@ -38,31 +38,32 @@ from ema_scale.training.distributed import FSDPMixin, device_arguments, launched
 from ema_scale.training.trainer import DefendedTrainer
 
 PLAIN_LOGITS, SECOND, FORWARDS = "plain, transformers' loss", "second model, full logits", "two forwards, full logits"
-
-
 PLAIN, SEPARATE = "plain", "separate: a second model, fused"
-
-
 OFF, TWO, CACHED = "adapter_off: two forwards, fused", "two_stream", "cached"
-
-
-WAYS = (PLAIN_LOGITS, PLAIN, SECOND, FORWARDS, SEPARATE, OFF, TWO, CACHED)
-
-
+VARIANTS = (PLAIN_LOGITS, PLAIN, SECOND, FORWARDS, SEPARATE, OFF, TWO, CACHED)
 UNDEFENDED = (PLAIN_LOGITS, PLAIN)
-
-
 _OURS = {PLAIN: "auto", OFF: "adapter_off", TWO: "two_stream", CACHED: "cached"}
-
-
 WARMUP = 2
 
 
 @dataclass(frozen=True)
 class Task:
-    """model: of `random_model.SHAPES`, cut to `layers`. rows of `length` tokens a step and process; `steps` are timed.
-    kl, ldifs: strengths; 0 leaves the defense out. saved: the folder of the model, which ZeRO-3 shards while it is
-    loaded; None: it is made anew."""
+    """What every variant trains.
+
+    Args:
+        model: a key of `random_model.SHAPES`.
+        layers: use only the first so many.
+        rows: rows per step and process.
+        length: tokens per row.
+        steps: timed steps.
+        dtype: of the weights.
+        device: cpu or cuda.
+        checkpointing: recompute activations in the backward pass.
+        kl, ldifs: strengths; 0 leaves the defense out.
+        deepspeed: a DeepSpeed config.
+        fsdp: shard by FSDP2.
+        saved: a folder with the model, for ZeRO-3 to shard while loading; None: build it.
+    """
 
     model: str = "small"
     layers: int | None = None
@@ -95,22 +96,29 @@ class Task:
         return asdict(self)
 
     def shown(self) -> dict[str, Any]:
-        """What a table says above it."""
+        """The options to show above the table."""
         return {k: v for k, v in asdict(self).items() if v is not None and k != "saved" and (k, v) != ("fsdp", False)}
 
 
-def chosen(names: Sequence[str] | None, ways: tuple[str, ...]) -> tuple[str, ...]:
-    """PLAIN and those of `ways` that begin with one of `names`; None: all. Raises UserError for a name of none."""
+def chosen(names: Sequence[str] | None, variants: tuple[str, ...]) -> tuple[str, ...]:
+    """PLAIN and those of `variants` that begin with one of `names`; None: all. Raises UserError for a name of none."""
     for name in names or ():
-        if not any(way.startswith(name) for way in ways):
-            raise UserError(f"--way: found {name!r}, expected the first words of one of: {'; '.join(ways)}")
-    return tuple(w for w in ways if not names or w == PLAIN or any(w.startswith(n) and n != PLAIN for n in names))
+        if not any(variant.startswith(name) for variant in variants):
+            raise UserError(f"--variant: found {name!r}, expected the first words of one of: {'; '.join(variants)}")
+    return tuple(w for w in variants if not names or w == PLAIN or any(w.startswith(n) and n != PLAIN for n in names))
 
 
 @dataclass
 class Trained:
-    """seconds, cpu: of each timed step, by the clock and of the processor; losses: of every step; reference: its hidden
-    states' share of the time, if known; phases: of each timed step, `Phases`' seconds, of our own ways."""
+    """What a training run measured.
+
+    Args:
+        seconds: elapsed, per timed step.
+        cpu: processor seconds, per timed step.
+        losses: one per step, warm-up included.
+        reference: the share of time that the reference's hidden states take, if known.
+        phases: `Phases`' seconds, per timed step; our own variants only.
+    """
 
     seconds: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
@@ -120,12 +128,15 @@ class Trained:
 
 
 def train(
-    way: str, task: Task, began: Callable[[], Any] = lambda: None, ended: Callable[[], Any] = lambda: None
+    variant: str, task: Task, began: Callable[[], Any] = lambda: None, ended: Callable[[], Any] = lambda: None
 ) -> Trained:
-    """Train `WARMUP` + `task.steps` steps in one way. began: called when everything is in place, before the first.
-    ended: called after each.
+    """Train one variant for `WARMUP` + `task.steps` steps. `cached` first fills its cache, in EMA_CACHE.
 
-    The cache of `cached` is filled before that, in EMA_CACHE.
+    Args:
+        variant: one of VARIANTS.
+        task: what to train.
+        began: called before the first step, when everything is loaded.
+        ended: called after each step.
     """
     from peft import get_peft_model
 
@@ -134,7 +145,7 @@ def train(
     model = get_peft_model(base, lora_config(base, AdapterRecipe(dropout=0.0)))
     _stir(model)
     with tempfile.TemporaryDirectory(prefix="ema-bench-") as folder:
-        trainer = _trainer(way, task, model, folder)
+        trainer = _trainer(variant, task, model, folder)
         clock = _Clock(began, ended, task.device)
         trainer.add_callback(clock)
         trainer.remove_callback(PrinterCallback)
@@ -151,7 +162,7 @@ def train(
     return Trained(seconds, used, losses, share, phases.of(seconds) if phases else [])
 
 
-def _trainer(way: str, task: Task, model: Any, folder: str) -> Trainer:
+def _trainer(variant: str, task: Task, model: Any, folder: str) -> Trainer:
     steps = WARMUP + task.steps
     count = steps * task.rows * launched_processes()
     rows, tokenizer = random_rows(task.fields, count, task.length), placeholder_tokenizer()
@@ -173,14 +184,14 @@ def _trainer(way: str, task: Task, model: Any, folder: str) -> Trainer:
         ddp_find_unused_parameters=False,
         **(device_arguments() if task.device == "cpu" else {}),
     )
-    if way in _OURS or way == SEPARATE:
-        defenses, reference = [] if way == PLAIN else task.defenses, _OURS.get(way, "adapter_off")
+    if variant in _OURS or variant == SEPARATE:
+        defenses, reference = [] if variant == PLAIN else task.defenses, _OURS.get(variant, "adapter_off")
         trainer = DefendedTrainer(model, args, rows, defenses, reference, tokenizer, drift_every=0)
-        if way == SEPARATE:
+        if variant == SEPARATE:
             _separate(trainer, task)
         return trainer
     collate = ChatCollator(tokenizer)
-    return FullLogits(way, task, model=model, args=args, train_dataset=rows, data_collator=collate)
+    return FullLogits(variant, task, model=model, args=args, train_dataset=rows, data_collator=collate)
 
 
 def _separate(trainer: DefendedTrainer, task: Task) -> None:
@@ -196,14 +207,14 @@ def _separate(trainer: DefendedTrainer, task: Task) -> None:
 class FullLogits(FSDPMixin, Trainer):
     """Plain fine-tuning by transformers' own loss, or with a reference's full logits beside the policy's."""
 
-    def __init__(self, way: str, task: Task, **kwargs: Any) -> None:
+    def __init__(self, variant: str, task: Task, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.way, self.task = way, task
+        self.variant, self.task = variant, task
         self.parts = ModelLayout.of(kwargs["model"])
         if self.is_fsdp_enabled:
             shard_by_layer(self.accelerator, self.parts)
         self.other: Any = None
-        if way == SECOND:
+        if variant == SECOND:
             self.other = task.base()
             self.other_parts = ModelLayout.of(self.other, adapters=False)
 
@@ -228,7 +239,7 @@ class FullLogits(FSDPMixin, Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         asked = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        if self.way == PLAIN_LOGITS:
+        if self.variant == PLAIN_LOGITS:
             return model(**asked, labels=inputs["labels"]).loss
         layers = [k for d in self.task.defenses for k in d.penalty_layers(len(self.parts.layers))]
         theirs: dict[int, Tensor] = {}
@@ -290,8 +301,8 @@ class _Clock(TrainerCallback):
         self.ended()
 
 
-def measure(way: str, task: dict[str, Any], cache: str) -> dict[str, Any]:
-    """One way alone in its process: peak_bytes of training, with the model's weights, adapter and optimizer."""
+def measure(variant: str, task: dict[str, Any], cache: str) -> dict[str, Any]:
+    """peak_bytes of training one variant, with weights, adapter and optimizer; it has this process to itself."""
     import os
 
     from benchmarks.harness import peak_rss, reset_peak_rss
@@ -299,9 +310,9 @@ def measure(way: str, task: dict[str, Any], cache: str) -> dict[str, Any]:
     os.environ["EMA_CACHE"] = str(Path(cache))
     asked = Task(**task)
     if asked.device == "cuda":
-        train(way, asked, torch.cuda.reset_peak_memory_stats)
+        train(variant, asked, torch.cuda.reset_peak_memory_stats)
         return {"peak_bytes": torch.cuda.max_memory_allocated()}
     reset_peak_rss()
     before = peak_rss()
-    train(way, asked, reset_peak_rss)
+    train(variant, asked, reset_peak_rss)
     return {"peak_bytes": peak_rss() - before}
