@@ -48,13 +48,21 @@ def test_the_readme_is_short():
     assert len(README.splitlines()) <= 130
 
 
-def test_its_links_lead_somewhere():
-    for path, _, anchor in (link.partition("#") for link in re.findall(r"\]\(([^)]+)\)", README)):
-        if path.startswith("https://"):
+PAGES = [ROOT / f"{name}.md" for name in ("README", "ARCHITECTURE", "CONTRIBUTING", "eval/README", "launch/README")]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        name, _, anchor = link.partition("#")
+        if name.startswith("https://"):
             continue
-        assert (ROOT / path).exists(), path
-        headings = re.findall(r"^#+ (.*)", (ROOT / path).read_text(), re.M) if anchor else []
-        assert not anchor or anchor in [re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in headings], anchor
+        path = page.parent / name if name else page
+        assert path.exists(), link
+        headings = re.findall(r"^#+ (.*)", path.read_text(), re.M) if anchor else []
+        anchors = [re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        assert not anchor or anchor in anchors, (path, anchor)
 
 
 def test_the_table_of_packages_is_the_one_that_lint_checks():
@@ -75,7 +83,8 @@ def test_the_table_of_packages_is_the_one_that_lint_checks():
     layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
     order = [set(layer.split(" | ")) for layer in layers]
     numbers = {name: int(number) for number, name in re.findall(r"^\| (\d+) \| `(\w+)`", text, re.M)}
-    assert [{n for n, k in numbers.items() if k == level} for level in sorted(set(numbers.values()), reverse=True)] == order
+    levels = sorted(set(numbers.values()), reverse=True)
+    assert [{name for name, at in numbers.items() if at == level} for level in levels] == order
 
 
 def test_the_readme_has_commands():

@@ -15,7 +15,6 @@ from ema_scale.config.explain import (
     describe_sections,
     field_text,
     find,
-    first_paragraph,
     page,
     section_text,
 )
@@ -102,10 +101,14 @@ def reference_pages() -> dict[str, str]:
             "`defenses: [{kind: kl, strength: 0.3}]`.",
             (_without_prefix(section) for section in defense_sections()),
         ),
-        "study.md": page("Study", f"{note}\n\n{first_paragraph(Study)}", describe_sections(Study)),
+        "study.md": page(
+            "Study",
+            f"{note}\n\n`ema study FILE` runs it here, `ema sweep FILE --slurm` on a cluster.",
+            describe_sections(Study),
+        ),
         "site.md": page(
             "Site file",
-            f"{note}\n\nWhat is peculiar to one Slurm cluster. Every key may be left out.",
+            f"{note}\n\nNamed by `--site FILE`, or by the environment variable `EMA_SITE`.",
             describe_sections(Site),
         ),
     }

@@ -220,9 +220,17 @@ def _inline(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}" if "e" not in repr(value) else f"{value:.1e}"
     if isinstance(value, list | dict):
-        text = yaml.safe_dump(value, default_flow_style=True, width=1000).strip()
-        return text
-    return value if isinstance(value, str) else json.dumps(value)
+        return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000).strip()
+    if isinstance(value, str) and _yaml(value) == value:
+        return value
+    return json.dumps(value)  # unquoted, YAML reads 24:00:00 and 0 as numbers
+
+
+def _yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
 
 
 def first_paragraph(model: type[BaseModel]) -> str:

@@ -14,6 +14,8 @@ from ema_scale.config.layers import apply_overrides
 from ema_scale.core.errors import UserError
 from ema_scale.defenses.registry import parse
 from ema_scale.recipe import Recipe, build_recipe
+from ema_scale.slurm.site import Site
+from ema_scale.study.grid import Study
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIMAL = {"name": "run", "model": {"path": "m"}, "data": {"train": "rows.jsonl"}}
@@ -21,11 +23,26 @@ RECIPE = describe_sections(Recipe)
 FIELDS = [field for section in RECIPE for field in section.fields]
 
 
-def test_every_recipe_key_has_one_sentence():
-    for field in FIELDS:
-        assert field.sentence and field.sentence[0].isupper() or field.sentence.startswith("`"), field.key
+def test_every_key_has_one_sentence():
+    sections = [*RECIPE, *describe_sections(Study, "study"), *describe_sections(Site, "site")]
+    for field in (field for section in sections for field in section.fields):
+        assert field.sentence[:1].isupper() or field.sentence.startswith(("`", "sbatch ", "srun ")), field.key
         assert field.sentence.endswith("."), field.key
-    assert all(section.sentence for section in RECIPE)
+    assert all(section.sentence for section in sections)
+
+
+def test_the_examples_of_site_files_are_accepted():
+    for section in describe_sections(Site):
+        for field in section.fields:
+            Site.model_validate(apply_overrides({}, [field.example]) if field.example else {})
+
+
+def test_the_examples_of_studies_are_accepted():
+    values = {"name": "n", "recipe": "r", "tasks": {"medical": {}}, "defenses": {"none": []}}
+    examples = [field.example for field in describe_sections(Study)[0].fields]
+    assert all(examples)
+    for example in examples:
+        Study.model_validate(apply_overrides(values, [example]))
 
 
 def test_every_key_but_a_section_has_an_example_that_is_accepted():

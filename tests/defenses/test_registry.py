@@ -37,7 +37,7 @@ def test_parse_takes_mappings_names_and_objects():
         ([{"kind": "kl", "strength": float("nan")}], r"strength: .*found nan"),
         ([{"kind": "kl", "direction": "forward"}], r"direction: .*policy_reference.*found 'forward'"),
         ([{"kind": "interleaving"}], r"source: missing"),
-        ([{"kind": "interleaving", "source": "x", "fraction": 1.5}], r"fraction: expected a number of at most 1; found 1\.5"),
+        ([{"kind": "interleaving", "source": "x", "fraction": 1.5}], r"fraction: .*at most 1; found 1\.5"),
         ([{"strength": 1}], r"defenses\.0: .*expected a mapping with `kind`"),
         ({"kind": "kl"}, r"expected a list"),
     ],
