@@ -164,14 +164,14 @@ def _one_type(annotation: Any) -> str:
     if origin is list or origin is tuple:
         return f"list of {_plural(_type(arguments[0]))}" if arguments else "list"
     if origin is dict:
-        return f"mapping to {_type(arguments[1])}" if arguments[1] is not Any else "mapping"
+        return f"names, each with a {_type(arguments[1])}" if arguments[1] is not Any else "mapping"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return SECTION
     return _PLAIN.get(annotation, getattr(annotation, "__name__", str(annotation)).lower())
 
 
 def _plural(word: str) -> str:
-    return f"{word}s" if word in ("text", "whole number", "number", SECTION) else word
+    return f"{word}s" if word in ("text", "whole number", "number", "mapping", SECTION) else word
 
 
 def _options(annotation: Any) -> list[Any]:
