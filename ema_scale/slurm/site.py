@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ema_scale.core.errors import UserError, explain_all
+from ema_scale.core.errors import UserError, explain
 
 _LINE = r"^[^\n]*$"
 
@@ -184,4 +184,4 @@ def load_site(path: Path | None = None) -> Site:
     try:
         return Site.model_validate(values)
     except ValidationError as error:
-        raise UserError("\n".join(f"{named}: {problem}" for problem in explain_all(error, Site))) from None
+        raise UserError("\n".join(f"{named}: {explain(p, Site)}" for p in error.errors())) from None

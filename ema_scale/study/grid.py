@@ -28,7 +28,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ema_scale.config.layers import apply_overrides, merge, read_layers
-from ema_scale.core.errors import UserError, explain_all
+from ema_scale.core.errors import UserError, explain
 from ema_scale.recipe import Recipe, build_recipe
 from ema_scale.study.prepare import Preparation
 
@@ -200,7 +200,7 @@ def load_study(path: Path | str) -> Study:
     try:
         return Study.model_validate(values)
     except ValidationError as error:
-        raise UserError("\n".join(f"{path}: {problem}" for problem in explain_all(error, Study))) from None
+        raise UserError("\n".join(f"{path}: {explain(p, Study)}" for p in error.errors())) from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
