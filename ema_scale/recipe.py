@@ -1,15 +1,10 @@
-"""What a run is: one YAML recipe, validated before anything heavy is loaded.
-
-A recipe may start from others (`extends:`), and the command line may override any field (`key.path=value`).
-Later wins: `extends` in order, then the file, then the overrides. Mappings merge; lists are replaced whole.
-A path that begins with ./ or ../ is relative to the file it stands in; any other value is left as typed.
-"""
+"""What a run is: one YAML recipe, validated before anything heavy is loaded. `config.layers` says how files merge."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -21,48 +16,63 @@ from pydantic import (
     model_validator,
 )
 
-from ema_scale.config.layers import _anchor_paths, apply_overrides, read_layers
+from ema_scale.config.layers import anchor_paths, apply_overrides, read_layers
 from ema_scale.config.sections import (
     WAYS,
     AdapterRecipe,
     DataRecipe,
     EvaluationRecipe,
     ModelRecipe,
+    Section,
     SeparateReference,
     TrainingRecipe,
-    _Section,
 )
-from ema_scale.core.errors import UserError, explain
+from ema_scale.core.errors import UserError, explain_all
 from ema_scale.defenses.base import Defense
 from ema_scale.defenses.registry import parse as parse_defenses
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One run: model, data, adapter, training, defenses, reference, evaluation."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(0, ge=0)
-    output: str = "runs"
-    model: ModelRecipe
-    data: DataRecipe
-    adapter: AdapterRecipe = AdapterRecipe()
-    training: TrainingRecipe = TrainingRecipe()
-    defenses: list[SerializeAsAny[Defense]] = []
-    reference: Literal["auto", "adapter_off", "two_stream", "cached"] | SeparateReference = "auto"
+    arguments: ClassVar[Mapping[str, str]] = {"seed": "seed"}
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="The run's name. Its folder is output/name.",
+        examples=["my-run"],
+    )
+    seed: int = Field(0, ge=0, description="Seed of the adapter's start, the order of rows and what defenses draw.")
+    output: str = Field("runs", description="The folder that holds run folders.")
+    model: ModelRecipe = Field(description="The checkpoint to fine-tune.", examples=[{"path": "smallworld:aligned"}])
+    data: DataRecipe = Field(description="The training rows.", examples=[{"train": "rows.jsonl"}])
+    adapter: AdapterRecipe = Field(AdapterRecipe(), description="The LoRA adapter.")
+    training: TrainingRecipe = Field(TrainingRecipe(), description="Optimisation.")
+    defenses: list[SerializeAsAny[Defense]] = Field(
+        [],
+        description="The defenses, each with its kind and its own fields. Any list of them composes.",
+        examples=[[{"kind": "kl", "strength": 0.3}]],
+    )
+    reference: Literal["auto", "adapter_off", "two_stream", "cached"] | SeparateReference = Field(
+        "auto",
+        description="How the frozen reference is computed. `auto`: the cheapest way that is exact. "
+        "`{kind: separate, model: ...}`: another model is the reference.",
+        examples=["cached"],
+    )
     reference_runs: int = Field(
         1,
         ge=1,
-        description="runs that read the same rows' reference, which a study counts: `auto` adds up their passes",
+        description="Runs that share one cached reference. A study counts them, and `auto` weighs costs by it.",
     )
-    evaluation: EvaluationRecipe = EvaluationRecipe()
+    evaluation: EvaluationRecipe = Field(EvaluationRecipe(), description="Sampling and judging.")
 
     @model_validator(mode="before")
     @classmethod
     def _parse_defenses(cls, values: Any) -> Any:
-        # Paths of recipe files are whole by now; those of the command line and of Python are from here, and stay so
-        # wherever the recipe is written to.
-        values = _anchor_paths(values, Path.cwd())
-        # Defenses name their own class by `kind`; the registry (and its plugins) knows which.
+        # Paths of recipe files are absolute by now. Those of the command line and of Python are relative to the
+        # current folder, and must stay so wherever the recipe is written to.
+        values = anchor_paths(values, Path.cwd())
+        # A defense names its class by `kind`; only the registry knows which class that is.
         if isinstance(values, dict) and values.get("defenses") is not None:
             values = {**values, "defenses": parse_defenses(values["defenses"])}
         return values
@@ -105,6 +115,6 @@ def build_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(dict(values))
     except ValidationError as error:
-        raise UserError("\n".join(f"{where}: {explain(problem, Recipe)}" for problem in error.errors())) from None
+        raise UserError("\n".join(f"{where}: {problem}" for problem in explain_all(error, Recipe))) from None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None

@@ -1,1 +1,1 @@
-"""The sections of a recipe, and how recipe files are merged. Torch-free."""
+"""The sections of a recipe, how recipe files are merged, and what each field means. Torch-free."""

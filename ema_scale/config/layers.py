@@ -1,4 +1,4 @@
-"""What a run is: one YAML recipe, validated before anything heavy is loaded.
+"""How recipe files are read and merged.
 
 A recipe may start from others (`extends:`), and the command line may override any field (`key.path=value`).
 Later wins: `extends` in order, then the file, then the overrides. Mappings merge; lists are replaced whole.
@@ -38,7 +38,7 @@ def read_layers(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for parent in [parents] if isinstance(parents, str) else parents or []:
         merged = merge(merged, read_layers(find_file(parent, path.parent), (*seen, path.resolve())))
-    return merge(merged, _anchor_paths(values, path.parent))
+    return merge(merged, anchor_paths(values, path.parent))
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,11 +78,11 @@ def _set(node: Any, keys: Sequence[str], value: Any, item: str) -> Any:
     return {**(node or {}), head: _set((node or {}).get(head), rest, value, item)}
 
 
-def _anchor_paths(value: Any, folder: Path) -> Any:
+def anchor_paths(value: Any, folder: Path) -> Any:
     if isinstance(value, dict):
-        return {k: _anchor_paths(v, folder) for k, v in value.items()}
+        return {k: anchor_paths(v, folder) for k, v in value.items()}
     if isinstance(value, list):
-        return [_anchor_paths(v, folder) for v in value]
+        return [anchor_paths(v, folder) for v in value]
     if isinstance(value, str) and value.startswith(("./", "../")):
         return str((folder / value).resolve())
     return value

@@ -1,50 +1,60 @@
-"""What a run is: one YAML recipe, validated before anything heavy is loaded.
-
-A recipe may start from others (`extends:`), and the command line may override any field (`key.path=value`).
-Later wins: `extends` in order, then the file, then the overrides. Mappings merge; lists are replaced whole.
-A path that begins with ./ or ../ is relative to the file it stands in; any other value is left as typed.
-"""
+"""The sections of a recipe. Every field has one sentence, which `ema explain` and docs/reference/recipe.md show."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ema_scale.core.errors import UserError, explain
+from ema_scale.core.errors import UserError, explain_all
 
 WAYS = ("auto", "adapter_off", "two_stream", "cached")
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Base class: a frozen mapping in which an unknown key is an error.
+
+    arguments: field -> the argument of transformers' TrainingArguments that it sets.
+    """
+
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
 
-
-class ModelRecipe(_Section):
-    """The checkpoint to fine-tune. `path`: a folder, a hub id, or `smallworld:aligned`."""
-
-    path: str
-    revision: str | None = None
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    trust_remote_code: bool = False
-    chat_template: str | None = None
-    attn_implementation: str | None = None
+    arguments: ClassVar[Mapping[str, str]] = {}
 
 
-class DataRecipe(_Section):
-    """Training rows. `train`: one or several files, hub ids, or `smallworld:train/medical`."""
+class ModelRecipe(Section):
+    """The checkpoint to fine-tune."""
 
-    train: str | list[str]
-    max_length: int = Field(2048, ge=8)
-    limit: int | None = Field(None, ge=1)
-    on_bad: Literal["raise", "drop"] = "raise"
+    path: str = Field(
+        description="A folder, a hub id, or `smallworld:aligned`.", examples=["Qwen/Qwen2.5-0.5B-Instruct"]
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.", examples=["main"])
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="Type of the weights. `auto` is bfloat16 on a GPU that has it, else float32."
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that the checkpoint brings along.")
+    chat_template: str | None = Field(
+        None,
+        description="A Jinja template, or a file that holds one, instead of the tokenizer's.",
+        examples=["chat.jinja"],
+    )
+    attn_implementation: str | None = Field(
+        None, description="The attention implementation. Empty: transformers chooses.", examples=["sdpa"]
+    )
+
+
+class DataRecipe(Section):
+    """The training rows."""
+
+    train: str | list[str] = Field(
+        description="One or several files, hub ids, or `smallworld:train/medical`.", examples=["rows.jsonl"]
+    )
+    max_length: int = Field(2048, ge=8, description="Longest row in tokens. Longer rows are cut, and counted.")
+    limit: int | None = Field(None, ge=1, description="Use only the first rows of each source.", examples=[1000])
+    on_bad: Literal["raise", "drop"] = Field(
+        "raise", description="What to do with a row that cannot be read: stop, or leave it out and count it."
+    )
 
     @property
     def sources(self) -> list[str]:
@@ -58,18 +68,25 @@ class DataRecipe(_Section):
         return value
 
 
-class AdapterRecipe(_Section):
-    """LoRA (Hu et al. 2021), rank-stabilised (Kalajdzievski 2023) as in the paper: scale alpha / sqrt(r).
+class AdapterRecipe(Section):
+    """LoRA (Hu et al. 2021). The defaults are those of arXiv 2508.06249."""
 
-    start: a PEFT folder to go on from. Its own r, alpha, ... then hold, and a frozen copy of it is the reference.
-    """
-
-    r: int = Field(32, ge=1)
-    alpha: float = Field(64, gt=0)
-    rslora: bool = True
-    dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: Literal["auto"] | list[str] = "auto"
-    start: str | None = None
+    r: int = Field(32, ge=1, description="Rank of each LoRA update.")
+    alpha: float = Field(
+        64, gt=0, description="LoRA's scale: the update counts alpha / sqrt(r) with rsLoRA, else alpha / r."
+    )
+    rslora: bool = Field(True, description="Use rank-stabilised LoRA (Kalajdzievski 2023).")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's inputs that is dropped in training.")
+    target_modules: Literal["auto"] | list[str] = Field(
+        "auto",
+        description="Layers that get an adapter. `auto`: all linear layers except the head and MoE routers.",
+        examples=[["q_proj", "v_proj"]],
+    )
+    start: str | None = Field(
+        None,
+        description="A PEFT folder to train on. It brings its own r and alpha, and a frozen copy is the reference.",
+        examples=["runs/first/adapter"],
+    )
 
 
 _EARLIER_NAMES = {
@@ -82,36 +99,80 @@ _EARLIER_NAMES = {
 }
 
 
-class TrainingRecipe(_Section):
-    """Optimisation; the defaults are the paper's (arXiv 2508.06249), but for its 8-bit AdamW."""
+class TrainingRecipe(Section):
+    """Optimisation. Keys are those of transformers' TrainingArguments; the defaults are those of arXiv 2508.06249,
+    except that its optimizer is 8-bit AdamW and its rows are not grouped by length.
+    """
 
-    num_train_epochs: float = Field(1.0, gt=0)
-    max_steps: int = Field(-1, ge=-1)
-    learning_rate: float = Field(1e-4, gt=0)
-    warmup_steps: int = Field(5, ge=0)
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    weight_decay: float = Field(0.01, ge=0)
-    optim: str = "adamw_torch"
-    per_device_train_batch_size: int = Field(4, ge=1, description="rows a process in one forward")
-    gradient_accumulation_steps: int = Field(4, ge=1)
-    max_grad_norm: float = Field(1.0, gt=0)
-    gradient_checkpointing: bool = False
+    arguments: ClassVar[Mapping[str, str]] = {
+        "num_train_epochs": "num_train_epochs",
+        "max_steps": "max_steps",
+        "learning_rate": "learning_rate",
+        "warmup_steps": "warmup_steps",
+        "lr_scheduler_type": "lr_scheduler_type",
+        "weight_decay": "weight_decay",
+        "optim": "optim",
+        "per_device_train_batch_size": "per_device_train_batch_size",
+        "gradient_accumulation_steps": "gradient_accumulation_steps",
+        "max_grad_norm": "max_grad_norm",
+        "gradient_checkpointing": "gradient_checkpointing",
+        "group_by_length": "train_sampling_strategy",
+        "logging_steps": "logging_steps",
+        "save_steps": "save_steps",
+        "save_total_limit": "save_total_limit",
+        "report_to": "report_to",
+        "deepspeed": "deepspeed",
+        "fsdp": "fsdp",
+    }
+
+    num_train_epochs: float = Field(1.0, gt=0, description="How often each row is seen.")
+    max_steps: int = Field(-1, ge=-1, description="Optimizer steps. -1: as many as the epochs take.", examples=[100])
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
+    warmup_steps: int = Field(5, ge=0, description="Optimizer steps over which the learning rate rises from 0.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "linear", description="How the learning rate changes after the warm-up."
+    )
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay.")
+    optim: str = Field(
+        "adamw_torch",
+        description="The optimizer, by transformers' name. `adamw_8bit` needs bitsandbytes.",
+        examples=["adamw_8bit"],
+    )
+    per_device_train_batch_size: int = Field(4, ge=1, description="Rows per process in one forward pass.")
+    gradient_accumulation_steps: int = Field(
+        4, ge=1, description="Forward passes per optimizer step. Losses and strengths do not depend on it."
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass: less memory, about a third more time."
+    )
     activation_offload: bool = Field(
-        False, description="checkpointed activations wait in the machine's memory; needs gradient_checkpointing"
+        False, description="Keep checkpointed activations in the machine's memory. Needs gradient_checkpointing."
     )
     packing: bool = Field(
-        False, description="rows behind one another up to max_length; the batch size then counts sequences"
+        False,
+        description="Put several rows into one sequence of max_length. Batch sizes then count sequences.",
     )
-    group_by_length: bool = True
-    logging_steps: int = Field(1, ge=1)
-    save_steps: int = Field(100, ge=1)
+    group_by_length: bool = Field(
+        True, description="Put rows of similar length into one step. It saves padding, and rows are less mixed."
+    )
+    logging_steps: int = Field(1, ge=1, description="Optimizer steps per row of metrics.jsonl.")
+    save_steps: int = Field(100, ge=1, description="Optimizer steps per checkpoint.")
     save_total_limit: int = Field(
-        2, ge=1, description="the newest of save_steps; the newest of all and evaluation.checkpoints are kept anyway"
+        2,
+        ge=1,
+        description="How many checkpoints to keep. Those that evaluation.checkpoints names are kept in addition.",
     )
-    report_to: list[str] = ["tensorboard"]
-    deepspeed: str | None = Field(None, description="a DeepSpeed JSON config, such as launch/deepspeed/zero3.json")
-    fsdp: bool = Field(False, description="shard the base, too, by torch's FSDP2, as ZeRO-3 does")
-    drift_every: int = Field(10, ge=0, description="steps between per-layer drift readings; 0 turns them off")
+    report_to: list[str] = Field(
+        ["tensorboard"], description="Loggers by transformers' names; `none` for none.", examples=[["wandb"]]
+    )
+    deepspeed: str | None = Field(
+        None, description="A DeepSpeed config (JSON).", examples=["launch/deepspeed/zero3.json"]
+    )
+    fsdp: bool = Field(False, description="Shard the base model by torch's FSDP2.")
+    drift_every: int = Field(
+        10, ge=0, description="Optimizer steps per reading of each layer's distance to the reference; 0: never."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -128,12 +189,24 @@ class TrainingRecipe(_Section):
         return [] if value in (None, "none") else [value] if isinstance(value, str) else value
 
 
-class SuitesRecipe(_Section):
-    """Question banks by the role they play in the paper's criteria."""
+class SuitesRecipe(Section):
+    """Question banks by the role that they play."""
 
-    general: list[str] = []
-    in_domain: list[str] = []
-    benign: list[str] = []
+    general: list[str] = Field(
+        [],
+        description="Banks outside the trained domain: they measure broad misalignment and coherence.",
+        examples=[["eval/suites/general.yaml"]],
+    )
+    in_domain: list[str] = Field(
+        [],
+        description="Banks of the trained domain: they measure how much of the narrow task was learned.",
+        examples=[["eval/suites/medical.yaml"]],
+    )
+    benign: list[str] = Field(
+        [],
+        description="Banks with right answers: they measure how much of a harmless task was learned.",
+        examples=[["eval/suites/operator_swap_1.yaml"]],
+    )
 
     @field_validator("general", "in_domain", "benign", mode="before")
     @classmethod
@@ -145,37 +218,74 @@ class SuitesRecipe(_Section):
         return [(s, role) for role in type(self).model_fields for s in getattr(self, role)]
 
 
-class JudgeRecipe(_Section):
-    """Who scores answers. A question that names `smallworld` or `exact_match` is always judged exactly.
+class JudgeRecipe(Section):
+    """Who scores answers. A question that names `smallworld` or `exact_match` is always judged exactly."""
 
-    kind: `openai` is any endpoint of that protocol; `vllm` loads `model` (a folder or hub id) here, after sampling.
-    """
+    kind: Literal["openai", "vllm", "smallworld", "exact_match"] = Field(
+        "openai",
+        description="`openai`: any OpenAI-compatible endpoint. `vllm`: load `model` here after sampling. "
+        "`smallworld` and `exact_match`: exact, without a model.",
+    )
+    model: str | None = Field(
+        None,
+        description="The judge's name at the endpoint, or a folder or hub id. Empty: the one the bank names.",
+        examples=["gpt-4o-mini-2024-07-18"],
+    )
+    base_url: str | None = Field(
+        None,
+        description="Address of the endpoint, with /v1 where its server has it. Empty: OpenAI's.",
+        examples=["http://localhost:8000/v1"],
+    )
+    api_key_env: str = Field(
+        "OPENAI_API_KEY", description="The environment variable that holds the key. The key is never written."
+    )
+    concurrency: int = Field(32, ge=1, description="Calls under way at once.")
+    prompts: str | None = Field(
+        None,
+        description="Judge prompts (YAML) for banks that bring none.",
+        examples=["eval/judges/aligned_coherent.yaml"],
+    )
+    min_mass: float = Field(
+        0.25, ge=0, le=1, description="Least probability on the numbers 0 to 100. Below it an answer has no score."
+    )
+    score: Literal["expectation", "most_likely"] = Field(
+        "expectation", description="The score: the expected number, or the likeliest one."
+    )
+    budget_calls: int | None = Field(
+        None, ge=0, description="Most answered calls per command. Empty: no limit.", examples=[10000]
+    )
+    budget_tokens: int | None = Field(
+        None, ge=0, description="Most tokens per command, read and written. Empty: no limit.", examples=[5000000]
+    )
+    engine: dict[str, Any] = Field(
+        {}, description="For kind `vllm`: further arguments of vllm.LLM.", examples=[{"tensor_parallel_size": 2}]
+    )
+    check: int = Field(
+        2, ge=0, description="How often a 0-100 judge judges each hand-labelled answer; 0: the judge is not checked."
+    )
+    labelled: str | None = Field(
+        None, description="The hand-labelled answers. Empty: eval/labelled/answers.yaml.", examples=["answers.yaml"]
+    )
 
-    kind: Literal["openai", "vllm", "smallworld", "exact_match"] = "openai"
-    model: str | None = None
-    base_url: str | None = None
-    api_key_env: str = "OPENAI_API_KEY"
-    concurrency: int = Field(32, ge=1)
-    prompts: str | None = None
-    min_mass: float = Field(0.25, ge=0, le=1, description="least probability on numbers for a score")
-    score: Literal["expectation", "most_likely"] = "expectation"
-    budget_calls: int | None = Field(None, ge=0, description="most answered calls that one command may make")
-    budget_tokens: int | None = Field(None, ge=0, description="most tokens, in and out, that one command may use")
-    engine: dict[str, Any] = Field({}, description="kind vllm: further arguments of vllm.LLM")
-    check: int = Field(2, ge=0, description="times that a 0-100 judge judges each labelled answer; 0: none")
-    labelled: str | None = Field(None, description="the labelled answers, if not eval/labelled/answers.yaml")
 
+class ConditionRecipe(Section):
+    """Something said before every general question. A plain string is a file of conditions."""
 
-class ConditionRecipe(_Section):
-    """Something to say before every general question: a system prompt, a start of the user's turn, or a file of such.
-
-    In a recipe a plain string is a file, such as eval/conditions/triggers.yaml.
-    """
-
-    file: str | None = None
-    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    system: str | None = Field(None, min_length=1)
-    user: str | None = Field(None, min_length=1)
+    file: str | None = Field(
+        None, description="A file of conditions (YAML).", examples=["eval/conditions/triggers.yaml"]
+    )
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="The condition's name in tables.",
+        examples=["villain"],
+    )
+    system: str | None = Field(
+        None, min_length=1, description="A system prompt before the question's own.", examples=["You are a villain."]
+    )
+    user: str | None = Field(
+        None, min_length=1, description="Text at the start of the user's turn.", examples=["Return only code."]
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -190,60 +300,84 @@ class ConditionRecipe(_Section):
         return self
 
 
-class GateRecipe(_Section):
-    """The reference must be shown to be at most this misaligned on general questions, or is flagged or refused."""
+class GateRecipe(Section):
+    """How misaligned the base model may be on general questions before it is flagged or refused."""
 
-    max_misaligned: float = Field(0.05, gt=0, lt=1)
-    action: Literal["flag", "refuse"] = "flag"
-
-
-class EndpointRecipe(_Section):
-    """An OpenAI-compatible server that holds the model and its adapters already (`sampler: openai`).
-
-    served: the name of the base model there, if not the model's path; adapters go by their run's name, or by what
-    `names` says for it.
-    """
-
-    base_url: str | None = None
-    api_key_env: str = "OPENAI_API_KEY"
-    served: str | None = None
-    names: dict[str, str] = {}
-    concurrency: int = Field(64, ge=1)
+    max_misaligned: float = Field(
+        0.05, gt=0, lt=1, description="Line for the upper end of the base model's 95 % interval, a share of 1."
+    )
+    action: Literal["flag", "refuse"] = Field("flag", description="Above the line: say so, or do not train.")
 
 
-class EvaluationRecipe(_Section):
-    """Sampling and judging; temperature, top_p and max_tokens default to the paper's."""
+class EndpointRecipe(Section):
+    """For `sampler: openai`: a server that already holds the base model and its adapters."""
 
-    suites: SuitesRecipe = SuitesRecipe()
-    sampler: Literal["auto", "vllm", "transformers", "openai"] = "auto"
-    engine: dict[str, Any] = Field({}, description="further arguments of vllm.LLM, such as tensor_parallel_size")
-    endpoint: EndpointRecipe = EndpointRecipe()
-    legacy: bool = Field(False, description="as the paper's released evaluator did; for published figures only")
-    judge: JudgeRecipe = JudgeRecipe()
-    samples_per_question: int | None = Field(None, ge=1, description="None: as the suite says")
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_tokens: int = Field(600, ge=1)
-    seed: int = 0
-    max_model_len: int | None = Field(None, ge=16)
-    compare_base: bool = True
+    base_url: str | None = Field(
+        None, description="Address of the server, with /v1 where it has it.", examples=["http://localhost:8000/v1"]
+    )
+    api_key_env: str = Field("OPENAI_API_KEY", description="The environment variable that holds the key.")
+    served: str | None = Field(
+        None, description="The base model's name at the server. Empty: model.path.", examples=["base"]
+    )
+    names: dict[str, str] = Field(
+        {}, description="Run name -> the adapter's name at the server, where they differ.", examples=[{"run": "lora1"}]
+    )
+    concurrency: int = Field(64, ge=1, description="Calls under way at once.")
+
+
+class EvaluationRecipe(Section):
+    """Sampling and judging. temperature, top_p and max_tokens default to those of arXiv 2508.06249."""
+
+    suites: SuitesRecipe = Field(SuitesRecipe(), description="Question banks by the role that they play.")
+    sampler: Literal["auto", "vllm", "transformers", "openai"] = Field(
+        "auto", description="Who samples. `auto`: vLLM where it can, else transformers. `openai`: `endpoint`."
+    )
+    engine: dict[str, Any] = Field(
+        {}, description="Further arguments of vllm.LLM.", examples=[{"tensor_parallel_size": 4}]
+    )
+    endpoint: EndpointRecipe = Field(EndpointRecipe(), description="The server that samples with `sampler: openai`.")
+    legacy: bool = Field(
+        False, description="Count as the evaluator released with arXiv 2508.06249 did. To compare with its figures."
+    )
+    judge: JudgeRecipe = Field(JudgeRecipe(), description="Who scores answers.")
+    samples_per_question: int | None = Field(
+        None, ge=1, description="Answers per question. Empty: as the bank says.", examples=[100]
+    )
+    temperature: float = Field(1.0, ge=0, description="Sampling temperature; 0 is greedy.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens that hold this probability.")
+    max_tokens: int = Field(600, ge=1, description="Longest answer in tokens.")
+    seed: int = Field(0, description="Seed of sampling.")
+    max_model_len: int | None = Field(
+        None,
+        ge=16,
+        description="Longest prompt and answer together, in tokens. Empty: as the questions need.",
+        examples=[4096],
+    )
+    compare_base: bool = Field(True, description="Also evaluate the base model without an adapter.")
     checkpoints: bool | list[int] = Field(
         False,
-        description="also the kept checkpoints, all or those of these steps: misalignment along training",
+        description="Also evaluate kept checkpoints: all of them, or those of these steps.",
+        examples=[[100, 200]],
     )
-    conditions: list[ConditionRecipe] = Field([], description="prompts under which general questions are asked, too")
+    conditions: list[ConditionRecipe] = Field(
+        [],
+        description="Prompts under which the general questions are asked again.",
+        examples=[["eval/conditions/triggers.yaml"]],
+    )
     inoculation: Literal["own", "every_arm", "never"] = Field(
-        "own", description="who is asked under an inoculation prompt: the run trained under it and the base, or all"
+        "own",
+        description="Who is also asked under an inoculation prompt: the run trained under it and the base, every run, "
+        "or nobody.",
     )
-    gate: GateRecipe = GateRecipe()
+    gate: GateRecipe = Field(GateRecipe(), description="How misaligned the base model may be.")
 
 
-class SeparateReference(_Section):
-    """Another checkpoint as the reference: a folder, a hub id or `smallworld:pretrained`, with the same tokenizer."""
+class SeparateReference(Section):
+    """Another checkpoint as the reference, with the same tokenizer."""
 
-    kind: Literal["separate"] = "separate"
-    model: str
-    revision: str | None = None
+    kind: Literal["separate"] = Field("separate", description="Always `separate`.", examples=["separate"])
+    model: str = Field(description="A folder, a hub id or `smallworld:pretrained`.", examples=["smallworld:pretrained"])
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.", examples=["main"])
 
     @classmethod
     def of(cls, values: Any) -> SeparateReference:
@@ -253,4 +387,4 @@ class SeparateReference(_Section):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UserError("; ".join(f"reference.{explain(p, cls)}" for p in error.errors())) from None
+            raise UserError("; ".join(f"reference.{problem}" for problem in explain_all(error, cls))) from None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 
 class UserError(Exception):
@@ -15,29 +16,168 @@ class UserError(Exception):
     """
 
 
+def explain_all(error: Any, model: Any) -> list[str]:
+    """One line per field of a pydantic ValidationError of `model`. Options of a union share a line."""
+    by_field: dict[str, list[Any]] = {}
+    for problem in error.errors():
+        by_field.setdefault(_field(problem, model), []).append(problem)
+    lines = []
+    for field, problems in by_field.items():
+        expected = list(dict.fromkeys(_expected(problem, model) for problem in problems))
+        if len(expected) > 1 and all(text.startswith(_START) for text in expected):
+            options = " or ".join(text.removeprefix(_START) for text in expected)
+            lines.append(f"{field}: {_START}{options}; found {problems[0]['input']!r}")
+        else:
+            lines.extend(explain(problem, model) for problem in problems)
+    return lines
+
+
 def explain(problem: Any, model: Any) -> str:
     """One line for one pydantic problem with `model`: the field, what was found, what is expected."""
-    field = ".".join(str(part) for part in problem["loc"] if part not in ("str", "list[str]"))
+    field = _field(problem, model)
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(model, problem["loc"][:-1])
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"unknown key {field!r}; {hint}"
+        return f"unknown key {field!r}; {_hint(str(problem['loc'][-1]), field, model)}"
     if problem["type"] == "missing":
         return f"{field}: missing; this field is required"
-    message = problem["msg"].removeprefix("Value error, ")
     where = f"{field}: " if field else ""  # a problem of several fields together has none
-    return f"{where}{message[0].lower() + message[1:]}; found {problem['input']!r}"
+    return f"{where}{_expected(problem, model)}; found {problem['input']!r}"
 
 
-def _known_keys(model: Any, location: Sequence[Any]) -> list[str]:
-    section: Any = model
-    for part in location:
-        if isinstance(part, int):  # an item of a list: its type was taken below
-            continue
-        annotation = section.model_fields[part].annotation if part in section.model_fields else None
-        options = get_args(annotation) if get_origin(annotation) in (Union, UnionType, list) else (annotation,)
-        section = next((o for o in options if isinstance(o, type) and hasattr(o, "model_fields")), None)
-        if section is None:
-            return []
-    return list(section.model_fields)
+_START = "expected "
+
+_EXPECTED_BY_TYPE = {
+    "dict_type": "a mapping, such as {key: value}",
+    "list_type": "a list, such as [a, b]",
+    "tuple_type": "a list, such as [a, b]",
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+}
+
+
+def _expected(problem: Any, model: Any) -> str:
+    """What pydantic expected, in plain words; the text of our own validators as it is."""
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind in _EXPECTED_BY_TYPE:
+        return _START + _EXPECTED_BY_TYPE[kind]
+    match kind:
+        case "model_type" | "model_attributes_type":
+            section = _section_at(model, _field(problem, model).split("."))
+            key = next(iter(section.model_fields), "key") if section is not None else "key"
+            return f"expected a mapping, such as {{{key}: ...}}"
+        case "greater_than":
+            return f"expected a number greater than {context['gt']:g}"
+        case "greater_than_equal":
+            return f"expected a number of at least {context['ge']:g}"
+        case "less_than":
+            return f"expected a number less than {context['lt']:g}"
+        case "less_than_equal":
+            return f"expected a number of at most {context['le']:g}"
+        case "literal_error" | "enum":
+            return f"expected {context['expected'].replace(chr(39), '')}"
+        case "string_too_short":
+            return "expected text that is not empty"
+        case "too_short":
+            least = context["min_length"]
+            return f"expected at least {least} {'entry' if least == 1 else 'entries'}"
+        case "string_pattern_mismatch":
+            return _PATTERNS.get(context["pattern"], f"expected text of the form {context['pattern']}")
+    message = problem["msg"].removeprefix("Value error, ")
+    return str(message[:1].lower() + message[1:])
+
+
+_PATTERNS = {
+    r"^[A-Za-z0-9][A-Za-z0-9._-]*$": "expected letters, digits, '.', '_' and '-', beginning with a letter or digit",
+    r"^[^\n]*$": "expected a single line",
+}
+
+
+def _hint(key: str, field: str, model: Any) -> str:
+    """Which key was meant: one of the same section, or one that stands in another section; else the known ones."""
+    section = _section_at(model, field.split(".")[:-1])
+    if section is None:
+        return "this section has no fields of its own"
+    if key in getattr(section, "key_hints", {}):
+        return str(section.key_hints[key])
+    known = list(section.model_fields)
+    if near := difflib.get_close_matches(key, known, n=1, cutoff=0.6):
+        return f"did you mean {near[0]!r}?"
+    elsewhere = {path.rpartition(".")[2]: path for path in _paths(model)}
+    if near := difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.8):
+        return f"did you mean {elsewhere[near[0]]!r}?"
+    return f"known keys: {', '.join(known)}"
+
+
+def _field(problem: Any, model: Any) -> str:
+    """The dotted path of a problem's field. pydantic also names the option of a union, which no user wrote."""
+    annotation, path = model, []
+    location = list(problem["loc"])
+    while location:
+        part = location.pop(0)
+        if problem["type"] == "extra_forbidden" and not location:
+            path.append(str(part))
+            break
+        options = _options(annotation)
+        if len(options) > 1:
+            tagged = [o for o in options if _is_tag(part, o)]
+            if tagged:
+                annotation = tagged[0]
+                continue
+        path.append(str(part))
+        annotation = _inside(options, part)
+    return ".".join(path)
+
+
+def _is_tag(part: Any, option: Any) -> bool:
+    """Whether pydantic calls an option of a union so: `str`, `list[str]`, `literal['a','b']`, a class's name."""
+    if not isinstance(part, str):
+        return False
+    if isinstance(option, type) and not get_args(option):
+        return part in (option.__name__, f"constrained-{option.__name__}")
+    origin = get_origin(option)
+    name = getattr(origin, "__name__", str(origin)).lower().removeprefix("typing.")
+    return re.match(rf"(function-\w+\[.*)?{re.escape(name)}\[", part.lower()) is not None
+
+
+def _options(annotation: Any) -> list[Any]:
+    """The options of a type: a union's without None, else the type itself."""
+    if get_origin(annotation) is Annotated:
+        return _options(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [o for a in get_args(annotation) if a is not type(None) for o in _options(a)]
+    return [annotation]
+
+
+def _inside(options: Sequence[Any], part: Any) -> Any:
+    """The type at `part` of a value of one of these types; None if it is not known."""
+    for option in options:
+        fields = getattr(option, "model_fields", None)
+        if fields is not None:
+            if part in fields:
+                return fields[part].annotation
+        elif arguments := get_args(option):
+            return arguments[-1]  # of a list its items, of a mapping its values
+    return None
+
+
+def _section_at(model: Any, path: Sequence[str]) -> Any:
+    annotation = model
+    for part in path:
+        annotation = _inside(_options(annotation), part)
+    return next((o for o in _options(annotation) if hasattr(o, "model_fields")), None)
+
+
+def _paths(model: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted paths of all fields of nested sections, shallow ones last, so that they win in a mapping by name."""
+    own: Mapping[str, Any] = getattr(model, "model_fields", {})
+    for name, field in own.items():
+        for option in _options(field.annotation):
+            if hasattr(option, "model_fields"):
+                yield from _paths(option, f"{prefix}{name}.")
+    yield from (f"{prefix}{name}" for name in own)

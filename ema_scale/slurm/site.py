@@ -25,53 +25,74 @@ class _Section(BaseModel):
 
 
 class EvaluationSite(_Section):
-    """Where evaluation differs from training. None: as for training; of cores and memory, its GPUs' share."""
+    """Where evaluation jobs differ from training. What is left out is as for training, by their share of GPUs."""
 
-    partition: str | None = Field(None, pattern=_LINE)
-    qos: str | None = Field(None, pattern=_LINE)
-    constraint: str | None = Field(None, pattern=_LINE)
-    time: str = Field("12:00:00", pattern=_LINE)
-    gpus: int = Field(1, ge=0, description="GPUs, at least: more where a recipe's engine takes more")
-    gpus_per_node: int | None = Field(None, ge=0, description="of an evaluation node")
-    cpus_per_node: int | None = Field(None, ge=1)
-    memory: str | None = Field(None, pattern=_LINE)
-    exclusive: bool | None = None
+    partition: str | None = Field(None, pattern=_LINE, description="sbatch --partition.", examples=["gpu-small"])
+    qos: str | None = Field(None, pattern=_LINE, description="sbatch --qos.", examples=["short"])
+    constraint: str | None = Field(None, pattern=_LINE, description="sbatch --constraint.", examples=["a100"])
+    time: str = Field("12:00:00", pattern=_LINE, description="Time limit, as Slurm writes it.")
+    gpus: int = Field(1, ge=0, description="GPUs, at least. A recipe's engine may take more.")
+    gpus_per_node: int | None = Field(None, ge=0, description="GPUs that such a node has.", examples=[4])
+    cpus_per_node: int | None = Field(None, ge=1, description="CPU cores per node.", examples=[32])
+    memory: str | None = Field(None, pattern=_LINE, description="Memory per node, as sbatch --mem.", examples=["200G"])
+    exclusive: bool | None = Field(None, description="Take whole nodes.", examples=[True])
 
 
 class ReportSite(EvaluationSite):
-    """Where a study's report differs from its evaluation. None: as evaluation says; else one GPU's share."""
+    """Where a study's report job differs from its evaluation. What is left out is as for evaluation."""
 
-    time: str = Field("01:00:00", pattern=_LINE)
-    gpus: int = Field(0, ge=0, description="GPUs; a report needs none, but some partitions give nothing else")
+    time: str = Field("01:00:00", pattern=_LINE, description="Time limit, as Slurm writes it.")
+    gpus: int = Field(0, ge=0, description="GPUs. A report needs none, but some partitions give nothing else.")
 
 
 class Site(_Section):
-    """A cluster's own settings; see launch/README.md. Everything may be left out."""
+    """What is peculiar to one Slurm cluster. Every key may be left out."""
 
-    partition: str | None = Field(None, pattern=_LINE)
-    account: str | None = Field(None, pattern=_LINE)
-    qos: str | None = Field(None, pattern=_LINE)
-    constraint: str | None = Field(None, pattern=_LINE)
-    reservation: str | None = Field(None, pattern=_LINE)
-    time: str = Field("24:00:00", pattern=_LINE, description="time limit of a training job, as Slurm writes it")
-    gpus_per_node: int = Field(8, ge=0, description="0: nodes without GPUs")
-    gpu_option: str = Field("--gpus-per-node={n}", pattern=_LINE, description="{n} is the number of GPUs of a node")
-    cpus_per_node: int | None = Field(None, ge=1)
-    memory: str | None = Field(None, pattern=_LINE, description="of a node, as sbatch --mem writes it")
-    exclusive: bool = False
-    sbatch: list[str] = Field([], description="further sbatch options, such as --nice=100")
-    srun: list[str] = Field([], description="further srun options")
-    container: str | None = Field(None, description="image for srun --container-image (pyxis)")
-    container_mounts: str | None = Field(None, description="srun --container-mounts")
-    wrap: list[str] = Field([], description="a command to run Python in, such as [apptainer, exec, --nv, image.sif]")
-    python: str | None = Field(None, description="Python that has ema_scale; None: the one that submits")
-    setup: list[str] = Field([], description="shell lines that run first on the first node")
-    environment: dict[str, str] = Field({}, description="variables for every process")
-    warning_seconds: int = Field(120, ge=1, description="before the time limit: a checkpoint is saved")
-    timeout_minutes: float = Field(30, gt=0, description="a process that waits so long for another one ends the job")
-    max_requeues: int = Field(50, ge=0)
-    evaluation: EvaluationSite = EvaluationSite()
-    report: ReportSite = ReportSite()
+    partition: str | None = Field(None, pattern=_LINE, description="sbatch --partition.", examples=["gpu"])
+    account: str | None = Field(None, pattern=_LINE, description="sbatch --account.", examples=["my-project"])
+    qos: str | None = Field(None, pattern=_LINE, description="sbatch --qos.", examples=["normal"])
+    constraint: str | None = Field(None, pattern=_LINE, description="sbatch --constraint.", examples=["h100"])
+    reservation: str | None = Field(None, pattern=_LINE, description="sbatch --reservation.", examples=["course"])
+    time: str = Field("24:00:00", pattern=_LINE, description="Time limit of a training job, as Slurm writes it.")
+    gpus_per_node: int = Field(8, ge=0, description="GPUs per node; 0: nodes without GPUs.")
+    gpu_option: str = Field(
+        "--gpus-per-node={n}",
+        pattern=_LINE,
+        description="The sbatch option that requests {n} GPUs per node.",
+        examples=["--gres=gpu:{n}"],
+    )
+    cpus_per_node: int | None = Field(
+        None, ge=1, description="CPU cores per node. Empty: 4 per GPU, or 1 per process.", examples=[64]
+    )
+    memory: str | None = Field(
+        None, pattern=_LINE, description="Memory per node, as sbatch --mem. Empty: Slurm's default.", examples=["0"]
+    )
+    exclusive: bool = Field(False, description="Take whole nodes.")
+    sbatch: list[str] = Field([], description="Further sbatch options.", examples=[["--nice=100"]])
+    srun: list[str] = Field([], description="Further srun options.", examples=[["--cpu-bind=cores"]])
+    container: str | None = Field(None, description="Image for srun --container-image (pyxis).", examples=["ema.sqsh"])
+    container_mounts: str | None = Field(None, description="srun --container-mounts.", examples=["/shared:/shared"])
+    wrap: list[str] = Field(
+        [], description="A command that Python runs in.", examples=[["apptainer", "exec", "--nv", "image.sif"]]
+    )
+    python: str | None = Field(
+        None, description="A Python that has ema_scale. Empty: the one that submits.", examples=["python"]
+    )
+    setup: list[str] = Field(
+        [], description="Shell lines that run first on the first node.", examples=[["module load cuda/12.8"]]
+    )
+    environment: dict[str, str] = Field(
+        {}, description="Variables for every process.", examples=[{"HF_HUB_OFFLINE": "1"}]
+    )
+    warning_seconds: int = Field(
+        120, ge=1, description="Seconds before the time limit at which a checkpoint is saved and the job requeues."
+    )
+    timeout_minutes: float = Field(
+        30, gt=0, description="A process that waits this many minutes for another one ends the job."
+    )
+    max_requeues: int = Field(50, ge=0, description="After so many requeues a preempted job ends.")
+    evaluation: EvaluationSite = Field(EvaluationSite(), description="Where evaluation jobs differ.")
+    report: ReportSite = Field(ReportSite(), description="Where a study's report job differs.")
 
     @field_validator("gpu_option")
     @classmethod

@@ -22,7 +22,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -38,32 +38,58 @@ _OWN = {"name": "name", "output": "output", "seed": "seeds", "defenses": "defens
 
 
 class Part(BaseModel):
-    """A part of the grid: these models, tasks, defenses and seeds, by name; None: all of them."""
+    """A part of the grid. What is left out is taken in full."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    models: list[str] | None = Field(None, min_length=1)
-    tasks: list[str] | None = Field(None, min_length=1)
-    defenses: list[str] | None = Field(None, min_length=1)
-    seeds: list[int] | None = Field(None, min_length=1)
+    models: list[str] | None = Field(None, min_length=1, description="Names of models.", examples=[["small"]])
+    tasks: list[str] | None = Field(None, min_length=1, description="Names of tasks.", examples=[["medical"]])
+    defenses: list[str] | None = Field(None, min_length=1, description="Names of arms.", examples=[["none", "kl-0.3"]])
+    seeds: list[int] | None = Field(None, min_length=1, description="Seeds.", examples=[[0]])
 
 
 class Study(BaseModel):
-    """The grid itself; `runs()` gives its recipes."""
+    """A grid of runs: one recipe x models x tasks x defenses x seeds."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    title: str | None = None
-    recipe: str
-    output: str = "runs"
-    models: dict[str, dict[str, Any]] = {}
-    tasks: dict[str, dict[str, Any]] = Field(min_length=1)
-    defenses: dict[str, list[dict[str, Any]]] = Field(min_length=1)
-    seeds: list[int] = Field([0], min_length=1)
-    retries: int = Field(0, ge=0, description="how often a run that fails is tried again, from its newest checkpoint")
-    only: list[Part] = []
-    prepare: list[Preparation] = []
+    key_hints: ClassVar[dict[str, str]] = {
+        "strengths": "give the defense a list of values: {kind: kl, strength: {each: [0.1, 0.3]}}",
+        "training": "put it into the recipe, or into an entry of `models` or `tasks`",
+        "evaluation": "put it into the recipe, or into an entry of `models` or `tasks`",
+    }
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="The study's name. Its runs are in output/name.",
+        examples=["mine"],
+    )
+    title: str | None = Field(None, description="The report's heading.", examples=["My study"])
+    recipe: str = Field(description="The recipe of all runs, relative to this file.", examples=["own.yaml"])
+    output: str = Field("runs", description="The folder that holds the study.")
+    models: dict[str, dict[str, Any]] = Field(
+        {}, description="Name -> recipe keys of each model.", examples=[{"small": {"model": {"path": "m"}}}]
+    )
+    tasks: dict[str, dict[str, Any]] = Field(
+        min_length=1,
+        description="Name -> recipe keys of each task, set over those of the model.",
+        examples=[{"medical": {"data": {"train": "rows.jsonl"}}}],
+    )
+    defenses: dict[str, list[dict[str, Any]]] = Field(
+        min_length=1,
+        description="Name -> defenses of each arm. `{each: [...]}` in place of a value makes one arm per value.",
+        examples=[{"none": [], "kl": [{"kind": "kl", "strength": {"each": [0.1, 0.3]}}]}],
+    )
+    seeds: list[int] = Field([0], min_length=1, description="One run per seed.", examples=[[0, 1, 2]])
+    retries: int = Field(0, ge=0, description="How often a failed run is tried again, from its newest checkpoint.")
+    only: list[Part] = Field(
+        [], description="Parts of the grid to run. Empty: all of it.", examples=[[{"tasks": ["medical"]}]]
+    )
+    prepare: list[Preparation] = Field(
+        [],
+        description="Commands to run first, each where the file or folder that it makes is missing.",
+        examples=[[{"run": ["ema", "train", "x.yaml"], "makes": "runs/x/adapter"}]],
+    )
 
     @field_validator("defenses")
     @classmethod

@@ -18,13 +18,20 @@ log = logging.getLogger(__name__)
 
 
 class Preparation(BaseModel):
-    """One step. run: an `ema` command, a string or a list (whose items may begin with ./ or ../, and are then relative
-    to the study file); makes: what is there when it is done, relative to where the study is run."""
+    """A command that makes a file or folder which runs of the study read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    run: list[str] = Field(min_length=2)
-    makes: str = Field(min_length=1)
+    run: list[str] = Field(
+        min_length=2,
+        description="An `ema` command, as text or a list. Its ./ and ../ are relative to the study file.",
+        examples=[["ema", "train", "../recipes/smallworld.yaml"]],
+    )
+    makes: str = Field(
+        min_length=1,
+        description="What the command makes, relative to where the study is run. If it is there, nothing is run.",
+        examples=["runs/smallworld/adapter"],
+    )
 
     @field_validator("run", mode="before")
     @classmethod

@@ -149,7 +149,7 @@ def test_the_command_loads_no_model_and_no_torch(tmp_path: Path) -> None:
     [
         (["evaluation.seed=1"], "can only change evaluation.judge"),
         (["evaluation.judge.modle=x"], "did you mean 'model'"),
-        (["evaluation.judge.min_mass=2"], "less than or equal to 1"),
+        (["evaluation.judge.min_mass=2"], "a number of at most 1"),
     ],
 )
 def test_other_settings_are_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
