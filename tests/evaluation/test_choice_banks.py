@@ -156,7 +156,7 @@ def null_errors(labels: np.ndarray, questions: np.ndarray) -> tuple[float, float
 
 
 def leaks(groups: list[tuple[list[str], list[str]]]) -> dict[str, float]:
-    """The features that tell the labels apart: an AUC off 0.5 by more than two standard errors, or by more than the cap.
+    """The features that tell the labels apart: an AUC off 0.5 by more than two standard errors or by more than a cap.
 
     Two standard errors are 0.118 over all answers and 0.132 within questions for 24 questions of 2 + 2 answers, 0.057
     and 0.063 for 104, 0.039 and 0.043 for 224. The caps, 0.08 and 0.10, are what small banks are held to.
