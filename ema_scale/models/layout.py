@@ -30,13 +30,15 @@ _INITS_THAT_CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 @dataclass(frozen=True)
 class ModelLayout:
     """core: the causal LM inside PEFT; backbone: it without its head; layers: the decoder layers, in order;
-    tuners: modules that carry adapters; frozen_adapter: the adapter that is the reference, None for the base."""
+    tuners: modules that carry adapters; frozen_adapter: the adapter that is the reference, None for the base; model:
+    what holds all of it, PEFT's wrapper included."""
 
     core: Any
     backbone: nn.Module
     layers: list[nn.Module]
     tuners: list[Any]
     frozen_adapter: str | None = None
+    model: Any = None
 
     @classmethod
     def of(cls, model: Any, *, adapters: bool = True) -> ModelLayout:
@@ -58,7 +60,7 @@ class ModelLayout:
         # PEFT's layers and its wrappers of fully trained modules share this switch.
         tuners = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
         kept = FROZEN_ADAPTER if FROZEN_ADAPTER in getattr(model, "peft_config", {}) else None
-        anatomy = cls(core, backbone, decoder_layers(core), tuners, kept)
+        anatomy = cls(core, backbone, decoder_layers(core), tuners, kept, model)
         if adapters:
             anatomy._check_shared(head)
             anatomy._check_switchable(model)

@@ -144,7 +144,8 @@ class DefendedForward:
         heads = [self.anatomy] if other is self.anatomy else [self.anatomy, other]
         # Looked up here and kept nowhere: FSDP2 replaces parameters, and an old one would hold the file it was read
         # from in memory.
-        with gathered([p for anatomy in heads for p in anatomy.head_parameters]):
+        parameters = [p for anatomy in heads for p in anatomy.head_parameters]
+        with gathered(parameters, models=[anatomy.model for anatomy in heads]):
             head = self.anatomy.head()
             reference_head = head if other is self.anatomy else other.head()
             for (logits, hidden, name), used in zip(expected or (), (head, reference_head), strict=False):
