@@ -28,6 +28,7 @@ class ModelLayout:
     layers: the decoder layers, in order.
     tuners: modules that carry adapters.
     frozen_adapter: the adapter that is the reference; None: the base model is.
+    model: what holds all of it, PEFT's wrapper included.
     """
 
     core: Any
@@ -35,6 +36,7 @@ class ModelLayout:
     layers: list[nn.Module]
     tuners: list[Any]
     frozen_adapter: str | None = None
+    model: Any = None
 
     @classmethod
     def of(cls, model: Any, *, adapters: bool = True) -> ModelLayout:
@@ -58,7 +60,7 @@ class ModelLayout:
         # PEFT's layers and its wrappers of fully trained modules share this switch.
         tuners = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
         frozen_adapter = FROZEN_ADAPTER if FROZEN_ADAPTER in getattr(model, "peft_config", {}) else None
-        layout = cls(core, backbone, decoder_layers(core), tuners, frozen_adapter)
+        layout = cls(core, backbone, decoder_layers(core), tuners, frozen_adapter, model)
         if adapters:
             layout._check_shared(head)
             layout._check_switchable(model)

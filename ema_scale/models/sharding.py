@@ -35,16 +35,39 @@ def full_shape(parameter: Any) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def gathered(parameters: Sequence[Any], *, write: bool = False) -> contextlib.AbstractContextManager[Any]:
+def gathered(
+    parameters: Sequence[Any], *, write: bool = False, models: Sequence[Any] = ()
+) -> contextlib.AbstractContextManager[Any]:
     """Inside, `full_tensor` gives each of the parameters in full. A collective.
 
-    write: every process writes the same values into them. A DTensor takes values by `shard_like` and does not need it.
+    Args:
+        parameters: of any of the models.
+        write: every process writes the same values into them. A DTensor takes values by `shard_like` and does not
+            need it.
+        models: inside a step, the models that DeepSpeed has prepared; it may be fetching their parameters ahead.
     """
     if not any(under_zero3(p) for p in parameters):
         return contextlib.nullcontext()
     import deepspeed
 
+    for model in models:
+        _wait_for(parameters, model)
     return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if write else None)
+
+
+def _wait_for(parameters: Sequence[Any], model: Any) -> None:
+    """Have those of the parameters arrive that ZeRO-3 has fetched ahead. GatheredParameters takes what is on its way
+    for gathered, and fails when it gives it back.
+
+    The order in which ZeRO-3 fetches is that of the last step's modules. The first step also runs what checks the model
+    once, its head included.
+    """
+    on_its_way = getattr(model, "ds_inflight_param_registry", {})
+    waited = [on_its_way.pop(p).wait() for p in parameters if p in on_its_way]
+    if waited:
+        from deepspeed.accelerator import get_accelerator
+
+        get_accelerator().synchronize()  # it was copied on another stream
 
 
 def full_tensor(tensor: Any) -> Tensor:

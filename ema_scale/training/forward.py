@@ -147,7 +147,8 @@ class DefendedForward:
         ]
         # The heads are looked up here and kept nowhere: FSDP2 replaces parameters, and an old one would hold the file
         # that it was read from in memory.
-        with gathered([p for layout in layouts for p in layout.head_parameters]):
+        parameters = [p for layout in layouts for p in layout.head_parameters]
+        with gathered(parameters, models=[layout.model for layout in layouts]):
             head = self.layout.head()
             reference_head = head if ref_layout is self.layout else ref_layout.head()
             for own, used in zip(own_logits or (), (head, reference_head), strict=False):

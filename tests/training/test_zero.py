@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.training_ways import Task
+from benchmarks.training_ways import train as bench_train
 from safetensors.torch import load_file
 
 from ema_scale.config.sections import SeparateReference
@@ -209,6 +211,31 @@ def test_zero3_on_two_processes_equals_one_process(world, one_process, tmp_path)
 
     alone = recipe_of(world, tmp_path, "alone", per_device_train_batch_size=2, gradient_accumulation_steps=2, **SHARED)
     assert_same_run(one_process, train(alone, continued(run, alone)))
+
+
+AHEAD = """
+import json, sys
+from ema_scale.bench.random_model import random_base
+from ema_scale.bench.training_ways import PLAIN, TWO, Task, train
+from ema_scale.training.distributed import prepare_environment
+
+config, model, out = sys.argv[1:]
+task = Task(layers=2, rows=1, length=16, steps=2, saved=model, deepspeed=config)
+random_base(task.fields, task.dtype, "cpu").save_pretrained(model)
+prepare_environment(config)
+json.dump({way: train(way, task).losses for way in (PLAIN, TWO)}, open(out, "w"))
+"""
+
+
+def test_zero3_that_fetches_ahead_trains_on_the_same_losses(tmp_path):
+    """With the config for GPUs, which one CPU process can run, too: in the second step ZeRO-3 fetches ahead what the
+    first step's checks have run, and so the head, just before the loss gathers it."""
+    paths = [str(tmp_path / name) for name in ("model", "losses.json")]
+    run_command([sys.executable, "-c", AHEAD, str(ROOT / "launch/deepspeed/zero3.json"), *paths])
+    found = json.loads(Path(paths[1]).read_text())
+    for way, losses in found.items():
+        alone = bench_train(way, Task(layers=2, rows=1, length=16, steps=2, saved=paths[0])).losses
+        assert losses == pytest.approx(alone, rel=1e-5), way
 
 
 LOADED = """
