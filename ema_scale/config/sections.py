@@ -45,6 +45,14 @@ class DataRecipe(_Section):
     max_length: int = Field(2048, ge=8)
     limit: int | None = Field(None, ge=1)
     on_bad: Literal["raise", "drop"] = "raise"
+    learn: Literal["all", "last", "marked"] = Field(
+        "all",
+        description="assistant turns to learn: all but those that the rows mark otherwise (weight: 0, train: false), "
+        "the last of each row, or those that the rows mark (weight: 1, train: true)",
+    )
+    columns: dict[str, str | None] = Field(
+        {}, description="names of the rows' columns -> names that are known, such as prompt; null: pass over a column"
+    )
 
     @property
     def sources(self) -> list[str]:

@@ -7,12 +7,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
+from datetime import date as Date
 from pathlib import Path
 from typing import Any
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import file_sha256
 from ema_scale.data.packing import LENGTHS, is_packed, pack, tags_of
+from ema_scale.data.report import TokenReport
 from ema_scale.data.rows import LEARNED, Row, Rows, load_rows
 from ema_scale.data.tokens import tokenize_rows
 from ema_scale.defenses.base import Defense, RowsContext
@@ -33,6 +35,12 @@ class DataReport:
     def to_dict(self) -> dict[str, Any]:
         return {"schema": 1, **asdict(self)}
 
+    def lines(self) -> list[str]:
+        """What is learned, what was cut or dropped and why, and what was changed: one line each."""
+        known = TokenReport(rows=sum(self.rows.values())).to_dict()
+        report = TokenReport(**{**known, **{k: v for k, v in self.tokens.items() if k in known}})
+        return report.lines([one["reason"] for one in self.dropped if "reason" in one])
+
 
 def prepare_data(
     source: Any,
@@ -44,13 +52,15 @@ def prepare_data(
     seed: int = 0,
     on_bad: str = "raise",
     token_cache: Path | None = None,
+    date: Date | None = None,
 ) -> tuple[Any, DataReport]:
     """A `datasets.Dataset` with input_ids, labels, length and tag (packed: see `packing.join`), and the report.
 
     source: Rows, a sequence of Row or of {"messages": [...]}, a Dataset with a `messages` column, or a Dataset (or
     list) already tokenized: input_ids and labels, or TRL's masks in place of labels; padding, known by an
     attention_mask, is cut off. max_length: None: rows are not cut; those that are packed already never are.
-    token_cache: a folder where runs share what they have tokenized. Raises UserError if nothing is left to train on,
+    token_cache: a folder where runs share what they have tokenized. date: what a chat template that writes the date is
+    told; default: today. Raises UserError if nothing is left to train on,
     or a defense wants to mix rows into tokenized data.
     """
     from datasets import Dataset
@@ -65,16 +75,22 @@ def prepare_data(
     else:
         rows = load_rows(source if isinstance(source, str) else list(source), on_bad=on_bad)  # type: ignore[arg-type]
     context = RowsContext(seed=seed, on_bad=on_bad, hashes=hash_files(defenses))  # type: ignore[arg-type]
-    context.task = frozenset(getattr(rows, "sha256", "").split(",")) - {""}
+    context.task = frozenset(getattr(rows, "hashes", {}).values())
     dropped = list(getattr(rows, "dropped", ()))
     rows = RowGroups.of(defenses).rows(rows, context)
     tokenized = tokenize_rows(
-        rows, tokenizer, max_length=max_length, template=bool(on_template(defenses)), cache=token_cache
+        rows,
+        tokenizer,
+        max_length=max_length,
+        template=bool(on_template(defenses)),
+        cache=token_cache,
+        on_bad=on_bad,  # type: ignore[arg-type]
+        date=date,
     )
     report = DataReport(
         rows=dict(Counter(tokenized.dataset["tag"])),
         tokens=_plain(tokenized.report),
-        dropped=[_plain(d) for d in [*dropped, *context.dropped]],
+        dropped=[_plain(d) for d in [*dropped, *context.dropped, *tokenized.dropped]],
         notes=context.notes,
         hashes=context.hashes,
     )

@@ -15,6 +15,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date as Date
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
     of `args` if it is TRL's SFTConfig, else 2048 and no packing. drift_every: steps between readings of the distance to
     the reference (0: none); a reading runs the reference, also where no defense does. reference_runs: how many
     trainings read these rows' reference, this one included, and can share a cache of it. token_cache: a folder in which
-    trainings find what others have tokenized. Everything else is transformers.Trainer's.
+    trainings find what others have tokenized. template_date: what a chat template that writes dates is told; default:
+    today. Everything else is transformers.Trainer's.
 
     Raises UserError for what cannot be trained rightly: see `Anatomy.of`, `data.prepare`, `check_world` and
     `arguments`.
@@ -85,6 +87,7 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
         reference_runs: int = 1,
         on_bad: str = "raise",
         token_cache: Path | None = None,
+        template_date: Date | None = None,
         **kwargs: Any,
     ) -> None:
         args = check_arguments(args, train_dataset=train_dataset, **kwargs)
@@ -103,6 +106,7 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
             "seed": args.seed,
             "on_bad": on_bad,
             "token_cache": token_cache,
+            "date": template_date,
         }
         if train_dataset is not None:
             packing = getattr(args, "packing", False) if packing is None else packing
