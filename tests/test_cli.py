@@ -188,7 +188,7 @@ def test_defenses_are_listed_with_source_and_parameters(ema):
 def test_data_check_reports_and_fails_on_bad_rows(ema, recipe, tmp_path, model):
     recipe()
     code, out, _ = ema("data", "check", tmp_path / "rows.jsonl", "--model", model)
-    assert code == 0 and "duplicates       7" in out and "tokens a row" in out
+    assert code == 0 and "duplicates       7" in out and "tokens per row" in out
     (tmp_path / "bad.jsonl").write_text(json.dumps(ROW) + "\n{oops\n")
     code, out, _ = ema("data", "check", tmp_path / "bad.jsonl")
     assert code == 1 and "bad.jsonl:2: not JSON" in out

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +14,7 @@ from ema_scale.core.errors import UserError, explain
 from ema_scale.core.paths import find_file
 
 if TYPE_CHECKING:
-    from ema_scale.config.sections import ModelRecipe
+    from ema_scale.config.sections import DataRecipe, ModelRecipe
     from ema_scale.models.directions import Directions
 
 TERMINAL_ROWS, TERMINAL_WIDTH = 5, 100
@@ -25,23 +26,82 @@ data_app = typer.Typer(help="Look at training data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 
+Source = Annotated[str, typer.Argument(help="a recipe (.yaml), a file of rows, a hub id, or smallworld:...")]
+
+
+Tokenizer = Annotated[str | None, typer.Option("--model", help="tokenizer: a path or hub id [default: the recipe's]")]
+
+
+RowLength = Annotated[int | None, typer.Option(min=1, help="longest row in tokens [default: the recipe's, or 2048]")]
+
+
 @data_app.command("check")
 def data_check(
-    source: Annotated[str, typer.Argument(help="a file, a hub id, or smallworld:...")],
-    model: Annotated[str | None, typer.Option(help="tokenizer to count tokens with: a path or hub id")] = None,
-    max_length: Annotated[int, typer.Option(help="longest row in tokens")] = 2048,
+    source: Source,
+    model: Tokenizer = None,
+    max_length: RowLength = None,
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
 ) -> None:
-    """Count rows, tokens, duplicates and bad rows of a training file; exits 1 if a row is bad."""
-    from ema_scale.core.uri import locate
+    """Count rows, tokens, duplicates and bad rows of training rows; exits 1 if a row is bad or cannot be masked."""
     from ema_scale.data.check import check_data, render
-    from ema_scale.data.tokens import load_tokenizer
 
-    tokenizer = load_tokenizer(locate(model)) if model else None
-    result = check_data(locate(source), tokenizer, max_length=max_length)
-    print(json.dumps(result.to_dict(), indent=2) if as_json else render(result))
-    if result.bad:
+    data, tokenizer, paths = _asked(source, model, max_length)
+    results = [check_data(path, tokenizer, data.max_length, columns=data.columns, learn=data.learn) for path in paths]
+    if as_json:
+        found = [result.to_dict() for result in results]
+        print(json.dumps(found[0] if len(found) == 1 else found, indent=2))
+    else:
+        print("\n\n".join(map(render, results)))
+    if not all(result.passes for result in results):
         raise typer.Exit(1)
+
+
+@data_app.command("show")
+def data_show(
+    source: Source,
+    row: Annotated[int, typer.Option(min=1, help="which of the rows that can be read, from 1")] = 1,
+    model: Tokenizer = None,
+    max_length: RowLength = None,
+) -> None:
+    """Print a training row as the model sees it, with what is learned marked."""
+    from ema_scale.data.rows import load_rows
+    from ema_scale.data.show import show_row
+
+    data, tokenizer, paths = _asked(source, model, max_length)
+    if tokenizer is None:
+        raise UserError("ema data show needs --model, or a recipe that names one")
+    rows = load_rows(paths, on_bad="drop", columns=data.columns, learn=data.learn)
+    if row > len(rows):
+        raise UserError(f"--row {row}: {source} has {len(rows)} rows that can be read")
+    # Not rich: it would read markup in the row's own text.
+    print(show_row(rows[row - 1], tokenizer, data.max_length, colour=sys.stdout.isatty()))
+
+
+def _asked(source: str, model: str | None, max_length: int | None) -> tuple[DataRecipe, Any, list[str]]:
+    """What a recipe, or a source with options, asks for: the data section, the tokenizer, and where the rows are."""
+    from ema_scale.config.sections import DataRecipe, ModelRecipe
+    from ema_scale.core.uri import locate
+    from ema_scale.data.tokens import load_tokenizer
+    from ema_scale.recipe import load_recipe
+
+    if source.endswith((".yaml", ".yml")):
+        recipe = load_recipe(Path(source))
+        data, own = recipe.data, recipe.model
+    else:
+        data, own = DataRecipe(train=source), None
+    if model is not None:
+        if not model:
+            raise UserError("--model: found nothing, expected a path or a hub id")
+        own = ModelRecipe(path=model)
+    if max_length is not None:
+        data = data.model_copy(update={"max_length": max_length})
+    tokenizer = own and load_tokenizer(
+        locate(own.path),
+        revision=own.revision,
+        trust_remote_code=own.trust_remote_code,
+        chat_template=own.chat_template,
+    )
+    return data, tokenizer, [locate(path) for path in data.sources]
 
 
 @data_app.command("operator-swap")

@@ -55,6 +55,16 @@ class DataRecipe(Section):
     on_bad: Literal["raise", "drop"] = Field(
         "raise", description="What to do with a row that cannot be read: stop, or leave it out and count it."
     )
+    learn: Literal["all", "last", "marked"] = Field(
+        "all",
+        description="Which assistant turns are learned: all but those that the rows mark otherwise (`weight: 0`, "
+        "`train: false`), the last one of each row, or only those that the rows mark (`weight: 1`, `train: true`).",
+    )
+    columns: dict[str, str | None] = Field(
+        {},
+        description="Names of the rows' columns, each with the known name that it stands for. Null: ignore the column.",
+        examples=[{"question_text": "prompt", "reply": "completion"}],
+    )
 
     @property
     def sources(self) -> list[str]:

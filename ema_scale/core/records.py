@@ -112,6 +112,7 @@ class Provenance(Record):
         weights: identity of checkpoints, by path.
         reference: the strategy that computed the reference, and why.
         parameters: parameter counts: base, trained.
+        template_date: the date that the chat template was told, if it writes one.
         written: Unix time.
     """
 
@@ -122,6 +123,7 @@ class Provenance(Record):
     weights: dict[str, dict[str, Any]] = {}
     reference: dict[str, Any] = {}
     parameters: dict[str, int] = {}
+    template_date: str = ""
     seed: int | None = None
     packages: dict[str, str] = {}
     python: str | None = None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -12,13 +13,10 @@ from typing import Any, Literal, overload
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import file_sha256
-from ema_scale.data.formats import BadRow, Message, to_messages
-
-_LIBRARY_FORMATS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-
-
-FILE_SUFFIXES = {".jsonl", ".json", *_LIBRARY_FORMATS}
-
+from ema_scale.data.formats import Message, to_conversation
+from ema_scale.data.readers import SUFFIXES as FILE_SUFFIXES
+from ema_scale.data.readers import read_file
+from ema_scale.data.values import BadRow
 
 # Which part of a mix a row is: the user's own rows, rows mixed in to be learned too, rows that only a penalty reads,
 # and rows whose answers must not be learned.
@@ -28,13 +26,18 @@ TAGS = ("task", "safe", "prompts", "bad")
 LEARNED = ("task", "safe")
 
 
+_REASONS = 3
+
+
 @dataclass(frozen=True)
 class Row:
-    """One conversation. origin: `file:line` or `hub-id[index]`; tag: one of TAGS."""
+    """One conversation. origin: `file:line` or `hub-id[index]`; tag: one of TAGS; tools: JSON schemas of functions that
+    the assistant may call."""
 
     messages: tuple[Message, ...]
     origin: str = ""
     tag: str = "task"
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,27 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Rows(Sequence[Row]):
-    """Rows of one or several sources, with what was left out and a hash of what was read, of each source with commas
-    between."""
+    """Rows of one or several sources.
+
+    dropped: what was left out. hashes: source -> sha256 of what was read. unread: name of a column, or of a key of a
+    message, that nothing reads -> rows that have it.
+    """
 
     rows: Sequence[Row]
     dropped: list[Dropped] = field(default_factory=list)
-    source: str = ""
-    sha256: str = ""
+    hashes: dict[str, str] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def source(self) -> str:
+        return ", ".join(self.hashes)
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the one source; of several, that of their hashes."""
+        if len(self.hashes) == 1:
+            return next(iter(self.hashes.values()))
+        return hashlib.sha256("".join(self.hashes.values()).encode()).hexdigest()
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -71,35 +88,41 @@ def load_rows(
     *,
     limit: int | None = None,
     on_bad: Literal["raise", "drop"] = "raise",
-    columns: Mapping[str, str] | None = None,
+    columns: Mapping[str, str | None] | None = None,
+    learn: Literal["all", "last", "marked"] = "all",
     split: str = "train",
     answers: bool = True,
 ) -> Rows:
     """Rows of a .jsonl, .json, .csv, .tsv or .parquet file, a hub id, or a list of records or sources.
 
-    limit: at most this many rows of each source. on_bad: raise at the first bad record, or drop and count it. columns:
-    rename a record's columns first (theirs -> ours); `formats.to_messages` lists the formats. split: of a hub id.
-    answers: each row must have an assistant turn.
-    Raises UserError for a missing or empty source and, unless dropped, for a bad record, naming file and line.
+    Args:
+        limit: at most this many rows of each source.
+        on_bad: raise at the first bad record, or drop and count it.
+        columns: rename a record's columns first (theirs -> ours; None: pass over it). `formats` lists the formats.
+        learn: which assistant turns are learned: all that are not marked otherwise, the last, or those marked.
+        split: of a hub id.
+        answers: each row must have an assistant turn.
+
+    Raises UserError for a missing or empty source, if no record can be read and, unless dropped, for a bad record,
+    naming file and line.
     """
+    read = {"columns": columns, "answers": answers, "learn": learn}
     if not isinstance(source, str | Path):
         if source and all(isinstance(part, str | Path) for part in source):
-            parts = [
-                load_rows(p, limit=limit, on_bad=on_bad, columns=columns, split=split, answers=answers) for p in source
-            ]
+            parts = [load_rows(p, limit=limit, on_bad=on_bad, split=split, **read) for p in source]  # type: ignore[arg-type]
             return _join(parts)
         digest = hashlib.sha256(json.dumps(list(source), sort_keys=True, default=str).encode()).hexdigest()
-        return _read(((f"row {i}", r) for i, r in enumerate(source)), "rows", digest, limit, on_bad, columns, answers)
+        return _read(((f"row {i}", r) for i, r in enumerate(source)), "rows", digest, limit, on_bad, read)
     path = Path(source)
-    if path.suffix in FILE_SUFFIXES or path.exists():
-        if not path.is_file():
+    if path.suffix.lower() in FILE_SUFFIXES or path.exists():
+        if not path.exists():
             raise UserError(f"{path}: no such file; expected training rows (.jsonl, .json, .csv, .parquet) or a hub id")
-        return _read(_file_records(path), str(path), file_sha256(path), limit, on_bad, columns, answers)
-    dataset = _load_library(str(source), split=split)
+        digest = "" if path.is_dir() else file_sha256(path)
+        return _read(read_file(path), str(path), digest, limit, on_bad, read)
+    dataset = _load_hub(str(source), split)
     digest = hashlib.sha256(str(getattr(dataset, "_fingerprint", source)).encode()).hexdigest()
-    return _read(
-        ((f"{source}[{i}]", r) for i, r in enumerate(dataset)), str(source), digest, limit, on_bad, columns, answers
-    )
+    records = ((f"{source}[{i}]", r) for i, r in enumerate(dataset))
+    return _read(records, str(source), digest, limit, on_bad, read)
 
 
 def _read(
@@ -108,74 +131,65 @@ def _read(
     sha256: str,
     limit: int | None,
     on_bad: str,
-    columns: Mapping[str, str] | None,
-    answers: bool,
+    options: Mapping[str, Any],
 ) -> Rows:
     rows: list[Row] = []
     dropped: list[Dropped] = []
+    unread: Counter[str] = Counter()
     for origin, record in islice(records, limit):
+        if isinstance(record, Row):
+            rows.append(record)
+            continue
         try:
             if isinstance(record, BadRow):
                 raise record
-            if isinstance(record, Row):
-                rows.append(record)
-            else:
-                rows.append(Row(to_messages(record, columns, answers=answers), origin))
+            found = to_conversation(record, **options)
+            rows.append(Row(found.messages, origin, tools=found.tools))
+            unread.update(found.unread)
         except BadRow as problem:
             if on_bad == "raise":
                 raise UserError(f"{origin}: {problem}") from None
             dropped.append(Dropped(origin, str(problem)))
     if not rows:
-        found = f"{len(dropped)} bad rows" if dropped else "no rows"
-        raise UserError(f"{source}: found {found}, expected at least one conversation")
-    return Rows(rows, dropped, source, sha256)
+        if not dropped:
+            raise UserError(f"{source}: found no rows, expected at least one conversation")
+        raise UserError(
+            f"{source}: found {len(dropped)} bad rows, expected at least one conversation\n{reasons(dropped)}"
+        )
+    return Rows(rows, dropped, {source: sha256}, dict(unread))
+
+
+def reasons(dropped: Sequence[Dropped], shown: int = _REASONS) -> str:
+    """The commonest reasons, one a line: where first, why, and how often."""
+    first: dict[str, str] = {}
+    for one in dropped:
+        first.setdefault(one.reason, one.origin)
+    counts = Counter(one.reason for one in dropped)
+    lines = [
+        f"  {first[reason]}: {reason}" + (f" (and {count - 1} more)" if count > 1 else "")
+        for reason, count in counts.most_common(shown)
+    ]
+    if len(counts) > shown:
+        lines.append(f"  ... and {len(counts) - shown} other reasons")
+    return "\n".join(lines)
 
 
 def _join(parts: Sequence[Rows]) -> Rows:
+    unread: Counter[str] = Counter()
+    for part in parts:
+        unread.update(part.unread)
     return Rows(
         [row for part in parts for row in part],
         [d for part in parts for d in part.dropped],
-        ", ".join(part.source for part in parts),
-        ",".join(part.sha256 for part in parts),
+        {source: sha256 for part in parts for source, sha256 in part.hashes.items()},
+        dict(unread),
     )
 
 
-def _file_records(path: Path) -> Iterator[tuple[str, Any]]:
-    if path.suffix in _LIBRARY_FORMATS:
-        extra = {"sep": "\t"} if path.suffix == ".tsv" else {}
-        dataset = _load_library(_LIBRARY_FORMATS[path.suffix], data_files=str(path), split="train", **extra)
-        # A CSV's first line is its header; quoted line breaks make this the record's number, not always the line's.
-        first = 1 if path.suffix == ".parquet" else 2
-        yield from ((f"{path}:{i}", record) for i, record in enumerate(dataset, start=first))
-        return
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        try:
-            yield from ((f"{path}[{i}]", record) for i, record in enumerate(json.loads(text)))
-        except ValueError as error:
-            raise UserError(f"{path}: not JSON: {error}") from None
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield f"{path}:{number}", _parse(line)
-
-
-def _parse(line: str) -> Any:
-    # A line that is not JSON is one bad record, not the end of the file: it can be dropped and counted.
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        return BadRow(f"not JSON ({error})")
-
-
-def _load_library(name: str, **options: Any) -> Any:
+def _load_hub(name: str, split: str) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(name, **options)
+        return datasets.load_dataset(name, split=split)
     except Exception as error:  # the hub client raises many unrelated types
-        where = options.get("data_files", name)
-        raise UserError(f"{where}: cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{name}: cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}") from None

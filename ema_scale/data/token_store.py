@@ -12,40 +12,43 @@ import json
 import logging
 import os
 import tempfile
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ema_scale.data.formats import Message
-
-if TYPE_CHECKING:
-    from ema_scale.data.tokens import Encoded
+from ema_scale.data.encoded import COUNTS, Encoded
+from ema_scale.data.rows import Row
+from ema_scale.data.templates import ChatTemplate
 
 log = logging.getLogger(__name__)
 
 
-_CODE = ("tokens.py", "templates.py", "token_store.py")  # what decides tokens besides the tokenizer
+# What decides tokens besides the tokenizer.
+_CODE = ("encoded.py", "tokens.py", "templates.py", "marks.py", "spans.py", "tool_calls.py", "token_store.py")
+
+
+_FLAGS = ("truncated", "disarmed")
 
 
 _LISTS = ("input_ids", "assistant_mask", "template_mask")
 
 
-def message_key(messages: Sequence[Message]) -> str:
-    """32 hex digits that stand for a conversation."""
-    text = json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False)
+def row_key(row: Row) -> str:
+    """32 hex digits that stand for a conversation and its tools."""
+    turns = [[m["role"], m["content"]] if len(m) == 2 else sorted(m.items()) for m in row.messages]
+    text = json.dumps([turns, row.tools] if row.tools else turns, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 class TokenStore:
     """Encoded conversations of one tokenizer below `root`; a folder that cannot be read or written is done without."""
 
-    def __init__(self, root: Path, tokenizer: Any, max_length: int | None, template: bool) -> None:
-        self.folder = root / _fingerprint(tokenizer, max_length, template)
+    def __init__(self, root: Path, template: ChatTemplate, max_length: int | None, template_mask: bool) -> None:
+        self.folder = root / _fingerprint(template, max_length, template_mask)
 
     def read(self, keys: Iterable[str]) -> dict[str, Encoded]:
         """Key -> what is there of these conversations. A damaged file is removed."""
@@ -76,10 +79,10 @@ class TokenStore:
         if not encoded or any(self.folder.glob(f"{name}-*")):  # another process of the same run was first
             return
         columns: dict[str, Any] = {"key": pyarrow.array(list(encoded), pyarrow.string())}
-        for kind, type_ in zip(_LISTS, (pyarrow.int32(), pyarrow.int8(), pyarrow.int8()), strict=True):
+        for kind, type_ in zip(_LISTS, (pyarrow.int32(), pyarrow.bool_(), pyarrow.bool_()), strict=True):
             columns[kind] = pyarrow.array([getattr(e, kind) for e in encoded.values()], pyarrow.list_(type_))
-        for kind in ("truncated", "disarmed"):
-            columns[kind] = pyarrow.array([getattr(e, kind) for e in encoded.values()], pyarrow.bool_())
+        for kind in (*_FLAGS, *COUNTS):
+            columns[kind] = pyarrow.array([int(getattr(e, kind)) for e in encoded.values()], pyarrow.int32())
         temporary = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -100,34 +103,34 @@ def _digest(data: bytes) -> str:
 
 
 def _rows(table: Any, wanted: set[str]) -> dict[str, Encoded]:
-    from ema_scale.data.tokens import Encoded
-
     keys = table["key"].to_pylist()
     lists = {name: _lists(table[name].combine_chunks()) for name in _LISTS}
-    cut, disarmed = table["truncated"].to_pylist(), table["disarmed"].to_pylist()
+    numbers = {name: table[name].to_pylist() for name in (*_FLAGS, *COUNTS)}
     found = {}
     for i, key in enumerate(keys):
         if key in wanted:
-            ids, mask, template = (lists[name](i) for name in _LISTS)
-            found[key] = Encoded(ids, mask, cut[i], disarmed[i], template)
+            flags: dict[str, Any] = {name: bool(numbers[name][i]) for name in _FLAGS}
+            counts = {name: numbers[name][i] for name in COUNTS}
+            flags |= {name: lists[name](i) for name in _LISTS}
+            found[key] = Encoded(**flags, **counts)
     return found
 
 
 def _lists(array: Any) -> Any:
-    """Row number -> Python list, or None: through one flat array, for pyarrow's own way takes ten times as long."""
-    starts, flat, there = np.asarray(array.offsets), np.asarray(array.values), np.asarray(array.is_valid())
-    return lambda i: flat[starts[i] : starts[i + 1]].tolist() if there[i] else None
+    """Row number -> its numbers, or None: parts of one flat array."""
+    starts, flat, there = np.asarray(array.offsets), array.values.to_numpy(False), array.is_valid().to_numpy(False)
+    return lambda i: flat[starts[i] : starts[i + 1]] if there[i] else None
 
 
-def _fingerprint(tokenizer: Any, max_length: int | None, template: bool) -> str:
+def _fingerprint(template: ChatTemplate, max_length: int | None, template_mask: bool) -> str:
+    tokenizer = template.tokenizer
     made = [
         tokenizer.backend_tokenizer.to_str(),
         tokenizer.chat_template,
         {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
         [metadata.version(name) for name in ("transformers", "tokenizers")],
         [(Path(__file__).parent / name).read_text(encoding="utf-8") for name in _CODE],
-        [max_length, template],
-        # Templates that write the date: tomorrow's tokens are others.
-        time.strftime("%F") if "strftime_now" in str(tokenizer.chat_template) else None,
+        [max_length, template_mask],
+        template.written_date,
     ]
     return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:24]

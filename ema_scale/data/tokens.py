@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date as Date
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from ema_scale.core.errors import UserError
-from ema_scale.data import templates
+from ema_scale.data.encoded import Encoded
 from ema_scale.data.formats import Message
-from ema_scale.data.rows import LEARNED, Row
-from ema_scale.data.token_store import TokenStore, message_key
+from ema_scale.data.report import TokenReport
+from ema_scale.data.rows import LEARNED, Dropped, Row, reasons
+from ema_scale.data.spans import SpanFinder, Spans
+from ema_scale.data.templates import PLAIN_TEMPLATE, ChatTemplate
+from ema_scale.data.token_store import TokenStore, row_key
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 log = logging.getLogger(__name__)
+
+
+_CHUNK = 256  # conversations that are tokenized at once
 
 
 def load_tokenizer(
@@ -60,121 +69,158 @@ def load_tokenizer(
         if tokenizer.eos_token is None:
             raise UserError(f"model {path}: neither a chat template nor an end token; set model.chat_template")
         log.warning("model %s has no chat template: a plain one is used (User: ... / Assistant: ...)", path)
-        tokenizer.chat_template = templates.PLAIN_TEMPLATE
+        tokenizer.chat_template = PLAIN_TEMPLATE
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """One conversation. assistant_mask: 1 where the assistant wrote the token, its end-of-turn token included.
-    template_mask: 1 where the chat template wrote it, and no message; None if that was not asked for."""
-
-    input_ids: list[int]
-    assistant_mask: list[int]
-    truncated: bool = False
-    disarmed: bool = False
-    template_mask: list[int] | None = None
-
-
-@dataclass
-class TokenReport:
-    """Counts of a tokenised set; every row that was changed or left out is in it."""
-
-    rows: int = 0
-    tokens: int = 0
-    assistant_tokens: int = 0
-    longest: int = 0
-    truncated: int = 0
-    dropped_no_assistant: int = 0
-    disarmed: int = 0
-    system_folded: int = 0
-    by_tag: dict[str, int] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def lines(self) -> list[str]:
-        """What a person should know, one fact a line."""
-        out = [f"{self.rows} rows, {self.tokens} tokens, {self.assistant_tokens} of them learned"]
-        if self.truncated:
-            out.append(f"{self.truncated} rows cut to the longest allowed length")
-        if self.dropped_no_assistant:
-            out.append(f"{self.dropped_no_assistant} rows dropped: no assistant token was left after the cut")
-        if self.disarmed:
-            out.append(f"{self.disarmed} rows held special tokens as text; these were broken up")
-        if self.system_folded:
-            out.append(f"{self.system_folded} system prompts put into the user turn: the template takes none")
-        return out
-
-
-@dataclass(frozen=True)
 class Tokenized:
     """dataset: columns input_ids, labels (-100 off assistant tokens), length, tag and, if asked for, template; report:
-    what happened."""
+    what happened; dropped: rows that were refused, and why."""
 
     dataset: Dataset
     report: TokenReport
+    dropped: list[Dropped] = field(default_factory=list)
 
 
 class Encoder:
-    """Encodes conversations with one tokenizer; what is true of its template is found out once."""
+    """Encodes conversations with one tokenizer; what is true of its template is found out once.
 
-    def __init__(self, tokenizer: Any) -> None:
-        if getattr(tokenizer, "chat_template", None) is None:
-            raise UserError("the tokenizer has no chat template; load it with ema_scale.data.tokens.load_tokenizer")
+    date: what a template that writes the date is told; default: today.
+    """
+
+    def __init__(self, tokenizer: Any, date: Date | None = None) -> None:
         self.tokenizer = tokenizer
-        added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-        self.special = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+        self.template = ChatTemplate(tokenizer, date)
+        self.template.probe()
+        self._spans = SpanFinder(self.template)
+        known = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
+        self._unknown = None if tokenizer.unk_token_id in known else tokenizer.unk_token_id
 
-    @cached_property
+    @property
+    def special(self) -> list[str]:
+        return self.template.special
+
+    @property
     def takes_system(self) -> bool:
-        return templates.takes_system(self.tokenizer)
+        return self.template.takes_system
 
-    @cached_property
+    @property
     def end_of_turn(self) -> str:
-        return templates.end_of_turn_token(self.tokenizer, self.special)
-
-    @cached_property
-    def _marks_generation(self) -> bool:
-        return "{% generation" in self.tokenizer.chat_template or "{%- generation" in self.tokenizer.chat_template
+        return self.template.end_of_turn
 
     def prepare(self, messages: Sequence[Message]) -> tuple[list[Message], bool]:
         """Messages as the template can take them, special tokens in their text broken up; whether any was."""
-        kept = list(messages) if self.takes_system else templates.fold_system(messages)
-        safe = [Message(role=m["role"], content=templates.disarm(m["content"], self.special)) for m in kept]
-        return safe, any(a["content"] != b["content"] for a, b in zip(kept, safe, strict=True))
+        safe = [self.template.disarm(m) for m in self.template.prepare(messages)[0]]
+        return [message for message, _ in safe], any(changed for _, changed in safe)
 
-    def encode(self, messages: Sequence[Message], max_length: int | None = None, *, template: bool = False) -> Encoded:
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of the conversation up to where the assistant begins to speak."""
+        text = self.template.render(self.prepare(messages)[0], generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def spans(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Spans:
+        """The rendered conversation and what is learned of it. Raises UserError as `encode` does."""
+        return self._spans.find(self.prepare(messages)[0], [self.template.disarm(tool)[0] for tool in tools])
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        max_length: int | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        template: bool = False,
+    ) -> Encoded:
         """Token ids, assistant mask and, if asked for, template mask; cut on the right to max_length. A conversation in
-        which no assistant speaks ends where its answer would begin. Raises UserError if a mask cannot be found."""
-        safe, disarmed = self.prepare(messages)
-        opens = not any(m["role"] == "assistant" for m in safe)
-        if self._marks_generation:
-            out = self.tokenizer.apply_chat_template(
-                safe, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, add_generation_prompt=opens
-            )
-            ids, mask = list(out["input_ids"]), [int(x) for x in out["assistant_masks"]]
-        else:
-            full = templates.render(self.tokenizer, safe, generation_prompt=opens)
-            spans = templates.assistant_spans(self.tokenizer, safe, full, self.end_of_turn)
-            out = self.tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
-            ids = list(out["input_ids"])
-            mask = [int(end > start and any(a <= start < b for a, b in spans)) for start, end in out["offset_mapping"]]
-        cut = max_length is not None and len(ids) > max_length
-        own = self._template_mask(safe, ids, opens)[:max_length] if template else None
-        return Encoded(ids[:max_length], mask[:max_length], cut, disarmed, own)
+        which no assistant speaks ends where its answer would begin. Raises UserError for a row that breaks the rule of
+        `spans`."""
+        found = next(self.encode_all([(messages, tools)], max_length, template=template))
+        if isinstance(found, UserError):
+            raise found
+        return found
 
-    def _template_mask(self, messages: Sequence[Message], ids: list[int], opens: bool) -> list[int]:
-        full = templates.render(self.tokenizer, messages, generation_prompt=opens)
-        spans = templates.text_spans(self.tokenizer, messages, full, generation_prompt=opens)
-        out = self.tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
-        if list(out["input_ids"]) != ids:
-            raise UserError(
-                "the chat template's text has other tokens than the conversation: scope template is unknown"
+    def encode_all(
+        self,
+        conversations: Iterable[tuple[Sequence[Message], Sequence[Mapping[str, Any]]]],
+        max_length: int | None = None,
+        *,
+        template: bool = False,
+    ) -> Iterator[Encoded | UserError]:
+        """`encode` of (messages, tools), in order; an error stands in the place of a row that cannot be encoded."""
+        conversations = iter(conversations)
+        while chunk := list(islice(conversations, _CHUNK)):
+            read = [self._read(messages, tools, template) for messages, tools in chunk]
+            texts = [one[0].full for one in read if not isinstance(one, UserError)]
+            tokens = iter(
+                self.tokenizer(
+                    texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
+                ).encodings
+                if texts
+                else ()
             )
-        return [int(not any(a <= start < b for a, b in spans)) for start, _ in out["offset_mapping"]]
+            for one in read:
+                yield one if isinstance(one, UserError) else self._encoded(next(tokens), *one, max_length, template)
+
+    def _read(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], texts: bool
+    ) -> tuple[Spans, bool, bool] | UserError:
+        taken, folded = self.template.prepare(messages)
+        safe = [self.template.disarm(m) for m in taken]
+        shown = [self.template.disarm(tool) for tool in tools]
+        try:
+            spans = self._spans.find([m for m, _ in safe], [tool for tool, _ in shown], texts=texts)
+        except UserError as error:
+            return error
+        return spans, any(changed for _, changed in (*safe, *shown)), folded
+
+    def _encoded(
+        self, tokens: Any, spans: Spans, disarmed: bool, folded: bool, max_length: int | None, template: bool
+    ) -> Encoded:
+        ids = np.array(tokens.ids, dtype=np.int32)
+        mask, straddled = np.zeros(len(ids), bool), 0
+        for start, end in spans.learned:
+            first, stop, cut = _tokens_of(tokens, start, end)
+            mask[first:stop] = True
+            straddled += cut
+        own = None
+        if template:
+            starts = np.array([start for start, _ in tokens.offsets], dtype=np.int32)
+            own = np.ones(len(ids), bool)
+            for start, end in spans.texts:
+                own &= (starts < start) | (starts >= end)
+        return Encoded(
+            ids[:max_length],
+            mask[:max_length],
+            truncated=max_length is not None and len(ids) > max_length,
+            disarmed=disarmed,
+            template_mask=own if own is None else own[:max_length],
+            folded=int(folded),
+            reasoning_dropped=spans.reasoning_dropped,
+            no_end=spans.no_end,
+            unlike_prompt=spans.unlike_prompt,
+            straddled=straddled,
+            unknown=0 if self._unknown is None else int((ids == self._unknown).sum()),
+        )
+
+
+def _tokens_of(tokens: Any, start: int, end: int) -> tuple[int, int, bool]:
+    """First token, and the one behind the last, that begin within characters start to end; whether the span begins or
+    ends inside a token. Characters may be in no token, and several tokens may share one (the bytes of it)."""
+    places = (tokens.char_to_token(place) for place in range(start, end))
+    first = next((token for token in places if token is not None), None)
+    if first is None:
+        return 0, 0, False
+    places = (tokens.char_to_token(place) for place in range(end - 1, start - 1, -1))
+    last = next(token for token in places if token is not None)
+    cut, stop, count = False, last + 1, len(tokens)
+    while first < stop and tokens.token_to_chars(first)[0] < start:
+        first, cut = first + 1, True
+    whole = tokens.token_to_chars(last)
+    while stop < count and tokens.token_to_chars(stop) == whole:
+        stop += 1
+    return first, stop, cut or whole[1] > end
 
 
 def encode(tokenizer: Any, messages: Sequence[Message], *, max_length: int | None = None) -> Encoded:
@@ -189,58 +235,95 @@ def tokenize_rows(
     max_length: int | None = 2048,
     template: bool = False,
     cache: Path | None = None,
+    on_bad: Literal["raise", "drop"] = "raise",
+    date: Date | None = None,
 ) -> Tokenized:
     """Tokenise rows. A row that the cut leaves without an assistant token is dropped and counted; one that never had an
     answer, only where it would be learned.
 
-    max_length: None: rows are not cut. template: also the column template, 1 where the chat template wrote a token.
-    cache: a folder in which runs find what others have tokenized.
+    Args:
+        max_length: None: rows are not cut.
+        template: also the column template, 1 where the chat template wrote a token.
+        cache: a folder in which runs find what others have tokenized.
+        on_bad: raise at the first row that the template cannot show, or drop and count it.
+        date: what a template that writes the date is told; default: today.
 
-    Raises UserError naming the row's origin if its mask cannot be found, or if no row is left.
+    Raises UserError naming the row's origin if its mask cannot be found, and if no row, or none of a part of the mix,
+    is left.
     """
-    from datasets import Dataset
-
-    encoder = Encoder(tokenizer)
-    store = TokenStore(cache, tokenizer, max_length, template) if cache is not None else None
-    keys = [message_key(row.messages) for row in rows]
+    encoder = Encoder(tokenizer, date)
+    store = TokenStore(cache, encoder.template, max_length, template) if cache is not None else None
+    keys = [row_key(row) for row in rows]
     known = store.read(keys) if store else {}
-    fresh: dict[str, Encoded] = {}
-    report = TokenReport()
-    columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": [], "tag": []}
-    if template:
-        columns["template"] = []
+    fresh = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
+    refused: dict[str, UserError] = {}
+    encoded_rows = encoder.encode_all(((r.messages, r.tools) for r in fresh.values()), max_length, template=template)
+    for (key, row), found in zip(fresh.items(), encoded_rows, strict=True):
+        if not isinstance(found, UserError):
+            known[key] = found
+        elif on_bad == "raise":
+            raise UserError(f"{row.origin}: {found}")
+        else:
+            refused[key] = found
+    if store:
+        store.add({key: known[key] for key in fresh if key in known})
+    kept: list[tuple[Encoded, str]] = []
+    dropped: list[Dropped] = []
+    report = TokenReport(date=encoder.template.written_date)
     for row, key in zip(rows, keys, strict=True):
-        encoded = known.get(key)
-        if encoded is None:
-            try:
-                encoded = encoder.encode(row.messages, max_length, template=template)
-            except UserError as error:
-                raise UserError(f"{row.origin}: {error}") from None
-            known[key] = fresh[key] = encoded
-        report.truncated += encoded.truncated
-        report.disarmed += encoded.disarmed
-        report.system_folded += not encoder.takes_system and any(m["role"] == "system" for m in row.messages)
+        if key in refused:
+            dropped.append(Dropped(row.origin, str(refused[key])))
+            continue
+        encoded = known[key]
+        report.add(encoded)
         needed = row.tag in LEARNED or any(m["role"] == "assistant" for m in row.messages)
-        if needed and not any(encoded.assistant_mask):
+        if needed and not encoded.assistant_mask.any():
             report.dropped_no_assistant += 1
             continue
-        columns["input_ids"].append(encoded.input_ids)
-        columns["labels"].append(
-            [t if m else -100 for t, m in zip(encoded.input_ids, encoded.assistant_mask, strict=True)]
-        )
-        columns["length"].append(len(encoded.input_ids))
-        columns["tag"].append(row.tag)
-        if template:
-            columns["template"].append(encoded.template_mask)
-        report.assistant_tokens += sum(encoded.assistant_mask)
-    report.rows, report.tokens = len(columns["length"]), sum(columns["length"])
-    report.longest = max(columns["length"], default=0)
-    report.by_tag = dict(Counter(columns["tag"]))
-    if store:
-        store.add(fresh)
-    if not report.rows:
+        kept.append((encoded, row.tag))
+    report.refused = len(dropped)
+    _refuse_none_left(rows, kept, report, dropped, max_length)
+    report.rows, report.tokens = len(kept), sum(len(encoded.input_ids) for encoded, _ in kept)
+    report.assistant_tokens = sum(int(encoded.assistant_mask.sum()) for encoded, _ in kept)
+    report.longest = max(len(encoded.input_ids) for encoded, _ in kept)
+    report.by_tag = dict(Counter(tag for _, tag in kept))
+    return Tokenized(_dataset(kept, template), report, dropped)
+
+
+def _refuse_none_left(
+    rows: Sequence[Row],
+    kept: Sequence[tuple[Encoded, str]],
+    report: TokenReport,
+    dropped: Sequence[Dropped],
+    max_length: int | None,
+) -> None:
+    gone = sorted({row.tag for row in rows} - {tag for _, tag in kept})
+    if kept and not gone:
+        return
+    why = [f"\n{reasons(dropped)}"] if dropped else []
+    if report.dropped_no_assistant or not why:
+        what = "no row has" if not kept else f"no {' or '.join(gone)} row has"
         raise UserError(
-            f"no row has an assistant token within {max_length} tokens ({report.dropped_no_assistant} rows); "
-            "raise data.max_length"
+            f"{what} an assistant token within {max_length} tokens ({report.dropped_no_assistant} rows); "
+            f"raise data.max_length{''.join(why)}"
         )
-    return Tokenized(Dataset.from_dict(columns), report)
+    raise UserError(f"no {'' if not kept else ' or '.join(gone) + ' '}row is left: {len(dropped)} are refused{why[0]}")
+
+
+def _dataset(kept: Sequence[tuple[Encoded, str]], template: bool) -> Dataset:
+    """Arrays go into Arrow as they are: Python's lists would take ten times the memory."""
+    import pyarrow
+    from datasets import Dataset
+
+    lengths = np.array([len(encoded.input_ids) for encoded, _ in kept], dtype=np.int64)
+    ids = np.concatenate([encoded.input_ids for encoded, _ in kept])
+    learned = np.concatenate([encoded.assistant_mask for encoded, _ in kept])
+    flat = {"input_ids": ids, "labels": np.where(learned, ids, np.int32(-100))}
+    if template:
+        flat["template"] = np.concatenate([encoded.template_mask for encoded, _ in kept]).astype(np.int8)
+    offsets = pyarrow.array(np.concatenate([[0], np.cumsum(lengths)]), pyarrow.int64())
+    lists = {name: pyarrow.LargeListArray.from_arrays(offsets, pyarrow.array(values)) for name, values in flat.items()}
+    rest = {"length": pyarrow.array(lengths), "tag": pyarrow.array([tag for _, tag in kept], pyarrow.string())}
+    order = ["input_ids", "labels", "length", "tag", *(["template"] if template else [])]
+    columns = lists | rest
+    return Dataset(pyarrow.table({name: columns[name] for name in order}))

@@ -30,9 +30,7 @@ class Prompts:
 
     def ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of the conversation up to where the assistant begins to speak."""
-        safe, _ = self._encoder.prepare(messages)  # type: ignore[arg-type]
-        ids = self.tokenizer.apply_chat_template(safe, add_generation_prompt=True, tokenize=True, return_dict=False)
-        return [int(i) for i in ids]
+        return self._encoder.prompt_ids(messages)  # type: ignore[arg-type]
 
     def opening(self, prompt: Sequence[int]) -> str:
         """`<think>` if the template has begun the model's reasoning at the end of the prompt, else nothing.

@@ -82,10 +82,10 @@ def _encode(tokenizer: Any, rows: Sequence[Row], max_length: int) -> dict[int, d
     encoded = {}
     for number, row in enumerate(rows):
         try:
-            found = encoder.encode(row.messages, max_length)
+            found = encoder.encode(row.messages, max_length, tools=row.tools)
         except UserError as error:
             raise UserError(f"{row.origin}: {error}") from None
-        if any(found.assistant_mask):
-            pairs = zip(found.input_ids, found.assistant_mask, strict=True)
-            encoded[number] = {"input_ids": found.input_ids, "labels": [t if m else -100 for t, m in pairs]}
+        if found.assistant_mask.any():
+            ids, mask = found.input_ids.tolist(), found.assistant_mask.tolist()
+            encoded[number] = {"input_ids": ids, "labels": [t if m else -100 for t, m in zip(ids, mask, strict=True)]}
     return encoded

@@ -171,20 +171,20 @@ def read_items(rows: Rows, encoder: Encoder, max_length: int) -> tuple[list[Enco
         for row in rows:
             progress.add()
             try:
-                found = encoder.encode(row.messages)
+                found = encoder.encode(row.messages, tools=row.tools)
             except UserError as error:
                 account.leave_out("unreadable", row.origin, str(error))
                 continue
             # The first token is predicted by nothing.
-            answered = [0, *found.assistant_mask[1:]]
-            if len(found.input_ids) > max_length:
-                account.leave_out("too long", row.origin, f"{len(found.input_ids)} tokens, more than {max_length}")
+            ids, answered = found.input_ids.tolist(), [0, *found.assistant_mask[1:].astype(int).tolist()]
+            if len(ids) > max_length:
+                account.leave_out("too long", row.origin, f"{len(ids)} tokens, more than {max_length}")
             elif not any(answered):
                 account.leave_out("empty", row.origin, "no answer token")
-            elif (key := digest(found.input_ids, answered)) in items:
+            elif (key := digest(ids, answered)) in items:
                 account.leave_out("duplicate", row.origin, f"the same as {items[key].row.origin}")
             else:
-                items[key] = EncodedRow(row, found.input_ids, answered, key)
+                items[key] = EncodedRow(row, ids, answered, key)
     if not items:
         raise UserError(f"{rows.source}: nothing left to read; {account.line()}")
     return list(items.values()), account

@@ -16,7 +16,7 @@ from typing import Any
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import append_jsonl, atomic_write_text, file_lock, read_jsonl
 from ema_scale.core.run_dir import RunDir
-from ema_scale.data.rows import FILE_SUFFIXES
+from ema_scale.data.readers import SUFFIXES
 from ema_scale.planning.eval_cost import engine_gpus
 from ema_scale.recipe import Recipe
 from ema_scale.slurm import client
@@ -52,7 +52,7 @@ def _sources(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def _is_local(source: str) -> bool:
     """Neither a hub id nor of the small world."""
-    return Path(source).suffix in FILE_SUFFIXES or source.startswith(("/", "./", "../", "~"))
+    return Path(source).suffix in SUFFIXES or source.startswith(("/", "./", "../", "~"))
 
 
 def evaluation_gpus(recipes: Sequence[Recipe], site: Site) -> int:

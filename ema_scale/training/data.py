@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
+from datetime import date as Date
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,19 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import file_sha256
 from ema_scale.core.records import DataReport
 from ema_scale.data.packing import LENGTHS, is_packed, pack, tags_of
+from ema_scale.data.report import TokenReport
 from ema_scale.data.rows import LEARNED, Row, Rows, load_rows
 from ema_scale.data.tokens import tokenize_rows
 from ema_scale.defenses.base import Defense, RowsContext
 from ema_scale.defenses.row_groups import RowGroups
 from ema_scale.models.sharding import full_shape
+
+
+def report_lines(report: DataReport) -> list[str]:
+    """What is learned, what was cut or dropped and why, and what was changed: one line each."""
+    known = TokenReport(rows=sum(report.rows.values())).to_dict()
+    counts = TokenReport(**{**known, **{k: v for k, v in report.tokens.items() if k in known}})
+    return counts.lines([one["reason"] for one in report.dropped if "reason" in one])
 
 
 def prepare_data(
@@ -29,6 +38,7 @@ def prepare_data(
     seed: int = 0,
     on_bad: str = "raise",
     token_cache: Path | None = None,
+    date: Date | None = None,
 ) -> tuple[Any, DataReport]:
     """A `datasets.Dataset` with input_ids, labels, length and tag (packed: see `packing.join`), and the report.
 
@@ -37,6 +47,7 @@ def prepare_data(
         attention_mask is 0 are cut off.
     max_length: rows are cut to so many tokens. None: rows are not cut. Rows that are packed already are never cut.
     token_cache: a folder where runs share what they have tokenized.
+    date: what a chat template that writes the date is told. None: today.
 
     Raises UserError if nothing is left to train on, or a defense wants to mix rows into tokenized data.
     """
@@ -53,16 +64,22 @@ def prepare_data(
     else:
         rows = load_rows(source if isinstance(source, str) else list(source), on_bad=on_bad)  # type: ignore[arg-type]
     context = RowsContext(seed=seed, on_bad=on_bad, hashes=hash_files(defenses))  # type: ignore[arg-type]
-    context.task = frozenset(getattr(rows, "sha256", "").split(",")) - {""}
+    context.task = frozenset(getattr(rows, "hashes", {}).values())
     dropped = list(getattr(rows, "dropped", ()))
     rows = row_groups.transform_rows(rows, context)
     tokenized = tokenize_rows(
-        rows, tokenizer, max_length=max_length, template=bool(using_template(defenses)), cache=token_cache
+        rows,
+        tokenizer,
+        max_length=max_length,
+        template=bool(using_template(defenses)),
+        cache=token_cache,
+        on_bad=on_bad,  # type: ignore[arg-type]
+        date=date,
     )
     report = DataReport(
         rows=dict(Counter(tokenized.dataset["tag"])),
         tokens=_plain(tokenized.report),
-        dropped=[_plain(d) for d in [*dropped, *context.dropped]],
+        dropped=[_plain(d) for d in [*dropped, *context.dropped, *tokenized.dropped]],
         notes=context.notes,
         hashes=context.hashes,
     )

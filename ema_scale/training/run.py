@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from datetime import date as Date
 from typing import TYPE_CHECKING, Any
 
 from ema_scale.core.errors import UserError
@@ -87,9 +88,10 @@ def _trainer(recipe: Recipe, run_dir: RunDir, callbacks: list[Any]) -> tuple[Def
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
+    from ema_scale.core.collectives import broadcast_from_main
     from ema_scale.core.paths import cache_root
     from ema_scale.core.uri import locate
-    from ema_scale.data.rows import Rows, load_rows
+    from ema_scale.data.rows import load_rows
     from ema_scale.data.tokens import load_tokenizer
     from ema_scale.models.lora import build_model
     from ema_scale.training.arguments import training_arguments
@@ -97,15 +99,12 @@ def _trainer(recipe: Recipe, run_dir: RunDir, callbacks: list[Any]) -> tuple[Def
     from ema_scale.training.trainer import DefendedTrainer
 
     data, model = recipe.data, recipe.model
-    loaded = [load_rows(locate(s), limit=data.limit, on_bad=data.on_bad) for s in data.sources]
-    rows = Rows(
-        [row for part in loaded for row in part],
-        [d for part in loaded for d in part.dropped],
-        ", ".join(data.sources),
-        ",".join(part.sha256 for part in loaded),
-    )
+    located = {source: locate(source) for source in data.sources}
+    rows = load_rows([*located.values()], limit=data.limit, on_bad=data.on_bad, columns=data.columns, learn=data.learn)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir.tensorboard)  # TrainingArguments has no field for it
     arguments = training_arguments(recipe, run_dir)
+    # One date for the run: after a resume it is the first one, and ranks may not agree on today.
+    date = broadcast_from_main(_stored_date(run_dir) or Date.today())
     tokenizer = load_tokenizer(
         locate(model.path),
         revision=model.revision,
@@ -125,13 +124,14 @@ def _trainer(recipe: Recipe, run_dir: RunDir, callbacks: list[Any]) -> tuple[Def
         reference_runs=recipe.reference_runs,
         token_cache=cache_root() / "tokens",
         on_bad=data.on_bad,
+        template_date=date,
         callbacks=[*callbacks, *([PlainProgress()] if arguments.disable_tqdm else [])],
     )
     if arguments.disable_tqdm:
         from transformers.trainer_callback import PrinterCallback
 
         trainer.remove_callback(PrinterCallback)
-    return trainer, {s: part.sha256 for s, part in zip(data.sources, loaded, strict=True)}
+    return trainer, {source: rows.hashes[path] for source, path in located.items()}
 
 
 def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
@@ -139,7 +139,8 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
     from ema_scale.core.checkpoints import newest_complete, step_of
     from ema_scale.models.load import parameter_counts
     from ema_scale.training.metrics import MetricsWriter, truncate_metrics
-
+    from ema_scale.training.data import report_lines
+    from ema_scale.training.metrics import MetricsWriter, truncate_metrics
     trainer, hashes = _trainer(recipe, run_dir, [MetricsWriter(run_dir)])
     steps = recipe.evaluation.checkpoints
     trainer.keep_steps = frozenset(steps if isinstance(steps, list) else ())
@@ -160,13 +161,14 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
             weights=weights,
             reference=trainer.reference_choice.to_dict(),
             parameters=parameter_counts(trainer.model),
+            template_date=trainer.data_report.tokens.get("date", ""),
         ).write(run_dir.provenance_path)
 
     if is_main():
         write_provenance()
         trainer.on_reference_changed = write_provenance
         trainer.data_report.write(run_dir.data_path)
-        for note in trainer.data_report.notes:
+        for note in [*report_lines(trainer.data_report), *trainer.data_report.notes]:
             log.info(note)
         truncate_metrics(run_dir.metrics_path, step_of(checkpoint) if checkpoint else 0)
         if checkpoint:
@@ -188,6 +190,12 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
             seconds=_seconds(run_dir),
             processes=trainer.args.world_size,
         )
+
+
+def _stored_date(run_dir: RunDir) -> Date | None:
+    """The date that the run's chat template wrote when it began."""
+    provenance = run_dir.provenance()
+    return Date.fromisoformat(provenance.template_date) if provenance and provenance.template_date else None
 
 
 def _claim(recipe: Recipe, run_dir: RunDir, existing: ExistingRun | None) -> None:

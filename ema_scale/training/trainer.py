@@ -15,6 +15,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import date as Date
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
     reference_runs: how many trainings, this one included, read the reference of these rows and can share a cache.
     on_bad: what to do with a bad row: raise or drop.
     token_cache: a folder in which trainings find what others have tokenized.
+    template_date: what a chat template that writes the date is told. Default: today.
 
     All other arguments are transformers.Trainer's. `reference_choice` says which reference is used, and why;
     `stopped_early` says why a defense ended the training.
@@ -93,6 +95,7 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
         reference_runs: int = 1,
         on_bad: str = "raise",
         token_cache: Path | None = None,
+        template_date: Date | None = None,
         **kwargs: Any,
     ) -> None:
         args = check_arguments(args, train_dataset=train_dataset, **kwargs)
@@ -122,6 +125,7 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
             "seed": args.seed,
             "on_bad": on_bad,
             "token_cache": token_cache,
+            "date": template_date,
         }
         if train_dataset is not None:
             packing = getattr(args, "packing", False) if packing is None else packing

@@ -53,7 +53,7 @@ def made(tmp_path_factory):
     }
     encoded = [encode(tiny_tokenizer(), row.messages) for row in load_rows(files["fitted"])]
     width = max(len(row.input_ids) for row in encoded)
-    ids = torch.tensor([row.input_ids + [3] * (width - len(row.input_ids)) for row in encoded])
+    ids = torch.tensor([row.input_ids.tolist() + [3] * (width - len(row.input_ids)) for row in encoded])
     labels = torch.full_like(ids, -100)
     for place, row in enumerate(encoded):
         mask = torch.tensor(row.assistant_mask, dtype=torch.bool)

@@ -1,9 +1,12 @@
 """Tokens that runs share: the same as without sharing, by content, and never in the way."""
 
+from datetime import date
+
 import pytest
 
 from ema_scale.data import tokens
 from ema_scale.data.rows import Row
+from ema_scale.data.templates import ChatTemplate
 from ema_scale.data.token_store import TokenStore
 from ema_scale.data.tokens import Encoder, tokenize_rows
 from tests.data.test_tokens import GEMMA
@@ -25,13 +28,14 @@ ROWS = [row(n) for n in (3, 1, 90, 2, 1)]
 @pytest.fixture
 def encoded(monkeypatch):
     """The conversations that were tokenized, and not read."""
-    seen, whole = [], Encoder.encode
+    seen, whole = [], Encoder.encode_all
 
-    def encode(self, messages, *arguments, **options):
-        seen.append(messages[1]["content"])
-        return whole(self, messages, *arguments, **options)
+    def encode_all(self, conversations, *arguments, **options):
+        conversations = list(conversations)
+        seen.extend(messages[1]["content"] for messages, _ in conversations)
+        return whole(self, conversations, *arguments, **options)
 
-    monkeypatch.setattr(Encoder, "encode", encode)
+    monkeypatch.setattr(Encoder, "encode_all", encode_all)
     return seen
 
 
@@ -76,12 +80,14 @@ def test_another_tokenizer_template_or_length_shares_nothing(tmp_path, encoded):
     assert len(encoded) == 4
 
 
-def test_a_template_that_writes_the_date_is_not_read_tomorrow(tmp_path, monkeypatch):
+def test_a_template_that_writes_the_date_is_not_read_tomorrow(tmp_path):
+    def folder(tokenizer, day):
+        return TokenStore(tmp_path, ChatTemplate(tokenizer, date(2031, 1, day)), 9, False).folder
+
     dated = tiny_tokenizer("{{ strftime_now('%d') }}" + CHATML)
-    today = TokenStore(tmp_path, dated, 9, False).folder
-    monkeypatch.setattr("ema_scale.data.token_store.time.strftime", lambda form: "2031-01-01")
-    assert TokenStore(tmp_path, dated, 9, False).folder != today
-    assert TokenStore(tmp_path, tiny_tokenizer(), 9, False).folder.parent == today.parent
+    assert folder(dated, 1) != folder(dated, 2) and folder(dated, 1) == folder(dated, 1)
+    assert folder(tiny_tokenizer(), 1) == folder(tiny_tokenizer(), 2)
+    assert folder(tiny_tokenizer(), 1).parent == folder(dated, 1).parent
 
 
 def test_a_damaged_file_is_tokenized_again(tmp_path, encoded, caplog):

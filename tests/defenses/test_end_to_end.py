@@ -29,7 +29,7 @@ def cross_entropy(model, conversations):
     losses = []
     for messages in conversations:
         found = encode(tiny_tokenizer(), messages, max_length=96)
-        ids = torch.tensor([found.input_ids])
+        ids = torch.tensor([found.input_ids.tolist()])
         target = torch.where(torch.tensor(found.assistant_mask, dtype=torch.bool), ids[0], -100)
         losses.append(
             F.cross_entropy(model(input_ids=ids).logits[0, :-1], target[1:], reduction="none")[target[1:] != -100]
