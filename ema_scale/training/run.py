@@ -138,7 +138,6 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
     prepare_environment(recipe.training.deepspeed, recipe.training.fsdp)
     from ema_scale.core.checkpoints import newest_complete, step_of
     from ema_scale.models.load import parameter_counts
-    from ema_scale.training.metrics import MetricsWriter, truncate_metrics
     from ema_scale.training.data import report_lines
     from ema_scale.training.metrics import MetricsWriter, truncate_metrics
     trainer, hashes = _trainer(recipe, run_dir, [MetricsWriter(run_dir)])
