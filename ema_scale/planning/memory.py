@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ema_scale.planning.setup import Setup
-from ema_scale.planning.speed import GIB
+from ema_scale.planning.setup import GIB, Setup
 from ema_scale.training.loss import CROSS_ENTROPY, chunk_tokens
 
 # The CUDA context with its kernels, cuBLAS's workspaces, what the driver keeps of the label's memory; NCCL's channels.

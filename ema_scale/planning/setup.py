@@ -15,6 +15,8 @@ from ema_scale.recipe import Recipe
 from ema_scale.reference.strategy import choose_strategy
 from ema_scale.training.loss import CROSS_ENTROPY, live_buffers
 
+GIB = 2**30
+
 _DEFAULT_LIVE = _DEFAULT_REUSE = 10**9
 
 

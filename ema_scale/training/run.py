@@ -140,6 +140,7 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
     from ema_scale.models.load import parameter_counts
     from ema_scale.training.data import report_lines
     from ema_scale.training.metrics import MetricsWriter, truncate_metrics
+
     trainer, hashes = _trainer(recipe, run_dir, [MetricsWriter(run_dir)])
     steps = recipe.evaluation.checkpoints
     trainer.keep_steps = frozenset(steps if isinstance(steps, list) else ())
