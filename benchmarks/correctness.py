@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import Rows
-from sizes import ROOT, Sizes
+from benchmarks.report import Rows
+from benchmarks.sizes import ROOT, Sizes
 
 from benchmarks.loss import NAIVE, OURS, PARTS, Problem, Shape, errors, on_logits, run
 from benchmarks.random_model import placeholder_tokenizer, random_base, random_rows
-from benchmarks.training_ways import CACHED, OFF, PLAIN, TWO, Task, _stir
+from benchmarks.training_variants import CACHED, OFF, PLAIN, TWO, Task, _stir
 from ema_scale.config.sections import AdapterRecipe
 from ema_scale.models.lora import lora_config
 from ema_scale.models.sharding import full_tensor, gathered
@@ -215,7 +215,7 @@ def vllm(rows: Rows, sizes: Sizes) -> None:
     if importlib.util.find_spec("vllm") is None:
         rows.add("vLLM", error="vllm is not installed")
         return
-    import engines
+    from benchmarks import engines
 
     engines.compare(rows, sizes)
 

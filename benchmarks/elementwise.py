@@ -53,7 +53,7 @@ def by_triton(
     logits: Tensor, other: Tensor | None, labels: Tensor, hard: float, soft: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Two passes over a row: its sums, rescaled as larger logits come; then the divergence and the gradient."""
-    from triton_rows import BLOCK, rows_kernel
+    from benchmarks.triton_rows import BLOCK, rows_kernel
 
     count, size = logits.shape
     ce, value, entropy, correct = (torch.zeros(count, dtype=torch.float32, device=logits.device) for _ in range(4))

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from report import Rows
-from sizes import Sizes
+from benchmarks.report import Rows
+from benchmarks.sizes import Sizes
 
 from benchmarks.random_model import fields_of, random_base
 from benchmarks.selection import random_adapters

@@ -14,15 +14,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from elementwise import by_triton, formula, loss_by
-from report import Rows
-from sizes import Sizes
+from benchmarks.elementwise import by_triton, formula, loss_by
+from benchmarks.report import Rows
+from benchmarks.sizes import Sizes
 
 from benchmarks.harness import Variant, compare, peak_bytes
-from benchmarks.loss import OURS, WAYS, Problem, Shape, errors, missing, run
+from benchmarks.loss import OURS, VARIANTS, Problem, Shape, errors, missing, run
 from benchmarks.plan import setup_of_task
 from benchmarks.random_model import random_base
-from benchmarks.training_ways import CACHED, FORWARDS, OFF, PLAIN, PLAIN_LOGITS, TWO, UNDEFENDED, Task, train
+from benchmarks.training_variants import CACHED, FORWARDS, OFF, PLAIN, PLAIN_LOGITS, TWO, UNDEFENDED, Task, train
 from ema_scale.config.sections import AdapterRecipe
 from ema_scale.models.flops import flops, peak_flops
 from ema_scale.models.lora import lora_config
@@ -95,7 +95,7 @@ def loss(rows: Rows, sizes: Sizes) -> None:
 def _loss_table(rows: Rows, title: str, shape: Shape, problem: Problem, arithmetic: float, sizes: Sizes) -> None:
     alive: dict[str, Callable[[], Any]] = {}
     facts: dict[str, dict[str, Any]] = {}
-    for way in WAYS:
+    for way in VARIANTS:
         note = missing(way, shape)
         if way == KERNEL and shape.device == "cpu":
             note = "needs a GPU: Triton kernels do not run on a CPU"

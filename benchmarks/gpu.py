@@ -22,7 +22,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from report import (
+# As a script its folder is on the path, not the repository.
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+from benchmarks.report import (  # noqa: E402
     Rows,
     Show,
     gibibytes,
@@ -93,8 +96,8 @@ def measure(out: Path, names: list[str], *, rehearse: bool, seconds: float) -> i
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # Imported once, for all sections: from a cold disk that takes longer than some of them. None of it uses CUDA, which
     # a process must not have done that others are forked from.
-    import correctness  # noqa: F401
-    import figures  # noqa: F401
+    from benchmarks import correctness  # noqa: F401
+    from benchmarks import figures  # noqa: F401
 
     out.mkdir(parents=True, exist_ok=True)
     start, facts = "fork", run(MACHINE, 60, rehearse=rehearse)[0]
@@ -149,10 +152,10 @@ def run(name: str, limit: float, *, rehearse: bool, start: str = "fork") -> list
 
 def work(name: str, rows: Rows, log: Path, rehearse: bool) -> None:
     """One section, in a process of its own, which is the first of them to use CUDA."""
-    import correctness
-    import figures
+    from benchmarks import correctness
+    from benchmarks import figures
     import torch
-    from sizes import REAL, TINY
+    from benchmarks.sizes import REAL, TINY
 
     from benchmarks.harness import machine
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ema_scale.core.io import atomic_write_json
-from ema_scale.core.run_dir import package_versions
+from ema_scale.core.records import package_versions
 
 
 @dataclass(frozen=True)

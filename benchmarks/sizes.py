@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.training_ways import Task
+from benchmarks.training_variants import Task
 
 ROOT = Path(__file__).resolve().parents[1]
 

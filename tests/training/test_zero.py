@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.training_ways import Task
-from benchmarks.training_ways import train as bench_train
+from benchmarks.training_variants import Task
+from benchmarks.training_variants import train as bench_train
 from safetensors.torch import load_file
 
 from ema_scale.config.sections import SeparateReference
@@ -216,7 +216,7 @@ def test_zero3_on_two_processes_equals_one_process(world, one_process, tmp_path)
 AHEAD = """
 import json, sys
 from ema_scale.bench.random_model import random_base
-from ema_scale.bench.training_ways import PLAIN, TWO, Task, train
+from benchmarks.training_variants import PLAIN, TWO, Task, train
 from ema_scale.training.distributed import prepare_environment
 
 config, model, out = sys.argv[1:]
