@@ -213,11 +213,11 @@ def test_zero3_on_two_processes_equals_one_process(world, one_process, tmp_path)
 
 LOADED = """
 import json, sys
+from ema_scale.core.run_dir import RunDir
+from ema_scale.models.lora import build_model
 from ema_scale.recipe import load_recipe
-from ema_scale.rundir import RunDir
-from ema_scale.training.adapter import build_model
+from ema_scale.training.arguments import training_arguments
 from ema_scale.training.distributed import prepare_environment
-from ema_scale.training.run import training_arguments
 
 recipe = load_recipe(sys.argv[1])
 prepare_environment(recipe.training.deepspeed)
