@@ -51,7 +51,7 @@ class Phases(TrainerCallback):
 
         with (
             patch.object(watch, "running", both),
-            patch.object(reference, "streams", self._timed(POLICY, reference.streams)),
+            patch.object(reference, "forward", self._timed(POLICY, reference.forward)),
             patch.object(
                 forward, "loss_over_shared_vocabulary", self._timed(LOSS, forward.loss_over_shared_vocabulary)
             ),

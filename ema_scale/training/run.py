@@ -172,7 +172,7 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
             log.info(note)
         truncate_metrics(run_dir.metrics_path, step_of(checkpoint) if checkpoint else 0)
         if checkpoint:
-            log.info("%s: resuming from step %d", run_dir.path, step_of(checkpoint))
+            log.info("%s: going on from step %d", run_dir.path, step_of(checkpoint))
     with stop_on_signals(trainer.stop):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     destroy_process_group_at_exit()

@@ -86,7 +86,8 @@ def test_value_and_gradient_are_those_of_autograd_over_full_logits(measure):
 
 
 @pytest.mark.parametrize("own_rows", [False, True])
-def test_a_third_partys_defense_trains_by_its_definition(tmp_path, own_rows):
+def test_a_third_partys_defense_trains_by_its_definition(tmp_path, monkeypatch, own_rows):
+    monkeypatch.setenv("EMA_CACHE", str(tmp_path / "cache"))
     chats = {
         name: [
             {"messages": [{"role": "user", "content": f"{name} {i}"}, {"role": "assistant", "content": f"{name}: {i}"}]}
@@ -97,12 +98,13 @@ def test_a_third_partys_defense_trains_by_its_definition(tmp_path, own_rows):
     source = tmp_path / "bad.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in chats["bad"]))
     defense = Hinge(source=str(source)) if own_rows else Hinge()
-    for options in ({"per_device_train_batch_size": 8}, {"packing": True, "max_length": 128}):
+    assert defense.needs_reference
+    for options in ({"reference": "adapter_off"}, {"reference": "cached", "packing": True, "max_length": 128}):
         model = tiny_peft(spread=0.3).double()
         trainer = make_trainer(
-            tmp_path / "run", model, chats["task"], [defense], max_steps=1, max_grad_norm=0, drift_every=0, **options
-        )
-        assert trainer.reference_choice.way == "adapter_off" and defense.needs_reference
+            tmp_path / "run", model, chats["task"], [defense], max_steps=1, max_grad_norm=0, drift_every=0,
+            per_device_train_batch_size=8, **options,
+        )  # fmt: skip
         found = step_gradients(trainer)
         if "packing" not in options:
             value, gradients = definition(trainer, tag="bad" if own_rows else "task")

@@ -54,10 +54,10 @@ FORMS = ["unit", "sequence", "relative", "none"]
 def test_value_and_gradient_are_the_definitions(normalise):
     policy, reference = states(0), states(1)
     leaf = policy[1].requires_grad_()
-    streams = make(policy, reference)
+    inputs = make(policy, reference)
     defense = LDIFS(0.7, normalise=normalise)
-    value = defense.penalty(streams)
-    torch.testing.assert_close(value, 0.7 * by_hand(policy, reference, normalise, streams.attention_mask))
+    value = defense.penalty(inputs)
+    torch.testing.assert_close(value, 0.7 * by_hand(policy, reference, normalise, inputs.attention_mask))
     value.backward()
     assert leaf.grad.abs().sum() > 0 and (leaf.grad[0, -2:] == 0).all()
 

@@ -41,8 +41,8 @@ class Near(Defense):
     def penalty_layers(self, num_layers):
         return (1,)
 
-    def penalty(self, streams):
-        return streams.mean((streams.policy[1] - streams.reference[1]).square().sum(-1), "assistant", "bad")
+    def penalty(self, inputs):
+        return inputs.mean((inputs.policy[1] - inputs.reference[1]).square().sum(-1), "assistant", "bad")
 
 
 def definition(trainer, terms):

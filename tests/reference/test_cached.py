@@ -134,14 +134,14 @@ def test_a_step_looks_at_its_tokens_once_and_not_in_every_forward(tmp_path, monk
         tmp_path, tiny_peft(), token_rows(8), [KL()], reference="cached", max_steps=2, drift_every=0,
         per_device_train_batch_size=2, gradient_accumulation_steps=2,
     )  # fmt: skip
-    forward = trainer.defended.reference.streams
+    forward = trainer.defended.reference.forward
 
     def without_looking(*args, **kwargs):
         with monkeypatch.context() as patch:
-            patch.setattr("ema_scale.reference.cached.segments", None)
+            patch.setattr("ema_scale.reference.cached.RowKeys.of", None)
             return forward(*args, **kwargs)
 
-    trainer.defended.reference.streams = without_looking
+    trainer.defended.reference.forward = without_looking
     trainer.train()
     assert trainer.state.global_step == 2
 

@@ -35,17 +35,17 @@ def test_a_separate_copy_of_the_base_equals_the_adapter_turned_off(tmp_path, bas
 def test_a_separate_model_is_put_in_place_once_and_for_an_evaluation_that_comes_first(tmp_path, base, monkeypatch):
     from ema_scale.reference.separate import Separate
 
-    placed, before = [], Separate.streams
+    placed, before = [], Separate.forward
     prepare = Separate.prepare
     monkeypatch.setattr(
         Separate, "prepare", lambda self, accelerator: (placed.append(1), prepare(self, accelerator))[1]
     )
 
-    def streams(self, *args, **kwargs):
+    def forward(self, *args, **kwargs):
         assert placed, "the model is on no device, and under ZeRO-3 and FSDP2 whole, yet"
         return before(self, *args, **kwargs)
 
-    monkeypatch.setattr(Separate, "streams", streams)
+    monkeypatch.setattr(Separate, "forward", forward)
     rows = token_rows(4)
     trainer = make_trainer(tmp_path, tiny_peft(spread=0.3), rows, [KL(0.5)], reference=separate(base), max_steps=1)
     first = trainer.evaluate(rows)["eval_loss"]
@@ -263,5 +263,5 @@ def test_an_adapter_whose_start_is_taken_out_of_the_base_is_refused(tmp_path, st
     from tests.tiny import tiny_model
 
     config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=start)
-    with pytest.raises(UserError, match=f"init_lora_weights: '{start}' takes its start out of the base weights"):
+    with pytest.raises(UserError, match=f"init_lora_weights: '{start}' also changes the base weights"):
         make_trainer(tmp_path, tiny_model(), token_rows(4), [KL()], peft_config=config)

@@ -123,7 +123,7 @@ def spoiled():
 
 def test_an_architecture_it_does_not_fit_is_refused_or_run_the_plain_way():
     with pytest.raises(UserError, match="reference: adapter_off"):
-        make_reference("two_stream", spoiled()).streams(BATCH)
+        make_reference("two_stream", spoiled()).forward(BATCH)
     model = spoiled()
     reference = make_reference("auto", model, sharded=True)
     assert isinstance(reference, Layerwise)

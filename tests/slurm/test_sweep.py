@@ -124,7 +124,7 @@ def test_what_was_trained_otherwise_is_refused_before_anything_is_written(world,
 
     changed = r"study grid: 1 of its 4 runs .*\n  sums-none-s0: training.learning_rate was 0.01, is 0.5\nNothing was"
     refused(changed, "training.learning_rate=0.5")
-    refused("1 of its 4 runs were .*\n  sums-none-s0: 4 rows a step, now 8\n.*--gpus-per-node", size=JobSize(gpus=2))
+    refused("1 of its 4 runs used .*\n  sums-none-s0: 4 rows per step, now 8\n.*--gpus-per-node", size=JobSize(gpus=2))
     plan_sweep(study, Site(), JobSize(gpus=2), overrides=("training.gradient_accumulation_steps=1",))  # 4 again
     recipe = tmp_path / "one.yaml"
     recipe.write_text(first.to_yaml().replace("learning_rate: 0.01", "learning_rate: 0.5"))

@@ -72,7 +72,7 @@ def test_what_trl_and_the_trainer_s_own_keywords_would_change_is_refused(tmp_pat
     assert batch["input_ids"].shape[1] % 16 == 0 and not batch["attention_mask"][:, -1].all()
     half = TrainingArguments(**options)
     half.fp16 = True
-    with pytest.raises(UserError, match="^fp16: found True.*gradients in the forward, before they could be scaled"):
+    with pytest.raises(UserError, match="^fp16: found True.*gradients in the forward, before they can be scaled"):
         DefendedTrainer(tiny_peft(), half, token_rows())
 
 

@@ -80,10 +80,10 @@ def test_a_process_that_ends_right_after_a_collective_does_not_abort():
     """gloo's threads still hold its tensors then, and DeepSpeed and DDP hold the group when it is destroyed."""
     code = (
         "import sys, torch, torch.distributed as dist\n"
-        "from ema_scale.training.distributed import leave_in_order\n"
+        "from ema_scale.training.distributed import destroy_process_group_at_exit\n"
         "dist.init_process_group('gloo')\n"
         "group = dist.group.WORLD\n"
-        "leave_in_order()\n"
+        "destroy_process_group_at_exit()\n"
         "mine = torch.ones(200000)\n"
         "sys.setswitchinterval(100)\n"  # the interpreter's lock is not handed over, as on a busy machine
         "for _ in range(4): dist.all_gather([torch.empty_like(mine) for _ in range(2)], mine)\n"

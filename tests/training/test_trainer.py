@@ -29,10 +29,9 @@ class Features(Defense):
     def penalty_layers(self, num_layers):
         return (0, 1, num_layers)
 
-    def penalty(self, streams):
+    def penalty(self, inputs):
         terms = [
-            streams.mean((streams.policy[k] - streams.reference[k]).square().sum(-1), "assistant")
-            for k in streams.policy
+            inputs.mean((inputs.policy[k] - inputs.reference[k]).square().sum(-1), "assistant") for k in inputs.policy
         ]
         return self.strength * sum(terms)
 

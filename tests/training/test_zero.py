@@ -240,11 +240,11 @@ def test_zero3_that_fetches_ahead_trains_on_the_same_losses(tmp_path):
 
 LOADED = """
 import json, sys
+from ema_scale.core.run_dir import RunDir
+from ema_scale.models.lora import build_model
 from ema_scale.recipe import load_recipe
-from ema_scale.rundir import RunDir
-from ema_scale.training.adapter import build_model
+from ema_scale.training.arguments import training_arguments
 from ema_scale.training.distributed import prepare_environment
-from ema_scale.training.run import training_arguments
 
 recipe = load_recipe(sys.argv[1])
 prepare_environment(recipe.training.deepspeed)
