@@ -7,7 +7,6 @@ version; fields that older versions did not write have defaults. A row without a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -398,8 +397,3 @@ class Manifest(Document):
 def read_rows(folder: Path) -> tuple[list[Sample], list[Judgement]]:
     """The answers and judgements in an evaluation folder. Raises UserError naming a line that is neither."""
     return Sample.read_all(folder / SAMPLES_FILE), Judgement.read_all(folder / JUDGEMENTS_FILE)
-
-
-def rows_to_json(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Rows as `append_jsonl` takes them."""
-    return [row.to_row() for row in rows]

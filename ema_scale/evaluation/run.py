@@ -15,8 +15,7 @@ from ema_scale.core.progress import Progress
 from ema_scale.core.uri import locate
 from ema_scale.evaluation.judging.calibration import open_check
 from ema_scale.evaluation.judging.pool import JudgePool, raise_if_judge_failed
-from ema_scale.evaluation.manifest import has_manifest
-from ema_scale.evaluation.plan import EvalTarget, PromptGroup, check_targets, plan_prompts
+from ema_scale.evaluation.plan import EvalTarget, PromptGroup, check_targets, has_manifest, plan_prompts
 from ema_scale.evaluation.records import MANIFEST_FILE, SUMMARY_FILE, Manifest, Sample, Summary, read_rows
 from ema_scale.evaluation.store import Store, locked_store
 from ema_scale.evaluation.suites import Suite, load_suites
@@ -75,13 +74,14 @@ def evaluate(
         stores = {t.name: open_things.enter_context(locked_store(t.out_dir)) for t in targets}
         for t in targets:
             _manifest(t, model, suites, settings).write(Path(t.out_dir) / MANIFEST_FILE)
-        used, judging = _work(groups, stores, settings, options, name, sampler, judge_check)
+        used, judging = _sample_and_judge(groups, stores, settings, options, name, sampler, judge_check)
         seconds = time.monotonic() - started
         theirs = {t.name: [g for g in groups if g.target is t] for t in targets}
         summaries = {
-            t.name: _finish(t, theirs[t.name], stores[t.name], model, settings, name, used, seconds) for t in targets
+            t.name: _write_summary(t, theirs[t.name], stores[t.name], model, settings, name, used, seconds)
+            for t in targets
         }
-        raise_if_judge_failed({name: judging.silence(asked, stores[name]) for name, asked in theirs.items()})
+        raise_if_judge_failed({name: judging.failure_reason(asked, stores[name]) for name, asked in theirs.items()})
         return summaries
 
 
@@ -118,7 +118,7 @@ def _manifest(target: EvalTarget, model: ModelRecipe, suites: Sequence[Suite], s
     return Manifest(target=target.name, model=model.path, adapter=adapter, settings=settings, suites=tuple(theirs))
 
 
-def _work(
+def _sample_and_judge(
     groups: Sequence[PromptGroup],
     stores: Mapping[str, Store],
     settings: EvaluationRecipe,
@@ -197,7 +197,7 @@ def _fitted(groups: Sequence[PromptGroup], options: SamplerOptions) -> SamplerOp
     return replace(options, max_model_len=min(need, int(limit)))
 
 
-def _finish(
+def _write_summary(
     target: EvalTarget,
     groups: Sequence[PromptGroup],
     store: Store,

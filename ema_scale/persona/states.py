@@ -1,4 +1,7 @@
-"""Mean hidden states of answers: what a model's residual stream holds while it speaks."""
+"""Mean hidden states of answers, and how far they point along a direction.
+
+The projection is the monitor of persona vectors (arXiv 2507.21509, section 3).
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from ema_scale.core.progress import Progress
 from ema_scale.data.collate import ChatCollator
 from ema_scale.data.rows import Row
 from ema_scale.data.tokens import Encoder
+from ema_scale.models.directions import Directions
 from ema_scale.models.hooks import capture
 from ema_scale.models.layout import causal_lm, decoder_layers, hidden_size
 
@@ -89,3 +93,29 @@ def _encode(tokenizer: Any, rows: Sequence[Row], max_length: int) -> dict[int, d
             pairs = zip(found.input_ids, found.assistant_mask, strict=True)
             encoded[number] = {"input_ids": found.input_ids, "labels": [t if m else -100 for t, m in pairs]}
     return encoded
+
+
+def project_rows(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    directions: Directions,
+    layer: int | None = None,
+    *,
+    max_length: int = 2048,
+    batch_tokens: int = BATCH_TOKENS,
+    label: str = "projections",
+) -> list[float]:
+    """One number a row, in its order: the mean hidden state of its assistant tokens, times the layer's unit direction.
+
+    The unit is that of hidden states, and the origin has no meaning: compare rows with rows of a clean set. layer:
+    default the one that the directions recommend. A row without an assistant token within max_length is NaN.
+    Raises UserError for directions of a model of another shape, and as `response_means` does.
+    """
+    directions.check(len(decoder_layers(model)), hidden_size(model))
+    layer = directions.recommended_layer if layer is None else layer
+    unit = directions.unit(layer)
+    means = response_means(
+        model, tokenizer, rows, [layer], max_length=max_length, batch_tokens=batch_tokens, label=label
+    )
+    return [float(value) for value in means[:, 0] @ unit]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -205,13 +205,14 @@ def score(
         for line in read_jsonl(path, repair=True):
             if "row" in line and "reader" in line:
                 known[line["row"], line["reader"]] = math.nan if line.get("nll") is None else float(line["nll"])
+    limit = batch_tokens or BATCH_TOKENS[readers.device.type]
     for name, identity in readers.identities.items():
         missing = [item for item in items if (item.key, identity) not in known]
         if not missing:
             continue
         shown = Progress(f"read by {name}", len(items), len(items) - len(missing), unit="row")
         with shown as progress, readers.merged(name):
-            for batch in batch_by_length(missing, lambda item: len(item.ids), batch_tokens or BATCH_TOKENS[readers.device.type]):
+            for batch in batch_by_length(missing, lambda item: len(item.ids), limit):
                 found = readers.nll(name, batch)
                 known |= {(item.key, identity): nll for item, nll in zip(batch, found, strict=True)}
                 if path is not None:
