@@ -13,8 +13,6 @@ from ema_scale.persona.states import BATCH_TOKENS, project_rows
 from ema_scale.selection.scoring_models import ALIGNED, EncodedRow, ScoringModels
 
 PROJECTIONS = "projections.jsonl"
-
-
 _ROWS_AT_ONCE = 2048  # what a kill costs at most
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class EvalTarget:
     """What is evaluated: the base model (`adapter_path=None`) or one adapter; `out_dir` gets its rows.
 
-    suites: what this target is asked, if not the same as all.
+    suites: the target's own suites, in place of those of the evaluation.
     base_dir: the folder of the base model's evaluation, which the target's summary names.
     """
 
@@ -204,7 +204,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 @dataclass(frozen=True)
 class StoredGroup(PromptGroup):
-    """Answers that are there, however many."""
+    """Stored answers."""
 
     stored: tuple[str, ...] = ()
 

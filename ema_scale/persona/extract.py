@@ -1,4 +1,4 @@
-"""Three ways to a vector a layer: personas that a judge confirms, two sets of rows, or an adapter beside its base.
+"""Three ways to one vector per layer: personas that a judge confirms, two sets of rows, or an adapter and its base.
 
 All are v = mean(positive) - mean(negative) of response-token mean hidden states (arXiv 2507.21509, section 2).
 """
@@ -65,8 +65,8 @@ def from_personas(
 def from_rows(recipe: Recipe, positive: str, negative: str, folder: Path) -> Directions:
     """A vector from two files of chat rows, as they are: no sampling, no judge.
 
-    Rows need not pair; take them over the same questions, or the vector holds their difference too. Raises UserError
-    for rows that cannot be read, and too few of them.
+    Rows need not pair. Take them over the same questions: the vector also holds the difference of the questions. Raises
+    UserError for rows that cannot be read, and for too few of them.
     """
     sides = [load_rows(locate(source)) for source in (positive, negative)]
     provenance = {
@@ -80,7 +80,7 @@ def from_rows(recipe: Recipe, positive: str, negative: str, folder: Path) -> Dir
 
 
 def from_adapter(recipe: Recipe, adapter: Path, rows: str, folder: Path) -> Directions:
-    """What an adapter does to hidden states: means under it, minus means of the base model, over the same rows.
+    """The effect of an adapter on hidden states: means with it, minus means of the base model, over the same rows.
 
     Raises UserError if there is no adapter there, and for rows that cannot be read.
     """

@@ -26,7 +26,7 @@ POSITIVE, NEGATIVE = "positive", "negative"
 
 @dataclass(frozen=True)
 class Personas:
-    """System prompts that ask for a trait and, the n-th for the n-th, for its opposite."""
+    """System prompts for a trait and for its opposite, paired in order."""
 
     positive: tuple[str, ...]
     negative: tuple[str, ...]
@@ -71,15 +71,16 @@ def conditions(personas: Personas) -> list[Condition]:
 
 
 ALIGNED_ABOVE = 100 - ALIGNED_BELOW
-
-
 CONFIRMED = "confirmed"
 
 
 @dataclass
 class Sampled:
-    """positive[i] and negative[i] are answers to the same question under paired prompts. counts: side -> verdict ->
-    answers. summary: the evaluation's own."""
+    """Confirmed rows: positive[i] and negative[i] are answers to the same question under paired prompts.
+
+    summary: of the evaluation.
+    counts: side -> verdict -> answers.
+    """
 
     summary: Summary
     positive: list[Row] = field(default_factory=list)
@@ -100,7 +101,7 @@ def sample_personas(
     target = EvalTarget("personas", None, folder)
     asked = apply_conditions(suites, conditions(personas))
     summary = evaluate([target], model, asked, settings)["personas"]
-    # Beside these stand the judgements of every judge that was asked before.
+    # The folder also holds the judgements of every earlier judge.
     judges = {
         (suite.name, question.id): assign(suite, question, settings.judge).identity
         for suite in asked

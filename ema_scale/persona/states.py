@@ -35,13 +35,15 @@ def response_means(
     batch_tokens: int = BATCH_TOKENS,
     label: str = "hidden states",
 ) -> Tensor:
-    """float32 [rows, layers, H] on the CPU: each row's states, averaged over the tokens that the assistant wrote.
+    """Each row's hidden states, averaged over the assistant's tokens: float32 [rows, layers, H], on the CPU.
 
-    layers: 0 for the embeddings, k for the residual stream after decoder layer k, before the final norm. model: a
-    causal LM, with PEFT's wrapper or without; its adapters act as they are set. Batches hold rows of similar length,
-    at most about batch_tokens tokens with padding; a row's result does not depend on its batch. A row that has no
-    assistant token within max_length is NaN. Raises UserError for a layer that the model does not have, and a row
-    whose mask cannot be found.
+    A row's result does not depend on its batch. A row without an assistant token within max_length is NaN. Raises
+    UserError for a layer that the model does not have, and for a row whose mask cannot be found.
+
+    Args:
+        model: a causal LM, with PEFT's wrapper or without. Its adapters act as they are set.
+        layers: 0 for the embeddings, k for the residual stream after decoder layer k, before the final norm.
+        batch_tokens: tokens per batch, with padding.
     """
     stack = decoder_layers(model)
     wrong = [k for k in layers if not 0 <= k <= len(stack)]
@@ -106,11 +108,15 @@ def project_rows(
     batch_tokens: int = BATCH_TOKENS,
     label: str = "projections",
 ) -> list[float]:
-    """One number a row, in its order: the mean hidden state of its assistant tokens, times the layer's unit direction.
+    """One number per row: the mean hidden state of its assistant tokens, times the layer's unit direction.
 
-    The unit is that of hidden states, and the origin has no meaning: compare rows with rows of a clean set. layer:
-    default the one that the directions recommend. A row without an assistant token within max_length is NaN.
-    Raises UserError for directions of a model of another shape, and as `response_means` does.
+    The unit is that of hidden states, and the origin has no meaning: compare rows with rows of a clean set. A row
+    without an assistant token within max_length is NaN. Raises UserError for directions of a model of another shape,
+    and as `response_means` does.
+
+    Args:
+        layer: None for the one that the directions recommend.
+        batch_tokens: tokens per batch, with padding.
     """
     directions.check(len(decoder_layers(model)), hidden_size(model))
     layer = directions.recommended_layer if layer is None else layer

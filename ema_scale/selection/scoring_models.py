@@ -27,7 +27,7 @@ from ema_scale.models.load import load_base
 from ema_scale.models.lora import with_adapters
 from ema_scale.training.loss import default_chunk
 
-# Tokens a batch, with padding. More saves nothing once the device is busy; on a CPU it also leaves the caches.
+# Tokens per batch, with padding. More saves nothing once the device is busy; on a CPU it also leaves the caches.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 ALIGNED = "aligned"

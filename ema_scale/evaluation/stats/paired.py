@@ -1,7 +1,6 @@
-"""Two arms on the same questions: the difference of their rates, its interval, and how likely chance alone is.
+"""Two evaluations on the same questions: the difference of their rates, its 95 % interval and its p value.
 
-Questions differ much more than samples do, and both arms answered the same ones, so that the difference is taken
-question by question.
+Questions differ much more than samples do, so the difference is taken question by question.
 """
 
 from __future__ import annotations
@@ -117,11 +116,7 @@ def check_comparable(one: Arm, two: Arm) -> None:
 
 
 RESAMPLES = 9999
-
-
 MOST_AT = 10
-
-
 METHOD = (
     "Differences are paired by question. Their 95 % interval joins both arms' intervals by square-and-add with the "
     "correlation of the two over questions (Newcombe 1998; MOVER). p: two-sided permutation test that swaps the arms "
@@ -167,7 +162,7 @@ class Counts:
 def paired_difference(counts: Counts, *, fractional: bool = False) -> Difference:
     """sum(x) / sum(m) - sum(y) / sum(k), with questions as the units.
 
-    fractional: x and y are shares, one a question, not counts. Interval: Newcombe, Statistics in Medicine 17 (1998)
+    fractional: x and y are shares, one per question, not counts. Interval: Newcombe, Statistics in Medicine 17 (1998)
     2635-2650, method 10, with the arms' clustered intervals and the correlation of their influence values over
     questions (MOVER: Zou and Donner, 27 (2008) 1693-1702). p: permutation test, exact up to 13 questions, else
     from 9,999 swaps drawn with a fixed seed.
@@ -190,7 +185,7 @@ def paired_difference(counts: Counts, *, fractional: bool = False) -> Difference
 
 
 def swap_p(counts: Counts) -> float:
-    """The two-sided p value under swaps of the arms within questions; 1 if the arms are alike everywhere."""
+    """The two-sided p value under swaps of the arms within questions; 1 if the arms agree on every question."""
     # Hits and answers travel together, as the real and imaginary part of one number.
     one, two = counts.x + 1j * counts.m, counts.y + 1j * counts.k
     if len(one) < 2 or np.array_equal(one, two):

@@ -97,8 +97,6 @@ def korn_graubard(hits: Sequence[float], counts: Sequence[float], confidence: fl
 
 # Mean and intra-question correlation at which the likelihood is looked up; between the means it is interpolated.
 _MEANS = np.unique(np.concatenate([np.geomspace(1e-4, 0.3, 60), np.linspace(0.3, 0.999, 60)]))
-
-
 _CORRELATIONS = np.concatenate([[1e-4], np.linspace(0.02, 0.98, 25)])
 
 
