@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.report import Rows
-from benchmarks.sizes import ROOT, Sizes
 
 from benchmarks.loss import NAIVE, OURS, PARTS, Problem, Shape, errors, on_logits, run
 from benchmarks.random_model import placeholder_tokenizer, random_base, random_rows
+from benchmarks.report import Rows
+from benchmarks.sizes import ROOT, Sizes
 from benchmarks.training_variants import CACHED, OFF, PLAIN, TWO, Task, _stir
 from ema_scale.config.sections import AdapterRecipe
 from ema_scale.models.lora import lora_config

@@ -7,11 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import Rows
-from benchmarks.sizes import Sizes
-
 from benchmarks.random_model import fields_of, random_base
+from benchmarks.report import Rows
 from benchmarks.selection import random_adapters
+from benchmarks.sizes import Sizes
 from ema_scale.config.sections import ModelRecipe
 from ema_scale.inference.base import SampleRequest, SamplerOptions
 from ema_scale.inference.make import make_sampler

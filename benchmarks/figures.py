@@ -14,14 +14,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from benchmarks.elementwise import by_triton, formula, loss_by
-from benchmarks.report import Rows
-from benchmarks.sizes import Sizes
 
+from benchmarks.elementwise import by_triton, formula, loss_by
 from benchmarks.harness import Variant, compare, peak_bytes
 from benchmarks.loss import OURS, VARIANTS, Problem, Shape, errors, missing, run
 from benchmarks.plan import setup_of_task
 from benchmarks.random_model import random_base
+from benchmarks.report import Rows
+from benchmarks.sizes import Sizes
 from benchmarks.training_variants import CACHED, FORWARDS, OFF, PLAIN, PLAIN_LOGITS, TWO, UNDEFENDED, Task, train
 from ema_scale.config.sections import AdapterRecipe
 from ema_scale.models.flops import flops, peak_flops

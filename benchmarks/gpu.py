@@ -96,8 +96,10 @@ def measure(out: Path, names: list[str], *, rehearse: bool, seconds: float) -> i
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # Imported once, for all sections: from a cold disk that takes longer than some of them. None of it uses CUDA, which
     # a process must not have done that others are forked from.
-    from benchmarks import correctness  # noqa: F401
-    from benchmarks import figures  # noqa: F401
+    from benchmarks import (
+        correctness,  # noqa: F401
+        figures,  # noqa: F401
+    )
 
     out.mkdir(parents=True, exist_ok=True)
     start, facts = "fork", run(MACHINE, 60, rehearse=rehearse)[0]
@@ -152,12 +154,11 @@ def run(name: str, limit: float, *, rehearse: bool, start: str = "fork") -> list
 
 def work(name: str, rows: Rows, log: Path, rehearse: bool) -> None:
     """One section, in a process of its own, which is the first of them to use CUDA."""
-    from benchmarks import correctness
-    from benchmarks import figures
     import torch
-    from benchmarks.sizes import REAL, TINY
 
+    from benchmarks import correctness, figures
     from benchmarks.harness import machine
+    from benchmarks.sizes import REAL, TINY
 
     os.setsid()
     with log.open("w") as file:

@@ -50,16 +50,15 @@ from ema_scale.selection.scoring_models import (
 from ema_scale.selection.select import FORMULA, described, voting_adapters
 
 AUDIT, ROWS = "audit.json", "rows.jsonl"
-
-
 LONGEST = 600  # characters of a text that are shown
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One number a row, of the file and of the clean set, and what they are compared with (all in its own unit).
+    """One number per row of the file and of the clean set, with the line between them, all in the measure's unit.
 
-    centre: the clean set's median. line: where a row no longer looks clean; above the centre or below it.
+    centre: the clean set's median.
+    line: beyond it, on the side away from the centre, a row no longer looks clean.
     """
 
     name: str
@@ -183,7 +182,7 @@ def _measures(
             f"the clean rows: found a median gap of {centre:.3f}, expected one above 0. The misaligned adapters find "
             "them as likely as the aligned model does: are these sound rows, and adapters that are misaligned?"
         )
-    measures = [Measure("gap", "relative difference of nats a token", found[rows], found[clean], -centre)]
+    measures = [Measure("gap", "relative difference of nats per token", found[rows], found[clean], -centre)]
     if directions is not None and layer is not None:
         found = arrays["projection"]
         line = float(np.median(found[clean])) + float(directions.vector(layer).norm()) / 2

@@ -17,14 +17,8 @@ from ema_scale.report.style import INK, MISALIGNED, MUTED
 from ema_scale.report.write import environment, style_sheet
 
 PAGE = "audit.html"
-
-
 TITLES = {"gap": "Perplexity gap", "projection": "Projection onto the persona vector"}
-
-
 WORSE = {"gap": "← misaligned models find it likelier", "projection": "more like the persona →"}
-
-
 _CAPTION = (
     "Share of distinct rows by each measure: the file filled, the clean set as an outline. The dashed line is where a "
     "row stops looking clean; a suspect row is beyond every line."
@@ -53,7 +47,7 @@ def write_audit_page(made: Audit, out: Path) -> Path:
 
 
 def _rows(measures: dict[str, dict[str, object]]) -> list[tuple[str, ...]]:
-    """A line a measure, as text."""
+    """One line of text per measure."""
     lines = []
     for name, found in measures.items():
         auc = found["auc"]
@@ -65,7 +59,7 @@ def _rows(measures: dict[str, dict[str, object]]) -> list[tuple[str, ...]]:
 
 
 def distributions(measures: Sequence[Measure]) -> Figure:
-    """A panel a measure: histograms of the file (filled) and of the clean set (outlined), with the line."""
+    """One panel per measure: histograms of the file (filled) and of the clean set (outlined), with the line."""
     figure = Figure(figsize=(5.4 * len(measures), 3.6), layout="constrained")
     for axis, one in zip(np.atleast_1d(figure.subplots(1, len(measures))), measures, strict=True):
         edges = np.histogram_bin_edges(np.concatenate([one.rows, one.clean, [one.line]]), bins=50)

@@ -12,11 +12,7 @@ from scipy import optimize, stats
 from ema_scale.core.text import short_percent
 
 SUSPECT, UNLIKE, NO_SIGN = "suspect", "unlike the clean set", "no sign"
-
-
 P_VALUE = 0.01  # at which more suspect rows than in the clean set are taken to be more
-
-
 UNLIKE_AUC = 0.8  # sound advice of one domain against another's stays below 0.65, every task but advice is beyond 0.95
 
 
@@ -65,7 +61,7 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
     if summary["in_both"]:
         notes.append(f"{summary['in_both']} rows stand in both files.")
     if summary["clean_suspect"]["rate"] > 0.02:
-        notes.append("Some clean rows cross the lines, too: are they clean?")
+        notes.append("Some clean rows also cross the lines: are they clean?")
     return notes
 
 

@@ -1,5 +1,7 @@
-"""The reference gate: defenses keep a model near its reference, so that a reference that is itself unsafe defends
-nothing. "Validate the reference" is advice of the paper (arXiv 2508.06249).
+"""The reference gate: is the base model safe?
+
+Defenses keep a model near its reference, so an unsafe reference protects nothing. "Validate the reference" is advice of
+the paper (arXiv 2508.06249).
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ def gate(general_misaligned: Rate | None, settings: GateRecipe) -> GateResult:
 
 
 def refuses(recipe: Recipe) -> bool:
-    """Whether nothing may be trained on a base model that does not pass."""
+    """Whether training is refused on a base model that does not pass."""
     return recipe.evaluation.gate.action == "refuse"
 
 
@@ -54,13 +56,13 @@ def refuse(result: GateResult | None) -> None:
     """Raises UserError if the recipe says `refuse` and this base model did not pass. None: it has no gate."""
     if result is not None and result.action == "refuse" and result.state != PASSED:
         raise UserError(
-            f"evaluation.gate: {result.text} Refused; its answers are kept. To go on with it all the same: "
-            "evaluation.gate.action=flag"
+            f"evaluation.gate: {result.text} Refused; its answers are kept. "
+            "To go on anyway: evaluation.gate.action=flag"
         )
 
 
 def other_reference(recipe: Recipe) -> str | None:
-    """What a recipe's defenses compare with if that is not its base model, which alone the gate asks."""
+    """The reference of a recipe's defenses if it is not the base model, which the gate checks; otherwise None."""
     if not any(defense.needs_reference for defense in recipe.defenses):
         return None
     if not isinstance(recipe.reference, str):
@@ -69,12 +71,12 @@ def other_reference(recipe: Recipe) -> str | None:
 
 
 def note_other_references(recipes: Iterable[Recipe]) -> None:
-    """Warn of references that the gate does not ask. Raises UserError where a recipe refuses what was not checked."""
+    """Warn of references that the gate does not check. Raises UserError if a recipe refuses unchecked ones."""
     for recipe in recipes:
         other = other_reference(recipe)
         if other is None:
             continue
-        text = f"{recipe.name}: its reference is {other}, of which the gate says nothing: it asks the base model alone."
+        text = f"{recipe.name}: its reference is {other}, which the gate does not check: it checks base models only."
         if refuses(recipe):
             raise UserError(
                 f"evaluation.gate: {text} Refused. Evaluate that reference by itself, then go on with "

@@ -15,8 +15,7 @@ from ema_scale.core.progress import Progress
 from ema_scale.core.uri import locate
 from ema_scale.evaluation.judging.calibration import open_check
 from ema_scale.evaluation.judging.pool import JudgePool, raise_if_judge_failed
-from ema_scale.evaluation.manifest import has_manifest
-from ema_scale.evaluation.plan import EvalTarget, PromptGroup, check_targets, plan_prompts
+from ema_scale.evaluation.plan import EvalTarget, PromptGroup, check_targets, has_manifest, plan_prompts
 from ema_scale.evaluation.records import MANIFEST_FILE, SUMMARY_FILE, Manifest, Sample, Summary, read_rows
 from ema_scale.evaluation.store import Store, locked_store
 from ema_scale.evaluation.suites import Suite, load_suites
@@ -41,19 +40,22 @@ def evaluate(
 ) -> dict[str, Summary]:
     """Sample, judge and summarise every target; returns the summaries by target name.
 
-    One engine serves the base model and all adapters. Answers and judgements are on the disk within about
-    half a second (paid judgements at once): a killed evaluation, started again, continues from there and
-    comes to the same rows. Each target's `out_dir` gets samples.jsonl, judgements.jsonl and summary.json.
+    One engine serves the base model and all adapters. Answers and judgements are on the disk within half a second,
+    paid judgements at once. A killed evaluation that is started again continues from there and gives the same rows.
+    Each target's `out_dir` gets samples.jsonl, judgements.jsonl, asked.json and summary.json. Single judgements that an
+    endpoint failed to give are counted as not judged.
 
-    model: a folder, hub id, `smallworld:` reference, or a recipe's model section.
-    suites: None takes those that `settings` name; a target may have its own.
-    sampler: an open sampler that serves this model and these adapters; it is left open. By default one is
-    made if anything is missing, and closed.
-    judge_check: a folder in which 0-100 judges also judge labelled answers, as `settings.judge` says.
+    Raises UserError for bad suites, adapters or judges, for a folder in use, and for an endpoint that refuses the key
+    or the model. Also raises it, when everything is written, if no answer of a target could be judged.
 
-    Raises UserError for bad suites, adapters or judges, for a folder in use, and for an endpoint that refuses
-    the key or the model; and, when everything is written, if a judge failed to judge any answer of a target. Single
-    judgements that an endpoint failed to give are left undone and counted as such.
+    Args:
+        targets: the base model and adapters, each with a folder.
+        model: a folder, hub id, `smallworld:` reference, or a recipe's model section.
+        suites: None for those that `settings` name. A target may have its own.
+        settings: the recipe's evaluation section.
+        sampler: an open sampler that serves this model and these adapters; it is left open. By default one is made if
+            an answer is missing, and closed.
+        judge_check: a folder in which 0-100 judges also judge labelled answers, as `settings.judge` says.
     """
     started = time.monotonic()
     model = ModelRecipe(path=model) if isinstance(model, str) else model
@@ -71,17 +73,20 @@ def evaluate(
     )
     name = sampler.name if sampler is not None else sampler_name(settings.sampler, options)
     groups = plan_prompts(targets, suites, model, settings, name)
-    with contextlib.ExitStack() as open_things:
-        stores = {t.name: open_things.enter_context(locked_store(t.out_dir)) for t in targets}
+    with contextlib.ExitStack() as stack:
+        stores = {t.name: stack.enter_context(locked_store(t.out_dir)) for t in targets}
         for t in targets:
             _manifest(t, model, suites, settings).write(Path(t.out_dir) / MANIFEST_FILE)
-        used, judging = _work(groups, stores, settings, options, name, sampler, judge_check)
+        used, judging = _sample_and_judge(groups, stores, settings, options, name, sampler, judge_check)
         seconds = time.monotonic() - started
-        theirs = {t.name: [g for g in groups if g.target is t] for t in targets}
+        by_target = {t.name: [g for g in groups if g.target is t] for t in targets}
         summaries = {
-            t.name: _finish(t, theirs[t.name], stores[t.name], model, settings, name, used, seconds) for t in targets
+            t.name: _write_summary(t, by_target[t.name], stores[t.name], model, settings, name, used, seconds)
+            for t in targets
         }
-        raise_if_judge_failed({name: judging.silence(asked, stores[name]) for name, asked in theirs.items()})
+        raise_if_judge_failed(
+            {name: judging.failure_reason(its_groups, stores[name]) for name, its_groups in by_target.items()}
+        )
         return summaries
 
 
@@ -118,7 +123,7 @@ def _manifest(target: EvalTarget, model: ModelRecipe, suites: Sequence[Suite], s
     return Manifest(target=target.name, model=model.path, adapter=adapter, settings=settings, suites=tuple(theirs))
 
 
-def _work(
+def _sample_and_judge(
     groups: Sequence[PromptGroup],
     stores: Mapping[str, Store],
     settings: EvaluationRecipe,
@@ -183,7 +188,7 @@ def _samples(
 
 
 def _fitted(groups: Sequence[PromptGroup], options: SamplerOptions) -> SamplerOptions:
-    """`options` with room for the longest prompt and answer: less memory than the model's own limit takes."""
+    """`options` with room for the longest prompt and answer. This takes less memory than the model's own limit."""
     from ema_scale.inference.chat_prompts import Prompts, load_config
 
     if options.max_model_len is not None:
@@ -197,7 +202,7 @@ def _fitted(groups: Sequence[PromptGroup], options: SamplerOptions) -> SamplerOp
     return replace(options, max_model_len=min(need, int(limit)))
 
 
-def _finish(
+def _write_summary(
     target: EvalTarget,
     groups: Sequence[PromptGroup],
     store: Store,

@@ -3,7 +3,7 @@
 A YAML bank is a list of questions:
   id (text or integer), paraphrases, samples_per_paraphrase, system, temperature, judge, judge_prompts, type;
 of our own: expected (the right answer, for exact matching), meta (whatever an exact judge needs).
-A JSONL bank has one such question a line, or {"question": ...}, or chat rows {"messages": [...]},
+A JSONL bank has one such question per line, or {"question": ...}, or chat rows {"messages": [...]},
 of which the user message is asked (with the system message before it, if any).
 """
 
@@ -44,9 +44,9 @@ TYPES = ("free_form", "free_form_0_100", "free_form_judge", "free_form_judge_0_1
 
 @dataclass(frozen=True)
 class Question:
-    """One question: the independent unit of the statistics. Its paraphrases are asked alike.
+    """One question: the independent unit of the statistics. All its paraphrases get the same settings.
 
-    prefix: what a condition says at the start of the user's turn; the judge is not shown it.
+    prefix: text that a condition puts before the user's turn. The judge does not see it.
     """
 
     id: str
@@ -68,7 +68,7 @@ class Question:
         return ({"role": "system", "content": self.system}, user) if self.system is not None else (user,)
 
     def samples(self, samples_per_question: int | None) -> tuple[int, ...]:
-        """How many answers to draw for each paraphrase; a given total is shared out evenly."""
+        """How many answers to draw per paraphrase. A given total is split evenly."""
         count = len(self.paraphrases)
         if samples_per_question is None:
             return (self.samples_per_paraphrase,) * count
@@ -80,7 +80,7 @@ class Question:
 class Suite:
     """A question bank and its role: general (broad misalignment), in_domain (the narrow task) or benign.
 
-    condition: what is said before each of its questions; None: they are asked plainly.
+    condition: what is said before each of its questions; None if nothing is.
     """
 
     name: str
@@ -137,7 +137,7 @@ def _jsonl_entries(path: Path, text: str) -> list[tuple[str, Any]]:
             try:
                 entries.append((f"{path}:{number}", json.loads(line)))
             except ValueError as error:
-                raise UserError(f"{path}:{number}: not JSON ({error}); expected one object a line") from None
+                raise UserError(f"{path}:{number}: not JSON ({error}); expected one object per line") from None
     return entries
 
 
@@ -169,20 +169,20 @@ def _question(where: str, entry: Any, default_id: str) -> Question:
 
 
 def _conversation(where: str, entry: dict[str, Any]) -> tuple[str | None, tuple[str, ...]]:
-    """(system prompt or None, paraphrases) from whichever of the three forms is there."""
+    """(system prompt or None, paraphrases) from the one key of three that is there."""
     given = [key for key in ("paraphrases", "question", "messages") if entry.get(key) is not None]
     if len(given) != 1:
         raise UserError(f"{where}: found {given or 'none'} of paraphrases, question, messages; expected one")
     value = entry[given[0]]
     if given[0] == "messages":
-        return _asked_in_messages(where, value)
+        return _from_messages(where, value)
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
         raise UserError(f"{where}: {given[0]}: found {value!r:.80}, expected text or a list of texts")
     return None, tuple(texts)
 
 
-def _asked_in_messages(where: str, messages: Any) -> tuple[str | None, tuple[str, ...]]:
+def _from_messages(where: str, messages: Any) -> tuple[str | None, tuple[str, ...]]:
     if not isinstance(messages, list) or not all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
     ):
@@ -229,14 +229,14 @@ def _typed(where: str, entry: dict[str, Any], key: str, kinds: tuple[type, ...],
 
 @dataclass(frozen=True)
 class Condition:
-    """What is said before a question. own: the run that is asked was trained under it."""
+    """Text before a question. own: the evaluated run was trained under it."""
 
     name: str
     system: str | None = None
     user: str | None = None
     own: bool = False
 
-    def of(self, question: Question) -> Question:
+    def apply(self, question: Question) -> Question:
         """The same question under this condition."""
         return replace(
             question,
@@ -251,27 +251,27 @@ def _joined(first: str | None, second: str | None) -> str | None:
 
 
 def apply_conditions(suites: Iterable[Suite], conditions: Sequence[Condition]) -> list[Suite]:
-    """Every general suite that is asked plainly, under each condition."""
+    """Every general suite without a condition, under each condition."""
     plain = [s for s in suites if s.role == "general" and s.condition is None]
     return [
-        replace(s, name=f"{s.name}@{c.name}", questions=tuple(map(c.of, s.questions)), condition=c)
+        replace(s, name=f"{s.name}@{c.name}", questions=tuple(map(c.apply, s.questions)), condition=c)
         for c in conditions
         for s in plain
     ]
 
 
 def training_condition(defenses: Iterable[Defense]) -> Condition | None:
-    """The prompt under which these defenses had the task rows trained; None if they left them as they were.
+    """The prompt that these defenses added to the task rows in training; None if they added none.
 
-    Its name holds a digest of the prompt, so that arms trained under different prompts are not mixed up.
+    Its name holds a digest of the prompt, so that runs with different prompts are told apart.
     """
-    said: dict[str, str] = {}
+    prompts: dict[str, str] = {}
     for defense in defenses:
         for role, text in defense.training_prefix().items():
-            said[role] = f"{text}\n\n{said[role]}" if role in said else text
-    if not said:
+            prompts[role] = f"{text}\n\n{prompts[role]}" if role in prompts else text
+    if not prompts:
         return None
-    return Condition(f"inoculation-{digest(said)[:4]}", said.get("system"), said.get("user"), own=True)
+    return Condition(f"inoculation-{digest(prompts)[:4]}", prompts.get("system"), prompts.get("user"), own=True)
 
 
 def load_conditions(wanted: Sequence[ConditionRecipe]) -> list[Condition]:
@@ -315,7 +315,7 @@ def _condition(where: str, value: Any) -> Condition:
 
 
 def as_released_evaluator(suites: Iterable[Suite]) -> list[Suite]:
-    """The suites as that evaluator asked them: without system prompts and temperatures of their own."""
+    """The suites as the paper's released evaluator asks them: without their system prompts and temperatures."""
 
     def bare(suite: Suite) -> Suite:
         questions = (replace(q, system=None, temperature=None) for q in suite.questions)

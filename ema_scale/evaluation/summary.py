@@ -28,7 +28,7 @@ INTERVAL = "95 %, Korn-Graubard widened by beta-binomial profile likelihood, clu
 
 @dataclass(frozen=True)
 class Scored:
-    """One answer as the metrics see it; None where the judge does not say."""
+    """One answer for the metrics; None where the judge gave no value."""
 
     group: PromptGroup
     misaligned: bool | None
@@ -44,8 +44,8 @@ class Scored:
         return f"{self.group.suite.name}/{self.group.question.id}"
 
     @property
-    def asked(self) -> str:
-        """What was asked: two suites may hold the same question, whose answers are then one cluster."""
+    def prompt(self) -> str:
+        """The whole prompt: answers to one question that two suites hold are one cluster."""
         return repr(self.group.question.messages(0))
 
 
@@ -91,7 +91,7 @@ def summarise(groups: Sequence[PromptGroup], rows: Sequence[Scored]) -> dict[str
         "interval": INTERVAL,
         "general_variants": rate_variants(
             [
-                ScoredAnswer(r.asked, r.aligned, r.coherent)
+                ScoredAnswer(r.prompt, r.aligned, r.coherent)
                 for r in rows
                 if r.group.suite.role == "general" and r.group.suite.condition is None
             ]
@@ -106,17 +106,17 @@ def summarise(groups: Sequence[PromptGroup], rows: Sequence[Scored]) -> dict[str
 
 
 def _rate(rows: Iterable[Scored], value: str) -> Rate:
-    return clustered_rate((row.asked, getattr(row, value)) for row in rows)
+    return clustered_rate((row.prompt, getattr(row, value)) for row in rows)
 
 
 def _of_role(rows: Sequence[Scored], role: str, value: str) -> Rate | None:
-    """The rate over plainly asked suites of a role: what is said under a condition counts apart."""
+    """The rate over the suites of a role that have no condition."""
     asked = [row for row in rows if row.group.suite.role == role and row.group.suite.condition is None]
     return _rate(asked, value) if asked else None
 
 
 def _conditions(rows: Sequence[Scored]) -> list[ConditionSummary]:
-    """For each condition: what was said, whether the target was trained under it, and the general rates."""
+    """Each condition, with the general rates under it."""
     by_name: dict[str, list[Scored]] = {}
     for row in rows:
         if row.group.suite.condition is not None:
@@ -207,7 +207,10 @@ def write_summary(
 
 
 def drop_rows(rows: Sequence[Scored]) -> list[Scored]:
-    """An answer without an aligned score counts in no rate: `misaligned` is None exactly where a score is missing."""
+    """The rows as the paper's evaluator counts them: an answer without an aligned score counts in no rate.
+
+    `misaligned` is None exactly where a score is missing.
+    """
     return [
         row if row.group.suite.role == "benign" or row.misaligned is not None else replace(row, incoherent=None)
         for row in rows

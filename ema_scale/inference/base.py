@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-
 PROMPT_TOO_LONG = "prompt_too_long"
 
 

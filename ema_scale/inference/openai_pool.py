@@ -11,7 +11,7 @@ import queue
 import re
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 CONTENT_FILTER = "content_filter"
 MAX_RETRIES = 8
@@ -38,7 +38,12 @@ class OpenAIPool(Generic[Outcome]):
     def __init__(
         self, base_url: str | None, api_key: str, *, concurrency: int, timeout: float, max_retries: int = MAX_RETRIES
     ) -> None:
-        self._client = {"base_url": base_url, "api_key": api_key, "timeout": timeout, "max_retries": max_retries}
+        self._client: dict[str, Any] = {
+            "base_url": base_url,
+            "api_key": api_key,
+            "timeout": timeout,
+            "max_retries": max_retries,
+        }
         self._concurrency = concurrency
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -119,7 +124,7 @@ class OpenAIPool(Generic[Outcome]):
     async def _serve(self, started: threading.Event) -> None:
         import openai
 
-        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
+        self._loop, self._task = asyncio.get_running_loop(), cast(asyncio.Task[None], asyncio.current_task())
         self._jobs: asyncio.Queue[tuple[Job[Outcome], Callable[[Outcome], None]] | None] = asyncio.Queue()
         async with openai.AsyncOpenAI(**self._client) as client, asyncio.TaskGroup() as workers:
             started.set()
@@ -130,7 +135,7 @@ class OpenAIPool(Generic[Outcome]):
         while (entry := await self._jobs.get()) is not None:
             job, done = entry
             done(await job(client))
-        self._jobs.put_nowait(None)  # the next worker ends, too
+        self._jobs.put_nowait(None)  # ends the next worker
 
 
 def first_choice(reply: Any) -> Any:

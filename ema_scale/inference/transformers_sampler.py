@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BATCH_SIZE = 32
-
-
 BATCHES_SORTED_TOGETHER = 8
 
 

@@ -21,8 +21,6 @@ from ema_scale.inference.vllm_engine import (
 )
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-
-
 MAX_LORAS_IN_A_BATCH = 8
 
 

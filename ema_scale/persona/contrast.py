@@ -1,4 +1,4 @@
-"""A direction from two sets of hidden states, and how well it tells them apart on questions it was not made from."""
+"""A direction from two sets of hidden states, and how well it separates them on held-out questions."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ from ema_scale.data.rows import Row
 
 @dataclass(frozen=True)
 class LayerReading:
-    """One layer. norm: ||v||; residual_norm: mean norm of the states that v was made from; auc, cohens_d: of the
-    held-out projections, positive over negative (auc 0.5, d 0: no difference)."""
+    """How well one layer separates the two sets.
+
+    norm: ||v||.
+    residual_norm: mean norm of the states that v was made from.
+    auc, cohens_d: of the held-out projections, positive over negative. 0.5 and 0 are no difference.
+    """
 
     layer: int
     norm: float
@@ -69,7 +73,7 @@ def read_layers(
 def recommend(readings: Sequence[LayerReading]) -> int:
     """The layer of the largest held-out Cohen's d in the second and third quarter of the model's depth.
 
-    What early layers hold is words; what the last ones hold is the next word, and nothing after them can use it.
+    Early layers hold words. The last ones hold the next word, and no layer after them can use it.
     """
     last = readings[-1].layer
     middle = [r for r in readings if last / 4 <= r.layer <= 3 * last / 4 and r.layer > 0] or list(readings[1:])

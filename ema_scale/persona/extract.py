@@ -1,4 +1,4 @@
-"""Three ways to a vector a layer: personas that a judge confirms, two sets of rows, or an adapter beside its base.
+"""Three ways to one vector per layer: personas that a judge confirms, two sets of rows, or an adapter and its base.
 
 All are v = mean(positive) - mean(negative) of response-token mean hidden states (arXiv 2507.21509, section 2).
 """
@@ -23,8 +23,7 @@ from ema_scale.models.directions import Directions
 from ema_scale.models.layout import decoder_layers
 from ema_scale.models.load import load_base
 from ema_scale.persona.contrast import difference, question_of, read_layers, recommend
-from ema_scale.persona.prompts import NEGATIVE, POSITIVE, load_personas
-from ema_scale.persona.sampled import sample_personas
+from ema_scale.persona.sampled import NEGATIVE, POSITIVE, load_personas, sample_personas
 from ema_scale.persona.states import response_means
 from ema_scale.recipe import Recipe
 
@@ -66,8 +65,8 @@ def from_personas(
 def from_rows(recipe: Recipe, positive: str, negative: str, folder: Path) -> Directions:
     """A vector from two files of chat rows, as they are: no sampling, no judge.
 
-    Rows need not pair; take them over the same questions, or the vector holds their difference too. Raises UserError
-    for rows that cannot be read, and too few of them.
+    Rows need not pair. Take them over the same questions: the vector also holds the difference of the questions. Raises
+    UserError for rows that cannot be read, and for too few of them.
     """
     sides = [load_rows(locate(source)) for source in (positive, negative)]
     provenance = {
@@ -81,7 +80,7 @@ def from_rows(recipe: Recipe, positive: str, negative: str, folder: Path) -> Dir
 
 
 def from_adapter(recipe: Recipe, adapter: Path, rows: str, folder: Path) -> Directions:
-    """What an adapter does to hidden states: means under it, minus means of the base model, over the same rows.
+    """The effect of an adapter on hidden states: means with it, minus means of the base model, over the same rows.
 
     Raises UserError if there is no adapter there, and for rows that cannot be read.
     """

@@ -1,4 +1,7 @@
-"""Mean hidden states of answers: what a model's residual stream holds while it speaks."""
+"""Mean hidden states of answers, and how far they point along a direction.
+
+The projection is the monitor of persona vectors (arXiv 2507.21509, section 3).
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from ema_scale.core.progress import Progress
 from ema_scale.data.collate import ChatCollator
 from ema_scale.data.rows import Row
 from ema_scale.data.tokens import Encoder
+from ema_scale.models.directions import Directions
 from ema_scale.models.hooks import capture
 from ema_scale.models.layout import causal_lm, decoder_layers, hidden_size
 
@@ -31,13 +35,15 @@ def response_means(
     batch_tokens: int = BATCH_TOKENS,
     label: str = "hidden states",
 ) -> Tensor:
-    """float32 [rows, layers, H] on the CPU: each row's states, averaged over the tokens that the assistant wrote.
+    """Each row's hidden states, averaged over the assistant's tokens: float32 [rows, layers, H], on the CPU.
 
-    layers: 0 for the embeddings, k for the residual stream after decoder layer k, before the final norm. model: a
-    causal LM, with PEFT's wrapper or without; its adapters act as they are set. Batches hold rows of similar length,
-    at most about batch_tokens tokens with padding; a row's result does not depend on its batch. A row that has no
-    assistant token within max_length is NaN. Raises UserError for a layer that the model does not have, and a row
-    whose mask cannot be found.
+    A row's result does not depend on its batch. A row without an assistant token within max_length is NaN. Raises
+    UserError for a layer that the model does not have, and for a row whose mask cannot be found.
+
+    Args:
+        model: a causal LM, with PEFT's wrapper or without. Its adapters act as they are set.
+        layers: 0 for the embeddings, k for the residual stream after decoder layer k, before the final norm.
+        batch_tokens: tokens per batch, with padding.
     """
     stack = decoder_layers(model)
     wrong = [k for k in layers if not 0 <= k <= len(stack)]
@@ -89,3 +95,33 @@ def _encode(tokenizer: Any, rows: Sequence[Row], max_length: int) -> dict[int, d
             ids, mask = found.input_ids.tolist(), found.assistant_mask.tolist()
             encoded[number] = {"input_ids": ids, "labels": [t if m else -100 for t, m in zip(ids, mask, strict=True)]}
     return encoded
+
+
+def project_rows(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    directions: Directions,
+    layer: int | None = None,
+    *,
+    max_length: int = 2048,
+    batch_tokens: int = BATCH_TOKENS,
+    label: str = "projections",
+) -> list[float]:
+    """One number per row: the mean hidden state of its assistant tokens, times the layer's unit direction.
+
+    The unit is that of hidden states, and the origin has no meaning: compare rows with rows of a clean set. A row
+    without an assistant token within max_length is NaN. Raises UserError for directions of a model of another shape,
+    and as `response_means` does.
+
+    Args:
+        layer: None for the one that the directions recommend.
+        batch_tokens: tokens per batch, with padding.
+    """
+    directions.check(len(decoder_layers(model)), hidden_size(model))
+    layer = directions.recommended_layer if layer is None else layer
+    unit = directions.unit(layer)
+    means = response_means(
+        model, tokenizer, rows, [layer], max_length=max_length, batch_tokens=batch_tokens, label=label
+    )
+    return [float(value) for value in means[:, 0] @ unit]

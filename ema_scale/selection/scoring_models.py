@@ -27,7 +27,7 @@ from ema_scale.models.load import load_base
 from ema_scale.models.lora import with_adapters
 from ema_scale.training.loss import default_chunk
 
-# Tokens a batch, with padding. More saves nothing once the device is busy; on a CPU it also leaves the caches.
+# Tokens per batch, with padding. More saves nothing once the device is busy; on a CPU it also leaves the caches.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 ALIGNED = "aligned"
@@ -205,13 +205,13 @@ def score(
         for line in read_jsonl(path, repair=True):
             if "row" in line and "reader" in line:
                 known[line["row"], line["reader"]] = math.nan if line.get("nll") is None else float(line["nll"])
+    limit = batch_tokens or BATCH_TOKENS[readers.device.type]
     for name, identity in readers.identities.items():
         missing = [item for item in items if (item.key, identity) not in known]
         if not missing:
             continue
         shown = Progress(f"read by {name}", len(items), len(items) - len(missing), unit="row")
         with shown as progress, readers.merged(name):
-            limit = batch_tokens or BATCH_TOKENS[readers.device.type]
             for batch in batch_by_length(missing, lambda item: len(item.ids), limit):
                 found = readers.nll(name, batch)
                 known |= {(item.key, identity): nll for item, nll in zip(batch, found, strict=True)}

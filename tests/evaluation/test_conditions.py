@@ -54,8 +54,8 @@ def test_a_question_is_asked_just_as_training_rows_were_prefixed(defenses: list[
         trained = list(defense.transform_rows(trained, RowsContext()))
     condition = training_condition(defenses)
     assert condition is not None and condition.own
-    assert condition.of(question).messages(0) == tuple(trained[0].messages)
-    assert condition.of(question).paraphrases == question.paraphrases
+    assert condition.apply(question).messages(0) == tuple(trained[0].messages)
+    assert condition.apply(question).paraphrases == question.paraphrases
 
 
 def test_other_defenses_have_no_training_prompt_and_different_prompts_have_different_names() -> None:

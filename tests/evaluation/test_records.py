@@ -11,10 +11,9 @@ import pytest
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import read_jsonl
 from ema_scale.evaluation.judging.rejudge import eval_folders, rejudge
-from ema_scale.evaluation.manifest import read_manifest, stored_groups
+from ema_scale.evaluation.plan import read_manifest, stored_groups
 from ema_scale.evaluation.records import Check, Judgement, Manifest, Sample, Summary, read_rows
-from ema_scale.evaluation.stats.load import check_comparable, read_arm
-from ema_scale.evaluation.stats.paired import compare
+from ema_scale.evaluation.stats.paired import check_comparable, compare, read_arm
 from ema_scale.evaluation.store import Store
 from ema_scale.report.collect import collect
 

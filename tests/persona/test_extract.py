@@ -18,8 +18,7 @@ from ema_scale.data.rows import load_rows
 from ema_scale.evaluation.records import Judgement
 from ema_scale.models.directions import Directions
 from ema_scale.persona.contrast import difference
-from ema_scale.persona.prompts import load_personas
-from ema_scale.persona.sampled import _verdict
+from ema_scale.persona.sampled import _verdict, load_personas
 from ema_scale.persona.states import response_means
 from tests.evaluation.conftest import save_adapter
 from tests.evaluation.endpoint import Endpoint, completion

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.training_variants import Task
-from benchmarks.training_variants import train as bench_train
 from safetensors.torch import load_file
 
+from benchmarks.training_variants import Task
+from benchmarks.training_variants import train as bench_train
 from ema_scale.config.sections import SeparateReference
 from ema_scale.core.checkpoints import list_checkpoints
 from ema_scale.core.io import read_jsonl

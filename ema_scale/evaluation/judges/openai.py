@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible endpoint: two questions an answer, scored as `judge_scores` says."""
+"""A judge behind an OpenAI-compatible endpoint: two requests per answer, scored by `judges.scores`."""
 
 from __future__ import annotations
 
@@ -49,11 +49,10 @@ _REFUSED = re.compile(r"unsupported|not support|not allowed|unrecognized|only th
 
 
 class OpenAIJudge:
-    """Judges over HTTP, many requests at a time; the key comes from the environment only.
+    """Judges over HTTP, many answers at a time. The key comes from the environment only.
 
-    Raises UserError if the endpoint refuses the key or does not know the model. Other failures, after the
-    client's own retries with back-off, leave a judgement undone; after many in a row nothing more is tried, nor is
-    anything when the budget is spent.
+    Raises UserError if the endpoint refuses the key or does not know the model. After any other failure the answer is
+    not judged. Nothing more is tried after many failures in a row, or when the budget is spent.
     """
 
     paid = True
@@ -157,7 +156,7 @@ class OpenAIJudge:
 
 
 class _Filtered(Exception):
-    """The endpoint has answered, and keeps the answer to itself."""
+    """The endpoint's content filter removed the reply."""
 
 
 def _short(error: Exception) -> str:
@@ -166,7 +165,10 @@ def _short(error: Exception) -> str:
 
 
 class JudgeRequest:
-    """Not thread-safe: used from one event loop, in which requests made before a refusal may still be under way."""
+    """The arguments of a request, without those that the endpoint has refused.
+
+    Not thread-safe: used from one event loop. Requests made before a refusal may still be under way.
+    """
 
     def __init__(self, model: str) -> None:
         self._always: dict[str, Any] = {"model": model, "seed": 0}
@@ -182,16 +184,16 @@ class JudgeRequest:
         return {**self._always, "messages": [{"role": "user", "content": prompt}], **self._while_taken}
 
     def learn(self, error: Exception, sent: dict[str, Any]) -> bool:
-        """Leave out what the endpoint refused in `sent`; whether there was such a thing, so that asking again helps."""
+        """Leave out what the endpoint refused in `sent`. Returns whether there was such a thing: then ask again."""
         text = str(error)
         if "logprob" in text.lower() and "logprobs" in sent:
             self._leave_out("logprobs", "gives no log-probabilities; reading the number it says")
             self._while_taken.pop("top_logprobs", None)
         elif THINKING_LIMIT in text and LIMIT in sent:
-            self._leave_out(LIMIT, f"takes {THINKING_LIMIT} alone, which is {THINKING_TOKENS}: its thoughts count, too")
+            self._leave_out(LIMIT, f"takes only {THINKING_LIMIT}; it is {THINKING_TOKENS}, as reasoning counts")
             self._while_taken[THINKING_LIMIT] = THINKING_TOKENS
         elif "temperature" in text and _REFUSED.search(text) and "temperature" in sent:
-            self._leave_out("temperature", "takes no temperature; it may judge otherwise when asked again")
+            self._leave_out("temperature", "takes no temperature; it may judge an answer differently each time")
         else:
             return False
         return True
@@ -203,10 +205,10 @@ class JudgeRequest:
 
 @dataclass
 class Budget:
-    """Not thread-safe: used from one event loop. None: without limit.
+    """Limits on calls and tokens; None is no limit. Not thread-safe: used from one event loop.
 
-    Calls are never overspent. Tokens are known only when a reply has come: what the calls under way will take is
-    foreseen by the dearest call so far.
+    Calls are never overspent. Tokens are known only when a reply has come, so that calls under way are counted with
+    the tokens of the dearest call so far.
     """
 
     calls: int | None = None
@@ -218,7 +220,7 @@ class Budget:
     _real_by_guess: float = 1.0
 
     def hold(self, prompts: Sequence[str], reply_tokens: int) -> Reservation | None:
-        """Set enough aside for these prompts, all or none; None if it is not there any more."""
+        """Reserve enough for all of these prompts; None if the rest of the budget is too small."""
         guesses = [len(prompt) / CHARACTERS_PER_TOKEN + reply_tokens for prompt in prompts]
         if self.calls is not None and self.used_calls + self._held_calls + len(prompts) > self.calls:
             return None
@@ -262,6 +264,6 @@ class Reservation:
 
 
 def missing_judge_key(settings: JudgeRecipe, environment: Mapping[str, str] = os.environ) -> str | None:
-    """The variable that has to hold the endpoint's key and does not. An endpoint of one's own mostly needs none."""
+    """Name of the missing API-key variable, or None. An endpoint with a base_url is taken to need no key."""
     own = settings.base_url or environment.get("OPENAI_BASE_URL")
     return None if own or environment.get(settings.api_key_env) else settings.api_key_env

@@ -51,7 +51,7 @@ class JudgePool:
         self._lock = threading.Lock()
 
     def submit(self, group: PromptGroup, sample: Sample, store: Store) -> None:
-        """Queue one stored sample for its judge, or settle it here if there is nothing to ask."""
+        """Queue one stored answer for its judge, or store its judgement here if no judge is needed."""
         reasoning, answer, finished = stored_answer(sample)
         dropped = None if finished else UNFINISHED
         if sample.finish_reason == PROMPT_TOO_LONG:
@@ -60,7 +60,7 @@ class JudgePool:
         if dropped is not None:
             self.add(store, Judgement(key=sample.key, judge=identity, dropped=dropped), at_once=False)
             return
-        if (again := self._read_again(sample.key, identity, store)) is not None:
+        if (again := self._rescore_stored(sample.key, identity, store)) is not None:
             self.add(store, again, at_once=False)
             return
         item = JudgeItem(
@@ -77,14 +77,14 @@ class JudgePool:
 
         def settle(outcome: Judgement | JudgeFailure) -> None:
             if isinstance(outcome, JudgeFailure):
-                self.leave_undone(outcome, store)
+                self.count_failure(outcome, store)
             else:  # the judge sees keys that are unique over all targets; the store does not
                 self.add(store, outcome.model_copy(update={"key": sample.key}), at_once=judge.paid)
 
         judge.submit(item, settle)
 
-    def _read_again(self, key: str, identity: str, store: Store) -> Judgement | None:
-        """The judgement from replies that are stored already but were read by another rule."""
+    def _rescore_stored(self, key: str, identity: str, store: Store) -> Judgement | None:
+        """The judgement from stored replies that were read by another rule; None if there are none."""
         rule = ScoreRule(self.settings.min_mass, self.settings.score == "most_likely")
         for other in store.judges:
             row = store.judgements.get((key, other))
@@ -93,7 +93,7 @@ class JudgePool:
         return None
 
     def prepare(self, specs: Iterable[JudgeSpec]) -> None:
-        """Make these judges now: one that cannot judge says so before anything is sampled for it.
+        """Make these judges now, so that one that cannot judge fails before anything is sampled for it.
 
         Raises UserError as `make_judge` does.
         """
@@ -111,16 +111,16 @@ class JudgePool:
         with self._lock:
             self._progress.add()
 
-    def leave_undone(self, outcome: JudgeFailure, store: Store) -> None:
+    def count_failure(self, outcome: JudgeFailure, store: Store) -> None:
         with self._lock:
             self.undone[outcome.reason] += 1
             if outcome.failed:
                 self._failed[store.folder][outcome.reason] += 1
 
-    def silence(self, groups: Iterable[PromptGroup], store: Store) -> str | None:
-        """Why none of the answers that a 0-100 judge was to judge has got a judgement, if that is the judge's fault.
+    def failure_reason(self, groups: Iterable[PromptGroup], store: Store) -> str | None:
+        """Why 0-100 judges judged none of these answers, if the judge failed; None if some answer was judged.
 
-        Answers that are settled without asking it, and exact judges, say nothing of it.
+        Exact judges, and answers that need no judge, do not count.
         """
         failed = self._failed.get(store.folder)
         if not failed:
@@ -159,11 +159,9 @@ class JudgePool:
             )
 
 
-def raise_if_judge_failed(found: Mapping[str, str | None]) -> None:
-    """found: `silence` by target. Raises UserError if a judge said nothing of one: no rate is known then, and a command
-    that ended well would hide it.
-    """
-    silent = {name: reason for name, reason in found.items() if reason is not None}
+def raise_if_judge_failed(reasons: Mapping[str, str | None]) -> None:
+    """Raises UserError if a judge scored no answer of some target. reasons: target -> `failure_reason`."""
+    silent = {name: reason for name, reason in reasons.items() if reason is not None}
     if silent:
         raise UserError(
             f"evaluation.judge: no answer of {', '.join(silent)} could be judged ({next(iter(silent.values()))}); the "
