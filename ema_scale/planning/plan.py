@@ -11,9 +11,9 @@ from typing import Any
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.uri import locate
-from ema_scale.planning.memory import MemoryLine, host_memory, memory, total
+from ema_scale.planning.memory import GIB, MemoryLine, host_memory, memory, total
 from ema_scale.planning.setup import Setup, Zero, precision_of, setup_of
-from ema_scale.planning.speed import GIB, Cluster, Speed, speed, traffic
+from ema_scale.planning.speed import Cluster, Speed, speed, traffic
 from ema_scale.recipe import Recipe
 
 ZERO3, OFFLOAD = "launch/deepspeed/zero3.json", "launch/deepspeed/zero3_offload.json"

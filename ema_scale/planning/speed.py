@@ -8,11 +8,9 @@ from dataclasses import dataclass, replace
 
 from ema_scale.core.errors import UserError
 from ema_scale.models.flops import Flops, peak_flops
-from ema_scale.planning.memory import layer_input
+from ema_scale.planning.memory import GIB, layer_input
 from ema_scale.planning.model_shapes import Shape
 from ema_scale.planning.setup import Setup
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

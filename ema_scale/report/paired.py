@@ -35,9 +35,10 @@ def paired_tally(runs: Sequence[Run], metric: str) -> PairedTally:
     for run in runs:
         for q in run.questions:
             share = getattr(q, _VALUES[outcome])
-            if q.role == role and share is not None and q.n:
+            judged = max(0, q.n - q.dropped)
+            if q.role == role and share is not None and judged:
                 hits, n = found.get((run.task, q.suite, q.id), (0.0, 0))
-                found[run.task, q.suite, q.id] = (hits + round(share * q.n), n + q.n)
+                found[run.task, q.suite, q.id] = (hits + round(share * judged), n + judged)
     return found
 
 

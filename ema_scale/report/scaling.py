@@ -103,9 +103,8 @@ def scaling(groups: Sequence[RunGroup]) -> ScalingStudy | None:
     sizes: dict[str, int] = {}
     for g in groups:
         for run in g.runs:
-            counts = run.provenance.get("parameters")
-            count = counts.get("base") if isinstance(counts, Mapping) else None
-            if isinstance(count, int) and count > 0 and (g.model in sizes or count not in sizes.values()):
+            count = run.provenance.parameters.get("base", 0)
+            if count > 0 and (g.model in sizes or count not in sizes.values()):
                 sizes[g.model] = count
     if len(sizes) < LEAST_SIZES:
         return None

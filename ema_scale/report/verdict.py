@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ema_scale.evaluation.gate import FLAGGED
@@ -119,9 +119,8 @@ def _behind(found: ConditionalRate) -> str:
 
 def _gates(base: RunGroup | None) -> list[str]:
     """What the reference gate says of each base model that did not pass it."""
-    found = [run.summary.get("gate") for run in (base.runs if base else ())]
-    flagged = [str(g.get("text", "")) for g in found if isinstance(g, Mapping) and g.get("state") == FLAGGED]
-    return list(dict.fromkeys(text for text in flagged if text))
+    gates = [run.summary.gate for run in (base.runs if base else ()) if run.summary]
+    return list(dict.fromkeys(gate.text for gate in gates if gate and gate.state == FLAGGED))
 
 
 def _opening(base: RunGroup | None, none: RunGroup | None, outside: dict[str, ReportedRate]) -> str:
