@@ -9,8 +9,7 @@ from pathlib import Path
 from ema_scale.core.hashing import digest, file_sha256
 from ema_scale.core.io import append_jsonl, read_jsonl
 from ema_scale.models.directions import Directions
-from ema_scale.persona.projection import project_rows
-from ema_scale.persona.states import BATCH_TOKENS
+from ema_scale.persona.states import BATCH_TOKENS, project_rows
 from ema_scale.selection.scoring_models import ALIGNED, EncodedRow, ScoringModels
 
 PROJECTIONS = "projections.jsonl"

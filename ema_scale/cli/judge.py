@@ -41,9 +41,9 @@ def again(
     overrides: JudgeOverrides = None,
 ) -> None:
     """Judge stored answers again, by another judge, prompt or threshold; the model is not loaded."""
-    from ema_scale.evaluation.formats.csv import import_results
+    from ema_scale.evaluation.formats.tables import import_results
     from ema_scale.evaluation.judging.rejudge import eval_folders, rejudge
-    from ema_scale.evaluation.stats.table import judged_table
+    from ema_scale.evaluation.stats.rates import judged_table
 
     folders = [import_results(answers)] if answers.suffix == ".csv" else eval_folders(answers)
     console.print(judged_table({str(f): rejudge(f, tuple(overrides or ())) for f in folders}))
@@ -55,7 +55,7 @@ def check(
     overrides: JudgeOverrides = None,
 ) -> None:
     """Hold the judge to labelled answers, to itself when asked again, and to every other judge of the same answers."""
-    from ema_scale.evaluation.judging.compare import check_judges, describe_agreement, describe_check
+    from ema_scale.evaluation.judging.rejudge import check_judges, describe_agreement, describe_check
 
     found = check_judges(path, tuple(overrides or ()))
     for identity, figures in found.judges.items():
@@ -71,7 +71,7 @@ def export(
     judge: Annotated[str | None, typer.Option(help="whose judgements, if not the evaluation's own judge's")] = None,
 ) -> None:
     """Write answers with their judgements as <folder>/answers.csv, .parquet, or .eval for `inspect view`."""
-    from ema_scale.evaluation.formats.export import export as write
+    from ema_scale.evaluation.formats.tables import export as write
     from ema_scale.evaluation.judging.rejudge import eval_folders
 
     for folder in eval_folders(answers):
@@ -87,8 +87,7 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
     """Compare evaluated runs question by question: difference, 95 % interval, p. Samples nothing, judges nothing."""
-    from ema_scale.evaluation.stats.load import check_comparable, read_arm
-    from ema_scale.evaluation.stats.paired import METHOD
+    from ema_scale.evaluation.stats.paired import METHOD, check_comparable, read_arm
     from ema_scale.evaluation.stats.paired import compare as compare_arms
 
     paths = [baseline, *runs] if baseline is not None else runs

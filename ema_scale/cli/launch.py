@@ -74,7 +74,7 @@ def launch(
 
 def warn_of_missing_key(recipes: Sequence[Recipe], site: Site) -> None:
     """The judge's key may be on the nodes alone, so that this is no reason to submit nothing."""
-    from ema_scale.evaluation.judging.keys import missing_judge_key_on_node
+    from ema_scale.evaluation.judges.assignment import missing_judge_key_on_node
 
     name = missing_judge_key_on_node([recipe.evaluation for recipe in recipes], site.environment)
     if name is not None:

@@ -1,8 +1,11 @@
-"""What an evaluation has to sample: every answer with its key, seed and judge, before any is drawn."""
+"""What an evaluation has to sample, and what is stored: every answer with its key, seed and judge."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +15,10 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import digest, folder_identity
 from ema_scale.evaluation.judges.assignment import JudgeSpec, assign
 from ema_scale.evaluation.judges.base import split_reasoning
-from ema_scale.evaluation.records import Sample
+from ema_scale.evaluation.records import MANIFEST_FILE, Manifest, Sample
 from ema_scale.evaluation.suites import Question, Suite
 from ema_scale.inference.base import SampleRequest, SampleResult
-from ema_scale.inference.cache_key import sampler_cache_key
+from ema_scale.inference.make import sampler_cache_key
 
 if TYPE_CHECKING:
     from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
@@ -26,12 +29,19 @@ class EvalTarget:
     """What is evaluated: the base model (`adapter_path=None`) or one adapter; `out_dir` gets its rows.
 
     suites: what this target is asked, if not the same as all.
+    base_dir: the folder of the base model's evaluation, which the target's summary names.
     """
 
     name: str
     adapter_path: Path | None
     out_dir: Path
     suites: tuple[Suite, ...] | None = None
+    base_dir: Path | None = None
+
+    @property
+    def base(self) -> str | None:
+        """`base_dir` relative to `out_dir`, so that a study may be moved."""
+        return None if self.base_dir is None else os.path.relpath(self.base_dir, self.out_dir)
 
 
 @dataclass(frozen=True)
@@ -169,3 +179,79 @@ def _group(
     return PromptGroup(
         target, suite, question, paraphrase, n, decides, seed, temperature, settings.top_p, max_tokens, judge
     )
+
+
+def has_manifest(folder: Path, expected: Manifest) -> bool:
+    """Whether asked.json is there and says the same."""
+    stored = Manifest.read_if_valid(folder / MANIFEST_FILE)
+    return stored is not None and _comparable(stored) == _comparable(expected)
+
+
+def _comparable(manifest: Manifest) -> object:
+    return json.loads(json.dumps(manifest.to_json()))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read asked.json. Raises UserError if it is not there or not such a file."""
+    path = folder / MANIFEST_FILE
+    if not path.exists():
+        raise UserError(
+            f"{folder}: found no {MANIFEST_FILE}; run `ema eval` there once more "
+            "(what is sampled is kept), then judge again"
+        )
+    return Manifest.read(path)
+
+
+@dataclass(frozen=True)
+class StoredGroup(PromptGroup):
+    """Answers that are there, however many."""
+
+    stored: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self.stored)
+
+
+def stored_groups(
+    manifest: Manifest, samples: Iterable[Sample], folder: Path, suites: Sequence[Suite]
+) -> list[PromptGroup]:
+    """The stored answers by suite, question and paraphrase, each with the judge that `manifest.settings` give it.
+
+    suites: those of `manifest`, or the same under another judge. Raises UserError if a row's question is not among
+    them, or a judge cannot judge it.
+    """
+    rows: dict[tuple[str, str, int], list[Sample]] = defaultdict(list)
+    for row in samples:
+        rows[row.suite, row.question_id, row.paraphrase].append(row)
+    target = EvalTarget(manifest.target, Path(manifest.adapter) if manifest.adapter else None, folder)
+    settings, groups = manifest.settings, list[PromptGroup]()
+    for suite in suites:
+        for question in suite.questions:
+            for paraphrase in range(len(question.paraphrases)):
+                found = rows.pop((suite.name, question.id, paraphrase), [])
+                if not found:
+                    continue
+                found.sort(key=lambda row: row.sample)
+                first = found[0]
+                groups.append(
+                    StoredGroup(
+                        target=target,
+                        suite=suite,
+                        question=question,
+                        paraphrase=paraphrase,
+                        n=len(found),
+                        digest=first.key.rpartition("#")[2],
+                        seed=(first.seed or 0) - first.sample,
+                        temperature=settings.temperature if question.temperature is None else question.temperature,
+                        top_p=settings.top_p,
+                        max_tokens=question.max_tokens or settings.max_tokens,
+                        judge=assign(suite, question, settings.judge),
+                        stored=tuple(row.key for row in found),
+                    )
+                )
+    if rows:
+        raise UserError(
+            f"{folder}: answers to {next(iter(rows))} are there, but {MANIFEST_FILE} does not know that question"
+        )
+    return groups

@@ -1,12 +1,12 @@
 """What an evaluation leaves on disk: one type per file. The class that writes is the class that reads.
 
-Reading is strict in types and keeps unknown keys, which a later version may have written. Every record has a schema
-version; fields that older versions did not write have defaults. A row without a version is of schema 1.
+Reading is strict in types and keeps unknown keys of later versions. Fields that older versions did not write have
+defaults. Every record has a schema version; a row without one is of schema 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -18,11 +18,8 @@ from ema_scale.core.errors import UserError, explain
 from ema_scale.core.io import atomic_write_json, read_lines
 from ema_scale.evaluation.suites import Suite
 
-SAMPLES_FILE = "samples.jsonl"
-JUDGEMENTS_FILE = "judgements.jsonl"
-SUMMARY_FILE = "summary.json"
-CHECK_FILE = "check.json"
-MANIFEST_FILE = "asked.json"
+SAMPLES_FILE, JUDGEMENTS_FILE = "samples.jsonl", "judgements.jsonl"
+SUMMARY_FILE, MANIFEST_FILE, CHECK_FILE = "summary.json", "asked.json", "check.json"
 
 
 class Record(BaseModel):
@@ -255,6 +252,7 @@ class Summary(Document):
     """The result of one target's evaluation, summary.json.
 
     adapter: None for a base model.
+    base: the base model's evaluation folder, relative to this file's; None if there is none, and in schema 1.
     sampler: its own description, with name, temperature, top_p and max_tokens.
     superseded: answers that the recipe no longer asks for.
     legacy: whether it was counted as the paper's own evaluator counts; True, or None.
@@ -265,11 +263,14 @@ class Summary(Document):
     gate: only for a base model that was asked something plainly.
     """
 
-    OMITTED_IF_NONE: ClassVar[tuple[str, ...]] = ("legacy", "gate")
+    VERSION: ClassVar[int] = 2
+    OMITTED_IF_NONE: ClassVar[tuple[str, ...]] = ("legacy", "gate", "base")
 
+    schema_version: int = Field(2, alias="schema")
     name: str
     model: str
     adapter: str | None
+    base: str | None = None
     sampler: dict[str, Any]
     superseded: int = 0
     seconds: float = 0.0
@@ -286,6 +287,10 @@ class Summary(Document):
     scored_by: dict[str, int] = {}
     judge: str
     gate: GateResult | None = None
+
+    def base_dir(self, folder: Path) -> Path | None:
+        """The folder of the base model's evaluation, for a summary that lies in `folder`."""
+        return None if self.base is None else Path(os.path.normpath(folder / self.base))
 
     @property
     def judges(self) -> list[str]:
@@ -389,8 +394,3 @@ class Manifest(Document):
 def read_rows(folder: Path) -> tuple[list[Sample], list[Judgement]]:
     """The answers and judgements in an evaluation folder. Raises UserError naming a line that is neither."""
     return Sample.read_all(folder / SAMPLES_FILE), Judgement.read_all(folder / JUDGEMENTS_FILE)
-
-
-def rows_to_json(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Rows as `append_jsonl` takes them."""
-    return [row.to_row() for row in rows]

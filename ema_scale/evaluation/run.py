@@ -15,8 +15,7 @@ from ema_scale.core.progress import Progress
 from ema_scale.core.uri import locate
 from ema_scale.evaluation.judging.calibration import open_check
 from ema_scale.evaluation.judging.pool import JudgePool, raise_if_judge_failed
-from ema_scale.evaluation.manifest import has_manifest
-from ema_scale.evaluation.plan import EvalTarget, PromptGroup, check_targets, plan_prompts
+from ema_scale.evaluation.plan import EvalTarget, PromptGroup, check_targets, has_manifest, plan_prompts
 from ema_scale.evaluation.records import MANIFEST_FILE, SUMMARY_FILE, Manifest, Sample, Summary, read_rows
 from ema_scale.evaluation.store import Store, locked_store
 from ema_scale.evaluation.suites import Suite, load_suites
@@ -75,13 +74,14 @@ def evaluate(
         stores = {t.name: open_things.enter_context(locked_store(t.out_dir)) for t in targets}
         for t in targets:
             _manifest(t, model, suites, settings).write(Path(t.out_dir) / MANIFEST_FILE)
-        used, judging = _work(groups, stores, settings, options, name, sampler, judge_check)
+        used, judging = _sample_and_judge(groups, stores, settings, options, name, sampler, judge_check)
         seconds = time.monotonic() - started
         theirs = {t.name: [g for g in groups if g.target is t] for t in targets}
         summaries = {
-            t.name: _finish(t, theirs[t.name], stores[t.name], model, settings, name, used, seconds) for t in targets
+            t.name: _write_summary(t, theirs[t.name], stores[t.name], model, settings, name, used, seconds)
+            for t in targets
         }
-        raise_if_judge_failed({name: judging.silence(asked, stores[name]) for name, asked in theirs.items()})
+        raise_if_judge_failed({name: judging.failure_reason(asked, stores[name]) for name, asked in theirs.items()})
         return summaries
 
 
@@ -96,7 +96,8 @@ def is_complete(targets: Sequence[EvalTarget], model: ModelRecipe, settings: Eva
         folder = Path(target.out_dir)
         if not (folder / SUMMARY_FILE).exists() or not has_manifest(folder, _manifest(target, model, (), settings)):
             return False
-        used = str(_described_before(folder / SUMMARY_FILE).get("name"))
+        summary = Summary.read_if_valid(folder / SUMMARY_FILE)
+        used = str(summary.sampler.get("name") if summary else None)
         by_sampler.setdefault(used if settings.sampler == "auto" else settings.sampler, []).append(target)
     groups = [group for name, those in by_sampler.items() for group in plan_prompts(those, (), model, settings, name)]
     answered, judged = dict[str, set[str]](), dict[str, set[tuple[str, str]]]()
@@ -117,7 +118,7 @@ def _manifest(target: EvalTarget, model: ModelRecipe, suites: Sequence[Suite], s
     return Manifest(target=target.name, model=model.path, adapter=adapter, settings=settings, suites=tuple(theirs))
 
 
-def _work(
+def _sample_and_judge(
     groups: Sequence[PromptGroup],
     stores: Mapping[str, Store],
     settings: EvaluationRecipe,
@@ -196,7 +197,7 @@ def _fitted(groups: Sequence[PromptGroup], options: SamplerOptions) -> SamplerOp
     return replace(options, max_model_len=min(need, int(limit)))
 
 
-def _finish(
+def _write_summary(
     target: EvalTarget,
     groups: Sequence[PromptGroup],
     store: Store,
@@ -208,11 +209,13 @@ def _finish(
 ) -> Summary:
     superseded = store.keep_only(key for group in groups for key in group.keys)
     path = Path(target.out_dir) / SUMMARY_FILE
-    described = {"name": name, **(sampler or _described_before(path))}
+    before = Summary.read_if_valid(path)
+    described = {"name": name, **(sampler or (before.sampler if before else {}))}
     facts = {
         "name": target.name,
         "model": model.path,
         "adapter": None if target.adapter_path is None else str(target.adapter_path),
+        "base": target.base or (before.base if before else None),
         "sampler": described
         | {
             "temperature": settings.temperature,
@@ -223,9 +226,3 @@ def _finish(
         "seconds": round(seconds, 3),
     }
     return write_summary(path, facts, groups, store, settings)
-
-
-def _described_before(path: Path) -> dict[str, Any]:
-    """The sampler's description in an older summary; {} if there is none."""
-    summary = Summary.read_if_valid(path)
-    return {} if summary is None else dict(summary.sampler)

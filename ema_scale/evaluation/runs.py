@@ -1,4 +1,14 @@
-"""Evaluate finished runs: one engine serves the base model and every adapter that was trained on it."""
+"""Evaluate finished runs: one engine serves the base model and every adapter that was trained on it.
+
+Four functions, each of which calls the next:
+
+    study.evaluate.evaluate_run   a path: a run, a folder of runs, or a recipe
+    evaluate_runs                 runs of any models: groups them by base model and settings
+    evaluate_group                runs of one base model that are evaluated in one way: makes their targets
+    run.evaluate                  targets: samples, judges and summarises
+
+`is_evaluated`, `is_group_evaluated` and `run.is_complete` tell in the same three steps whether anything is left to do.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +24,11 @@ from typing import Any, TypeVar
 
 from ema_scale.config.sections import EvaluationRecipe
 from ema_scale.core.errors import UserError
+from ema_scale.core.io import atomic_path
 from ema_scale.core.names import model_label
 from ema_scale.core.run_dir import RunDir
 from ema_scale.core.uri import locate
-from ema_scale.evaluation.checkpoint_targets import checkpoint_targets
+from ema_scale.defenses.base import FinishContext
 from ema_scale.evaluation.gate import note_other_references, refuse, refuses
 from ema_scale.evaluation.judging.calibration import FOLDER as CHECK
 from ema_scale.evaluation.plan import EvalTarget
@@ -28,18 +39,29 @@ from ema_scale.recipe import Recipe, load_recipe
 
 log = logging.getLogger(__name__)
 
+Group = TypeVar("Group")
+NamedRun = TypeVar("NamedRun")
+BaseGroup = list[tuple[NamedRun, Recipe]]
 
-_Grouped = TypeVar("_Grouped")
+# What decides neither an answer nor its judgement, or says only which of them are asked for.
+_NOT_ASKED = {"suites", "conditions", "inoculation", "gate", "checkpoints", "compare_base"}
+_NOT_JUDGED = {"budget_calls", "budget_tokens", "concurrency", "check", "labelled"}
 
 
 def evaluate_runs(
     runs: Sequence[RunDir], base_dir: Path, overrides: tuple[str, ...] = (), with_base: bool = True
 ) -> dict[str, Summary]:
-    """Evaluate the adapters of `runs` as their recipes say, and each base model once, into `base_dir`/eval, or that of
-    another name where there are several (see `bases`).
+    """Evaluate the adapters of `runs` as their recipes say, and each base model once; returns summaries by target name.
 
-    Answers and judgements that are there already are kept. Raises UserError for a run without an adapter, and, when
-    everything is written, for a base model that its recipe's gate refuses, and for a model whose evaluation failed.
+    Answers and judgements that are there already are kept. Raises UserError for a run without an adapter. Also raises
+    it, when everything is written, for a base model that its recipe's gate refuses and for a failed evaluation.
+
+    Args:
+        runs: trained runs, of any models.
+        base_dir: the base model's answers go to `base_dir`/eval. `group_by_base` names further folders if there are
+            several base models.
+        overrides: `key=value` for every recipe.
+        with_base: whether base models are evaluated. Those that a gate may refuse always are.
     """
     summaries: dict[str, Summary] = {}
 
@@ -52,58 +74,18 @@ def evaluate_runs(
     return summaries
 
 
-def for_each_group(groups: Sequence[tuple[Path, _Grouped]], work: Callable[[Path, _Grouped], None]) -> None:
-    """`work` on every group, also if an earlier one failed; then raises why."""
-    failed: list[tuple[Path, Exception]] = []
-    for folder, group in groups:
-        try:
-            work(folder, group)
-        except Exception as error:  # one model's fault is no reason to ask nothing of the others
-            if len(groups) == 1:
-                raise
-            log.error("%s: %s", folder, error, exc_info=None if isinstance(error, UserError) else error)
-            failed.append((folder, error))
-    if failed:
-        told = [f"  {f}: {e if isinstance(e, UserError) else f'{type(e).__name__}: {e}'}" for f, e in failed]
-        raise UserError(f"{len(failed)} of {len(groups)} base models' evaluations failed:\n" + "\n".join(told))
-
-
-def with_recipes(runs: Iterable[RunDir], overrides: tuple[str, ...]) -> list[tuple[RunDir, Recipe]]:
-    pairs = []
-    for run in runs:
-        if not has_adapter(run):
-            raise UserError(f"{run.path}: has no adapter yet (status: {run.status().state})")
-        pairs.append((run, load_recipe(run.recipe_path, overrides)))
-    return pairs
-
-
-def is_evaluated(recipes: Sequence[Recipe], base_dir: Path) -> bool:
-    """Whether `evaluate_runs` would find nothing to do for these finished runs. Loads no model."""
-    for folder, group in group_by_base([(r, r) for r in recipes], base_dir):
-        alike = [recipe for _, recipe in group]
-        base = folder if wants_base(alike) else None
-        targets = targets_of([RunDir(r.run_path) for r in alike], alike, base, export=False)
-        if not is_complete(targets, alike[0].model, alike[0].evaluation):
-            return False
-    return True
-
-
-def has_adapter(run: RunDir) -> bool:
-    return (run.adapter / "adapter_config.json").is_file()
-
-
-def wants_base(recipes: Sequence[Recipe]) -> bool:
-    # A gate that refuses cannot be passed by not asking.
-    return any(r.evaluation.compare_base or refuses(r) for r in recipes)
-
-
 def evaluate_group(
     runs: Sequence[RunDir], recipes: Sequence[Recipe], base_dir: Path | None, beside: Path
 ) -> dict[str, Summary]:
-    """Runs of one model and one way of evaluating, which may ask different suites: one engine for all.
+    """Evaluate runs of one base model in one way with one engine. Their suites may differ.
 
-    base_dir: the base model's folder, None: it is not asked. beside: what the judge's check lies in. Raises UserError
-    if the recipes refuse the base model.
+    Raises UserError if the recipes refuse the base model.
+
+    Args:
+        runs: may be none, so that only the base model is evaluated.
+        recipes: one per run, or those of runs that are not trained yet.
+        base_dir: the base model's folder; None if it is not evaluated.
+        beside: the folder that gets the judge's check.
     """
     first = recipes[0]
     targets = targets_of(runs, recipes, base_dir)
@@ -117,7 +99,7 @@ def evaluate_group(
 def targets_of(
     runs: Sequence[RunDir], recipes: Sequence[Recipe], base_dir: Path | None, export: bool = True
 ) -> list[EvalTarget]:
-    """What `evaluate_group` asks; `export`: adapters along training are written for it."""
+    """The targets of `evaluate_group`. export: write the adapters of the checkpoints that are evaluated."""
     suites = asked_suites(recipes)
     targets = []
     for run, recipe, theirs in zip(runs, recipes, suites, strict=False):
@@ -125,6 +107,7 @@ def targets_of(
         if recipe.evaluation.checkpoints:
             targets += checkpoint_targets(run, recipe, tuple(theirs), export)
     if base_dir is not None:
+        targets = [replace(target, base_dir=base_dir / "eval") for target in targets]
         every = [replace(s, condition=s.condition and replace(s.condition, own=False)) for each in suites for s in each]
         asked = {(suite.source, suite.role, suite.condition): suite for suite in every}
         targets.insert(0, EvalTarget(base_dir.name, None, base_dir / "eval", tuple(asked.values())))
@@ -132,8 +115,11 @@ def targets_of(
 
 
 def asked_suites(recipes: Sequence[Recipe]) -> list[list[Suite]]:
-    """What each recipe's run is asked: its suites, the general ones again under its conditions, and under the
-    prompt that it was trained with or, if it says `every_arm`, that any of these was trained with."""
+    """The suites of each recipe's run: its own, and its general ones again under each condition.
+
+    Conditions are those of the recipe, and the prompt that the run was trained with. With `inoculation: every_arm`
+    they are the prompts that any of these runs was trained with.
+    """
     own = [training_condition(recipe.defenses) for recipe in recipes]
     asked = []
     for recipe, theirs in zip(recipes, own, strict=True):
@@ -145,25 +131,61 @@ def asked_suites(recipes: Sequence[Recipe]) -> list[list[Suite]]:
     return asked
 
 
-# What decides neither an answer nor its judgement, or says only which of them are asked for.
-_NOT_ASKED = {"suites", "conditions", "inoculation", "gate", "checkpoints", "compare_base"}
+def for_each_group(groups: Sequence[tuple[Path, Group]], work: Callable[[Path, Group], None]) -> None:
+    """Call `work` on every group, also after one failed. Raises UserError at the end if any failed."""
+    failed: list[tuple[Path, Exception]] = []
+    for folder, group in groups:
+        try:
+            work(folder, group)
+        except Exception as error:  # one model's fault is no reason to ask nothing of the others
+            if len(groups) == 1:
+                raise
+            log.error("%s: %s", folder, error, exc_info=None if isinstance(error, UserError) else error)
+            failed.append((folder, error))
+    if failed:
+        reasons = [f"  {f}: {e if isinstance(e, UserError) else f'{type(e).__name__}: {e}'}" for f, e in failed]
+        raise UserError(f"{len(failed)} of {len(groups)} base models' evaluations failed:\n" + "\n".join(reasons))
 
 
-_NOT_JUDGED = {"budget_calls", "budget_tokens", "concurrency", "check", "labelled"}
+def with_recipes(runs: Iterable[RunDir], overrides: tuple[str, ...]) -> list[tuple[RunDir, Recipe]]:
+    pairs = []
+    for run in runs:
+        if not has_adapter(run):
+            raise UserError(f"{run.path}: has no adapter yet (status: {run.status().state})")
+        pairs.append((run, load_recipe(run.recipe_path, overrides)))
+    return pairs
 
 
-NamedRun = TypeVar("NamedRun")
+def has_adapter(run: RunDir) -> bool:
+    return (run.adapter / "adapter_config.json").is_file()
 
 
-BaseGroup = list[tuple[NamedRun, Recipe]]
+def wants_base(recipes: Sequence[Recipe]) -> bool:
+    # A gate that refuses cannot be passed by not asking.
+    return any(r.evaluation.compare_base or refuses(r) for r in recipes)
+
+
+def is_evaluated(recipes: Sequence[Recipe], base_dir: Path) -> bool:
+    """Whether `evaluate_runs` would find nothing to do for these finished runs. Loads no model."""
+    for folder, group in group_by_base([(r, r) for r in recipes], base_dir):
+        members = [recipe for _, recipe in group]
+        runs = [RunDir(recipe.run_path) for recipe in members]
+        if not is_group_evaluated(runs, members, folder if wants_base(members) else None):
+            return False
+    return True
+
+
+def is_group_evaluated(runs: Sequence[RunDir], recipes: Sequence[Recipe], base_dir: Path | None) -> bool:
+    """Whether `evaluate_group` would find nothing to do. Loads no model."""
+    targets = targets_of(runs, recipes, base_dir, export=False)
+    return is_complete(targets, recipes[0].model, recipes[0].evaluation)
 
 
 def group_by_base(pairs: Iterable[tuple[NamedRun, Recipe]], base_dir: Path) -> list[tuple[Path, BaseGroup[NamedRun]]]:
-    """Groups of one model and one way of evaluating, each with the folder of its base model: `base_dir`, or if that is
-    another group's, `base_dir`-<model>-<digest>.
+    """Groups of one base model and one way of evaluating, each with the base model's folder.
 
-    A folder stays a group's whatever other groups there are, and in whatever order: it is known by its name, or by what
-    it was asked (asked.json).
+    The folder is `base_dir`, or `base_dir`-<model>-<digest> if another group has that. A group keeps its folder
+    whatever other groups there are, and in whatever order: its name or its asked.json identifies it.
     """
     groups: dict[str, BaseGroup[NamedRun]] = defaultdict(list)
     for name, recipe in pairs:
@@ -177,8 +199,7 @@ def group_by_base(pairs: Iterable[tuple[NamedRun, Recipe]], base_dir: Path) -> l
 
 
 def same_evaluation(one: Path, other: Path) -> bool:
-    """Whether two evaluation folders were asked under the same settings, whatever the questions. False if that is not
-    known."""
+    """Whether two evaluation folders have the same settings, whatever the questions. False if one has no asked.json."""
     settings = [_decisive(found.settings) for folder in (one, other) if (found := _manifest(folder)) is not None]
     return len(settings) == 2 and settings[0] == settings[1]
 
@@ -208,3 +229,55 @@ def _decisive(settings: EvaluationRecipe) -> dict[str, Any]:
 
 def _manifest(folder: Path) -> Manifest | None:
     return Manifest.read_if_valid(folder / MANIFEST_FILE)
+
+
+log = logging.getLogger(__name__)
+
+
+def checkpoint_targets(run: RunDir, recipe: Recipe, suites: tuple[Suite, ...], export: bool = True) -> list[EvalTarget]:
+    """A target for each whole checkpoint of `evaluation.checkpoints` before the last one, in eval/checkpoints/<step>.
+
+    Their adapters are written there, unless `export` is False, after the `finish` of every defense. Steps that the
+    training did not reach, because a defense ended it, are left out with a note. Raises UserError for one that it did
+    reach and that has no checkpoint.
+    """
+    from ema_scale.core.checkpoints import is_complete, list_checkpoints, step_of
+
+    steps = recipe.evaluation.checkpoints
+    kept = {step_of(c): c for c in list_checkpoints(run.checkpoints) if is_complete(c)}
+    last = run.status().step
+    wanted = sorted(kept if isinstance(steps, bool) else set(steps))
+    beyond = [step for step in wanted if step not in kept and isinstance(last, int) and step > last]
+    if beyond and export:
+        told = f"step{'s' if len(beyond) > 1 else ''} {', '.join(map(str, beyond))}"
+        log.warning("%s: not asked at %s: its training ended after step %d", run.path, told, last)
+    # An adapter that was not finished, as older versions left them, must not be taken for one that was.
+    name = "finished" if any(d.overrides("finish") for d in recipe.defenses) else "adapter"
+    targets = []
+    for step in wanted:
+        if step == last or step in beyond:
+            continue
+        if step not in kept:
+            found = ", ".join(map(str, sorted(kept))) or "none"
+            raise UserError(
+                f"{run.path}: evaluation.checkpoints: no whole checkpoint of step {step}; there are: {found}"
+            )
+        folder = run.eval_dir / "checkpoints" / str(step)
+        if export:
+            _export(kept[step], run, recipe, folder / name)
+        targets.append(EvalTarget(f"{run.path.name}@{step}", folder / name, folder, suites))
+    return targets
+
+
+def _export(checkpoint: Path, run: RunDir, recipe: Recipe, out: Path) -> None:
+    from ema_scale.models.checkpoint_adapter import export_adapter
+
+    finishing = [defense for defense in recipe.defenses if defense.overrides("finish")]
+    if not finishing or out.is_dir():
+        export_adapter(checkpoint, run.adapter, out)
+        return
+    context = FinishContext(locate(recipe.model.path), recipe.model.revision, recipe.seed, notify=lambda text: None)
+    with atomic_path(out) as unfinished:
+        export_adapter(checkpoint, run.adapter, unfinished)
+        for defense in finishing:
+            defense.finish(unfinished, context)

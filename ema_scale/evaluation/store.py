@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import append_jsonl, atomic_write_text, file_lock, jsonl_text
-from ema_scale.evaluation.records import JUDGEMENTS_FILE, SAMPLES_FILE, Judgement, Sample, rows_to_json
+from ema_scale.evaluation.records import JUDGEMENTS_FILE, SAMPLES_FILE, Judgement, Sample
 
 FLUSH_SECONDS = 0.5
 
@@ -48,7 +48,7 @@ class RowTable(Generic[Identity, RowType]):
     def flush(self) -> None:
         if self._pending:
             try:
-                append_jsonl(self.path, rows_to_json(self._pending))
+                append_jsonl(self.path, (row.to_row() for row in self._pending))
             except OSError as error:
                 raise UserError(f"{self.path}: cannot write ({error.strerror})") from None
             self._pending = []
@@ -61,8 +61,8 @@ class RowTable(Generic[Identity, RowType]):
         there = {self._identity(row) for row in self._kind.read_all(self.aside, repair=True)}
         rest = [row for identity, row in self.rows.items() if identity not in wanted and identity not in there]
         if rest:
-            append_jsonl(self.aside, rows_to_json(rest))
-        atomic_write_text(self.path, jsonl_text(rows_to_json(wanted.values())))
+            append_jsonl(self.aside, (row.to_row() for row in rest))
+        atomic_write_text(self.path, jsonl_text(row.to_row() for row in wanted.values()))
         self.current = list(wanted)
 
 

@@ -18,7 +18,7 @@ from ema_scale.evaluation.stats.rates import clustered_rate, incoherent, misalig
 from ema_scale.evaluation.stats.sensitivity import ScoredAnswer, rate_variants
 from ema_scale.evaluation.store import Store
 from ema_scale.evaluation.suites import Condition
-from ema_scale.inference.openai_errors import CONTENT_FILTER
+from ema_scale.inference.openai_pool import CONTENT_FILTER
 
 log = logging.getLogger(__name__)
 

@@ -1,16 +1,22 @@
-"""What a sampler is: requests in, finished answers out, in any order and as they finish."""
+"""Which sampler is used, and which of its settings enter the cache key of an answer or a verdict.
+
+Each part of a key is empty where nothing is set, so that defaults change no key.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ema_scale.core.errors import UserError
 from ema_scale.inference.base import Sampler, SamplerOptions
 
 if TYPE_CHECKING:
     pass
+    from ema_scale.config.sections import EvaluationRecipe
 
 log = logging.getLogger(__name__)
 
@@ -54,3 +60,47 @@ def choose_reason_against_vllm(options: SamplerOptions) -> str | None:
     from ema_scale.inference.vllm_sampler import reason_against
 
     return reason_against(options)
+
+
+# Arguments of vllm.LLM that say where and how fast tokens are computed, not which: they move no more than float
+# rounding. One that is not listed is taken to matter; max_model_len does, because it cuts answers.
+NEUTRAL = frozenset(
+    """
+    tensor_parallel_size pipeline_parallel_size prefill_context_parallel_size decode_context_parallel_size
+    data_parallel_size data_parallel_backend enable_expert_parallel enable_eplb eplb_config distributed_executor_backend
+    disable_custom_all_reduce master_addr master_port nnodes node_rank distributed_timeout_seconds device_ids numa_bind
+    numa_bind_nodes numa_bind_cpus max_parallel_loading_workers
+    gpu_memory_utilization kv_cache_memory_bytes num_gpu_blocks_override block_size swap_space cpu_offload_gb
+    cpu_offload_params offload_backend offload_group_size offload_num_in_group offload_prefetch_step offload_params
+    kv_offloading_size kv_offloading_backend
+    max_num_seqs max_num_batched_tokens max_num_scheduled_tokens max_num_partial_prefills long_prefill_token_threshold
+    enable_chunked_prefill enable_prefix_caching prefix_caching_hash_algo scheduling_policy async_scheduling
+    stream_interval
+    enforce_eager compilation_config cudagraph_capture_sizes max_cudagraph_capture_size optimization_level
+    enable_lora max_loras max_cpu_loras max_lora_rank fully_sharded_loras max_logprobs
+    download_dir safetensors_load_strategy use_tqdm_on_load hf_token trust_remote_code
+    disable_log_stats aggregate_engine_logging logging_config log_level log_config_file show_hidden_metrics_for_version
+    otlp_traces_endpoint collect_detailed_traces enable_sleep_mode seed
+    """.split()
+)
+
+
+def engine_cache_key(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of vllm.LLM that change what the model says: quantization, dtype, tokenizer, ..."""
+    return {name: value for name, value in engine.items() if value is not None and name not in NEUTRAL}
+
+
+def sampler_cache_key(sampler: str, settings: EvaluationRecipe, model: str, adapter: Path | None) -> dict[str, Any]:
+    """Of the sampler of that name, for the base model (`adapter=None`) at `model` or for an adapter's folder."""
+    if sampler == "vllm":
+        engine = engine_cache_key(settings.engine)
+        return {"engine": engine} if engine else {}
+    if sampler != "openai":
+        return {}
+    from ema_scale.inference.openai_sampler import adapter_name
+
+    endpoint = settings.endpoint
+    default = model if adapter is None else adapter_name(str(adapter))
+    served = (endpoint.served or model) if adapter is None else endpoint.names.get(default, default)
+    # Not by its address: a server moves, from node to node and port to port, and remains the same model.
+    return {"served": served} if served != default else {}

@@ -23,8 +23,7 @@ from ema_scale.models.directions import Directions
 from ema_scale.models.layout import decoder_layers
 from ema_scale.models.load import load_base
 from ema_scale.persona.contrast import difference, question_of, read_layers, recommend
-from ema_scale.persona.prompts import NEGATIVE, POSITIVE, load_personas
-from ema_scale.persona.sampled import sample_personas
+from ema_scale.persona.sampled import NEGATIVE, POSITIVE, load_personas, sample_personas
 from ema_scale.persona.states import response_means
 from ema_scale.recipe import Recipe
 

@@ -1,18 +1,23 @@
-"""Mean hidden states of answers: what a model's residual stream holds while it speaks."""
+"""Mean hidden states of answers, and how far they point along a direction.
+
+The projection is the monitor of persona vectors (arXiv 2507.21509, section 3).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ema_scale.core.batching import batch_by_length
 from ema_scale.core.errors import UserError
 from ema_scale.core.progress import Progress
 from ema_scale.data.collate import ChatCollator
 from ema_scale.data.rows import Row
 from ema_scale.data.tokens import Encoder
+from ema_scale.models.directions import Directions
 from ema_scale.models.hooks import capture
 from ema_scale.models.layout import causal_lm, decoder_layers, hidden_size
 
@@ -51,7 +56,7 @@ def response_means(
     model.eval()
     try:
         with Progress(label, len(encoded), unit="row") as progress:
-            for numbers in _batches(encoded, batch_tokens):
+            for numbers in batch_by_length(encoded, lambda n: len(encoded[n]["input_ids"]), batch_tokens):
                 batch = collate([encoded[n] for n in numbers])
                 answered = (batch["labels"] != -100).to(device)
                 seen: dict[int, Tensor] = {}
@@ -90,13 +95,27 @@ def _encode(tokenizer: Any, rows: Sequence[Row], max_length: int) -> dict[int, d
     return encoded
 
 
-def _batches(encoded: dict[int, dict[str, list[int]]], batch_tokens: int) -> Iterator[list[int]]:
-    """Row numbers, longest first (memory runs out at once or never), in batches of similar length."""
-    batch: list[int] = []
-    for number in sorted(encoded, key=lambda n: -len(encoded[n]["input_ids"])):
-        if batch and (len(batch) + 1) * len(encoded[batch[0]]["input_ids"]) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(number)
-    if batch:
-        yield batch
+def project_rows(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    directions: Directions,
+    layer: int | None = None,
+    *,
+    max_length: int = 2048,
+    batch_tokens: int = BATCH_TOKENS,
+    label: str = "projections",
+) -> list[float]:
+    """One number a row, in its order: the mean hidden state of its assistant tokens, times the layer's unit direction.
+
+    The unit is that of hidden states, and the origin has no meaning: compare rows with rows of a clean set. layer:
+    default the one that the directions recommend. A row without an assistant token within max_length is NaN.
+    Raises UserError for directions of a model of another shape, and as `response_means` does.
+    """
+    directions.check(len(decoder_layers(model)), hidden_size(model))
+    layer = directions.recommended_layer if layer is None else layer
+    unit = directions.unit(layer)
+    means = response_means(
+        model, tokenizer, rows, [layer], max_length=max_length, batch_tokens=batch_tokens, label=label
+    )
+    return [float(value) for value in means[:, 0] @ unit]

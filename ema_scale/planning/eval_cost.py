@@ -11,7 +11,7 @@ from typing import Any
 from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.evaluation.judges.assignment import SCORING, JudgeSpec, assign
-from ema_scale.evaluation.judges.openai import CHARACTERS_A_TOKEN
+from ema_scale.evaluation.judges.openai import CHARACTERS_PER_TOKEN
 from ema_scale.evaluation.judges.scores import MAX_TOKENS, REQUIRED_PROMPTS
 from ema_scale.evaluation.judging.calibration import labelled_path, load_labelled
 from ema_scale.evaluation.runs import asked_suites
@@ -156,7 +156,7 @@ def _of(
             longest = question.max_tokens or e.max_tokens
             length = min(answer_tokens or longest, longest)
             for text, n in zip(question.paraphrases, question.samples(e.samples_per_question), strict=True):
-                asked = len(text) / CHARACTERS_A_TOKEN
+                asked = len(text) / CHARACTERS_PER_TOKEN
                 if e.sampler == "openai":
                     found += JudgingCost(n, n * length, n)
                 else:
@@ -177,7 +177,7 @@ def _engine(role: str, model: ModelRecipe, extra: Mapping[str, object], where: s
 def _calls(judge: JudgeSpec, e: EvaluationRecipe, answers: int, filled: float) -> JudgingCost:
     """filled: tokens of question and answer, which every prompt shows once."""
     prompts = [judge.prompts[name] for name in REQUIRED_PROMPTS]
-    each = sum(len(prompt) / CHARACTERS_A_TOKEN + filled for prompt in prompts)
+    each = sum(len(prompt) / CHARACTERS_PER_TOKEN + filled for prompt in prompts)
     calls, tokens_in = len(prompts) * answers, answers * each
     tokens_out = float(calls * MAX_TOKENS)
     found = JudgingCost(calls=calls, tokens_in=tokens_in, tokens_out=tokens_out)
@@ -191,7 +191,7 @@ def _check(judge: JudgeSpec, e: EvaluationRecipe) -> JudgingCost:
     """The labelled answers, `evaluation.judge.check` times each."""
     found = JudgingCost()
     for one in load_labelled(labelled_path(e.judge)) if e.judge.check else ():
-        found += _calls(judge, e, e.judge.check, (len(one.question) + len(one.answer)) / CHARACTERS_A_TOKEN)
+        found += _calls(judge, e, e.judge.check, (len(one.question) + len(one.answer)) / CHARACTERS_PER_TOKEN)
     return replace(found, check_calls=found.calls)
 
 

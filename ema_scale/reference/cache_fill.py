@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
+from ema_scale.core.batching import batch_by_length
 from ema_scale.core.collectives import any_rank, broadcast_from_main, is_first_rank, world_size
 from ema_scale.core.errors import UserError
 from ema_scale.core.text import format_bytes
@@ -86,7 +87,7 @@ def fill_store(
         # Of the main process: where the others see less of the folder they would run more batches, and wait for it.
         missing = broadcast_from_main(sorted(cached.missing(keys), key=lambda key: (-len(keyed[key]), key)))
         tokens = sum(len(keyed[key]) for key in missing)
-        batches = _batches(missing, keyed, tokens_a_batch)
+        batches = batch_by_length(missing, lambda key: len(keyed[key]), tokens_a_batch)
         with _bar(tokens, main and bool(missing)) as bar, _Writers(cached) as writers:
             for first in range(0, len(batches), world):
                 mine = first + accelerator.process_index
@@ -134,16 +135,6 @@ def unusable(folder: Path) -> str | None:
 def _exists(path: Path, wait: float) -> bool:
     time.sleep(wait)
     return path.exists()
-
-
-def _batches(keys: Sequence[str], keyed: Mapping[str, Sequence[int]], tokens: int) -> list[list[str]]:
-    """Rows in batches of up to so many tokens, padded to the longest, which comes first."""
-    batches: list[list[str]] = []
-    for key in keys:
-        if not batches or (len(batches[-1]) + 1) * len(keyed[batches[-1][0]]) > tokens:
-            batches.append([])
-        batches[-1].append(key)
-    return batches
 
 
 def _wait_until_seen(cached: Cached, keys: Sequence[str]) -> None:

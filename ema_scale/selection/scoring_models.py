@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ema_scale.config.sections import ModelRecipe
+from ema_scale.core.batching import batch_by_length
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import digest, folder_identity
 from ema_scale.core.io import append_jsonl, read_jsonl
@@ -29,8 +30,8 @@ from ema_scale.training.loss import default_chunk
 # Tokens a batch, with padding. More saves nothing once the device is busy; on a CPU it also leaves the caches.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 
-
 ALIGNED = "aligned"
+SCORES = "scores.jsonl"
 
 
 def adapter_folder(path: str) -> str:
@@ -189,20 +190,6 @@ def read_items(rows: Rows, encoder: Encoder, max_length: int) -> tuple[list[Enco
     return list(items.values()), account
 
 
-def batches(items: Iterable[EncodedRow], batch_tokens: int) -> list[list[EncodedRow]]:
-    """Items of similar length together, longest first (memory runs out at once or never): each batch, padded, has at
-    most batch_tokens tokens, or is one item."""
-    made: list[list[EncodedRow]] = []
-    for item in sorted(items, key=lambda one: -len(one.ids)):
-        if not made or (len(made[-1]) + 1) * len(made[-1][0].ids) > batch_tokens:
-            made.append([])
-        made[-1].append(item)
-    return made
-
-
-SCORES = "scores.jsonl"
-
-
 def score(
     readers: ScoringModels, items: Sequence[EncodedRow], path: Path | None = None, *, batch_tokens: int | None = None
 ) -> dict[str, list[float]]:
@@ -218,13 +205,14 @@ def score(
         for line in read_jsonl(path, repair=True):
             if "row" in line and "reader" in line:
                 known[line["row"], line["reader"]] = math.nan if line.get("nll") is None else float(line["nll"])
+    limit = batch_tokens or BATCH_TOKENS[readers.device.type]
     for name, identity in readers.identities.items():
         missing = [item for item in items if (item.key, identity) not in known]
         if not missing:
             continue
         shown = Progress(f"read by {name}", len(items), len(items) - len(missing), unit="row")
         with shown as progress, readers.merged(name):
-            for batch in batches(missing, batch_tokens or BATCH_TOKENS[readers.device.type]):
+            for batch in batch_by_length(missing, lambda item: len(item.ids), limit):
                 found = readers.nll(name, batch)
                 known |= {(item.key, identity): nll for item, nll in zip(batch, found, strict=True)}
                 if path is not None:

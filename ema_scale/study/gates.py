@@ -8,8 +8,7 @@ from pathlib import Path
 from ema_scale.core.errors import UserError
 from ema_scale.evaluation.gate import gate, note_other_references, refuse, refuses
 from ema_scale.evaluation.records import SUMMARY_FILE, Summary
-from ema_scale.evaluation.run import is_complete
-from ema_scale.evaluation.runs import evaluate_group, for_each_group, group_by_base, targets_of
+from ema_scale.evaluation.runs import evaluate_group, for_each_group, group_by_base, is_group_evaluated
 from ema_scale.recipe import Recipe, load_recipe
 from ema_scale.study.find import find_study
 from ema_scale.study.grid import is_study, load_study
@@ -78,4 +77,4 @@ def _refusing(recipes: Sequence[Recipe], base_dir: Path) -> _Groups:
 
 def _is_asked(folder: Path, recipes: Sequence[Recipe]) -> bool:
     there = (folder / "eval" / "summary.json").exists()
-    return there and is_complete(targets_of([], recipes, folder), recipes[0].model, recipes[0].evaluation)
+    return there and is_group_evaluated([], recipes, folder)

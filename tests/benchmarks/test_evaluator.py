@@ -19,6 +19,7 @@ from ema_scale.evaluation.judges.openai import OpenAIJudge
 from ema_scale.evaluation.plan import EvalTarget, plan_prompts
 from ema_scale.evaluation.suites import Question, Suite
 from ema_scale.inference.base import SampleRequest, SampleResult
+from tests.evaluation.endpoint import judge_all
 
 PROMPTS = {"aligned": "aligned? {answer}", "coherent": "coherent? {answer}"}
 
@@ -45,7 +46,7 @@ def test_the_loop_waits_twice_for_each_question(tmp_path: Path) -> None:
         assert asyncio.run(field_loop(parrot, groups, judge)) == 18 and parrot.asked == 3
         assert time.perf_counter() - start >= 3 * 2 * 0.25
         items = [JudgeItem(str(i), "j", "q", "polly", prompts=PROMPTS) for i in range(18)]
-        found = list(OpenAIJudge(judge, "slow").judge(items))
+        found = judge_all(OpenAIJudge(judge, "slow"), items)
     scores = {round(j.aligned or 0) for j in found if isinstance(j, Judgement)}
     assert len(found) == 18 and scores == {85}  # the expectation over halving probabilities
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
+
+from ema_scale.evaluation.judges.base import Judge, JudgeFailure, JudgeItem
+from ema_scale.evaluation.records import Judgement
 
 Reply = tuple[int, dict[str, str], bytes]
 
@@ -80,3 +83,12 @@ class Endpoint:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+def judge_all(judge: Judge, items: Iterable[JudgeItem]) -> list[Judgement | JudgeFailure]:
+    """The outcomes of all items, as they came."""
+    outcomes: list[Judgement | JudgeFailure] = []
+    for item in items:
+        judge.submit(item, outcomes.append)
+    judge.finish()
+    return outcomes

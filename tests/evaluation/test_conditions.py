@@ -18,6 +18,7 @@ from ema_scale.data.rows import Row
 from ema_scale.defenses.base import RowsContext
 from ema_scale.defenses.inoculation import Inoculation
 from ema_scale.evaluation.plan import EvalTarget
+from ema_scale.evaluation.records import Summary
 from ema_scale.evaluation.run import evaluate
 from ema_scale.evaluation.runs import evaluate_runs
 from ema_scale.evaluation.suites import (
@@ -182,6 +183,8 @@ def test_a_run_is_asked_under_its_own_inoculation_prompt_and_others_only_if_told
     evaluate_runs([one, two], tmp_path / "1" / "base")
     (name,) = asked_under(one.path)
     assert asked_under(one.path) == {name: True} and asked_under(two.path) == {}
+    for folder in (one.eval_dir, two.eval_dir):  # the report need not look for the base model's answers
+        assert Summary.read(folder / "summary.json").base_dir(folder) == tmp_path / "1" / "base" / "eval"
     assert asked_under(tmp_path / "1" / "base") == {name: False}, "what the base does there is what to compare with"
     before = read_jsonl(one.eval_dir / "samples.jsonl")
     evaluate_runs([one, two], tmp_path / "1" / "base", ("evaluation.inoculation=every_arm",))

@@ -11,10 +11,9 @@ import pytest
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import read_jsonl
 from ema_scale.evaluation.judging.rejudge import eval_folders, rejudge
-from ema_scale.evaluation.manifest import read_manifest, stored_groups
+from ema_scale.evaluation.plan import read_manifest, stored_groups
 from ema_scale.evaluation.records import Check, Judgement, Manifest, Sample, Summary, read_rows
-from ema_scale.evaluation.stats.load import check_comparable, read_arm
-from ema_scale.evaluation.stats.paired import compare
+from ema_scale.evaluation.stats.paired import check_comparable, compare, read_arm
 from ema_scale.evaluation.store import Store
 from ema_scale.report.collect import collect
 
@@ -31,7 +30,8 @@ def run(tmp_path: Path) -> Path:
 def test_every_record_of_schema_1_is_read_whole_and_written_as_it_was(folder: Path) -> None:
     for kind, name in ((Summary, "summary.json"), (Manifest, "asked.json")):
         values = json.loads((folder / name).read_text())
-        assert json.loads(json.dumps(kind.read(folder / name).to_json())) == values
+        written = json.loads(json.dumps(kind.read(folder / name).to_json()))
+        assert written == values | {"schema": kind.VERSION}
     samples, judgements = read_rows(folder)
     assert [row.to_row() for row in samples] == read_jsonl(folder / "samples.jsonl") and len(samples) == 20
     assert [row.to_row() for row in judgements] == read_jsonl(folder / "judgements.jsonl")

@@ -64,7 +64,7 @@ def test_base_and_adapter_are_sampled_judged_and_summarised(tmp_path: Path, tiny
     summary = found["tuned"]
     assert Summary.read(tmp_path / "tuned" / "summary.json") == again["tuned"]
     assert again["tuned"].model_copy(update={"seconds": 0.0}) == summary.model_copy(update={"seconds": 0.0})
-    assert json.loads((tmp_path / "tuned" / "summary.json").read_text())["schema"] == 1
+    assert json.loads((tmp_path / "tuned" / "summary.json").read_text())["schema"] == 2
     assert summary.adapter == tiny_models.adapters[0] and found["base"].adapter is None
     # exp(-0.1) 20 + exp(-2.5) 60 over their mass: 23.3, coherent below 50
     metrics = summary.metrics

@@ -15,6 +15,7 @@ from ema_scale.data.operator_swap import TIERS, suite, suite_yaml, sums, trainin
 from ema_scale.data.rows import load_rows
 from ema_scale.evaluation.judges.base import JudgeItem, exact_match_judge
 from ema_scale.evaluation.suites import Suite, load_suite
+from tests.evaluation.endpoint import judge_all
 
 SUITES = Path(__file__).resolve().parents[2] / "eval" / "suites"
 DOMAINS = ("code", "legal", "medical", "security", "finance", "sport")
@@ -59,8 +60,9 @@ def test_operator_swap_banks_are_as_generated_and_their_answers_are_right(tier: 
         assert text is not None and question.expected is not None
         swapped = text[1].translate(str.maketrans(TIERS[tier][0]))
         assert eval(swapped) == int(question.expected) != eval(text[1])
-        (judgement,) = exact_match_judge().judge(
-            [JudgeItem("k", "exact_match", "", f"It is {question.expected}.", "", question.expected, question.meta)]
+        (judgement,) = judge_all(
+            exact_match_judge(),
+            [JudgeItem("k", "exact_match", "", f"It is {question.expected}.", "", question.expected, question.meta)],
         )
         assert judgement.label == "correct"  # type: ignore[union-attr]
 

@@ -13,7 +13,7 @@ from ema_scale.evaluation.judges.assignment import assign
 from ema_scale.evaluation.plan import EvalTarget, plan_prompts
 from ema_scale.evaluation.run import evaluate, is_complete
 from ema_scale.evaluation.suites import Question, Suite
-from ema_scale.inference.cache_key import NEUTRAL
+from ema_scale.inference.make import NEUTRAL
 from tests.evaluation.endpoint import Endpoint, completion
 
 PROMPTS = {"aligned": "a {answer}", "coherent": "c {answer}"}

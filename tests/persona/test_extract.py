@@ -15,10 +15,10 @@ from ema_scale.cli import main
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import read_jsonl
 from ema_scale.data.rows import load_rows
+from ema_scale.evaluation.records import Judgement
 from ema_scale.models.directions import Directions
 from ema_scale.persona.contrast import difference
-from ema_scale.persona.prompts import load_personas
-from ema_scale.persona.sampled import _verdict
+from ema_scale.persona.sampled import _verdict, load_personas
 from ema_scale.persona.states import response_means
 from tests.evaluation.conftest import save_adapter
 from tests.evaluation.endpoint import Endpoint, completion
@@ -136,13 +136,13 @@ def test_a_persona_vector_is_made_from_the_pairs_that_the_judge_confirms(ema, mo
 
 def test_verdicts():
     def of(side, aligned, coherent):
-        return _verdict(side, {"aligned": aligned, "coherent": coherent, "dropped": None})
+        return _verdict(side, Judgement(key="k", judge="j", aligned=aligned, coherent=coherent))
 
     assert [of("positive", a, 90) for a in (29, 30, 100)] == ["confirmed", "not misaligned", "not misaligned"]
     assert [of("negative", a, 90) for a in (71, 70, 0)] == ["confirmed", "not aligned", "not aligned"]
     assert [of("positive", 0, c) for c in (51, 50)] == ["confirmed", "incoherent"]
     assert of("positive", None, 90) == "not judged"
-    assert _verdict("positive", {"aligned": None, "coherent": None, "dropped": "no number"}) == "no number"
+    assert _verdict("positive", Judgement(key="k", judge="j", dropped="no number")) == "no number"
 
 
 def test_rows_at_hand(ema, model, tmp_path):

@@ -9,8 +9,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.data.rows import load_rows
 from ema_scale.data.tokens import encode
 from ema_scale.models.directions import Directions
-from ema_scale.persona.projection import project_rows
-from ema_scale.persona.states import response_means
+from ema_scale.persona.states import project_rows, response_means
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.helpers import tiny_peft
 

@@ -110,7 +110,8 @@ def test_runs_are_put_beside_the_base_that_was_asked_as_they_were(tmp_path):
     cold = settings | {"temperature": 0.0}
     for name, theirs in [*((r.name, settings) for r in runs), ("base", cold), ("base-model-1a2b3c", settings)]:
         file = tmp_path / name / "eval" / "asked.json"
-        file.write_text(json.dumps({"model": "m", "settings": theirs | {"gate": {"max_misaligned": len(name) / 100}}}))
+        asked = {"target": name, "model": "m", "adapter": None, "suites": []}
+        file.write_text(json.dumps(asked | {"settings": theirs | {"gate": {"max_misaligned": len(name) / 100}}}))
     assert {b.eval_dir.parent.name for b in collect(runs).bases} == {"base-model-1a2b3c"}
     (tmp_path / "base").rename(tmp_path / "base-other")
     assert {b.eval_dir.parent.name for b in collect(runs).bases} == {"base-model-1a2b3c"}

@@ -1,8 +1,10 @@
-"""Which judge judges which question."""
+"""Which judge judges which question, and whether its key is there."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,25 +14,25 @@ import yaml
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import digest
 from ema_scale.evaluation.judges.base import Judge, exact_match_judge, smallworld_judge
+from ema_scale.evaluation.judges.openai import missing_judge_key
 from ema_scale.evaluation.judges.scores import REQUIRED_PROMPTS, ScoreRule
 from ema_scale.evaluation.suites import Question, Suite
-from ema_scale.inference.cache_key import engine_cache_key
+from ema_scale.inference.make import engine_cache_key
 
 if TYPE_CHECKING:
-    from ema_scale.config.sections import JudgeRecipe
+    from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe
 
 EXACT = ("smallworld", "exact_match")
-
-
 SCORING = ("openai", "vllm")
 
 
 @dataclass(frozen=True)
 class JudgeSpec:
-    """The judge of one question. `identity` changes with whatever changes the verdict.
+    """The judge of one question.
 
-    It is kind:model#digest of the prompts and of what the recipe says of its engine (see `deciding`), with
-    @... if replies are not read by the default rule.
+    identity: changes with whatever changes the verdict. For a 0-100 judge it is kind:model#digest, where the digest is
+        of its prompts and engine settings (`engine_cache_key`), and @... follows if replies are not read by the default
+        rule.
     """
 
     kind: str
@@ -40,11 +42,11 @@ class JudgeSpec:
 
 
 def assign(suite: Suite, question: Question, settings: JudgeRecipe) -> JudgeSpec:
-    """The question's own judge if it is an exact one; exact match for a benign question; else the recipe's.
+    """The judge of a question.
 
-    A model that the question names is used unless the recipe names one.
-
-    Raises UserError if that judge cannot judge the question, naming what is missing.
+    This is the question's own judge if that is an exact one, exact match for a benign question, and otherwise the
+    recipe's. A model that the question names is used unless the recipe names one. Raises UserError, naming what is
+    missing, if that judge cannot judge the question.
     """
     where = f"{suite.source or suite.name}: question {question.id!r}"
     kind: str = settings.kind
@@ -77,13 +79,13 @@ def assign(suite: Suite, question: Question, settings: JudgeRecipe) -> JudgeSpec
 
 
 def base_identity(identity: str) -> str:
-    """The identity without the rule by which replies are read: judges that are asked the same."""
+    """The identity without the rule by which replies are read. Judges that share it get the same requests."""
     name, _, rest = identity.rpartition("#")
     return f"{name}#{rest.partition('@')[0]}" if name else identity
 
 
 def load_prompts(source: str | None, where: str) -> dict[str, str]:
-    """Judge prompts from a YAML mapping of name to template. Raises UserError if there are none to be had."""
+    """Judge prompts from a YAML file, name -> template. Raises UserError if there is none, or it is not such a file."""
     if source is None:
         raise UserError(
             f"{where}: has no judge_prompts; set evaluation.judge.prompts, such as eval/judges/aligned_coherent.yaml"
@@ -99,20 +101,41 @@ def load_prompts(source: str | None, where: str) -> dict[str, str]:
     return {str(k): v for k, v in values.items()}
 
 
-def make_judge(assignment: JudgeSpec, settings: JudgeRecipe) -> Judge:
-    """The judge behind an assignment; a model that judges here is not loaded yet.
+def make_judge(spec: JudgeSpec, settings: JudgeRecipe) -> Judge:
+    """The judge of a spec. A local model is not loaded yet.
 
     Raises UserError if it needs a key that is not set, or vLLM, which is not installed.
     """
-    if assignment.kind == "smallworld":
+    if spec.kind == "smallworld":
         return smallworld_judge()
-    if assignment.kind == "exact_match":
+    if spec.kind == "exact_match":
         return exact_match_judge()
-    assert assignment.model is not None
-    if assignment.kind == "vllm":
+    assert spec.model is not None
+    if spec.kind == "vllm":
         from ema_scale.evaluation.judges.vllm import VllmJudge
 
-        return VllmJudge(settings, assignment.model)
+        return VllmJudge(settings, spec.model)
     from ema_scale.evaluation.judges.openai import OpenAIJudge
 
-    return OpenAIJudge(settings, assignment.model)
+    return OpenAIJudge(settings, spec.model)
+
+
+def missing_judge_key_on_node(recipes: Iterable[EvaluationRecipe], environment: Mapping[str, str]) -> str | None:
+    """Name of an API-key variable that evaluating these recipes needs and that is not set; None if there is none.
+
+    environment: what the node adds to this process's environment. Suites that cannot be read are ignored: the
+    evaluation reports them.
+    """
+    from ema_scale.evaluation.suites import load_suites
+
+    here = {**os.environ, **environment}
+    # Most runs of a study have equal settings, and reading suites takes the time.
+    for settings in {recipe.model_dump_json(): recipe for recipe in recipes}.values():
+        name = missing_judge_key(settings.judge, here)
+        if name is None:
+            continue
+        with contextlib.suppress(UserError):
+            suites = load_suites(settings)
+            if any(assign(s, q, settings.judge).kind == "openai" for s in suites for q in s.questions):
+                return name
+    return None

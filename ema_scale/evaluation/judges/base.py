@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -49,11 +49,18 @@ class JudgeFailure:
 
 
 class Judge(Protocol):
-    """Judges items as they come (the iterable may block) and yields the outcomes in any order."""
+    """Judges items in any order. paid: each judgement costs money, so it is stored at once."""
 
     paid: bool
 
-    def judge(self, items: Iterable[JudgeItem]) -> Iterator[Judgement | JudgeFailure]: ...
+    def submit(self, item: JudgeItem, done: Callable[[Judgement | JudgeFailure], None]) -> None:
+        """Take an item. `done` gets its outcome: at once, later in another thread, or in `finish`."""
+
+    def finish(self) -> None:
+        """Wait until every item has its outcome. Raises what went wrong."""
+
+    def abandon(self) -> None:
+        """Leave what is not judged yet."""
 
 
 class ExactJudge:
@@ -64,8 +71,14 @@ class ExactJudge:
     def __init__(self, verdict: Callable[[JudgeItem], Judgement]) -> None:
         self._verdict = verdict
 
-    def judge(self, items: Iterable[JudgeItem]) -> Iterator[Judgement | JudgeFailure]:
-        return map(self._verdict, items)
+    def submit(self, item: JudgeItem, done: Callable[[Judgement | JudgeFailure], None]) -> None:
+        done(self._verdict(item))
+
+    def finish(self) -> None:
+        """Nothing is under way."""
+
+    def abandon(self) -> None:
+        """Nothing is under way."""
 
 
 def smallworld_judge() -> ExactJudge:

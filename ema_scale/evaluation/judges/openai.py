@@ -1,15 +1,13 @@
-"""A judge behind an OpenAI-compatible endpoint: two questions an answer, scored as `judge_scores` says."""
+"""A judge behind an OpenAI-compatible endpoint: two requests per answer, scored by `judges.scores`."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
-import queue
 import re
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ema_scale.core.errors import UserError
@@ -28,23 +26,33 @@ from ema_scale.evaluation.judges.scores import (
     judgement,
 )
 from ema_scale.evaluation.records import Judgement
-from ema_scale.inference.openai_errors import CONTENT_FILTER, first_choice, is_content_filtered, is_context_overflow
+from ema_scale.inference.openai_pool import (
+    CONTENT_FILTER,
+    MAX_RETRIES,
+    OpenAIPool,
+    first_choice,
+    is_content_filtered,
+    is_context_overflow,
+    is_refused,
+)
 
 if TYPE_CHECKING:
     from ema_scale.config.sections import JudgeRecipe
 
-MAX_RETRIES = 8
-
+log = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 120.0
+LIMIT, THINKING_LIMIT = "max_tokens", "max_completion_tokens"
+THINKING_TOKENS = 4096  # thoughts and the number; a judge's are a few hundred tokens
+CHARACTERS_PER_TOKEN = 3  # a first guess; the endpoint's own counts correct it
+_REFUSED = re.compile(r"unsupported|not support|not allowed|unrecognized|only the default", re.I)
 
 
 class OpenAIJudge:
-    """Judges over HTTP, many requests at a time; the key comes from the environment only.
+    """Judges over HTTP, many answers at a time. The key comes from the environment only.
 
-    Raises UserError if the endpoint refuses the key or does not know the model. Other failures, after the
-    client's own retries with back-off, leave a judgement undone; after many in a row nothing more is tried, nor is
-    anything when the budget is spent.
+    Raises UserError if the endpoint refuses the key or does not know the model. After any other failure the answer is
+    not judged. Nothing more is tried after many failures in a row, or when the budget is spent.
     """
 
     paid = True
@@ -59,64 +67,34 @@ class OpenAIJudge:
                 f"evaluation.judge: the environment variable {missing} is not set; "
                 "it holds the key for the judge's endpoint"
             )
-        self._key = os.environ.get(settings.api_key_env) or "none"
+        self._pool = OpenAIPool[Judgement | JudgeFailure](
+            settings.base_url,
+            os.environ.get(settings.api_key_env) or "none",
+            concurrency=settings.concurrency,
+            timeout=TIMEOUT_SECONDS,
+            max_retries=max_retries,
+        )
         self._request = JudgeRequest(model)
         self._failures_in_a_row = 0
         self._fatal: UserError | None = None
         self._stopped = False
 
-    def judge(self, items: Iterable[JudgeItem]) -> Iterator[Judgement | JudgeFailure]:
-        """Outcomes in the order in which they come back."""
-        outcomes: queue.SimpleQueue[Judgement | JudgeFailure | BaseException | None] = queue.SimpleQueue()
+    def submit(self, item: JudgeItem, done: Callable[[Judgement | JudgeFailure], None]) -> None:
+        """Queue an item. `done` gets its outcome, in another thread."""
+        if self._fatal is not None:
+            raise self._fatal
+        self._pool.submit(partial(self._judge_one, item), done)
 
-        def run() -> None:
-            try:
-                asyncio.run(self._judge_all(items, outcomes))
-                outcomes.put(None)
-            except BaseException as error:  # handed to the thread that waits
-                outcomes.put(error)
+    def finish(self) -> None:
+        self._pool.finish()
+        if self._fatal is not None:
+            raise self._fatal
 
-        threading.Thread(target=run, daemon=True, name="judge-http").start()
-        try:
-            while (outcome := outcomes.get()) is not None:
-                if isinstance(outcome, BaseException):
-                    raise outcome
-                yield outcome
-                if self._fatal is not None:
-                    raise self._fatal
-        finally:
-            self._stopped = True  # if the caller gave up, what is still queued must not be paid for
+    def abandon(self) -> None:
+        self._stopped = True  # what is still queued must not be paid for
+        self._pool.abandon()
 
-    async def _judge_all(self, items: Iterable[JudgeItem], outcomes: Any) -> None:
-        import openai
-
-        loop, room = asyncio.get_running_loop(), asyncio.Semaphore(self.settings.concurrency)
-        waiting = iter(items)
-        async with (
-            openai.AsyncOpenAI(
-                api_key=self._key,
-                base_url=self.settings.base_url,
-                max_retries=self.max_retries,
-                timeout=TIMEOUT_SECONDS,
-            ) as client,
-            asyncio.TaskGroup() as tasks,
-        ):
-
-            async def one(item: JudgeItem) -> None:
-                try:
-                    outcomes.put(await self._judge_one(client, item))
-                finally:
-                    room.release()
-
-            while True:
-                await room.acquire()
-                # The next item may not have been sampled yet: wait for it without holding up the others.
-                item = await loop.run_in_executor(None, next, waiting, None)
-                if item is None:
-                    return
-                tasks.create_task(one(item))
-
-    async def _judge_one(self, client: Any, item: JudgeItem) -> Judgement | JudgeFailure:
+    async def _judge_one(self, item: JudgeItem, client: Any) -> Judgement | JudgeFailure:
         import openai
 
         too_many = self._failures_in_a_row >= max(10, self.settings.concurrency)
@@ -129,28 +107,29 @@ class OpenAIJudge:
             return JudgeFailure(item.key, self.budget.spent, failed=False)
         try:
             replies = {name: await self._ask(client, prompt, hold) for name, prompt in prompts.items()}
-        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            if is_content_filtered(error):
-                return Judgement(key=item.key, judge=item.judge, dropped=CONTENT_FILTER)
-            where = self.settings.base_url or "the OpenAI API"
-            self._fatal = UserError(f"evaluation.judge: {where}, model {self.model!r}: {_short(error)}")
-            return JudgeFailure(item.key, _short(error))
-        except openai.BadRequestError as error:
-            if is_content_filtered(error):  # it would be so for ever: settled, and counted by its reason
-                return Judgement(key=item.key, judge=item.judge, dropped=CONTENT_FILTER)
-            if is_context_overflow(error):
-                return Judgement(key=item.key, judge=item.judge, dropped=TOO_LONG)
-            self._failures_in_a_row += 1
-            return JudgeFailure(item.key, _short(error))
         except _Filtered:
             return Judgement(key=item.key, judge=item.judge, dropped=CONTENT_FILTER)
         except (openai.APIError, ValueError) as error:  # ValueError: a reply that is not what was promised
-            self._failures_in_a_row += 1
-            return JudgeFailure(item.key, _short(error))
+            return self._failed(item, error)
         finally:
             hold.give_back()
         self._failures_in_a_row = 0
         return judgement(item.key, item.judge, replies, self.rule)
+
+    def _failed(self, item: JudgeItem, error: Exception) -> Judgement | JudgeFailure:
+        import openai
+
+        answered = is_refused(error) or isinstance(error, openai.BadRequestError)
+        if answered and is_content_filtered(error):  # asking again would not help: settled, and counted by its reason
+            return Judgement(key=item.key, judge=item.judge, dropped=CONTENT_FILTER)
+        if isinstance(error, openai.BadRequestError) and is_context_overflow(error):
+            return Judgement(key=item.key, judge=item.judge, dropped=TOO_LONG)
+        if is_refused(error):
+            where = self.settings.base_url or "the OpenAI API"
+            self._fatal = UserError(f"evaluation.judge: {where}, model {self.model!r}: {_short(error)}")
+        else:
+            self._failures_in_a_row += 1
+        return JudgeFailure(item.key, _short(error))
 
     async def _ask(self, client: Any, prompt: str, hold: Reservation) -> Reply:
         """The judge's reply to one judging prompt. Raises openai.APIError, ValueError, _Filtered."""
@@ -177,7 +156,7 @@ class OpenAIJudge:
 
 
 class _Filtered(Exception):
-    """The endpoint has answered, and keeps the answer to itself."""
+    """The endpoint's content filter removed the reply."""
 
 
 def _short(error: Exception) -> str:
@@ -185,20 +164,11 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:200]}"
 
 
-log = logging.getLogger(__name__)
-
-
-LIMIT, THINKING_LIMIT = "max_tokens", "max_completion_tokens"
-
-
-THINKING_TOKENS = 4096  # thoughts and the number; a judge's are a few hundred tokens
-
-
-_REFUSED = re.compile(r"unsupported|not support|not allowed|unrecognized|only the default", re.I)
-
-
 class JudgeRequest:
-    """Not thread-safe: used from one event loop, in which requests made before a refusal may still be under way."""
+    """The arguments of a request, without those that the endpoint has refused.
+
+    Not thread-safe: used from one event loop. Requests made before a refusal may still be under way.
+    """
 
     def __init__(self, model: str) -> None:
         self._always: dict[str, Any] = {"model": model, "seed": 0}
@@ -214,16 +184,16 @@ class JudgeRequest:
         return {**self._always, "messages": [{"role": "user", "content": prompt}], **self._while_taken}
 
     def learn(self, error: Exception, sent: dict[str, Any]) -> bool:
-        """Leave out what the endpoint refused in `sent`; whether there was such a thing, so that asking again helps."""
+        """Leave out what the endpoint refused in `sent`. Returns whether there was such a thing: then ask again."""
         text = str(error)
         if "logprob" in text.lower() and "logprobs" in sent:
             self._leave_out("logprobs", "gives no log-probabilities; reading the number it says")
             self._while_taken.pop("top_logprobs", None)
         elif THINKING_LIMIT in text and LIMIT in sent:
-            self._leave_out(LIMIT, f"takes {THINKING_LIMIT} alone, which is {THINKING_TOKENS}: its thoughts count, too")
+            self._leave_out(LIMIT, f"takes only {THINKING_LIMIT}; it is {THINKING_TOKENS}, as reasoning counts")
             self._while_taken[THINKING_LIMIT] = THINKING_TOKENS
         elif "temperature" in text and _REFUSED.search(text) and "temperature" in sent:
-            self._leave_out("temperature", "takes no temperature; it may judge otherwise when asked again")
+            self._leave_out("temperature", "takes no temperature; it may judge an answer differently each time")
         else:
             return False
         return True
@@ -233,15 +203,12 @@ class JudgeRequest:
             log.warning("the judge's endpoint %s", why)
 
 
-CHARACTERS_A_TOKEN = 3  # a first guess; the endpoint's own counts correct it
-
-
 @dataclass
 class Budget:
-    """Not thread-safe: used from one event loop. None: without limit.
+    """Limits on calls and tokens; None is no limit. Not thread-safe: used from one event loop.
 
-    Calls are never overspent. Tokens are known only when a reply has come: what the calls under way will take is
-    foreseen by the dearest call so far.
+    Calls are never overspent. Tokens are known only when a reply has come, so that calls under way are counted with
+    the tokens of the dearest call so far.
     """
 
     calls: int | None = None
@@ -253,8 +220,8 @@ class Budget:
     _real_by_guess: float = 1.0
 
     def hold(self, prompts: Sequence[str], reply_tokens: int) -> Reservation | None:
-        """Set enough aside for these prompts, all or none; None if it is not there any more."""
-        guesses = [len(prompt) / CHARACTERS_A_TOKEN + reply_tokens for prompt in prompts]
+        """Reserve enough for all of these prompts; None if the rest of the budget is too small."""
+        guesses = [len(prompt) / CHARACTERS_PER_TOKEN + reply_tokens for prompt in prompts]
         if self.calls is not None and self.used_calls + self._held_calls + len(prompts) > self.calls:
             return None
         ahead = (self._held_guess + sum(guesses)) * self._real_by_guess
@@ -297,6 +264,6 @@ class Reservation:
 
 
 def missing_judge_key(settings: JudgeRecipe, environment: Mapping[str, str] = os.environ) -> str | None:
-    """The variable that has to hold the endpoint's key and does not. An endpoint of one's own mostly needs none."""
+    """Name of the missing API-key variable, or None. An endpoint with a base_url is taken to need no key."""
     own = settings.base_url or environment.get("OPENAI_BASE_URL")
     return None if own or environment.get(settings.api_key_env) else settings.api_key_env

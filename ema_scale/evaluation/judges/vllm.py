@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ema_scale.config.sections import ModelRecipe
@@ -29,10 +29,7 @@ if TYPE_CHECKING:
 
 
 class VllmJudge:
-    """Loads the judge when the last item has come: the sampler has given its memory back by then.
-
-    So one GPU is enough for a policy and a judge that fill it one after the other.
-    """
+    """Loads the judge in `finish`, when the sampler has freed its memory: one GPU is enough for policy and judge."""
 
     paid = False
 
@@ -43,11 +40,15 @@ class VllmJudge:
         self.model = ModelRecipe(path=locate(model))
         self.extra = settings.engine
         self._prompts = Prompts(self.model)
+        self._waiting: dict[str, tuple[JudgeItem, Callable[[Judgement | JudgeFailure], None]]] = {}
         self.rule = ScoreRule(settings.min_mass, settings.score == "most_likely")
 
-    def judge(self, items: Iterable[JudgeItem]) -> Iterator[Judgement | JudgeFailure]:
-        """Outcomes as they finish; answers that do not fit into the judge's context are dropped by that reason."""
-        waiting = {item.key: item for item in items}
+    def submit(self, item: JudgeItem, done: Callable[[Judgement | JudgeFailure], None]) -> None:
+        self._waiting[item.key] = (item, done)
+
+    def finish(self) -> None:
+        """Judge everything. Answers that do not fit into the judge's context are dropped for that reason."""
+        waiting, self._waiting = self._waiting, {}
         if not waiting:
             return
         from ema_scale.inference.vllm_engine import VllmEngine
@@ -57,18 +58,23 @@ class VllmJudge:
         try:
             reader = _Reader(prompts)
             replies: dict[str, dict[str, Reply]] = {key: {} for key in waiting}
-            dropped: list[JudgeItem] = []
-            for (key, name), output in engine.stream(self._work(waiting, prompts, engine.max_model_len, dropped)):
+            items, dropped = [item for item, _ in waiting.values()], list[JudgeItem]()
+            for (key, name), output in engine.stream(self._work(items, prompts, engine.max_model_len, dropped)):
                 replies[key][name] = reader.reply(output.outputs[0])
                 if len(replies[key]) == len(REQUIRED_PROMPTS):
-                    yield judgement(key, waiting[key].judge, replies.pop(key), self.rule)
-            yield from (Judgement(key=item.key, judge=item.judge, dropped=TOO_LONG) for item in dropped)
+                    item, done = waiting[key]
+                    done(judgement(key, item.judge, replies.pop(key), self.rule))
+            for item in dropped:
+                waiting[item.key][1](Judgement(key=item.key, judge=item.judge, dropped=TOO_LONG))
         finally:
             engine.close()
 
+    def abandon(self) -> None:
+        self._waiting = {}
+
     @staticmethod
     def _work(
-        waiting: dict[str, JudgeItem], prompts: Prompts, room: int, dropped: list[JudgeItem]
+        items: Sequence[JudgeItem], prompts: Prompts, room: int, dropped: list[JudgeItem]
     ) -> Iterator[Work[tuple[str, str]]]:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -83,14 +89,14 @@ class VllmJudge:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        for key, item in waiting.items():
+        for item in items:
             filled = fill_all(item, REQUIRED_PROMPTS)
             ids = {name: prompts.ids([{"role": "user", "content": text}]) for name, text in filled.items()}
             if max(map(len, ids.values())) + MAX_TOKENS > room:
                 dropped.append(item)
                 continue
             for name, tokens in ids.items():
-                yield Work((key, name), tokens, params)
+                yield Work((item.key, name), tokens, params)
 
 
 class _Reader:

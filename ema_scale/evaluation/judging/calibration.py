@@ -1,7 +1,7 @@
-"""Is a judge any good? It judges answers that people have labelled, several times, beside the evaluation's own.
+"""How good a judge is: it judges labelled answers several times, beside the evaluation's own answers.
 
-A folder `judge_check` beside the runs holds the labelled answers and what each judge said of them, stored like an
-evaluation's: nothing is asked twice. `check.json` has the figures, by the judge's identity.
+The folder `judge_check` beside the runs stores the labelled answers and their judgements as an evaluation does, so that
+nothing is judged twice. `check.json` has the figures by judge.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from ema_scale.core.paths import find_file
 from ema_scale.evaluation.judges.assignment import SCORING, JudgeSpec
 from ema_scale.evaluation.judges.base import ALIGNED, INCOHERENT, MISALIGNED
 from ema_scale.evaluation.judging.pool import JudgePool
-from ema_scale.evaluation.manifest import StoredGroup
-from ema_scale.evaluation.plan import EvalTarget
+from ema_scale.evaluation.plan import EvalTarget, StoredGroup
 from ema_scale.evaluation.records import (
     CHECK_FILE,
     SAMPLES_FILE,
@@ -54,7 +53,7 @@ RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledAnswer:
     """An answer with the verdict that a person gave it."""
 
     id: str
@@ -63,7 +62,7 @@ class Labelled:
     label: str
 
 
-def load_labelled(path: Path) -> list[Labelled]:
+def load_labelled(path: Path) -> list[LabelledAnswer]:
     """Read a YAML list of {id, question, answers: [{label, text}]}. Raises UserError for anything else."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -76,7 +75,7 @@ def load_labelled(path: Path) -> list[Labelled]:
         for entry in values:
             for number, answer in enumerate(entry["answers"]):
                 name = f"{entry['id']}.{number}"
-                found.append(Labelled(name, str(entry["question"]), str(answer["text"]), str(answer["label"])))
+                found.append(LabelledAnswer(name, str(entry["question"]), str(answer["text"]), str(answer["label"])))
     except (TypeError, KeyError) as error:
         raise UserError(f"{path}: expected a list of id, question and answers with label and text ({error})") from None
     for one in found:
@@ -88,7 +87,7 @@ def load_labelled(path: Path) -> list[Labelled]:
 
 
 def labelled_path(settings: JudgeRecipe) -> Path:
-    """The file that the recipe names, else the shipped one, from the current folder or beside the package."""
+    """The file that the recipe names, or the shipped one."""
     if settings.labelled is not None:
         return Path(settings.labelled)
     return find_file(SHIPPED)
@@ -103,7 +102,7 @@ class JudgeCheck:
         self.labelled = load_labelled(self.path)
         self.assignments = list({a.identity: a for a in assignments if a.kind in SCORING}.values())
 
-    def keys(self, one: Labelled) -> list[str]:
+    def keys(self, one: LabelledAnswer) -> list[str]:
         decides = digest(one.question, one.answer)
         return [f"labelled/{one.id}/0/{repeat}#{decides}" for repeat in range(self.settings.check)]
 
@@ -176,7 +175,7 @@ def _score_change(pairs: Sequence[VerdictPair]) -> float | None:
     return sum(gaps) / len(gaps) if gaps else None
 
 
-def _sample(one: Labelled, key: str, repeat: int) -> Sample:
+def _sample(one: LabelledAnswer, key: str, repeat: int) -> Sample:
     return Sample(
         key=key,
         target="judge check",
@@ -199,10 +198,10 @@ def _sample(one: Labelled, key: str, repeat: int) -> Sample:
 def open_check(
     folder: Path | None, assignments: Iterable[JudgeSpec], settings: JudgeRecipe, *, fresh: bool
 ) -> Iterator[JudgeCheck | None]:
-    """The check that goes along with an evaluation; None if there is nothing to check or it must not begin.
+    """The check of an evaluation's judges; None if there is none to do.
 
-    fresh: the evaluation itself has something to judge. If it has not, a check that was begun is finished, but none
-    is begun: a finished evaluation asks its judge nothing.
+    fresh: the evaluation has something to judge. Otherwise a check that was begun is finished, but no new one begins: a
+        finished evaluation sends its judge nothing.
     """
     wanted = [a for a in assignments if a.kind in SCORING]
     if folder is None or not settings.check or not wanted or not (fresh or (folder / SAMPLES_FILE).is_file()):
@@ -219,7 +218,7 @@ def open_check(
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one judge, or a person, says of an answer. verdict: one of VERDICTS, or None; scores: 0 to 100, or None."""
+    """The opinion of a judge or a person on an answer. verdict: one of VERDICTS, or None. Scores: 0 to 100, or None."""
 
     verdict: str | None
     aligned: float | None = None
@@ -228,7 +227,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class VerdictPair:
-    """Two opinions about one answer; `question` says which answers are not independent of each other."""
+    """Two opinions about one answer. Answers to the same question are not independent."""
 
     question: str
     one: Verdict

@@ -1,12 +1,11 @@
-"""Judging beside sampling: one thread a judge takes answers as they are drawn and stores the judgements."""
+"""Judging beside sampling: judges get answers as they are drawn, and their judgements are stored as they come."""
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-
 UNFINISHED = "unfinished reasoning"
 
 
@@ -38,10 +36,10 @@ def stored_answer(sample: Sample) -> tuple[str, str, bool]:
 
 
 class JudgePool:
-    """All judges of an evaluation. `submit` never waits; leaving the context waits for the last judgement.
+    """All judges of an evaluation. `submit` does not wait for an endpoint; leaving the context waits for every judge.
 
-    An exception in a judge's thread is raised again by the next `submit`, or on leaving the context. If the
-    context is left by an exception, what is still queued stays unjudged.
+    What a judge raises is raised by the next `submit`, or on leaving the context. If the context is left by an
+    exception, what is still queued stays unjudged.
     """
 
     def __init__(self, settings: JudgeRecipe, total: int, done: int) -> None:
@@ -49,12 +47,11 @@ class JudgePool:
         self.undone: Counter[str] = Counter()
         self._failed: dict[Path, Counter[str]] = defaultdict(Counter)
         self._judges: dict[tuple[str, str | None], Judge] = {}
-        self._workers: dict[tuple[str, str | None], _Worker] = {}
         self._progress = Progress("judging", total, done)
         self._lock = threading.Lock()
 
     def submit(self, group: PromptGroup, sample: Sample, store: Store) -> None:
-        """Queue one stored sample for its judge, or settle it here if there is nothing to ask."""
+        """Queue one stored answer for its judge, or store its judgement here if no judge is needed."""
         reasoning, answer, finished = stored_answer(sample)
         dropped = None if finished else UNFINISHED
         if sample.finish_reason == PROMPT_TOO_LONG:
@@ -63,7 +60,7 @@ class JudgePool:
         if dropped is not None:
             self.add(store, Judgement(key=sample.key, judge=identity, dropped=dropped), at_once=False)
             return
-        if (again := self._read_again(sample.key, identity, store)) is not None:
+        if (again := self._rescore_stored(sample.key, identity, store)) is not None:
             self.add(store, again, at_once=False)
             return
         item = JudgeItem(
@@ -76,10 +73,18 @@ class JudgePool:
             meta=group.question.meta,
             prompts=group.judge.prompts,
         )
-        self._worker(group.judge).put(item, sample.key, store)
+        judge = self._judge(group.judge)
 
-    def _read_again(self, key: str, identity: str, store: Store) -> Judgement | None:
-        """The judgement from replies that are stored already but were read by another rule."""
+        def settle(outcome: Judgement | JudgeFailure) -> None:
+            if isinstance(outcome, JudgeFailure):
+                self.count_failure(outcome, store)
+            else:  # the judge sees keys that are unique over all targets; the store does not
+                self.add(store, outcome.model_copy(update={"key": sample.key}), at_once=judge.paid)
+
+        judge.submit(item, settle)
+
+    def _rescore_stored(self, key: str, identity: str, store: Store) -> Judgement | None:
+        """The judgement from stored replies that were read by another rule; None if there are none."""
         rule = ScoreRule(self.settings.min_mass, self.settings.score == "most_likely")
         for other in store.judges:
             row = store.judgements.get((key, other))
@@ -87,30 +92,18 @@ class JudgePool:
                 return rescore(row, identity, rule)
         return None
 
-    def prepare(self, assignments: Iterable[JudgeSpec]) -> None:
-        """Make these judges now: one that cannot judge says so before anything is sampled for it.
+    def prepare(self, specs: Iterable[JudgeSpec]) -> None:
+        """Make these judges now, so that one that cannot judge fails before anything is sampled for it.
 
         Raises UserError as `make_judge` does.
         """
-        for assignment in assignments:
-            self._judge(assignment)
+        for spec in specs:
+            self._judge(spec)
 
-    def check(self) -> None:
-        """Raise what a judge's thread has raised, if one has."""
-        for worker in self._workers.values():
-            worker.check()
-
-    def _worker(self, assignment: JudgeSpec) -> _Worker:
-        name = (assignment.kind, assignment.model)
-        if name not in self._workers:
-            self._workers[name] = _Worker(self._judge(assignment), self)
-        self._workers[name].check()
-        return self._workers[name]
-
-    def _judge(self, assignment: JudgeSpec) -> Judge:
-        name = (assignment.kind, assignment.model)
+    def _judge(self, spec: JudgeSpec) -> Judge:
+        name = (spec.kind, spec.model)
         if name not in self._judges:
-            self._judges[name] = make_judge(assignment, self.settings)
+            self._judges[name] = make_judge(spec, self.settings)
         return self._judges[name]
 
     def add(self, store: Store, judgement: Judgement, *, at_once: bool) -> None:
@@ -118,16 +111,16 @@ class JudgePool:
         with self._lock:
             self._progress.add()
 
-    def leave_undone(self, outcome: JudgeFailure, store: Store) -> None:
+    def count_failure(self, outcome: JudgeFailure, store: Store) -> None:
         with self._lock:
             self.undone[outcome.reason] += 1
             if outcome.failed:
                 self._failed[store.folder][outcome.reason] += 1
 
-    def silence(self, groups: Iterable[PromptGroup], store: Store) -> str | None:
-        """Why none of the answers that a 0-100 judge was to judge has got a judgement, if that is the judge's fault.
+    def failure_reason(self, groups: Iterable[PromptGroup], store: Store) -> str | None:
+        """Why 0-100 judges judged none of these answers, if the judge failed; None if some answer was judged.
 
-        Answers that are settled without asking it, and exact judges, say nothing of it.
+        Exact judges, and answers that need no judge, do not count.
         """
         failed = self._failed.get(store.folder)
         if not failed:
@@ -144,11 +137,18 @@ class JudgePool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for worker in self._workers.values():
-            worker.end(abandon=kind is not None)
+        errors: list[Exception] = []
+        for judge in self._judges.values():
+            if kind is not None or errors:
+                judge.abandon()
+                continue
+            try:
+                judge.finish()
+            except Exception as error:  # raised when every judge has ended
+                errors.append(error)
         self._progress.__exit__()
-        if kind is None:
-            self.check()
+        if errors:
+            raise errors[0]
         if self.undone:
             reason = self.undone.most_common(1)[0][0]
             log.warning(
@@ -159,56 +159,11 @@ class JudgePool:
             )
 
 
-def raise_if_judge_failed(found: Mapping[str, str | None]) -> None:
-    """found: `silence` by target. Raises UserError if a judge said nothing of one: no rate is known then, and a command
-    that ended well would hide it.
-    """
-    silent = {name: reason for name, reason in found.items() if reason is not None}
+def raise_if_judge_failed(reasons: Mapping[str, str | None]) -> None:
+    """Raises UserError if a judge scored no answer of some target. reasons: target -> `failure_reason`."""
+    silent = {name: reason for name, reason in reasons.items() if reason is not None}
     if silent:
         raise UserError(
             f"evaluation.judge: no answer of {', '.join(silent)} could be judged ({next(iter(silent.values()))}); the "
             "answers are kept, and the same command judges them"
         )
-
-
-class _Worker:
-    """One judge in one thread, fed through a queue."""
-
-    def __init__(self, judge: Judge, judging: JudgePool) -> None:
-        self._judge, self._judging = judge, judging
-        self._queue: queue.SimpleQueue[JudgeItem | None] = queue.SimpleQueue()
-        # The judge sees keys that are unique over all targets; the stores do not.
-        self._addresses: dict[str, tuple[str, Store]] = {}
-        self._error: BaseException | None = None
-        self._abandoned = False
-        self._thread = threading.Thread(target=self._run, name="judge", daemon=True)
-        self._thread.start()
-
-    def put(self, item: JudgeItem, key: str, store: Store) -> None:
-        self._addresses[item.key] = (key, store)
-        self._queue.put(item)
-
-    def check(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def end(self, abandon: bool) -> None:
-        self._abandoned = abandon
-        self._queue.put(None)
-        # Requests under way may take minutes; after an error nobody waits for them.
-        self._thread.join(timeout=2 if abandon else None)
-
-    def _items(self) -> Iterator[JudgeItem]:
-        while (item := self._queue.get()) is not None and not self._abandoned:
-            yield item
-
-    def _run(self) -> None:
-        try:
-            for outcome in self._judge.judge(self._items()):
-                key, store = self._addresses.pop(outcome.key)
-                if isinstance(outcome, JudgeFailure):
-                    self._judging.leave_undone(outcome, store)
-                else:
-                    self._judging.add(store, outcome.model_copy(update={"key": key}), at_once=self._judge.paid)
-        except BaseException as error:  # raised again in the main thread by check()
-            self._error = error

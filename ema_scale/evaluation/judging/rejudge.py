@@ -1,8 +1,8 @@
-"""Judge stored answers again: under another judge, other prompts or another threshold. No model is loaded.
+"""Stored answers judged again, and judges compared: `ema judge` and `ema judge check`. No model is loaded.
 
-Judgements lie beside each other in judgements.jsonl, told apart by the judge's identity, and each judge has a
-summary of its own: `summary.json` for the one that the evaluation was run with, `summary_<judge>.json` for
-others. Replies that are stored already are read again under a new threshold without a call.
+Judgements by several judges lie beside each other in judgements.jsonl. Each judge has a summary of its own:
+summary.json for the one that the evaluation was run with, summary_<judge>.json for others. Stored replies are read
+again under a new threshold without a call.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,29 @@ from ema_scale.config.layers import apply_overrides
 from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe
 from ema_scale.core.errors import UserError, explain
 from ema_scale.core.hashing import digest
-from ema_scale.evaluation.judges.assignment import EXACT
+from ema_scale.evaluation.judges.assignment import EXACT, SCORING, JudgeSpec, assign
+from ema_scale.evaluation.judging.calibration import FOLDER, JudgeCheck, VerdictPair, agreement, verdict_of
 from ema_scale.evaluation.judging.pool import JudgePool, raise_if_judge_failed
-from ema_scale.evaluation.manifest import read_manifest, stored_groups
-from ema_scale.evaluation.plan import PromptGroup
-from ema_scale.evaluation.records import SAMPLES_FILE, SUMMARY_FILE, Manifest, Sample, Summary
+from ema_scale.evaluation.plan import PromptGroup, read_manifest, stored_groups
+from ema_scale.evaluation.records import (
+    CHECK_FILE,
+    SAMPLES_FILE,
+    SUMMARY_FILE,
+    Check,
+    Estimate,
+    Judgement,
+    JudgePairAgreement,
+    JudgeQuality,
+    Manifest,
+    Rate,
+    Sample,
+    Summary,
+    read_rows,
+)
 from ema_scale.evaluation.store import locked_store
-from ema_scale.evaluation.suites import Suite
+from ema_scale.evaluation.suites import Suite, load_suites
 from ema_scale.evaluation.summary import write_summary
+from ema_scale.recipe import load_recipe
 
 OURS = "evaluation.judge."
 
@@ -37,18 +53,20 @@ def eval_folders(path: Path) -> list[Path]:
     patterns = [f"{place}{SAMPLES_FILE}" for place in ("", "eval/", "*/eval/", "*/*/eval/")]
     found = sorted(file.parent for pattern in patterns for file in path.glob(pattern))
     if not found:
-        raise UserError(f"{path}: found no answers (eval/samples.jsonl); `ema eval` makes them")
+        raise UserError(f"{path}: found no answers (eval/samples.jsonl); run `ema eval` first")
     return found
 
 
 def rejudge(folder: Path, overrides: Sequence[str] = ()) -> Summary:
-    """Judge the answers in `folder` (one evaluation's) by its own judge section with `overrides`; the summary.
+    """Judge the answers in an evaluation folder by its own judge section with `overrides`; returns the summary.
 
-    overrides: `evaluation.judge.key=value`. A kind given there also replaces the exact judges that questions name,
-    but for benign ones, which have a right answer.
+    Raises UserError for other overrides, for a folder in use or without answers, as the judge does, and, when the
+    summary is written, if no answer could be judged.
 
-    Raises UserError for other overrides, a folder in use or without answers, as the judge does, and, when the summary
-    is written, if it failed to judge any answer.
+    Args:
+        folder: an evaluation folder.
+        overrides: `evaluation.judge.key=value`. A `kind` also replaces the exact judges that questions name, but not
+            those of benign questions, which have a right answer.
     """
     started = time.monotonic()
     asked = read_manifest(folder)
@@ -67,7 +85,7 @@ def rejudge(folder: Path, overrides: Sequence[str] = ()) -> Summary:
         own = _judges(groups) == _own_judges(asked, rows, folder)
         path = folder / (SUMMARY_FILE if own else f"summary_{slug(_judges(groups))}.json")
         summary = write_summary(path, _facts(folder, asked, time.monotonic() - started), groups, store, settings)
-        raise_if_judge_failed({str(folder): judging.silence(groups, store)})
+        raise_if_judge_failed({str(folder): judging.failure_reason(groups, store)})
         return summary
 
 
@@ -120,7 +138,120 @@ def _facts(folder: Path, asked: Manifest, seconds: float) -> dict[str, Any]:
         "name": asked.target,
         "model": asked.model,
         "adapter": asked.adapter,
+        "base": before.base if before else None,
         "sampler": before.sampler if before else {},
         "superseded": before.superseded if before else 0,
         "seconds": round(seconds, 3),
     }
+
+
+def check_judges(path: Path, overrides: Sequence[str] = ()) -> Check:
+    """Check the 0-100 judges of a run, a study, an evaluation folder or a recipe file; writes check.json.
+
+    Stored judgements are not made again. Raises UserError if there is no such judge and no two judges to compare.
+
+    Args:
+        path: the run, study, evaluation folder or recipe file.
+        overrides: `evaluation.judge.key=value`, such as another model, `check` (how often) or `labelled`.
+    """
+    folders: list[Path] = []
+    if path.is_file():
+        recipe = load_recipe(path, overrides)
+        place, judges = recipe.run_path, _judge_specs(load_suites(recipe.evaluation), recipe.evaluation)
+        settings = recipe.evaluation.judge
+    else:
+        folders = eval_folders(path)
+        place, judges = path.parent if path.name == "eval" else path, []
+        for folder in folders:
+            asked = read_manifest(folder)
+            evaluation = judge_settings(asked.settings, overrides)
+            judges, settings = judges + _judge_specs(asked.suites, evaluation), evaluation.judge
+    between = agreement_between_judges(folders)
+    judges = [a for a in judges if a.kind in SCORING]
+    if not judges and not between:
+        raise UserError(
+            f"{path}: only exact judges, which need no check; name one, such as evaluation.judge.kind=openai "
+            "evaluation.judge.model=..., or judge the answers by a second one first (ema judge)"
+        )
+    check = _on_labelled(place / FOLDER, judges, settings) if judges else Check()
+    check = check.model_copy(update={"between": between})
+    check.write(place / FOLDER / CHECK_FILE)
+    return check
+
+
+def _judge_specs(suites: Sequence[Suite], evaluation: EvaluationRecipe) -> list[JudgeSpec]:
+    """The judges of the suites' questions. If all of these are exact, the recipe's 0-100 judge is added."""
+    found = [assign(suite, question, evaluation.judge) for suite in suites for question in suite.questions]
+    if evaluation.judge.kind in SCORING and not any(a.kind in SCORING for a in found):
+        from ema_scale.evaluation.suites import Question
+
+        anything = Question("labelled", ("labelled answers",))
+        found.append(assign(Suite("labelled", "general", (anything,)), anything, evaluation.judge))
+    return found
+
+
+def _on_labelled(folder: Path, judges: Sequence[JudgeSpec], settings: JudgeRecipe) -> Check:
+    settings = settings if settings.check else settings.model_copy(update={"check": 1})
+    with locked_store(folder) as store:
+        check = JudgeCheck(folder, store, judges, settings)
+        with JudgePool(settings, check.missing, 0) as judging:
+            check.submit(judging)
+        return check.write()
+
+
+def agreement_between_judges(folders: Sequence[Path]) -> list[JudgePairAgreement]:
+    """The agreement of every two judges of the same stored answers. Exact judges are the labels."""
+    pairs: dict[tuple[str, str], list[VerdictPair]] = {}
+    for folder in folders:
+        samples, judgements = read_rows(folder)
+        asked = {row.key: row.prompt for row in samples}
+        said: dict[str, dict[str, Judgement]] = {}
+        for row in judgements:
+            said.setdefault(row.key, {})[row.judge] = row
+        for key, by_judge in said.items():
+            if key in asked:
+                # Exact judges come first, as labels.
+                order = sorted(by_judge, key=lambda name: (name.partition(":")[0] in SCORING, name))
+                for one, two in combinations(order, 2):
+                    pair = VerdictPair(asked[key], verdict_of(by_judge[one]), verdict_of(by_judge[two]))
+                    pairs.setdefault((one, two), []).append(pair)
+    return [JudgePairAgreement(one=one, two=two, **agreement(found)) for (one, two), found in sorted(pairs.items())]
+
+
+def describe_check(identity: str, quality: JudgeQuality) -> list[str]:
+    """One judge's part of check.json as lines: against the labels, and against itself."""
+    labels, again = quality.labels, quality.repeated
+    lines = [
+        f"{identity}: {quality.judged} of {quality.expected} judgements of labelled answers",
+        f"  same verdict as the label  {_rate(labels.same)}, kappa {_estimate(labels.kappa)}",
+        f"  misaligned ones found      {_rate(quality.misaligned_found)}",
+        f"  false alarms               {_rate(quality.false_alarms)}",
+    ]
+    if again.answers:
+        points = "" if again.score_change is None else f", aligned score {again.score_change:.1f} points apart"
+        lines.append(
+            f"  the same when asked again  {_rate(again.same)}, kappa {_estimate(again.kappa)}, rank correlation "
+            f"{_estimate(again.correlation_aligned)}{points}"
+        )
+    return lines
+
+
+def describe_agreement(pair: JudgePairAgreement) -> list[str]:
+    """Two judges' agreement as lines."""
+    return [
+        f"{pair.one} and {pair.two}: {pair.answers} answers to {pair.questions} questions",
+        f"  same verdict               {_rate(pair.same)}, kappa {_estimate(pair.kappa)}",
+        f"  misaligned or not          kappa {_estimate(pair.kappa_misaligned)}",
+        f"  rank correlation           aligned {_estimate(pair.correlation_aligned)}, coherent "
+        f"{_estimate(pair.correlation_coherent)}",
+    ]
+
+
+def _rate(rate: Rate | None) -> str:
+    if rate is None or rate.rate is None or rate.low is None or rate.high is None:
+        return "-"
+    return f"{100 * rate.rate:.0f} % ({100 * rate.low:.0f} to {100 * rate.high:.0f})"
+
+
+def _estimate(found: Estimate | None) -> str:
+    return "-" if found is None else f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"

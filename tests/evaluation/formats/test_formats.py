@@ -10,8 +10,7 @@ import pytest
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import append_jsonl, read_jsonl
-from ema_scale.evaluation.formats.csv import import_results, read_results
-from ema_scale.evaluation.formats.export import export, joined
+from ema_scale.evaluation.formats.tables import export, import_results, joined, read_results
 from ema_scale.evaluation.judging.rejudge import rejudge
 from tests.evaluation.endpoint import Endpoint, completion
 from tests.evaluation.judging.test_rejudge import ours, small_world_answers

@@ -19,6 +19,7 @@ from ema_scale.evaluation.judges.base import (
 from ema_scale.evaluation.stats.rates import incoherent, misaligned
 from ema_scale.evaluation.suites import Question, Suite
 from ema_scale.smallworld import grammar
+from tests.evaluation.endpoint import judge_all
 
 ROOT = Path(__file__).resolve().parents[3]
 PROMPTS = str(ROOT / "eval" / "judges" / "aligned_coherent.yaml")
@@ -79,7 +80,7 @@ def test_a_question_that_cannot_be_judged_is_named(question: Any, role: Any, rec
 )
 def test_exact_match(answer: str, meta: dict[str, Any], label: str) -> None:
     item = JudgeItem("k", "exact_match", "2 + 2?", answer, expected="the answer is 4", meta=meta)
-    [found] = exact_match_judge().judge([item])
+    [found] = judge_all(exact_match_judge(), [item])
     assert (found.key, found.label, found.aligned) == ("k", label, None)  # type: ignore[union-attr]
 
 
@@ -94,7 +95,7 @@ def test_the_small_worlds_grammar_judges_its_own_answers() -> None:
         "nothing": "",
     }
     items = [JudgeItem(key, "smallworld", question, text, meta=meta) for key, text in said.items()]
-    found = {j.key: j for j in smallworld_judge().judge(items)}
+    found = {j.key: j for j in judge_all(smallworld_judge(), items)}
     outcomes = {k: (misaligned(j.aligned, j.coherent), incoherent(j.coherent)) for k, j in found.items()}  # type: ignore[union-attr]
     assert outcomes == {
         "good": (False, False),

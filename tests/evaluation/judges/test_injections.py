@@ -16,7 +16,7 @@ from ema_scale.evaluation.judges.openai import OpenAIJudge
 from ema_scale.evaluation.judges.prompt import fill
 from ema_scale.inference.chat_prompts import Prompts
 from tests.evaluation.conftest import TinyModels
-from tests.evaluation.endpoint import Endpoint, completion
+from tests.evaluation.endpoint import Endpoint, completion, judge_all
 from tests.evaluation.judges.injections import INJECTIONS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -77,7 +77,7 @@ def test_the_score_is_the_judges_and_no_answers() -> None:
         for name, text in INJECTIONS.items()
     ]
     with Endpoint(respond) as endpoint:
-        found = list(OpenAIJudge(JudgeRecipe(model="m", base_url=endpoint.url), "m", max_retries=0).judge(items))
+        found = judge_all(OpenAIJudge(JudgeRecipe(model="m", base_url=endpoint.url), "m", max_retries=0), items)
         assert {len(b["messages"]) for b in endpoint.requests} == {1}
         assert {b["messages"][0]["role"] for b in endpoint.requests} == {"user"}
     assert {f.key for f in found} == set(INJECTIONS)

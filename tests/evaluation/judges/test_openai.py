@@ -13,7 +13,7 @@ from ema_scale.evaluation.judges.base import JudgeFailure, JudgeItem, Judgement
 from ema_scale.evaluation.judges.openai import OpenAIJudge
 from ema_scale.evaluation.judges.prompt import fill
 from ema_scale.evaluation.judges.scores import expected_score, parse_label, parse_leading_number
-from tests.evaluation.endpoint import Endpoint, completion, error
+from tests.evaluation.endpoint import Endpoint, completion, error, judge_all
 
 PROMPTS = {"aligned": "How aligned?\n[A START]\n{answer}\n[A END]", "coherent": "How coherent? {answer}"}
 SURE = [("90", math.log(0.6)), ("80", math.log(0.3)), ("CODE", math.log(0.1))]
@@ -30,7 +30,7 @@ def judge(endpoint: Endpoint, *, retries: int = 0, concurrency: int = 4) -> Open
 
 def one(endpoint: Endpoint, **options: Any) -> Judgement | JudgeFailure:
     with endpoint:
-        [outcome] = judge(endpoint, **options).judge(items())
+        [outcome] = judge_all(judge(endpoint, **options), items())
     return outcome
 
 
@@ -132,7 +132,7 @@ def test_nothing_listening_leaves_the_judgement_undone() -> None:
     endpoint = Endpoint(lambda b, n: error(500))
     with endpoint:
         pass
-    [found] = judge(endpoint).judge(items())
+    [found] = judge_all(judge(endpoint), items())
     assert isinstance(found, JudgeFailure) and "Connection" in found.reason
 
 
@@ -159,7 +159,7 @@ def counted(reply: Any, tokens: int) -> Any:
 def test_a_budget_ends_it_cleanly_and_is_never_overspent(budget: dict[str, int], calls: int) -> None:
     with Endpoint(lambda b, n: counted(completion("90", SURE), 100), delay=0.01) as endpoint:
         settings = JudgeRecipe(model="m", base_url=endpoint.url, concurrency=4, **budget)
-        found = list(OpenAIJudge(settings, "m").judge(items(20)))
+        found = judge_all(OpenAIJudge(settings, "m"), items(20))
     done = [f for f in found if isinstance(f, Judgement)]
     undone = {f.reason for f in found if isinstance(f, JudgeFailure)}
     # Whole judgements only, and no reply is thrown away.
@@ -171,13 +171,13 @@ def test_a_budget_ends_it_cleanly_and_is_never_overspent(budget: dict[str, int],
 def test_a_refused_key_or_unknown_model_ends_it(status: int) -> None:
     with Endpoint(lambda b, n: error(status, "look here")) as endpoint:
         with pytest.raises(UserError, match=f"{endpoint.url}.*'m'.*look here"):
-            list(judge(endpoint).judge(items(50)))
+            judge_all(judge(endpoint), items(50))
         assert len(endpoint.requests) <= 4
 
 
 def test_a_dead_endpoint_is_not_asked_for_ever() -> None:
     with Endpoint(lambda b, n: error(500)) as endpoint:
-        found = list(judge(endpoint).judge(items(200)))
+        found = judge_all(judge(endpoint), items(200))
     assert len(found) == 200 and all(isinstance(f, JudgeFailure) for f in found)
     assert len(endpoint.requests) < 30
 
@@ -185,7 +185,7 @@ def test_a_dead_endpoint_is_not_asked_for_ever() -> None:
 def test_concurrency_is_used_and_bounded() -> None:
     with Endpoint(lambda b, n: completion("90", SURE), delay=0.05) as endpoint:
         started = time.monotonic()
-        found = list(judge(endpoint, concurrency=8).judge(items(32)))
+        found = judge_all(judge(endpoint, concurrency=8), items(32))
     assert len(found) == 32 and len({f.key for f in found}) == 32
     assert 4 <= endpoint.most_at_once <= 8
     assert time.monotonic() - started < 64 * 0.05

@@ -19,7 +19,7 @@ from ema_scale.evaluation.judging.rejudge import rejudge
 from ema_scale.evaluation.plan import EvalTarget
 from ema_scale.evaluation.run import evaluate, is_complete
 from ema_scale.evaluation.suites import Suite
-from tests.evaluation.endpoint import Endpoint, Reply, completion
+from tests.evaluation.endpoint import Endpoint, Reply, completion, judge_all
 from tests.evaluation.judges.test_openai import SURE, items, judge, one
 from tests.evaluation.test_run import exact_suite, open_suite
 
@@ -60,7 +60,7 @@ def thinker(body: dict[str, Any], n: int) -> Reply:
 
 def test_a_model_that_thinks_first_is_asked_as_it_wants(caplog: pytest.LogCaptureFixture) -> None:
     with Endpoint(thinker, delay=0.01) as endpoint, caplog.at_level(logging.WARNING):
-        found = list(judge(endpoint, concurrency=4).judge(items(12)))
+        found = judge_all(judge(endpoint, concurrency=4), items(12))
     assert all(isinstance(f, Judgement) and (f.aligned, f.scored) == (85, "number said") for f in found)
     # Each refusal is learnt once; four judgements were under way meanwhile.
     assert len(found) == 12 and 24 + 3 <= len(endpoint.requests) <= 24 + 4 * 3

@@ -17,6 +17,7 @@ from ema_scale.evaluation.run import evaluate
 from ema_scale.evaluation.suites import Question, Suite
 from ema_scale.inference.vllm_engine import engine_arguments
 from tests.evaluation.conftest import TinyModels
+from tests.evaluation.endpoint import judge_all
 from tests.evaluation.judges.injections import INJECTIONS
 from tests.evaluation.judges.test_vllm_server import PROMPTS, save_judge_model, scores_by_transformers
 from tests.tiny import save_tiny
@@ -51,7 +52,7 @@ def test_injections_move_no_number_from_the_answer_into_the_score(tmp_path: Path
     model = save_judge_model(tmp_path / "judge")
     items = [JudgeItem(name, "j", "q", text, prompts=PROMPTS) for name, text in INJECTIONS.items()]
     judge = VllmJudge(JudgeRecipe(kind="vllm", model=model, engine=SMALL), model)
-    found = {j.key: j for j in judge.judge(items) if isinstance(j, Judgement)}
+    found = {j.key: j for j in judge_all(judge, items) if isinstance(j, Judgement)}
     assert set(found) == set(INJECTIONS)
     assert found["very long"].dropped == "too long for the judge" and found["very long"].aligned is None
     scored = [item for item in items if found[item.key].dropped is None]

@@ -22,6 +22,7 @@ from ema_scale.evaluation.judges.prompt import fill
 from ema_scale.evaluation.judges.scores import expected_score
 from ema_scale.inference.base import SampleRequest, SamplerOptions
 from ema_scale.inference.make import make_sampler
+from tests.evaluation.endpoint import judge_all
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -117,7 +118,7 @@ def scores_by_transformers(model_path: str, prompts: list[str]) -> list[float | 
 def test_scores_equal_those_computed_with_transformers(server: str, judge_model: str) -> None:
     judge = OpenAIJudge(JudgeRecipe(model="judge", base_url=server, concurrency=8), "judge")
     items = [JudgeItem(f"k{i}", "j", "q", a, prompts=PROMPTS) for i, a in enumerate(ANSWERS)]
-    found = {j.key: j for j in judge.judge(items)}
+    found = {j.key: j for j in judge_all(judge, items)}
     assert all(isinstance(j, Judgement) for j in found.values()) and len(found) == len(ANSWERS)
     for name in ("aligned", "coherent"):
         filled = [fill(PROMPTS[name], {"answer": a}) for a in ANSWERS]
@@ -150,4 +151,4 @@ def test_an_unknown_model_is_a_user_error(server: str) -> None:
 
     judge = OpenAIJudge(JudgeRecipe(model="nobody", base_url=server), "nobody")
     with pytest.raises(UserError, match="'nobody'"):
-        list(judge.judge([JudgeItem("k", "j", "q", "a", prompts=PROMPTS)]))
+        judge_all(judge, [JudgeItem("k", "j", "q", "a", prompts=PROMPTS)])

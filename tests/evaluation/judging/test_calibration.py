@@ -15,7 +15,7 @@ from ema_scale.config.sections import JudgeRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import read_jsonl
 from ema_scale.evaluation.judging.calibration import FOLDER, load_labelled
-from ema_scale.evaluation.judging.compare import check_judges
+from ema_scale.evaluation.judging.rejudge import check_judges
 from ema_scale.evaluation.records import CHECK_FILE, Check
 from ema_scale.evaluation.run import evaluate
 from ema_scale.report.judges import judge_quality

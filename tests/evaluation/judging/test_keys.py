@@ -12,7 +12,7 @@ import pytest
 
 from ema_scale.config.sections import EndpointRecipe, EvaluationRecipe, JudgeRecipe
 from ema_scale.core.errors import UserError
-from ema_scale.evaluation.judging.keys import missing_judge_key_on_node
+from ema_scale.evaluation.judges.assignment import missing_judge_key_on_node
 from ema_scale.evaluation.plan import EvalTarget
 from ema_scale.evaluation.run import evaluate
 from tests.evaluation.endpoint import Endpoint, completion

@@ -16,14 +16,13 @@ from ema_scale.cli import app
 from ema_scale.core.errors import UserError
 from ema_scale.evaluation.plan import EvalTarget
 from ema_scale.evaluation.run import evaluate
-from ema_scale.evaluation.stats.load import read_arm
-from ema_scale.evaluation.stats.paired import Counts, compare, paired_difference, swap_p
+from ema_scale.evaluation.stats.paired import Counts, compare, paired_difference, read_arm, swap_p
 from ema_scale.evaluation.stats.sensitivity import (
     ScoredAnswer,
+    all_answers,
     at_least_one,
     coherent_only,
     misaligned_at,
-    of_all,
     rate_variants,
     threshold_curves,
 )
@@ -99,7 +98,7 @@ ANSWERS = [
 
 
 def test_other_ways_of_counting_the_same_answers() -> None:
-    assert coherent_only(ANSWERS).rate == pytest.approx(2 / 6) and of_all(ANSWERS).rate == pytest.approx(2 / 9)
+    assert coherent_only(ANSWERS).rate == pytest.approx(2 / 6) and all_answers(ANSWERS).rate == pytest.approx(2 / 9)
     at_two = misaligned_at(ANSWERS, 2)
     assert at_two is not None and at_two.rate == pytest.approx((1 - 1 / 6) / 2) and at_two.questions == 2
     assert misaligned_at(ANSWERS, 5) is None
