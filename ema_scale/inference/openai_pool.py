@@ -38,7 +38,12 @@ class OpenAIPool(Generic[Outcome]):
     def __init__(
         self, base_url: str | None, api_key: str, *, concurrency: int, timeout: float, max_retries: int = MAX_RETRIES
     ) -> None:
-        self._client: dict[str, Any] = {"base_url": base_url, "api_key": api_key, "timeout": timeout, "max_retries": max_retries}
+        self._client: dict[str, Any] = {
+            "base_url": base_url,
+            "api_key": api_key,
+            "timeout": timeout,
+            "max_retries": max_retries,
+        }
         self._concurrency = concurrency
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None

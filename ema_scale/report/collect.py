@@ -184,7 +184,7 @@ def _base_runs(runs: Sequence[Run], run_dirs: Sequence[Path]) -> list[Run]:
         cell = run.model, run.task
         if run.summary is None or run.eval_dir is None or cell in bases:
             continue
-        recorded = run.summary.base_dir(run.eval_dir) if hasattr(run.summary, "base_dir") else None
+        recorded = run.summary.base_dir(run.eval_dir)
         found = _base_summaries([recorded]) if recorded else {}
         if not found:
             if searched is None:
