@@ -95,14 +95,8 @@ def data_audit(
 
 
 MODEL_HELP = "the aligned model: a folder, a hub id, smallworld:aligned, or a recipe (YAML) that names it"
-
-
 Model = Annotated[str, typer.Option(help=MODEL_HELP)]
-
-
 MaxLength = Annotated[int, typer.Option(min=8, help="longer rows are left out, and counted")]
-
-
 BatchTokens = Annotated[int | None, typer.Option(min=1, help="tokens per batch, padding included [default: by device]")]
 
 

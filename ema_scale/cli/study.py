@@ -14,11 +14,7 @@ if TYPE_CHECKING:
     from ema_scale.study.grid import Study
 
 StudyPath = Annotated[Path, typer.Argument(help="a study file (YAML)")]
-
-
 DryRun = Annotated[bool, typer.Option(help="print what would be done, do nothing")]
-
-
 Jobs = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="runs trained at once; default: one per GPU")]
 
 

@@ -19,11 +19,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import file_sha256
 
 log = logging.getLogger(__name__)
-
-
 MANIFEST = "manifest.json"
-
-
 _CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)$")
 
 

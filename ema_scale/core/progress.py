@@ -9,8 +9,6 @@ import time
 from tqdm import tqdm
 
 log = logging.getLogger(__name__)
-
-
 SECONDS_BETWEEN_LINES = 15.0
 
 

@@ -16,11 +16,7 @@ from ema_scale.reference.strategy import choose_strategy
 from ema_scale.training.loss import CROSS_ENTROPY, live_buffers
 
 _DEFAULT_LIVE = _DEFAULT_REUSE = 10**9
-
-
 _DEFAULT_PREFETCH = 5 * 10**7
-
-
 _DEFAULT_BUCKET = 5 * 10**8
 
 
@@ -96,17 +92,9 @@ class Precision:
 
 
 FLOAT32 = Precision(4, 4)
-
-
 AUTOCAST = Precision(2, 4, copies=2, cast=2)
-
-
 BFLOAT16 = Precision(2, 4, copies=4)
-
-
 DEEPSPEED = Precision(2, 2, master=4)
-
-
 DEEPSPEED_FLOAT32 = Precision(4, 4, master=4)
 
 

@@ -18,14 +18,8 @@ from ema_scale.report.aggregate import RunGroup
 from ema_scale.report.records import Problem, Run
 
 QUESTIONS_PER_ROLE = (("general", 4), ("in_domain", 2), ("benign", 2))
-
-
 ROLE_NAMES = {"general": "outside the domain", "in_domain": "in the trained domain", "benign": "benign task"}
-
-
 ANSWERS = 3
-
-
 LONGEST = 1200
 
 

@@ -17,14 +17,8 @@ from ema_scale.report.style import MUTED, family_colours
 from ema_scale.report.table import Cell, Table, TableRow, kind, rate_cell
 
 MOST_AT = 10
-
-
 POINT = 0.01
-
-
 PANELS = (("aligned_below", "aligned score below"), ("coherent_above", "coherent score above"))
-
-
 _NOTE = (
     "General misalignment of the same answers, in percent with 95 % intervals: as above (both scores there), among "
     "coherent answers only, and of all answers, those without a score counted as not misaligned. Misalign@k: the share "

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import atomic_write_bytes, atomic_write_text
+from ema_scale.core.text import percent
 from ema_scale.report.aggregate import METHOD, RunGroup, groups
 from ema_scale.report.collect import collect
 from ema_scale.report.conditional import conditional_table
@@ -160,7 +161,7 @@ def _dropped(runs: Sequence[Run]) -> str:
     """Dropped rows as a share of all that the rates could have rested on."""
     rates = [rate for run in runs for rate in run.metrics.values() if rate]
     dropped, kept = sum(r.dropped for r in rates), sum(r.n for r in rates)
-    return f"{100 * dropped / (dropped + kept):.1f} %" if dropped + kept else "–"
+    return percent(dropped / (dropped + kept)) if dropped + kept else "–"
 
 
 def environment(templates: Path = _HERE) -> Environment:

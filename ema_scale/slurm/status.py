@@ -16,8 +16,6 @@ from ema_scale.slurm.submit import jobs_of
 from ema_scale.study.find import find_runs, find_study
 
 _RECENT = 20  # rows that the speed is read from
-
-
 _HELD = client.ACTIVE - {"RUNNING", "COMPLETING"}
 
 

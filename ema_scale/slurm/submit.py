@@ -88,8 +88,6 @@ log = logging.getLogger(__name__)
 
 # How long another command may take to submit what it submits for the same run or study.
 _PATIENCE = 120.0
-
-
 KINDS = ("gate", "train", "eval", "report")  # of jobs, in the order in which they wait for each other
 
 

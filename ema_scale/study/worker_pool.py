@@ -24,8 +24,6 @@ from ema_scale.recipe import Recipe, build_recipe
 from ema_scale.training.resume_check import is_finished
 
 log = logging.getLogger(__name__)
-
-
 _KILLED = "its worker process was killed from outside: out of memory?"
 
 
