@@ -1,4 +1,4 @@
-"""Where things lie that no recipe names: the cache, and the files that ship with the package."""
+"""The cache folder, and the files that ship with the package."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def shipped_root() -> Path:
 
 
 def find_file(name: str | os.PathLike[str]) -> Path:
-    """`name` where it says, or, if it is not there and begins with configs/, eval/ or launch/, as it shipped."""
+    """`name` if it exists; else, below configs/, eval/ or launch/, the file that ships with the package."""
     path = Path(name)
     if path.is_absolute() or path.exists() or path.parts[:1] not in [(folder,) for folder in SHIPPED_FOLDERS]:
         return path

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of long work: a bar on a terminal, elsewhere a log line every 15 seconds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Progress:
 
     @property
     def speed(self) -> float:
-        """Pieces a second since the start."""
+        """Pieces per second since the start."""
         return (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
 
     def __enter__(self) -> Progress:

@@ -1,4 +1,4 @@
-"""What an evaluation will ask: answers to sample, and calls of a judge that is paid by the token or runs here."""
+"""The cost of an evaluation: answers to sample, judge calls, and the GPU time of vLLM (assumed rates, not measured)."""
 
 from __future__ import annotations
 

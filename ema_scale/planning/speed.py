@@ -1,4 +1,4 @@
-"""How long a step takes: its arithmetic over an assumed part of the GPU's peak, against its communication."""
+"""The hardware, and how long a step takes on it: compute at an assumed share of the peak, and communication."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is peculiar to a cluster: one small YAML file, named by --site or EMA_SITE."""
+"""A cluster's settings, from a small YAML file named by --site or EMA_SITE, and batch scripts filled in from them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _Section(BaseModel):
 
 
 class EvaluationSite(_Section):
-    """Where evaluation differs from training. None: as for training; of cores and memory, its GPUs' share."""
+    """Where evaluation differs from training. None: as for training; cores and memory: the share of its GPUs."""
 
     partition: str | None = Field(None, pattern=_LINE)
     qos: str | None = Field(None, pattern=_LINE)

@@ -18,8 +18,12 @@ log = logging.getLogger(__name__)
 
 
 class Preparation(BaseModel):
-    """One step. run: an `ema` command, a string or a list (whose items may begin with ./ or ../, and are then relative
-    to the study file); makes: what is there when it is done, relative to where the study is run."""
+    """One step.
+
+    Args:
+        run: an `ema` command, as a string or a list. Items that begin with ./ or ../ are relative to the study file.
+        makes: the file or folder that the command writes, relative to the working directory.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
