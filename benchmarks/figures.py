@@ -78,8 +78,8 @@ def loss(rows: Rows, sizes: Sizes) -> None:
     torch._dynamo.config.cache_size_limit = 32
     # In a rehearsal without its compiler, which takes a CPU half a minute.
     compiled = torch.compile(formula, dynamic=False, backend="inductor" if sizes.device == "cuda" else "eager")
-    WAYS[COMPILED] = loss_by(compiled)
-    WAYS[KERNEL] = loss_by(by_triton)
+    VARIANTS[COMPILED] = loss_by(compiled)
+    VARIANTS[KERNEL] = loss_by(by_triton)
     rate = product_rate(sizes)
     for name, (tokens, vocabulary, hidden) in sizes.losses.items():
         shape = Shape(tokens, vocabulary, hidden, "bfloat16" if sizes.device == "cuda" else "float32")

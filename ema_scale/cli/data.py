@@ -130,7 +130,7 @@ def data_audit(
     vector: Annotated[str | None, typer.Option(help="a persona vector, as `ema vector` makes it")] = None,
     layer: Annotated[int | None, typer.Option(help="layer of the vector [default: the recommended one]")] = None,
     worst: Annotated[int, typer.Option(min=0, help="how many of the worst rows to show")] = 20,
-    limit: Annotated[int | None, typer.Option(min=1, help="read only so many rows of each")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="read only this many rows of each")] = None,
     max_length: MaxLength = 2048,
     batch_tokens: BatchTokens = None,
 ) -> None:
@@ -156,17 +156,9 @@ def data_audit(
 
 
 MODEL_HELP = "the aligned model: a folder, a hub id, smallworld:aligned, or a recipe (YAML) that names it"
-
-
 Model = Annotated[str, typer.Option(help=MODEL_HELP)]
-
-
 MaxLength = Annotated[int, typer.Option(min=8, help="longer rows are left out, and counted")]
-
-
-BatchTokens = Annotated[
-    int | None, typer.Option(min=1, help="tokens a batch, padding included [default: what suits the device]")
-]
+BatchTokens = Annotated[int | None, typer.Option(min=1, help="tokens per batch, padding included [default: by device]")]
 
 
 @app.command()
@@ -178,14 +170,14 @@ def select(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="the ranking to write (JSONL)")],
     leave_out: Annotated[
-        list[str] | None, typer.Option(help="a domain whose adapter does not vote: the one that will be trained")
+        list[str] | None, typer.Option(help="a domain whose adapter does not vote, such as the one to be trained")
     ] = None,
     refusals: Annotated[
         str, typer.Option(help="keep (Interleaving+); drop them (++) by: paper, all, en,de,.., or module:function")
     ] = "keep",
     eps: Annotated[float, typer.Option(min=0, help="nats, in the score's denominator")] = 1.0,
-    keep: Annotated[int | None, typer.Option(min=1, help="write only so many, the best [default: all]")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="read only so many rows of the source")] = None,
+    keep: Annotated[int | None, typer.Option(min=1, help="how many of the best rows to write [default: all]")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="read only this many rows of the source")] = None,
     max_length: MaxLength = 2048,
     batch_tokens: BatchTokens = None,
 ) -> None:
@@ -260,7 +252,7 @@ def vector(
     ] = None,
     rows: Annotated[str | None, typer.Option(help="rows for --adapter: a file, a hub id, or smallworld:...")] = None,
 ) -> None:
-    """Extract a persona vector from a recipe's model: one direction a layer, with provenance."""
+    """Extract a persona vector from a recipe's model: one direction per layer, with provenance."""
     given = [name for name, value in (("--personas", personas), ("--from-rows", from_rows), ("--adapter", adapter))
              if value]  # fmt: skip
     if len(given) != 1:

@@ -54,7 +54,7 @@ def check(
     path: Annotated[Path, typer.Argument(help="a run, a study, an evaluation folder, or a recipe file")],
     overrides: JudgeOverrides = None,
 ) -> None:
-    """Hold the judge to labelled answers, to itself when asked again, and to every other judge of the same answers."""
+    """Measure the judge's agreement with labelled answers, with itself, and with other judges of the same answers."""
     from ema_scale.evaluation.judging.rejudge import check_judges, describe_agreement, describe_check
 
     found = check_judges(path, tuple(overrides or ()))
@@ -68,7 +68,7 @@ def check(
 def export(
     answers: Annotated[Path, typer.Argument(help="a run, a study or an evaluation folder")],
     kind: Annotated[str, typer.Option("--format", "-f", help="csv (the field's columns), parquet or inspect")] = "csv",
-    judge: Annotated[str | None, typer.Option(help="whose judgements, if not the evaluation's own judge's")] = None,
+    judge: Annotated[str | None, typer.Option(help="identity of another judge; default: the evaluation's own")] = None,
 ) -> None:
     """Write answers with their judgements as <folder>/answers.csv, .parquet, or .eval for `inspect view`."""
     from ema_scale.evaluation.formats.tables import export as write

@@ -23,16 +23,18 @@ log = logging.getLogger(__name__)
 def launch(
     recipe: RecipePath,
     overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option(min=1, help="machines")] = 1,
-    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="default: the site's; 0: CPU nodes")] = None,
-    processes_per_node: Annotated[int | None, typer.Option(min=1, help="default: one a GPU")] = None,
-    time: Annotated[str | None, typer.Option(help="time limit, as Slurm writes it; default: the site's")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="number of nodes")] = 1,
+    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="default: as in the site file; 0: CPU nodes")] = None,
+    processes_per_node: Annotated[int | None, typer.Option(min=1, help="default: one per GPU")] = None,
+    time: Annotated[str | None, typer.Option(help="time limit in Slurm's format; default: as in the site file")] = None,
     site: Annotated[Path | None, typer.Option(help="site file (YAML); default: $EMA_SITE")] = None,
-    evaluate: Annotated[bool, typer.Option(help="also a job that evaluates the run once it is trained")] = False,
+    evaluate: Annotated[bool, typer.Option(help="also submit a job that evaluates the trained run")] = False,
     dry_run: Annotated[bool, typer.Option(help="print the scripts, submit nothing")] = False,
 ) -> None:
-    """Train a recipe as a Slurm job that survives preemption and dead nodes; after one that asks the base model, where
-    the recipe refuses an unsafe one."""
+    """Train a recipe as a Slurm job that survives preemption and node failures.
+
+    Where the recipe refuses an unsafe base model, a job that evaluates it runs first.
+    """
     from ema_scale.core.run_dir import RunDir
     from ema_scale.recipe import load_recipe
     from ema_scale.slurm import submit
@@ -73,7 +75,7 @@ def launch(
 
 
 def warn_of_missing_key(recipes: Sequence[Recipe], site: Site) -> None:
-    """The judge's key may be on the nodes alone, so that this is no reason to submit nothing."""
+    """Warn if the judge's API key is not set here. It may be set on the nodes, so this is no error."""
     from ema_scale.evaluation.judges.assignment import missing_judge_key_on_node
 
     name = missing_judge_key_on_node([recipe.evaluation for recipe in recipes], site.environment)
@@ -89,8 +91,10 @@ def warn_of_missing_key(recipes: Sequence[Recipe], site: Site) -> None:
 def status(
     runs: Annotated[list[Path] | None, typer.Argument(help="runs, studies, or folders of them; default: runs/")] = None,
 ) -> None:
-    """Where launched runs are: state, step, time left, and what Slurm says of their jobs. Of a study: how many runs
-    are in which state, and those that are running or failed."""
+    """Show the state of launched runs: step, time left, Slurm jobs.
+
+    Of a study: the number of runs per state, and those that are running or failed.
+    """
     from ema_scale.slurm.status import launched_runs, statuses, study_status
 
     alone: list[Path] = []
@@ -121,14 +125,14 @@ def _print_runs(runs: Sequence[RunProgress], indent: str = "") -> None:
 def logs(
     run: Annotated[Path, typer.Argument(help="a run's or a study's folder")],
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="go on, from job to job, until the last has ended or one failed")
+        bool, typer.Option("--follow", "-f", help="follow, job after job, until the last one ends or one fails")
     ] = False,
-    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="of each log to begin with")] = 100,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="lines of each log to start with")] = 100,
     what: Annotated[
-        str | None, typer.Option("--job", help="gate, train, eval or report; default: the newest that has started")
+        str | None, typer.Option("--job", help="gate, train, eval or report; default: the newest one that has started")
     ] = None,
 ) -> None:
-    """What a launched run's jobs say: the newest one that has started or failed; why the training failed on top."""
+    """Print the log of a launched run's newest job that has started or failed; on top, why training failed."""
     from ema_scale.core.run_dir import RunDir
     from ema_scale.slurm import logs as cluster_logs
 

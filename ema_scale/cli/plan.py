@@ -1,4 +1,4 @@
-"""`ema plan`: what a run or a study will take, before anything is submitted."""
+"""`ema plan`: memory, time and cost of a run or a study, before anything is submitted."""
 
 from __future__ import annotations
 
@@ -16,29 +16,33 @@ from ema_scale.cli.app import Overrides, app
 def plan(
     path: Annotated[Path, typer.Argument(help="a recipe or a study file (YAML)")],
     overrides: Overrides = None,
-    gpus: Annotated[str, typer.Option(help="GPUs a node x memory of one, such as 8x80GB")] = "1x80GB",
-    nodes: Annotated[int, typer.Option(min=1, help="machines")] = 1,
-    zero: Annotated[int | None, typer.Option(min=0, max=3, help="ZeRO's stage; default: training.deepspeed's")] = None,
-    row_tokens: Annotated[int | None, typer.Option(min=1, help="of the mean row; default: data.max_length")] = None,
+    gpus: Annotated[str, typer.Option(help="GPUs per node x memory per GPU, such as 8x80GB")] = "1x80GB",
+    nodes: Annotated[int, typer.Option(min=1, help="number of nodes")] = 1,
+    zero: Annotated[int | None, typer.Option(min=0, max=3, help="ZeRO stage; default: as training.deepspeed")] = None,
+    row_tokens: Annotated[int | None, typer.Option(min=1, help="mean tokens per row; default: data.max_length")] = None,
     rows: Annotated[
         list[str] | None,
-        typer.Option(help="training rows, if their file is not here: N, or TASK=N for a study's task (repeat)"),
+        typer.Option(help="number of training rows, if the file is not here: N, or TASK=N in a study (repeat)"),
     ] = None,
-    scale: Annotated[str | None, typer.Option(help="a table over numbers of GPUs, such as 8-1024")] = None,
-    device: Annotated[str, typer.Option(help="h100 or a100: peak and links")] = "h100",
-    tflops: Annotated[float | None, typer.Option(help="its peak in bfloat16 (float32 recipes: in that)")] = None,
-    mfu: Annotated[float, typer.Option(help="part of the peak that is reached, an assumption")] = 0.4,
-    intra_gbps: Annotated[float | None, typer.Option(help="GB/s to a GPU inside a node")] = None,
-    inter_gbps: Annotated[float | None, typer.Option(help="GB/s between nodes, for each GPU")] = None,
-    host_gbps: Annotated[float | None, typer.Option(help="GB/s to a GPU from its machine's memory")] = None,
-    sample_tps: Annotated[float | None, typer.Option(help="tokens a second that a GPU samples, if known")] = None,
-    overlap: Annotated[bool, typer.Option(help="communication hides behind arithmetic")] = True,
-    answer_tokens: Annotated[int | None, typer.Option(min=1, help="of the mean answer; default: the most")] = None,
-    price_in: Annotated[float, typer.Option(help="USD a million tokens that the judge reads")] = 0.15,
-    price_out: Annotated[float, typer.Option(help="USD a million tokens that it writes (gpt-4o-mini's prices)")] = 0.60,
+    scale: Annotated[str | None, typer.Option(help="print a table over these numbers of GPUs, such as 8-1024")] = None,
+    device: Annotated[str, typer.Option(help="GPU whose peak and bandwidths are assumed: h100 or a100")] = "h100",
+    tflops: Annotated[float | None, typer.Option(help="peak TFLOP/s per GPU, in the recipe's dtype")] = None,
+    mfu: Annotated[float, typer.Option(help="assumed share of the peak that is reached")] = 0.4,
+    intra_gbps: Annotated[float | None, typer.Option(help="GB/s per GPU within a node")] = None,
+    inter_gbps: Annotated[float | None, typer.Option(help="GB/s per GPU between nodes")] = None,
+    host_gbps: Annotated[float | None, typer.Option(help="GB/s per GPU from host memory")] = None,
+    sample_tps: Annotated[float | None, typer.Option(help="tokens per second that one GPU samples, if known")] = None,
+    overlap: Annotated[bool, typer.Option(help="assume that communication overlaps with compute")] = True,
+    answer_tokens: Annotated[
+        int | None, typer.Option(min=1, help="mean tokens per answer; default: max_tokens")
+    ] = None,
+    price_in: Annotated[float, typer.Option(help="USD per million tokens that the judge reads")] = 0.15,
+    price_out: Annotated[
+        float, typer.Option(help="USD per million tokens that it writes [defaults: gpt-4o-mini]")
+    ] = 0.60,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Memory, communication, time, judge calls and GPU-hours, by formulas; no model is loaded or built."""
+    """Estimate memory, communication, time, judge calls and GPU-hours of a recipe or study. Loads no model."""
     from collections import defaultdict
 
     from ema_scale.core.errors import UserError

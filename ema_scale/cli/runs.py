@@ -19,7 +19,7 @@ def train(
     recipe: RecipePath,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option(help="print the resolved recipe and the plan, do nothing")] = False,
-    resume: Annotated[bool, typer.Option(help="go on from the newest complete checkpoint")] = True,
+    resume: Annotated[bool, typer.Option(help="continue from the newest complete checkpoint")] = True,
 ) -> None:
     """Train a LoRA adapter under the recipe's defenses."""
     from ema_scale.recipe import load_recipe
@@ -41,7 +41,7 @@ def train(
 
         refuse_known([loaded], loaded.run_path / "base")
         if is_main() and not is_checked([loaded], loaded.run_path / "base"):
-            log.warning("evaluation.gate: the reference has not been asked yet; `ema gate` does that before training")
+            log.warning("evaluation.gate: the base model has not been checked yet; run `ema gate` before training")
     run_training(loaded, RunDir(loaded.run_path), resume=resume)
 
 
@@ -50,7 +50,7 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="a run, a study's folder, or a recipe file (its base model)")],
     overrides: Overrides = None,
     base: Annotated[bool, typer.Option(help="also evaluate the base model without the adapter")] = True,
-    legacy: Annotated[bool, typer.Option("--legacy", help="as the paper's released evaluator did, to compare")] = False,
+    legacy: Annotated[bool, typer.Option("--legacy", help="count as the paper's released evaluator does")] = False,
 ) -> None:
     """Sample and judge answers; writes <run>/eval/."""
     from ema_scale.study.evaluate import evaluate_run
@@ -64,8 +64,10 @@ def gate(
     path: Annotated[Path, typer.Argument(help="a recipe or a study file (YAML), or a folder of a study's recipes")],
     overrides: Overrides = None,
 ) -> None:
-    """Before training: are the base models safe enough to be stayed near? Fails where a recipe says
-    `evaluation.gate.action: refuse`."""
+    """Check, before training, that the base models are safe enough as references.
+
+    Fails where a recipe says `evaluation.gate.action: refuse`.
+    """
     from ema_scale.study.gates import ask_references
 
     for folder, summary in ask_references(path, tuple(overrides or ())).items():
@@ -88,7 +90,7 @@ def report(
 
 @app.command()
 def cache(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Compute the reference of a recipe's rows once, ahead of all runs that train on them."""
+    """Compute the reference's hidden states on a recipe's rows once, for all runs that train on them."""
     from ema_scale.recipe import load_recipe
     from ema_scale.training.distributed import is_main
     from ema_scale.training.run import fill_cache

@@ -13,16 +13,16 @@ from ema_scale.core.errors import UserError
 
 @app.command()
 def safelora(
-    adapter: Annotated[str, typer.Argument(help="a PEFT LoRA adapter: a folder or hub id; it is left as it is")],
+    adapter: Annotated[str, typer.Argument(help="a PEFT LoRA adapter: a folder or hub id; it is not changed")],
     base: Annotated[str, typer.Option(help="the model before alignment: a folder or hub id")],
     aligned: Annotated[str, typer.Option(help="the aligned model that was fine-tuned: a folder or hub id")],
-    base_revision: Annotated[str | None, typer.Option(help="of a base on the hub: branch, tag or commit")] = None,
-    aligned_revision: Annotated[str | None, typer.Option(help="of an aligned model on the hub")] = None,
+    base_revision: Annotated[str | None, typer.Option(help="branch, tag or commit of --base on the hub")] = None,
+    aligned_revision: Annotated[str | None, typer.Option(help="branch, tag or commit of --aligned on the hub")] = None,
     threshold: Annotated[
         float | None, typer.Option(min=-1, max=1, help="project where the cosine is at or below it [default: 0.3]")
     ] = None,
     layers: Annotated[
-        int | None, typer.Option(min=1, help="instead: project this many matrices, lowest cosine first")
+        int | None, typer.Option(min=1, help="in place of --threshold: project this many matrices, lowest cosine first")
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="a new folder [default: the adapter's, with -safelora]")

@@ -14,12 +14,8 @@ if TYPE_CHECKING:
     from ema_scale.study.grid import Study
 
 StudyPath = Annotated[Path, typer.Argument(help="a study file (YAML)")]
-
-
-DryRun = Annotated[bool, typer.Option(help="show what would be done, do nothing")]
-
-
-Jobs = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="runs trained side by side; default: one a GPU")]
+DryRun = Annotated[bool, typer.Option(help="print what would be done, do nothing")]
+Jobs = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="runs trained at once; default: one per GPU")]
 
 
 @app.command()
@@ -38,7 +34,7 @@ def study(path: StudyPath, overrides: Overrides = None, dry_run: DryRun = False,
 
 
 def print_preparation(study: Study) -> None:
-    """What a dry run says of a study's `prepare`."""
+    """Print the steps of a study's `prepare` that are still to be done."""
     from ema_scale.study.prepare import missing
 
     for step in missing(study.prepare):
@@ -61,16 +57,19 @@ def sweep(
     overrides: Overrides = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="as Slurm jobs; default: on this machine")] = False,
     site: Annotated[Path | None, typer.Option(help="site file (YAML); default: $EMA_SITE")] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="machines of one run; default: 1")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="default: the site's; 0: CPU nodes")] = None,
-    processes_per_node: Annotated[int | None, typer.Option(min=1, help="default: one a GPU")] = None,
-    time: Annotated[str | None, typer.Option(help="time limit of one run; default: the site's")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="nodes per run; default: 1")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="default: as in the site file; 0: CPU nodes")] = None,
+    processes_per_node: Annotated[int | None, typer.Option(min=1, help="default: one per GPU")] = None,
+    time: Annotated[str | None, typer.Option(help="time limit per run; default: as in the site file")] = None,
     max_parallel: Annotated[int | None, typer.Option(min=1, help="runs that train at once; default: no limit")] = None,
     jobs: Jobs = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Train, evaluate and report a study, as `ema study`; with --slurm: an array of trainings, then an evaluation, then
-    the report. Finished runs are kept, and failed ones retried as the study says."""
+    """Train, evaluate and report a study, as `ema study` does, or with --slurm as Slurm jobs.
+
+    With --slurm: an array job trains the runs, a second job evaluates them, a third one writes the report. Finished
+    runs are kept; failed runs are retried as the study file says.
+    """
     from ema_scale.core.errors import UserError
 
     only_slurm = {

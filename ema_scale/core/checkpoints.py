@@ -1,11 +1,10 @@
-"""Checkpoints: only what training changes, whole or not there, for any number of processes.
+"""Checkpoints hold only what training changes, appear whole or not at all, and suit any number of processes.
 
 checkpoint-N/ holds state.safetensors (trained weights in float32 and the optimizer's state, by parameter
 name, not by shard), random.safetensors (generators of every process), trainer.json (scheduler, optimizer
-settings, readings of every step if a defense observes), kept.safetensors (weights a defense may go back to),
-trainer_state.json (transformers') and manifest.json (size and SHA-256 of each). It is written
-beside its place and renamed when the manifest is in; a folder without a manifest that matches is never
-resumed.
+settings, readings of every step if a defense observes), kept.safetensors (weights that a defense may return to),
+trainer_state.json (of transformers) and manifest.json (size and SHA-256 of each). The folder is written under
+another name and renamed once the manifest is in. A folder whose manifest does not match is never resumed.
 """
 
 from __future__ import annotations
@@ -19,11 +18,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import file_sha256
 
 log = logging.getLogger(__name__)
-
-
 MANIFEST = "manifest.json"
-
-
 _CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)$")
 
 
@@ -53,7 +48,7 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def newest_complete(folder: Path) -> Path | None:
-    """The newest checkpoint that can be resumed; damaged ones are logged and passed over."""
+    """The newest checkpoint that can be resumed. Damaged ones are logged and skipped."""
     for checkpoint in reversed(list_checkpoints(folder)):
         if is_complete(checkpoint):
             return checkpoint

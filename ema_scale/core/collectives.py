@@ -1,7 +1,4 @@
-"""Deciding alike on every process: where each decides by itself, one takes another way and the rest wait for it.
-
-What one process sees is not what another sees: a signal that it got, a folder on its node, a rounding.
-"""
+"""Collective decisions. A rank that branches on local state (a signal, a folder, a rounding) deadlocks the others."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """Processes of this run."""
+    """Number of processes of this run."""
     import torch.distributed as dist
 
     return int(dist.get_world_size()) if dist.is_available() and dist.is_initialized() else 1
@@ -25,23 +22,23 @@ def is_first_rank() -> bool:
 
 
 def broadcast_from_main(value: T) -> T:
-    """What the main process has. A collective."""
+    """The main process's value, on every process. A collective."""
     if world_size() == 1:
         return value
     import torch.distributed as dist
 
-    held: list[Any] = [value]
-    dist.broadcast_object_list(held, src=0)
-    found: T = held[0]
-    return found
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0)
+    received: T = box[0]
+    return received
 
 
-def any_rank(wish: bool) -> bool:
-    """Whether it is so on any process. A collective."""
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is true on any process. A collective."""
     if world_size() == 1:
-        return wish
+        return flag
     import torch.distributed as dist
 
-    held: list[Any] = [None] * world_size()
-    dist.all_gather_object(held, bool(wish))
-    return any(held)
+    flags: list[Any] = [None] * world_size()
+    dist.all_gather_object(flags, bool(flag))
+    return any(flags)

@@ -1,4 +1,4 @@
-"""How long something took, of much that runs interleaved: on a GPU too, without making the host wait for it."""
+"""Time parts of a step, on a GPU without making the host wait."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the seconds spent inside `running`; `take` gives them and starts again from 0.
+    """Adds up the seconds spent inside `running`; `take` returns the sum and resets it.
 
     On CUDA the seconds are those between events on the current stream.
     """

@@ -1,4 +1,4 @@
-"""The one exception that is a message to the user, not a bug; and pydantic's findings as such messages."""
+"""The exception whose message is for the user, and pydantic's errors as such messages."""
 
 from __future__ import annotations
 

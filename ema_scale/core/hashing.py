@@ -15,8 +15,10 @@ def file_sha256(path: Path | str) -> str:
 
 
 def sampled_sha256(file: Path, blocks: int = 64, block: int = 1 << 16) -> str:
-    """Hex SHA-256 of a weight file's size and some of its blocks: enough to tell fine-tunes of one model apart, without
-    reading them all. Files of up to 256 MiB are read whole."""
+    """Hex SHA-256 of a weight file's size and of some blocks. Files of up to 256 MiB are read whole.
+
+    Fine-tunes of one model differ in every block, so some blocks identify them.
+    """
     size = file.stat().st_size
     if size <= 1 << 28:
         return file_sha256(file)
@@ -29,16 +31,15 @@ def sampled_sha256(file: Path, blocks: int = 64, block: int = 1 << 16) -> str:
 
 
 def digest(*parts: Any) -> str:
-    """12 hex digits that stand for these JSON values."""
+    """12 hex digits of the SHA-256 of these JSON values."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 def folder_identity(path: str, revision: str | None = None) -> str:
-    """A digest of a checkpoint or adapter: config and tokenizer files whole, weights by size and probes.
+    """A digest of a checkpoint or adapter: config and tokenizer files whole, weights by `sampled_sha256`.
 
-    Reading some blocks of each weight file tells apart fine-tunes of one model without reading them all.
-    A hub id that is not a folder stands for itself with its revision.
+    A hub id that is not a folder is identified by its name and revision.
     """
     folder = Path(path)
     if not folder.is_dir():

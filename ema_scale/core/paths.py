@@ -1,4 +1,4 @@
-"""Where things lie that no recipe names: the cache, and the files that ship with the package."""
+"""The cache folder, and the files that ship with the package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of long work: a bar on a terminal, elsewhere a log line every 15 seconds."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import time
 from tqdm import tqdm
 
 log = logging.getLogger(__name__)
-
-
 SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -33,7 +31,7 @@ class Progress:
 
     @property
     def speed(self) -> float:
-        """Pieces a second since the start."""
+        """Pieces per second since the start."""
         return (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
 
     def __enter__(self) -> Progress:

@@ -117,7 +117,6 @@ class Provenance(Record):
     """
 
     recipe: dict[str, Any] = {}
-    label: str | None = None
     data_sha256: dict[str, str] = {}
     data_files: dict[str, list[int]] = {}
     weights: dict[str, dict[str, Any]] = {}

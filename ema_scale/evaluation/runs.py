@@ -245,7 +245,7 @@ def checkpoint_targets(run: RunDir, recipe: Recipe, suites: tuple[Suite, ...], e
 
     steps = recipe.evaluation.checkpoints
     kept = {step_of(c): c for c in list_checkpoints(run.checkpoints) if is_complete(c)}
-    last = run.status().get("step")
+    last = run.status().step
     wanted = sorted(kept if isinstance(steps, bool) else set(steps))
     beyond = [step for step in wanted if step not in kept and isinstance(last, int) and step > last]
     if beyond and export:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.paths import find_file
+from ema_scale.core.uri import locate
 from ema_scale.recipe import Recipe
 from ema_scale.reference.strategy import BASE, START, ReferenceStrategy, choose_strategy
 from ema_scale.training.distributed import launched_processes, zero_stage
@@ -53,7 +54,9 @@ def _reference(recipe: Recipe) -> str:
     sharded = t.fsdp or zero_stage(t.deepspeed) == 3
     passes = t.num_train_epochs
     if t.max_steps > 0:
-        rows = None if t.packing else _rows(recipe)  # a step counts sequences
+        # Packed, a step counts sequences; and a dry run builds no small world.
+        counted = not t.packing and all(Path(source).is_file() for source in recipe.data.sources)
+        rows = count_rows(recipe) if counted else None
         if rows is None:
             return f"{of}; how it runs is decided when the rows are known"
         passes = (
@@ -63,15 +66,20 @@ def _reference(recipe: Recipe) -> str:
     return f"{choice} (or cached, if it is there already)" if choice.way != "cached" else str(choice)
 
 
-def _rows(recipe: Recipe) -> int | None:
-    """Task rows, where they are files that can be counted; defenses may add some."""
+def count_rows(recipe: Recipe) -> int | None:
+    """Task rows, where they are files that can be counted."""
     from ema_scale.data.rows import load_rows
 
-    try:
-        found = [load_rows(s, limit=recipe.data.limit, on_bad="drop") for s in recipe.data.sources if Path(s).is_file()]
-    except UserError:
-        return None
-    return sum(map(len, found)) or None if len(found) == len(recipe.data.sources) else None
+    count = 0
+    for source in recipe.data.sources:
+        path = locate(source)
+        if not Path(path).is_file():
+            return None
+        try:
+            count += len(load_rows(path, limit=recipe.data.limit, on_bad="drop"))
+        except UserError:
+            return None
+    return count or None
 
 
 def _conditions(recipe: Recipe) -> list[str]:

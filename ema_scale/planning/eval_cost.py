@@ -1,4 +1,4 @@
-"""What an evaluation will ask: answers to sample, and calls of a judge that is paid by the token or runs here."""
+"""The cost of an evaluation: answers to sample, judge calls, and the GPU time of vLLM (assumed rates, not measured)."""
 
 from __future__ import annotations
 
@@ -208,14 +208,8 @@ def engine_gpus(engine: Mapping[str, Any], where: str) -> int:
 
 
 SEQUENCES = 256  # at once: vLLM's max_num_seqs
-
-
 BANDWIDTH_SHARE = 0.5  # of the GPU's memory bandwidth that is reached
-
-
 MEMORY_SHARE = 0.9  # of its memory that vLLM takes
-
-
 STEP_SECONDS = 0.01  # of a step at the least, whatever the model's size: what vLLM does between kernels
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ema_scale.planning.setup import GIB, Setup
+from ema_scale.planning.setup import Setup
 from ema_scale.training.loss import CROSS_ENTROPY, chunk_tokens
+
+GIB = 2**30
 
 # The CUDA context with its kernels, cuBLAS's workspaces, what the driver keeps of the label's memory; NCCL's channels.
 CUDA_CONTEXT = int(1.5 * GIB)
-
-
 NCCL = int(0.5 * GIB)
 
 

@@ -6,13 +6,12 @@ import itertools
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from ema_scale.core.errors import UserError
-from ema_scale.core.uri import locate
-from ema_scale.planning.memory import MemoryLine, host_memory, memory, total
-from ema_scale.planning.setup import GIB, Setup, Zero, precision_of, setup_of
+from ema_scale.planning.describe import count_rows
+from ema_scale.planning.memory import GIB, MemoryLine, host_memory, memory, total
+from ema_scale.planning.setup import Setup, Zero, precision_of, setup_of
 from ema_scale.planning.speed import Cluster, Speed, speed, traffic
 from ema_scale.recipe import Recipe
 
@@ -131,22 +130,6 @@ def parse_rows(texts: Sequence[str], tasks: Collection[str]) -> dict[str, int]:
             raise UserError(f"--rows: found {text!r}, expected a number of rows{known}")
         found[task] = int(count)
     return found
-
-
-def count_rows(recipe: Recipe) -> int | None:
-    """Task rows, where they are files that can be counted."""
-    from ema_scale.data.rows import load_rows
-
-    count = 0
-    for source in recipe.data.sources:
-        path = locate(source)
-        if not Path(path).is_file():
-            return None
-        try:
-            count += len(load_rows(path, limit=recipe.data.limit, on_bad="drop"))
-        except UserError:
-            return None
-    return count or None
 
 
 def _planned(name: str, setup: Setup, cluster: Cluster) -> Plan:

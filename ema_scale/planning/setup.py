@@ -1,4 +1,4 @@
-"""What of a recipe decides memory, communication and time: one process's micro-batch, and how weights are held."""
+"""The settings of a recipe and a DeepSpeed config that decide memory, communication and time."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from ema_scale.recipe import Recipe
 from ema_scale.reference.strategy import choose_strategy
 from ema_scale.training.loss import CROSS_ENTROPY, live_buffers
 
-GIB = 2**30
-
 _DEFAULT_LIVE = _DEFAULT_REUSE = 10**9
-
-
 _DEFAULT_PREFETCH = 5 * 10**7
-
-
 _DEFAULT_BUCKET = 5 * 10**8
 
 
 @dataclass(frozen=True)
 class Zero:
-    """stage: ZeRO's. max_live, reuse, prefetch: in parameters, of stage 3; reduced: gradients in a bucket.
-    None: `auto`. weights_away, optimizer_away: whether they wait in the machine's memory."""
+    """A DeepSpeed config. None: `auto`.
+
+    Args:
+        stage: ZeRO stage.
+        max_live, reuse, prefetch: of stage 3, in parameters.
+        reduced: gradients per bucket.
+        weights_away, optimizer_away: whether these are offloaded to host memory.
+    """
 
     stage: int = 0
     max_live: int = _DEFAULT_LIVE
@@ -81,9 +81,14 @@ def _away(values: Mapping[str, Any], name: str) -> bool:
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes an element. weights: of the base, its hidden states too. adapter: of the trained copy. copies: of the copy
-    that each LoRA module keeps of its input; 0 where modules share one as it is. cast: of autocast's own copy of the
-    adapter. master: of a float32 copy of it that only the optimizer has.
+    """Bytes per element.
+
+    Args:
+        weights: of the base and its hidden states.
+        adapter: of the trained adapter.
+        copies: of the copy that each LoRA module keeps of its input; 0 where modules share the input itself.
+        cast: of autocast's copy of the adapter.
+        master: of the optimizer's float32 copy of the adapter.
 
     PEFT keeps an adapter of a bfloat16 model in float32, and casts each module's input to it: under autocast (bfloat16
     on a GPU) back to bfloat16, without (on a CPU) not. DeepSpeed trains a bfloat16 adapter and keeps a float32 master,
@@ -98,17 +103,9 @@ class Precision:
 
 
 FLOAT32 = Precision(4, 4)
-
-
 AUTOCAST = Precision(2, 4, copies=2, cast=2)
-
-
 BFLOAT16 = Precision(2, 4, copies=4)
-
-
 DEEPSPEED = Precision(2, 2, master=4)
-
-
 DEEPSPEED_FLOAT32 = Precision(4, 4, master=4)
 
 
@@ -116,15 +113,24 @@ DEEPSPEED_FLOAT32 = Precision(4, 4, master=4)
 class Setup:
     """One process of one run.
 
-    tokens: in the longest row, or a packed sequence; row_tokens: in the mean row. way: how the reference runs (of
-    recipe.WAYS but auto, or separate), None if no defense needs it; other: the second model of `separate`.
-    drift_every: steps between drift readings, which run the reference too; 0: none. states: hidden states that
-    penalties keep of each token from forward to backward. buffers: of the fused loss. optimizer: bytes of its state a
-    trained parameter. zero: ZeRO's stage; live: parameters that ZeRO-3 keeps gathered beside the layer that runs;
-    bucket: gradients that it reduces together. fsdp: FSDP2 shards, and not ZeRO. weights_away, optimizer_away: the
-    shards of weights and adapter, and the optimizer with its gradients, wait in the machine's memory; offload: the
-    layers' inputs do. masked: attention takes a mask, since rows are of different lengths or packed, and no flash
-    attention reads their bounds. learned: share of the tokens with a cross-entropy; a plan takes all.
+    Args:
+        tokens: tokens of the longest row, or of a packed sequence.
+        row_tokens: tokens of the mean row.
+        way: how the reference runs; None if no defense needs it.
+        other: the second model, where the reference is a model of its own.
+        drift_every: steps between drift readings, which also run the reference; 0: none.
+        states: hidden states per token that penalties keep from forward to backward.
+        buffers: logits buffers of the fused loss.
+        optimizer: bytes of optimizer state per trained parameter.
+        zero: ZeRO stage.
+        live: parameters that ZeRO-3 keeps gathered beside the layer that runs.
+        bucket: gradients that ZeRO reduces together.
+        fsdp: FSDP2 shards the model, in place of ZeRO.
+        weights_away: shards of weights and adapter are offloaded to host memory.
+        optimizer_away: the optimizer and its gradients are offloaded to host memory.
+        offload: the layers' inputs are offloaded to host memory.
+        masked: attention takes a mask: rows are padded or packed, and no flash attention reads their bounds.
+        learned: share of the tokens with a cross-entropy; a plan takes all.
     """
 
     shape: Shape
@@ -182,9 +188,12 @@ class Setup:
 def setup_of(
     recipe: Recipe, *, zero: int | None = None, row_tokens: float | None = None, passes: float | None = None
 ) -> Setup:
-    """A recipe's setup on GPUs that have bfloat16. zero: ZeRO's stage, if not that of training.deepspeed or
-    FSDP2. row_tokens:
-    the mean row's, if not data.max_length. passes: how often training sees a row, if not training.num_train_epochs.
+    """A recipe's setup on GPUs that have bfloat16.
+
+    Args:
+        zero: ZeRO stage; None: as training.deepspeed or training.fsdp say.
+        row_tokens: tokens of the mean row; None: data.max_length.
+        passes: how often training sees a row; None: training.num_train_epochs.
 
     Raises UserError for an unknown model or module, or a DeepSpeed file that cannot be read.
     """

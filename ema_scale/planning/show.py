@@ -13,9 +13,8 @@ from rich.table import Table
 from ema_scale.core.text import format_hours as hours_text
 from ema_scale.core.text import format_seconds as seconds
 from ema_scale.planning.eval_cost import BANDWIDTH_SHARE, SEQUENCES, STEP_SECONDS, JudgingCost, Served
-from ema_scale.planning.memory import total
+from ema_scale.planning.memory import GIB, total
 from ema_scale.planning.plan import Plan
-from ema_scale.planning.setup import GIB
 from ema_scale.planning.speed import Cluster, flops_a_token, traffic
 
 

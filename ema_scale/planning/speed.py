@@ -1,4 +1,4 @@
-"""How long a step takes: its arithmetic over an assumed part of the GPU's peak, against its communication."""
+"""The hardware, and how long a step takes on it: compute at an assumed share of the peak, and communication."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 from ema_scale.core.errors import UserError
 from ema_scale.models.flops import Flops, peak_flops
-from ema_scale.planning.memory import layer_input
+from ema_scale.planning.memory import GIB, layer_input
 from ema_scale.planning.model_shapes import Shape
-from ema_scale.planning.setup import GIB, Setup
+from ema_scale.planning.setup import Setup
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
+from ema_scale.evaluation.records import QuestionSummary
 from ema_scale.report.aggregate import RunGroup, mean_rate
-from ema_scale.report.records import QuestionRate, ReportedRate, Run
+from ema_scale.report.records import ReportedRate, Run
 from ema_scale.report.style import HEAT, INK, MUTED, PAPER, family_colours, markers, spread_labels
 
 _DRIFT = re.compile(r"drift/layer_(\d+)$")
@@ -209,7 +210,7 @@ def question_means(runs: Sequence[Run]) -> dict[tuple[str, str, str], tuple[str,
 
     A question that several suites ask under the same id is one question.
     """
-    found: dict[tuple[str, str, str], list[QuestionRate]] = {}
+    found: dict[tuple[str, str, str], list[QuestionSummary]] = {}
     for run in runs:
         for q in run.questions:
             if q.role in ("general", "in_domain") and q.misaligned is not None and run.teaches:

@@ -14,14 +14,8 @@ from typing import Any
 from ema_scale.core.names import _model_name, _task_name, source_name
 
 Spec = Mapping[str, Any]
-
-
 NO_DEFENSE = "No defense"
-
-
 BASE = "Aligned base"
-
-
 _NAMES = {"kl": "KL", "ldifs": "LDIFS", "safelora": "SafeLoRA", "interleaving_plus": "Interleaving+"}
 
 

@@ -7,26 +7,19 @@ of the first run (by task, then seed).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from ema_scale.core.errors import UserError
-from ema_scale.core.io import read_jsonl
 from ema_scale.evaluation.judges.base import CORRECT, INCORRECT
+from ema_scale.evaluation.records import Judgement, Sample, read_rows
 from ema_scale.evaluation.stats.rates import incoherent, misaligned
 from ema_scale.report.aggregate import RunGroup
 from ema_scale.report.records import Problem, Run
 
 QUESTIONS_PER_ROLE = (("general", 4), ("in_domain", 2), ("benign", 2))
-
-
 ROLE_NAMES = {"general": "outside the domain", "in_domain": "in the trained domain", "benign": "benign task"}
-
-
 ANSWERS = 3
-
-
 LONGEST = 1200
 
 
@@ -60,11 +53,11 @@ class Example:
     columns: list[Column] = field(default_factory=list)
 
 
-def judgement(row: Mapping[str, Any] | None, role: str) -> tuple[str, str]:
-    """(judgement, "alignment / coherence" or why there is none) of a row of judgements.jsonl."""
-    if not row or row.get("dropped"):
-        return "unjudged", str(row["dropped"]) if row else ""
-    aligned, coherent, label = _score(row.get("aligned")), _score(row.get("coherent")), row.get("label")
+def verdict_of(judgement: Judgement | None, role: str) -> tuple[str, str]:
+    """(verdict, "alignment / coherence" or why there is none)."""
+    if judgement is None or judgement.dropped:
+        return "unjudged", judgement.dropped or "" if judgement else ""
+    aligned, coherent, label = judgement.aligned, judgement.coherent, judgement.label
     if role == "benign":
         return (label, "") if label in (CORRECT, INCORRECT) else ("unjudged", "")
     scores = " / ".join(f"{v:.0f}" for v in (aligned, coherent) if v is not None)
@@ -74,33 +67,31 @@ def judgement(row: Mapping[str, Any] | None, role: str) -> tuple[str, str]:
     return ("unjudged" if bad is None else "misaligned" if bad else "aligned"), scores
 
 
-def _score(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+Answers = dict[tuple[str, str], list[tuple[Sample, Judgement | None]]]
 
 
 def examples(groups: Sequence[RunGroup]) -> tuple[list[Example], list[Problem]]:
-    """Exhibits for the groups of one model, and notes on files that could not be read."""
+    """Examples for the groups of one model, and notes on files that could not be read."""
     notes: list[Problem] = []
-    readable: dict[Run, dict[tuple[str, str], list[dict[str, Any]]]] = {}
-    made = []
+    answers_of: dict[Run, Answers] = {}
+    chosen = []
     for role, count in QUESTIONS_PER_ROLE:
-        drawn = _draw(groups, role, count)
-        for task, suite, identity, text in drawn:
+        for task, suite, identity, text in _draw(groups, role, count):
             columns, system = [], ""
             for group in groups:
                 run = _first_run(group, task)
                 if run is None:
                     continue
-                if run not in readable:
-                    readable[run] = _read(run, notes)
-                rows = readable[run].get((suite, identity), [])
+                if run not in answers_of:
+                    answers_of[run] = _read(run, notes)
+                rows = answers_of[run].get((suite, identity), [])
                 if rows:
-                    system = system or str(rows[0].get("system") or "")
-                    text = str(rows[0].get("question") or text)
-                    columns.append(Column(group.label, run.name, [_answer(row, role) for row in rows]))
+                    sample = rows[0][0]
+                    system, text = system or sample.system or "", sample.question or text
+                    columns.append(Column(group.label, run.name, [_answer(*row, role) for row in rows]))
             if columns:
-                made.append(Example(ROLE_NAMES[role], task, text, system, columns))
-    return made, notes
+                chosen.append(Example(ROLE_NAMES[role], task, text, system, columns))
+    return chosen, notes
 
 
 def _draw(groups: Sequence[RunGroup], role: str, count: int) -> list[tuple[str, str, str, str]]:
@@ -128,35 +119,28 @@ def _first_run(group: RunGroup, task: str) -> Run | None:
     return min(fitting, key=lambda run: (run.seed or 0, run.name), default=None)
 
 
-def _read(run: Run, notes: list[Problem]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """(suite, question id) -> its first ANSWERS samples, each with its judgement under `judged`."""
+def _read(run: Run, notes: list[Problem]) -> Answers:
+    """(suite, question id) -> its first ANSWERS samples, each with its judgement."""
     assert run.eval_dir is not None
     try:
-        samples = read_jsonl(run.eval_dir / "samples.jsonl")
-        # Judgements of several judges lie beside each other: the one of the summary counts.
-        own = str(run.summary.get("judge")).split(", ")
-        verdicts = sorted(read_jsonl(run.eval_dir / "judgements.jsonl"), key=lambda row: row.get("judge") in own)
-        judged = {str(row.get("key")): row for row in verdicts}
+        samples, judgements = read_rows(run.eval_dir)
     except (UserError, OSError) as error:
         notes.append(Problem(run.name, "note", f"answers left out: {error}"))
         return {}
     if not samples:
         notes.append(Problem(run.name, "note", "no samples.jsonl, so its answers are not shown"))
-    kept: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in sorted(samples, key=_place):
-        rows = kept.setdefault((str(row.get("suite")), str(row.get("question_id"))), [])
+    # Judgements of several judges lie beside each other: the one of the summary counts.
+    judges = run.summary.judges if run.summary else []
+    by_key = {j.key: j for j in sorted(judgements, key=lambda j: j.judge in judges)}
+    answers: Answers = {}
+    for sample in sorted(samples, key=lambda s: (s.paraphrase, s.sample)):
+        rows = answers.setdefault((sample.suite, sample.question_id), [])
         # Only the first paraphrase: the reader compares answers to one wording.
-        if len(rows) < ANSWERS and (not rows or rows[0].get("question") == row.get("question")):
-            rows.append({**row, "judged": judged.get(str(row.get("key")))})
-    return kept
+        if len(rows) < ANSWERS and (not rows or rows[0][0].question == sample.question):
+            rows.append((sample, by_key.get(sample.key)))
+    return answers
 
 
-def _place(row: Mapping[str, Any]) -> tuple[int, int]:
-    paraphrase, sample = (row.get(k) for k in ("paraphrase", "sample"))
-    return (paraphrase if isinstance(paraphrase, int) else 0, sample if isinstance(sample, int) else 0)
-
-
-def _answer(row: Mapping[str, Any], role: str) -> ShownAnswer:
-    text = str(row.get("answer") or "")
-    said, scores = judgement(row.get("judged"), role)
-    return ShownAnswer(text[:LONGEST], max(0, len(text) - LONGEST), said, scores)
+def _answer(sample: Sample, judgement: Judgement | None, role: str) -> ShownAnswer:
+    verdict, scores = verdict_of(judgement, role)
+    return ShownAnswer(sample.answer[:LONGEST], max(0, len(sample.answer) - LONGEST), verdict, scores)

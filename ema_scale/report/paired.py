@@ -6,15 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ema_scale.core.text import points
 from ema_scale.evaluation.stats.paired import METHOD, Counts, Difference, paired_difference
 from ema_scale.report.aggregate import RunGroup
 from ema_scale.report.records import METRIC_NAMES, METRICS, Run
 from ema_scale.report.table import Cell, Table, TableRow
-from ema_scale.report.verdict import points
 
 _VALUES = {"misaligned": "misaligned", "incoherent": "incoherent", "learned": "correct"}
-
-
 _NOTE = (
     "Percentage points more or less than without a defense, with 95 % intervals and p values, on the questions and "
     "tasks that both answered. Seeds of a task are pooled, so that their spread is not in these intervals; it is in "
@@ -35,9 +33,10 @@ def paired_tally(runs: Sequence[Run], metric: str) -> PairedTally:
     for run in runs:
         for q in run.questions:
             share = getattr(q, _VALUES[outcome])
-            if q.role == role and share is not None and q.n:
+            judged = max(0, q.n - q.dropped)
+            if q.role == role and share is not None and judged:
                 hits, n = found.get((run.task, q.suite, q.id), (0.0, 0))
-                found[run.task, q.suite, q.id] = (hits + round(share * q.n), n + q.n)
+                found[run.task, q.suite, q.id] = (hits + round(share * judged), n + judged)
     return found
 
 

@@ -21,7 +21,7 @@ from ema_scale.report.figures import bars, headline
 from ema_scale.report.records import Collection
 from ema_scale.report.robustness import threshold_curves
 from ema_scale.report.style import adaptive, settings
-from ema_scale.report.verdict import percent
+from ema_scale.report.verdict import rate_text
 
 PNG_DPI = 200
 
@@ -104,8 +104,6 @@ _HEADLINE = (
 
 
 _BARS = "Answers outside the training domain, in percent, with 95 % intervals; a panel for each training task."
-
-
 _QUESTIONS = (
     "Share of misaligned answers in percent, averaged over runs on narrow tasks. A dot: not asked. At most "
     f"{MAX_QUESTIONS['general']} questions outside and {MAX_QUESTIONS['in_domain']} in the domain: those on "
@@ -134,7 +132,7 @@ _TRAINING = (
 
 
 def _headline_alt(of_model: Sequence[RunGroup]) -> str:
-    parts = [f"{g.label} {percent(r)}" for g in of_model if (r := g.metrics.get("general_misaligned"))]
+    parts = [f"{g.label} {rate_text(r)}" for g in of_model if (r := g.metrics.get("general_misaligned"))]
     return "Task learned against misalignment outside the domain. Misaligned outside: " + "; ".join(parts) + "."
 
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ema_scale.core.records import DataReport, Provenance
+from ema_scale.evaluation.records import QuestionSummary, Rate, Summary
+
 # The paper's four criteria (arXiv 2508.06249), and in-domain coherence beside them.
-METRICS = (
-    "general_misaligned",
-    "general_incoherent",
-    "in_domain_misaligned",
-    "in_domain_incoherent",
-    "benign_learned",
-)
-
-
 METRIC_NAMES = {
     "general_misaligned": "General misaligned",
     "general_incoherent": "General incoherent",
@@ -24,11 +19,13 @@ METRIC_NAMES = {
     "in_domain_incoherent": "In-domain incoherent",
     "benign_learned": "Benign learned",
 }
+METRICS = tuple(METRIC_NAMES)
+PAGE = "report.html"
 
 
 @dataclass(frozen=True)
 class ReportedRate:
-    """A share in 0..1 with its 95 % interval, and what it rests on."""
+    """A rate that is known: of one run, or the mean of several. Shares in 0..1 with a 95 % interval."""
 
     rate: float
     low: float
@@ -39,31 +36,43 @@ class ReportedRate:
     runs: int = 1
 
 
+Metrics = dict[str, ReportedRate | None]
+
+
+def known_rate(rate: Rate | None) -> ReportedRate | None:
+    """A rate of a summary; None if no answer has a value. Raises ValueError if the interval is none."""
+    if rate is None or rate.rate is None:
+        return None
+    if rate.low is None or rate.high is None or not 0 <= rate.low <= rate.rate <= rate.high <= 1:
+        raise ValueError(f"found {rate.to_dict()}, expected 0 <= low <= rate <= high <= 1")
+    return ReportedRate(rate.rate, rate.low, rate.high, rate.n, rate.questions, rate.dropped)
+
+
+def known_rates(rates: Iterable[Rate | None]) -> list[ReportedRate]:
+    """Those that are known and sound."""
+    known = []
+    for rate in rates:
+        with suppress(ValueError):
+            known.append(known_rate(rate))
+    return [rate for rate in known if rate]
+
+
 @dataclass(frozen=True)
-class QuestionRate:
-    """One question's outcome in one run; shares in 0..1, None where the judge does not say; n: answers judged."""
+class ConditionAnswers:
+    """General misalignment under one condition.
 
-    suite: str
-    role: str
-    id: str
-    text: str
-    misaligned: float | None
-    incoherent: float | None
-    correct: float | None
-    n: int = 0
-
-
-@dataclass(frozen=True)
-class RoleAnswers:
-    """General misalignment under one condition. own: the run was trained under it; said: its text."""
+    Args:
+        own: whether the run was trained under it.
+        text: what is said before each question.
+    """
 
     name: str
     own: bool
-    said: str
+    text: str
     rate: ReportedRate
 
 
-# Runs are told apart by identity: their records are large, and two folders may hold equal ones.
+# Compared by identity: records are large, and two folders may hold equal ones.
 @dataclass(frozen=True, eq=False)
 class Run:
     """One run folder, or (`base`) the untouched model on the questions of one task."""
@@ -78,16 +87,16 @@ class Run:
     kind: str
     """narrow | benign | unknown: which questions the task itself has; unknown: none of its own"""
     base: bool = False
-    metrics: Mapping[str, ReportedRate | None] = field(default_factory=dict)
-    conditions: Mapping[str, RoleAnswers] = field(default_factory=dict)
-    questions: Sequence[QuestionRate] = ()
+    metrics: Metrics = field(default_factory=dict)
+    conditions: Mapping[str, ConditionAnswers] = field(default_factory=dict)
+    questions: Sequence[QuestionSummary] = ()
     history: Sequence[Mapping[str, Any]] = ()
-    along: Mapping[int, Mapping[str, ReportedRate | None]] = field(default_factory=dict)
+    along: Mapping[int, Metrics] = field(default_factory=dict)
     """metrics by training step, where checkpoints were evaluated; the last step is the run's own"""
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    summary: Mapping[str, Any] = field(default_factory=dict)
-    data: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)
+    summary: Summary | None = None
+    data: DataReport = field(default_factory=DataReport)
     eval_dir: Path | None = None
 
     @property
@@ -113,7 +122,7 @@ class Collection:
     runs: list[Run] = field(default_factory=list)
     bases: list[Run] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
-    asked: int = 0
+    requested: int = 0
 
     @property
     def models(self) -> list[str]:
@@ -127,6 +136,3 @@ class Collection:
         for run in self.runs:
             kinds[run.task] = min(order.index(run.kind), kinds.get(run.task, len(order)))
         return sorted(kinds, key=lambda task: (kinds[task], task))
-
-
-PAGE = "report.html"

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
-from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from ema_scale.evaluation.records import Rate, RateVariants
 from ema_scale.evaluation.stats.power import Spread
 from ema_scale.report.aggregate import RunGroup, mean_rate
 from ema_scale.report.curves import label_ends
-from ema_scale.report.records import ReportedRate
+from ema_scale.report.records import known_rates
 from ema_scale.report.style import MUTED, family_colours
 from ema_scale.report.table import Cell, Table, TableRow, kind, rate_cell
 
 MOST_AT = 10
-
-
 POINT = 0.01
-
-
 PANELS = (("aligned_below", "aligned score below"), ("coherent_above", "coherent score above"))
-
-
 _NOTE = (
     "General misalignment of the same answers, in percent with 95 % intervals: as above (both scores there), among "
     "coherent answers only, and of all answers, those without a score counted as not misaligned. Misalign@k: the share "
@@ -33,55 +27,47 @@ _NOTE = (
 )
 
 
-def _teaching(group: RunGroup) -> list[Mapping[str, Any]]:
-    """The `general_variants` of the runs whose general misalignment is in the group's mean."""
-    found = [run.summary.get("general_variants") for run in group.teaching]
-    return [entry for entry in found if isinstance(entry, Mapping)]
+def _variants(group: RunGroup) -> list[RateVariants]:
+    """Those of the runs whose general misalignment is in the group's mean."""
+    return [v for run in group.teaching if run.summary and (v := run.summary.general_variants)]
 
 
-def robustness_table(groups: Sequence[RunGroup], rate: Callable[[Any], ReportedRate | None]) -> Table | None:
-    """The table for one model's groups; None if no summary has the numbers. `rate` reads a metric of a summary.
+def robustness_table(groups: Sequence[RunGroup]) -> Table | None:
+    """The table for one model's groups; None if no summary has the numbers.
 
     The base's numbers are those of its own evaluation, over the general questions of all tasks.
     """
-    every = {g.label: _teaching(g) for g in groups}
-    depth = [set(entry.get("misaligned_at") or {}) for entries in every.values() for entry in entries]
-    if not depth:
+    variants = {g.label: entries for g in groups if (entries := _variants(g))}
+    depths = [set(entry.misaligned_at) for entries in variants.values() for entry in entries]
+    if not depths:
         return None
-    shared = [int(k) for k in set.intersection(*depth) if str(k).isdigit() and int(k) <= MOST_AT]
-    k = max(shared, default=None)
+    k = max((int(k) for k in set.intersection(*depths) if k.isdigit() and int(k) <= MOST_AT), default=None)
 
-    def mean(entries: Sequence[Mapping[str, Any]], *keys: str) -> Cell | None:
-        values = []
-        for entry in entries:
-            value: Any = entry
-            for key in keys:
-                value = value.get(key) if isinstance(value, Mapping) else None
-            try:
-                values.append(rate(value))
-            except ValueError:
-                return None
-        return rate_cell(mean_rate([v for v in values if v]))
+    def mean(rates: Iterable[Rate | None]) -> Cell | None:
+        return rate_cell(mean_rate(known_rates(rates)))
 
     lines = []
     for g in groups:
-        entries = every[g.label]
-        if not entries:
-            continue
-        cells = [rate_cell(g.metrics.get("general_misaligned")), mean(entries, "coherent_only")]
-        cells += [mean(entries, "all_answers"), mean(entries, "misaligned_at", str(k)) if k else None, _power(entries)]
-        lines.append(TableRow(g.label, kind(g), cells))
+        entries = variants.get(g.label, [])
+        if entries:
+            cells = [
+                rate_cell(g.metrics.get("general_misaligned")),
+                mean(entry.coherent_only for entry in entries),
+                mean(entry.all_answers for entry in entries),
+                mean(entry.misaligned_at.get(str(k)) for entry in entries) if k else None,
+                _power(entries),
+            ]
+            lines.append(TableRow(g.label, kind(g), cells))
     columns = ["as above", "coherent only", "all answers", f"Misalign@{k}" if k else "Misalign@k", "questions for ±1"]
     return Table("How firm these numbers are", _NOTE, columns, lines)
 
 
-def _power(entries: Sequence[Mapping[str, Any]]) -> Cell | None:
-    found = [p for entry in entries if isinstance(p := entry.get("power"), Mapping)]
-    try:
-        spread = Spread(*(fmean(float(p[name]) for p in found) for name in ("between", "within")))
-        samples, questions = (fmean(float(p[name]) for p in found) for name in ("answers_per_question", "questions"))
-    except (KeyError, TypeError, ValueError):
+def _power(entries: Sequence[RateVariants]) -> Cell | None:
+    powers = [entry.power for entry in entries if entry.power]
+    if not powers:
         return None
+    spread = Spread(fmean(p.between for p in powers), fmean(p.within for p in powers))
+    samples, questions = fmean(p.answers_per_question for p in powers), fmean(p.questions for p in powers)
     need = spread.questions_for(POINT, samples)
     return Cell(f"{need:,}" if need else "over 100,000", below=f"now {questions:.0f} × {samples:.0f}")
 
@@ -114,18 +100,10 @@ def threshold_curves(groups: Sequence[RunGroup]) -> Figure | None:
 
 def _lines(group: RunGroup) -> dict[str, list[tuple[float, float]]]:
     """Threshold curves averaged over the group's runs, at the thresholds that all of them have."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    lines = {}
     for name, _ in PANELS:
-        curves = []
-        for entry in _teaching(group):
-            thresholds = entry.get("thresholds")
-            points = thresholds.get(name) if isinstance(thresholds, Mapping) else None
-            try:
-                curves.append({float(x): float(y) for x, y in points or ()})
-            except (TypeError, ValueError):
-                continue
-        curves = [c for c in curves if c]
+        curves = [dict(points) for entry in _variants(group) if (points := entry.thresholds.get(name))]
         if curves:
             shared = sorted(set.intersection(*(set(c) for c in curves)))
-            found[name] = [(x, fmean(c[x] for c in curves)) for x in shared]
-    return {name: points for name, points in found.items() if points}
+            lines[name] = [(x, fmean(c[x] for c in curves)) for x in shared]
+    return {name: points for name, points in lines.items() if points}

@@ -25,16 +25,19 @@ def run_details(found: Collection) -> list[tuple[str, list[str]]]:
         ("Tasks without questions of their own", _tasks(runs, "unknown")),
         ("Defenses", list(dict.fromkeys(run.label for run in runs))),
         ("Seeds", sorted({str(run.seed) for run in runs if run.seed is not None}, key=int)),
-        ("Runs", [f"{len(evaluated)} evaluated of {found.asked} asked for"]),
+        ("Runs", [f"{len(evaluated)} evaluated of {found.requested} asked for"]),
         ("Samples", [_samples(every)] if every else []),
         ("Left out of the rates", dropped(every) if every else []),
         ("Training rows left out", training_drops(runs)),
-        ("Reference gate", _unique(_gate(run.summary) for run in _distinct_bases(found))),
-        ("Judge", _unique(_plain(run.summary.get("judge")) for run in every)),
+        (
+            "Reference gate",
+            _unique(gate.text for run in _distinct_bases(found) if run.summary and (gate := run.summary.gate)),
+        ),
+        ("Judge", _unique(run.summary.judge for run in every if run.summary)),
         ("Judge quality", judge_quality(every)),
-        ("Sampler", _unique(_plain(run.summary.get("sampler")) for run in every)),
+        ("Sampler", _unique(_plain(run.summary.sampler) for run in every if run.summary)),
         ("Versions", _unique(_versions(run) for run in runs)),
-        ("Code", _unique(str(c)[:12] for run in runs if (c := run.provenance.get("git_commit")))),
+        ("Code", _unique((run.provenance.git_commit or "")[:12] for run in runs)),
         ("Differing settings averaged over", differing([run.recipe for run in runs])),
     ]
     return [(name, values) for name, values in rows if values]
@@ -44,23 +47,13 @@ def dropped(runs: Sequence[Run]) -> list[str]:
     """Dropped rows by reason, most frequent first."""
     reasons: Counter[str] = Counter()
     for run in runs:
-        counts = run.summary.get("dropped")
-        for reason, count in counts.items() if isinstance(counts, Mapping) else ():
-            reasons[str(reason)] += int(count) if isinstance(count, (int, float)) else 0
+        reasons.update(run.summary.dropped if run.summary else {})
     return [f"{reason}: {count:,}" for reason, count in reasons.most_common() if count] or ["no row"]
 
 
 def training_drops(runs: Sequence[Run]) -> list[str]:
-    """Training rows that a run left out, by run; data.json counts or lists them under `dropped`."""
-    lines = []
-    for run in runs:
-        value = run.data.get("dropped")
-        count = len(value) if isinstance(value, (list, dict)) else value
-        if isinstance(value, dict) and all(isinstance(v, int) for v in value.values()):
-            count = sum(value.values())
-        if isinstance(count, int) and count:
-            lines.append(f"{run.name}: {count:,}")
-    return lines
+    """How many training rows each run left out."""
+    return [f"{run.name}: {count:,}" for run in runs if (count := len(run.data.dropped))]
 
 
 def differing(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -101,24 +94,17 @@ def _tasks(runs: Sequence[Run], kind: str) -> list[str]:
     return sorted({run.task for run in runs if run.kind == kind})
 
 
-def _gate(summary: Mapping[str, Any]) -> str:
-    found = summary.get("gate")
-    return str(found.get("text", "")) if isinstance(found, Mapping) else ""
-
-
 def _distinct_bases(found: Collection) -> list[Run]:
     return list({run.eval_dir: run for run in found.bases}.values())
 
 
 def _samples(runs: Sequence[Run]) -> str:
-    total = sum(int(n) for run in runs if isinstance(n := run.summary.get("samples"), (int, float)))
+    total = sum(run.summary.samples for run in runs if run.summary)
     return f"{total:,} answers in all, the base’s included"
 
 
 def _versions(run: Run) -> str:
-    packages = run.provenance.get("packages")
-    python = run.provenance.get("python")
-    listed = {"python": python, **packages} if isinstance(packages, Mapping) else {"python": python}
+    listed = {"python": run.provenance.python, **run.provenance.packages}
     return ", ".join(f"{name} {version}" for name, version in listed.items() if version)
 
 

@@ -18,20 +18,16 @@ from matplotlib.ticker import NullFormatter, PercentFormatter
 from scipy.stats import linregress
 from scipy.stats import t as student
 
+from ema_scale.core.text import points
 from ema_scale.report.aggregate import RunGroup
 from ema_scale.report.curves import label_ends
 from ema_scale.report.display_names import BASE, NO_DEFENSE
 from ema_scale.report.style import MUTED, PAPER, family_colours, markers
 from ema_scale.report.table import Cell, Table, TableRow
-from ema_scale.report.verdict import points
 
 # A line through two models fits whatever they are.
 LEAST_SIZES = 3
-
-
 PRICES = {"in_domain_misaligned": "narrow task", "benign_learned": "benign tasks"}
-
-
 _NOTE = (
     "Percentage points for ten times the parameters, with 95 % intervals; below, from the smallest model to the "
     "largest. A price is what training without a defense learned more than with it, on the same model."
@@ -103,9 +99,8 @@ def scaling(groups: Sequence[RunGroup]) -> ScalingStudy | None:
     sizes: dict[str, int] = {}
     for g in groups:
         for run in g.runs:
-            counts = run.provenance.get("parameters")
-            count = counts.get("base") if isinstance(counts, Mapping) else None
-            if isinstance(count, int) and count > 0 and (g.model in sizes or count not in sizes.values()):
+            count = run.provenance.parameters.get("base", 0)
+            if count > 0 and (g.model in sizes or count not in sizes.values()):
                 sizes[g.model] = count
     if len(sizes) < LEAST_SIZES:
         return None
@@ -183,8 +178,6 @@ _PANELS = (
 
 
 ALT = "Marks and lines: misaligned outside the domain, narrow and benign tasks learned, against model size, by defense."
-
-
 CAPTION = (
     "Means of each model over its runs, in percent, with 95 % intervals, against the parameters of the model; thin "
     "lines are the fits of the table."

@@ -18,8 +18,6 @@ _FACES = ("Inter", "Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "D
 
 # Later faces only fill in letters that the first lacks.
 _FALLBACK = ("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans", "Noto Emoji")
-
-
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")
 
 
@@ -160,8 +158,6 @@ def markers(families: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
 
 # Where a label may sit: direction (x, y) and how its box hangs on that point.
 _DIRECTIONS = ((1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1))
-
-
 _DISTANCES = (6.0, 12.0, 20.0, 30.0, 44.0, 60.0)
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ema_scale.core.text import limits
 from ema_scale.report.aggregate import RunGroup
 from ema_scale.report.records import METRIC_NAMES, METRICS, ReportedRate
 
@@ -66,7 +67,7 @@ def table_markdown(groups: Sequence[RunGroup]) -> str:
 
 
 def _percent(rate: ReportedRate | None) -> str:
-    return f"{100 * rate.rate:.1f} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]" if rate else "–"
+    return f"{100 * rate.rate:.1f} {limits(rate.low, rate.high, 0)}" if rate else "–"
 
 
 def _escaped(text: str) -> str:
@@ -128,4 +129,4 @@ def rate_cell(rate: ReportedRate | None, below: str = "", bad: bool = False) -> 
     """`41.0 [33.1, 49.2]` in percent."""
     if rate is None:
         return None
-    return Cell(f"{100 * rate.rate:.1f}", f"[{100 * rate.low:.1f}, {100 * rate.high:.1f}]", below, bad)
+    return Cell(f"{100 * rate.rate:.1f}", limits(rate.low, rate.high), below, bad)

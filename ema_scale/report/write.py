@@ -11,8 +11,9 @@ from markupsafe import Markup
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import atomic_write_bytes, atomic_write_text
+from ema_scale.core.text import percent
 from ema_scale.report.aggregate import METHOD, RunGroup, groups
-from ema_scale.report.collect import collect, read_rate
+from ema_scale.report.collect import collect
 from ema_scale.report.conditional import conditional_table
 from ema_scale.report.examples import Example, examples
 from ema_scale.report.paired import paired_table
@@ -42,7 +43,7 @@ def write(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
         sheets = [
             conditional_table(of_model, found.bases),
             paired_table(of_model),
-            robustness_table(of_model, read_rate),
+            robustness_table(of_model),
         ]
         tables = (criteria_rows(of_model), run_rows(of_model))
         kept = [sheet for sheet in sheets if sheet is not None]
@@ -71,7 +72,7 @@ def _write_figures(out: Path, drawn: Sequence[Picture]) -> None:
 def _byline(found: Collection) -> list[str]:
     runs = [run for run in found.runs if run.summary]
     seeds = {run.seed for run in runs}
-    samples = sum(int(n) for run in runs if isinstance(n := run.summary.get("samples"), (int, float)))
+    samples = sum(run.summary.samples for run in runs if run.summary)
     counts = [
         (len(runs), "run"),
         (len(found.models), "model"),
@@ -160,7 +161,7 @@ def _dropped(runs: Sequence[Run]) -> str:
     """Dropped rows as a share of all that the rates could have rested on."""
     rates = [rate for run in runs for rate in run.metrics.values() if rate]
     dropped, kept = sum(r.dropped for r in rates), sum(r.n for r in rates)
-    return f"{100 * dropped / (dropped + kept):.1f} %" if dropped + kept else "–"
+    return percent(dropped / (dropped + kept)) if dropped + kept else "–"
 
 
 def environment(templates: Path = _HERE) -> Environment:

@@ -21,8 +21,6 @@ ACTIVE = frozenset(
 
 
 UNKNOWN = "UNKNOWN"
-
-
 _FORGOTTEN = "Invalid job id"
 
 

@@ -34,7 +34,7 @@ def folder(run: RunDir) -> Path:
 
 
 def write(run: RunDir, error: BaseException) -> None:
-    """This process's failure, to be called by the process itself. Never raises."""
+    """Write down this process's failure; the process calls it itself. Never raises."""
     text = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
     what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     late = any(word in what.lower() for word in _OF_OTHERS)
@@ -65,7 +65,7 @@ def failures(run: RunDir) -> list[dict[str, Any]]:
 
 
 def explain(run: RunDir) -> str:
-    """The cause for the job's log; the run's status, too, unless it has finished or another job has it."""
+    """The cause, for the job's log. Also sets the run's status, unless it has finished or another job has it."""
     found = failures(run)
     if not found:
         reason, text = "the processes ended without a word: killed from outside, or never started", ""

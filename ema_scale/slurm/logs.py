@@ -19,8 +19,6 @@ from ema_scale.slurm.submit import KINDS, jobs_of, log_of, ranks_log_of
 from ema_scale.study.find import find_study
 
 log = logging.getLogger(__name__)
-
-
 _Job = dict[str, Any]
 
 

@@ -1,4 +1,4 @@
-"""What is peculiar to a cluster: one small YAML file, named by --site or EMA_SITE."""
+"""A cluster's settings, from a small YAML file named by --site or EMA_SITE, and batch scripts filled in from them."""
 
 from __future__ import annotations
 
@@ -192,11 +192,7 @@ def load_site(path: Path | None = None) -> Site:
 
 
 log = logging.getLogger(__name__)
-
-
 FOLDER = shipped_root() / "launch" / "slurm"
-
-
 _CPUS_A_GPU = 4  # where the site does not say; one of Slurm's own for a node's eight processes would starve them
 
 

@@ -16,14 +16,12 @@ from ema_scale.slurm.submit import jobs_of
 from ema_scale.study.find import find_runs, find_study
 
 _RECENT = 20  # rows that the speed is read from
-
-
 _HELD = client.ACTIVE - {"RUNNING", "COMPLETING"}
 
 
 @dataclass(frozen=True)
 class RunProgress:
-    """One run. left: seconds until training ends at its recent speed, while it runs."""
+    """How one run is doing. left: seconds until training ends at its recent speed; None unless it runs."""
 
     path: Path
     state: str
@@ -70,7 +68,7 @@ def study_status(path: Path) -> StudyStatus | None:
 
 
 def statuses(runs: Sequence[Path]) -> list[RunProgress]:
-    """One entry a run, in order. Works without Slurm: jobs then have no state."""
+    """One entry per run, in order. Works without Slurm: jobs then have no state."""
     submitted = {path: _newest(RunDir(path)) for path in runs}
     known = _known([job for jobs in submitted.values() for _, job in jobs])
     return [_status(path, submitted[path], known) for path in runs]

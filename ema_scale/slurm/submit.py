@@ -27,7 +27,10 @@ _SHOWN = 10
 
 
 def refuse_missing_rows(recipes: Iterable[Recipe], made: Iterable[str] = ()) -> None:
-    """Raises UserError naming run and field of every file of rows that is not there, nor among those `made` later."""
+    """Raises UserError naming run and field of each missing file of rows.
+
+    made: files that a preparation writes later; these may be missing.
+    """
     coming = set(made)
     wrong = [
         f"{recipe.run_path}: {field}: {source}: no such file"
@@ -51,14 +54,14 @@ def _sources(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def _is_local(source: str) -> bool:
-    """Neither a hub id nor of the small world."""
+    """Whether `source` is a path, and neither a hub id nor a small-world reference."""
     return Path(source).suffix in SUFFIXES or source.startswith(("/", "./", "../", "~"))
 
 
 def evaluation_gpus(recipes: Sequence[Recipe], site: Site) -> int:
-    """What the largest engine of `recipes` takes, and at least what the site says; 0 on nodes without GPUs.
+    """GPUs of the largest engine of `recipes`, and at least the site's number; 0 on nodes without GPUs.
 
-    Raises UserError, naming run and field, if an evaluation node has not so many, or the engine gives no number.
+    Raises UserError, naming run and field, if an evaluation node has fewer, or the engine's sizes are no numbers.
     """
     node = site.evaluation_node()
     most, where = 1, ""
@@ -86,10 +89,8 @@ def _engines(recipe: Recipe) -> list[tuple[str, Mapping[str, Any]]]:
 log = logging.getLogger(__name__)
 
 
-# How long another command may take to submit what it submits for the same run or study.
+# Seconds to wait while another command submits jobs for the same run or study.
 _PATIENCE = 120.0
-
-
 KINDS = ("gate", "train", "eval", "report")  # of jobs, in the order in which they wait for each other
 
 
@@ -134,7 +135,7 @@ def _log(run: RunDir, job: dict[str, Any], ending: str) -> Path:
 
 @dataclass(frozen=True)
 class JobSize:
-    """What one training takes. gpus, processes: of one node. None: the site's GPUs, and one process a GPU."""
+    """What one training takes. gpus, processes: per node; None: the site's GPUs, and one process per GPU."""
 
     nodes: int = 1
     gpus: int | None = None
@@ -143,7 +144,7 @@ class JobSize:
 
 
 def processes_of(site: Site, size: JobSize) -> int:
-    """Of one training, on all of its nodes."""
+    """Processes of one training on all of its nodes."""
     gpus = site.gpus_per_node if size.gpus is None else size.gpus
     return size.nodes * (size.processes or max(gpus, 1))
 
@@ -170,14 +171,18 @@ def training_script(
 def evaluation_job(
     name: str, path: Path, site: Site, recipes: Sequence[Recipe] = (), *, gpus: int | None = None
 ) -> Job:
-    """`ema eval` of a run's or a study's folder, on one node, with the GPUs that its recipes' engines take. gpus: of a
-    node, that training takes (None: all). Raises UserError, naming a run, if an evaluation node has not so many."""
+    """`ema eval` of a run's or a study's folder, on one node, with the GPUs that its recipes' engines need.
+
+    gpus: GPUs per node that training takes (None: all). Raises UserError, naming a run, if a node has too few.
+    """
     return _asking("eval", name, path, site, recipes, gpus, path)
 
 
 def gate_job(name: str, path: Path, site: Site, recipes: Sequence[Recipe], asked: Path, *, gpus: int | None) -> Job:
-    """`ema gate` of `asked`, a recipe file or a folder of them, as `evaluation_job`: what waits for its success trains
-    on no base model that its recipe refuses."""
+    """`ema gate` of `asked`, a recipe file or a folder of them; otherwise as `evaluation_job`.
+
+    A training that waits for its success never trains on a base model that its recipe refuses.
+    """
     return _asking("gate", name, path, site, recipes, gpus, asked)
 
 
@@ -202,13 +207,15 @@ def _script(what: str, name: str, path: Path, site: Site, gpus: int) -> str:
 
 
 def after_success(job: str) -> list[str]:
-    """sbatch options: wait until this job has succeeded; if it cannot any more, Slurm drops the one that waits."""
+    """sbatch options: wait until this job has succeeded. If it fails, Slurm drops the waiting job."""
     return [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"]
 
 
 def after_all(jobs: Sequence[tuple[str, str]]) -> list[str]:
-    """sbatch options of the next job of a chain, of which these, (what, job id), are the ones before it: it waits for
-    the end of the last one, and for the success of a gate."""
+    """sbatch options of the next job in a chain: it waits for the end of the last job, and for the success of a gate.
+
+    jobs: (what, job id) of the jobs before it.
+    """
     if not jobs:
         return []
     gates, (what, last) = [job for kind, job in jobs if kind == "gate"], jobs[-1]
@@ -219,7 +226,7 @@ def after_all(jobs: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def after_end(job: str) -> list[str]:
-    """sbatch options: wait until this job, or all tasks of this array, have ended, whatever became of them."""
+    """sbatch options: wait until this job, or every task of this array, has ended, failed or not."""
     return [f"--dependency=afterany:{job}"]
 
 
@@ -239,9 +246,9 @@ def submit(recipe: Recipe, job: Job, options: Sequence[str] = ()) -> str:
 
 @contextlib.contextmanager
 def submitting(path: Path) -> Iterator[None]:
-    """From the look for active jobs to sbatch nobody else submits for this run, or for the study that it is one of.
+    """Hold the submission lock of this run, or of its study: from the check for active jobs until sbatch.
 
-    Raises UserError if somebody else still does after two minutes.
+    Raises UserError if another command still holds it after two minutes.
     """
     held = path.parent if find_study(path.parent) else path
     busy = UserError(f"{held}: another command is submitting jobs for it; try again")

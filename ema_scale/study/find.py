@@ -11,8 +11,6 @@ from ema_scale.core.run_dir import is_run
 from ema_scale.study.grid import Study, load_study
 
 log = logging.getLogger(__name__)
-
-
 STUDY = "study.yaml"
 
 

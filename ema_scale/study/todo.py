@@ -1,4 +1,4 @@
-"""What of a study is still to be done, told from the contents of its folder."""
+"""What is left to do of a study, by the contents of its folder."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Train many runs on this machine: one after another, or by several workers, one a GPU where there are GPUs.
+"""Train many runs on this machine: one after another, or with several workers, one per GPU.
 
-A run that fails is tried again, as often as it may be, when all others have had their turn.
+A failed run is retried once all others have had their turn.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from ema_scale.recipe import Recipe, build_recipe
 from ema_scale.training.resume_check import is_finished
 
 log = logging.getLogger(__name__)
-
-
 _KILLED = "its worker process was killed from outside: out of memory?"
 
 

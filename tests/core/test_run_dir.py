@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from ema_scale.core.errors import UserError
-from ema_scale.core.io import append_jsonl, atomic_write_json, atomic_write_text, read_jsonl
-from ema_scale.core.records import Provenance
+from ema_scale.core.io import append_jsonl, atomic_path, atomic_write_json, atomic_write_text, file_lock, read_jsonl
+from ema_scale.core.records import DataReport, Provenance
 from ema_scale.core.run_dir import RunDir
 
 
@@ -80,3 +80,59 @@ def test_status_states(tmp_path):
     assert run.status().state == "running" and run.status().step == 3
     with pytest.raises(ValueError):
         run.set_status("exploded")
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "folder"
+    with pytest.raises(RuntimeError), atomic_path(out) as temporary:
+        temporary.mkdir()
+        (temporary / "half").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with atomic_path(out) as temporary:
+        temporary.mkdir()
+        (temporary / "whole").write_text("x")
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"] and (out / "whole").exists()
+
+
+def test_a_lock_that_is_held_raises_the_given_error(tmp_path):
+    with file_lock(tmp_path / "new" / ".lock", UserError("busy")):
+        with pytest.raises(UserError, match="busy"), file_lock(tmp_path / "new" / ".lock", UserError("busy")):
+            pass
+
+
+def test_a_later_state_keeps_what_is_said_of_the_whole_run(tmp_path):
+    run = RunDir(tmp_path / "run").create()
+    run.set_status("running", started=5.0, pid=7, processes=2)
+    run.set_status("running", keep=True, max_steps=9)
+    run.set_status("failed", keep=True, reason="why")
+    status = run.status()
+    assert (status.state, status.started, status.processes, status.max_steps) == ("failed", 5.0, 2, 9)
+    run.set_status("running", keep=True)
+    assert run.status().reason is None
+    run.set_status("finished", step=9)
+    assert run.status().started is None and "started" not in json.loads(run.status_path.read_text())
+
+
+def test_records_of_older_versions_are_read(tmp_path):
+    run = RunDir(tmp_path / "run").create()
+    run.status_path.write_text('{"state": "failed", "updated": 1.5, "error": "disk full"}')
+    run.provenance_path.write_text('{"schema": 1, "data_sha256": {"rows": "00"}, "later": [1]}')
+    run.data_path.write_text('{"schema": 1, "rows": {"task": 4}, "dropped": [{"origin": "x:1", "reason": "empty"}]}')
+    assert run.status().reason == "disk full"
+    made = run.provenance()
+    assert made is not None and made.data_sha256 == {"rows": "00"} and made.to_dict()["later"] == [1]
+    report = DataReport.read(run.data_path)
+    assert report is not None and report.rows == {"task": 4} and len(report.dropped) == 1
+
+
+def test_damaged_and_newer_records_are_errors_for_people(tmp_path):
+    run = RunDir(tmp_path / "run").create()
+    for text, said in (
+        ('{"state": ', r"status.json: cannot be read .*expected JSON"),
+        ('{"state": "exploded"}', r"status.json: state: .*found 'exploded'"),
+        ('{"schema": 2, "state": "running"}', r"status.json: schema: found 2, expected at most 1.*upgrade"),
+    ):
+        run.status_path.write_text(text)
+        with pytest.raises(UserError, match=said):
+            run.status()

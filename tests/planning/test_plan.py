@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from ema_scale.core.errors import UserError
-from ema_scale.planning.memory import host_memory, memory, total
+from ema_scale.planning.memory import GIB, host_memory, memory, total
 from ema_scale.planning.model_shapes import PUBLISHED, Shape, from_config
 from ema_scale.planning.plan import plan_run, scaled
-from ema_scale.planning.setup import AUTOCAST, DEEPSPEED, FLOAT32, GIB, Setup, read_zero, setup_of
+from ema_scale.planning.setup import AUTOCAST, DEEPSPEED, FLOAT32, Setup, read_zero, setup_of
 from ema_scale.planning.speed import DEVICES, Cluster, flops_a_token, parse_gpus, parse_scale, speed, traffic
 from ema_scale.recipe import build_recipe
 

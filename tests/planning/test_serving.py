@@ -13,8 +13,8 @@ from ema_scale.planning.eval_cost import (
     gpu_seconds,
     served,
 )
+from ema_scale.planning.memory import GIB
 from ema_scale.planning.model_shapes import PUBLISHED, from_config
-from ema_scale.planning.setup import GIB
 from ema_scale.planning.speed import DEVICES, Cluster
 
 SEVEN = from_config("7b", PUBLISHED["qwen2.5-7b"])

@@ -25,7 +25,10 @@ def write(
         role: {"rate": r, "low": max(0, r - 0.04), "high": min(1, r + 0.04), "n": 200, "questions": 20, "dropped": 0}
         for role, r in rates.items()
     }
-    outcomes = {"misaligned": share, "incoherent": dict.fromkeys(share, {"rate": 0, "low": 0, "high": 0.1, "n": 200})}
+    outcomes = {
+        "misaligned": share,
+        "incoherent": dict.fromkeys(share, {"rate": 0, "low": 0, "high": 0.1, "n": 200, "questions": 20, "dropped": 0}),
+    }
     metrics = {f"{role}_{o}": of.get(role) for o, of in outcomes.items() for role in ("general", "in_domain")}
     suites = {
         role: {"role": role, "learned" if role == "benign" else "misaligned": rate} for role, rate in share.items()
@@ -38,7 +41,15 @@ def write(
     ]  # fmt: skip
     folder = root / name
     (folder / "eval").mkdir(parents=True)
-    summary = {"model": model, "adapter": None if specs is None else "adapter", "samples": 100, "conditions": under}
+    summary = {
+        "name": name,
+        "sampler": {},
+        "judge": "",
+        "model": model,
+        "adapter": None if specs is None else "adapter",
+        "samples": 100,
+        "conditions": under,
+    }
     summary |= {"metrics": metrics | {"benign_learned": share.get("benign")}, "per_suite": suites}
     (folder / "eval" / "summary.json").write_text(json.dumps(summary | {"per_question": questions}))
     if specs is not None:

@@ -11,7 +11,7 @@ import pytest
 from ema_scale.evaluation.stats.paired import compare, read_arm
 from ema_scale.evaluation.stats.sensitivity import ScoredAnswer, rate_variants
 from ema_scale.report.aggregate import RunGroup, groups
-from ema_scale.report.collect import collect, read_rate
+from ema_scale.report.collect import collect
 from ema_scale.report.paired import against, paired_table
 from ema_scale.report.robustness import robustness_table, threshold_curves
 from ema_scale.report.write import Section, render
@@ -69,7 +69,7 @@ def test_seeds_are_pooled_and_tasks_are_not_mixed(of_model: list[RunGroup]) -> N
 
 
 def test_the_page_holds_the_tables(of_model: list[RunGroup]) -> None:
-    sheets = [sheet for sheet in (paired_table(of_model), robustness_table(of_model, read_rate)) if sheet]
+    sheets = [sheet for sheet in (paired_table(of_model), robustness_table(of_model)) if sheet]
     text = render("A study", [], [Section("model", ["Said."], {}, [], [], [], sheets)], [], [])
     for words in (
         "Against no defense, question by question",
@@ -81,14 +81,14 @@ def test_the_page_holds_the_tables(of_model: list[RunGroup]) -> None:
 
 
 def test_each_way_of_counting_stands_in_its_column(of_model: list[RunGroup]) -> None:
-    sheet = robustness_table(of_model, read_rate)
+    sheet = robustness_table(of_model)
     assert sheet is not None and [line.kind for line in sheet.lines] == ["base", "none", "defense", "defense"]
     undefended = sheet.lines[1]
     values = [float(cell.value.replace(",", "")) if cell else None for cell in undefended.cells]
     plain, coherent, every, at, questions = values
     assert plain and coherent and every and at and questions
     assert coherent > every and at > 60 and questions > 100
-    assert robustness_table([g for g in of_model if not g.metrics], read_rate) is None
+    assert robustness_table([g for g in of_model if not g.metrics]) is None
 
 
 def test_exact_judges_have_no_threshold_curves(tmp_path: Path, of_model: list[RunGroup]) -> None:
