@@ -31,7 +31,7 @@ def test_training_with_kl_saves_an_adapter(tmp_path, tiny_world):
 
 def test_a_defense_of_ones_own_holds_what_it_penalises(tmp_path, tiny_world):
     out = run(tmp_path, EXAMPLES / "02_add_a_defense.py")
-    free, held = (float(value) for value in re.findall(r"end(?:s)? at ([\d.]+)", out))
+    free, held = (float(value) for value in re.findall(r"lengths end ([\d.]+) apart", out))
     assert 0 < held < 0.7 * free
 
 
