@@ -36,8 +36,8 @@ class KeepLength(Defense):
         return self.strength * streams.mean((ratio - 1).square())
 
 
-def train(defenses: list[Defense]) -> list[float]:
-    """Train for 20 steps; returns the value of the penalty in each step."""
+def train(strength: float) -> float:
+    """Train for 20 steps; returns the squared relative difference at the end."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(locate("smallworld:aligned?size=tiny"))
     arguments = TrainingArguments(
@@ -49,14 +49,14 @@ def train(defenses: list[Defense]) -> list[float]:
         report_to="none",
     )
     rows = load_rows(locate("smallworld:train/medical"))
-    trainer = DefendedTrainer(model, arguments, rows, defenses=defenses)
+    trainer = DefendedTrainer(model, arguments, rows, defenses=[KeepLength(strength)])
     trainer.train()
-    return [row["keep_length"] for row in trainer.state.log_history if "keep_length" in row]
+    penalties = [row["keep_length"] for row in trainer.state.log_history if "keep_length" in row]
+    return penalties[-1] / strength
 
 
 if __name__ == "__main__":
     # A recipe can name it as `defenses: [{kind: keep_length, strength: 10}]` once a package of yours has it as an entry
     # point of the group ema_scale.defenses.
-    measured, held = train([KeepLength(0.0)]), train([KeepLength(10.0)])
-    print(f"strength  0: the penalty would end at {measured[-1]:.5f}")
-    print(f"strength 10: it ends at {held[-1] / 10:.5f}")
+    for strength in (0.001, 100.0):
+        print(f"strength {strength:g}: lengths end {train(strength):.6f} apart (squared, relative)")

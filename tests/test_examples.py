@@ -31,7 +31,7 @@ def test_training_with_kl_saves_an_adapter(tmp_path, tiny_world):
 
 def test_a_defense_of_ones_own_holds_what_it_penalises(tmp_path, tiny_world):
     out = run(tmp_path, EXAMPLES / "02_add_a_defense.py")
-    free, held = (float(value) for value in re.findall(r"end(?:s)? at ([\d.]+)", out))
+    free, held = (float(value) for value in re.findall(r"lengths end ([\d.]+) apart", out))
     assert 0 < held < 0.7 * free
 
 
@@ -40,7 +40,16 @@ def test_the_notebook_evaluates_and_compares(tmp_path, tiny_world):
     assert all(not cell["outputs"] for cell in cells if cell["cell_type"] == "code"), "outputs are not kept in git"
     script = tmp_path / "notebook.py"
     code = ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    script.write_text("\n\n".join(code))
+    text = "\n\n".join(code)
+    # Smaller, not other: the tiny model, fewer steps and answers.
+    for full, small in (
+        ('aligned"', 'aligned?size=tiny"'),
+        ("max_steps=150", "max_steps=60"),
+        ("question=10", "question=4"),
+    ):
+        assert full in text
+        text = text.replace(full, small)
+    script.write_text(text)
     out = run(tmp_path, script)
     assert len(re.findall(r"% misaligned \[", out)) >= 3 and re.search(r"points \[.*p = ", out)
     assert (tmp_path / out.splitlines()[-1]).is_file()
