@@ -64,7 +64,11 @@ def _rows(recipe: Recipe) -> int | None:
     from ema_scale.data.rows import load_rows
 
     try:
-        found = [load_rows(s, limit=recipe.data.limit, on_bad="drop") for s in recipe.data.sources if Path(s).is_file()]
+        found = [
+            load_rows(s, limit=recipe.data.limit, on_bad="drop", columns=recipe.data.columns)
+            for s in recipe.data.sources
+            if Path(s).is_file()
+        ]
     except UserError:
         return None
     return sum(map(len, found)) or None if len(found) == len(recipe.data.sources) else None

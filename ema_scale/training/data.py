@@ -36,7 +36,10 @@ class DataReport:
         return {"schema": 1, **asdict(self)}
 
     def lines(self) -> list[str]:
-        """What is learned, what was cut or dropped and why, and what was changed: one line each."""
+        """What is learned, what was cut or dropped and why, and what was changed: one line each; none for rows that
+        came as tokens, of which only the number is known."""
+        if "assistant_tokens" not in self.tokens:
+            return []
         known = TokenReport(rows=sum(self.rows.values())).to_dict()
         report = TokenReport(**{**known, **{k: v for k, v in self.tokens.items() if k in known}})
         return report.lines([one["reason"] for one in self.dropped if "reason" in one])
