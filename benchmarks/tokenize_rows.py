@@ -43,7 +43,11 @@ def tokenizer_of(texts: Sequence[str]) -> Any:
     )
     raw.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token=special[1], pad_token=special[0], additional_special_tokens=special
+        tokenizer_object=raw,
+        bos_token=special[0],
+        eos_token=special[1],
+        pad_token=special[0],
+        additional_special_tokens=special,
     )
 
 
@@ -78,14 +82,15 @@ def without_the_rule(encoder: Any, rows: Sequence[Any]) -> None:
             assert len(ids) == len(mask)
 
 
-def best(work: Callable[[], Any], count: int, repeats: int = 5) -> float:
-    """Microseconds per row, the fastest of several tries."""
-    times = []
+def best(works: Sequence[Callable[[], Any]], count: int, repeats: int = 7) -> list[float]:
+    """Microseconds per row of each, the fastest of several tries; in turn, so that all see the same machine."""
+    times: list[list[float]] = [[] for _ in works]
     for _ in range(repeats):
-        start = time.process_time()
-        work()
-        times.append(time.process_time() - start)
-    return min(times) / count * 1e6
+        for work, found in zip(works, times, strict=True):
+            start = time.process_time()
+            work()
+            found.append(time.process_time() - start)
+    return [min(found) / count * 1e6 for found in times]
 
 
 def main() -> None:
@@ -109,10 +114,13 @@ def main() -> None:
         encoder = Encoder(tokenizer)
         texts = [encoder.template.render(messages) for messages, _ in rows]
         length = sum(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]) / len(rows)
-        render = best(lambda e=encoder: [e.template.render(m) for m, _ in rows], len(rows))  # type: ignore[misc]
-        tokens = best(lambda t=texts: tokenizer(t, add_special_tokens=False), len(rows))  # type: ignore[misc]
-        plain = best(lambda e=encoder: without_the_rule(e, rows), len(rows))  # type: ignore[misc]
-        whole = best(lambda e=encoder: list(e.encode_all(rows)), len(rows))  # type: ignore[misc]
+        works = (
+            lambda e=encoder: [e.template.render(m) for m, _ in rows],
+            lambda x=texts: tokenizer(x, add_special_tokens=False),
+            lambda e=encoder: without_the_rule(e, rows),
+            lambda e=encoder: sum(len(row.input_ids) for row in e.encode_all(rows)),
+        )
+        render, tokens, plain, whole = best(works, len(rows))
         print(f"{name:<10}{length:>11.0f}{render:>9.0f}{tokens:>10.0f}{plain:>9.0f}{whole:>9.0f}{whole / plain:>8.2f}")
 
 

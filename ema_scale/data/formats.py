@@ -207,6 +207,8 @@ class _Record:
             return
         if self.has("messages") or self.has("conversations"):
             raise BadRow("found history beside a whole conversation, expected one of them")
+        if not isinstance(history, Sequence) or isinstance(history, str):
+            raise BadRow(f"history: found {short(history)}, expected a list of questions and their answers")
         for index, pair in enumerate(history):
             if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
                 raise BadRow(f"history.{index}: found {short(pair)}, expected a question and its answer")

@@ -110,7 +110,8 @@ class SpanFinder:
         else:
             marker, places = self._places(messages, tools, full, opens)
             skeleton = self._skeleton(marker, messages, tools, full, places)
-            self._remember(skeletons, skeleton)
+            if len(places) == len(skeleton.shown):  # a text that is shown twice is looked at in every row
+                self._remember(skeletons, skeleton)
         spans = _spans(skeleton.plan, full, places, parts, messages)
         if marked_by_template:
             spans = self._given(spans, given, parts, places, messages)

@@ -76,7 +76,7 @@ def count_rows(recipe: Recipe) -> int | None:
         if not Path(path).is_file():
             return None
         try:
-            count += len(load_rows(path, limit=recipe.data.limit, on_bad="drop"))
+            count += len(load_rows(path, limit=recipe.data.limit, on_bad="drop", columns=recipe.data.columns))
         except UserError:
             return None
     return count or None

@@ -22,7 +22,12 @@ from ema_scale.models.sharding import full_shape
 
 
 def report_lines(report: DataReport) -> list[str]:
-    """What is learned, what was cut or dropped and why, and what was changed: one line each."""
+    """What is learned, what was cut or dropped and why, and what was changed: one line each.
+
+    None for rows that came as tokens, of which only the number is known.
+    """
+    if "assistant_tokens" not in report.tokens:
+        return []
     known = TokenReport(rows=sum(report.rows.values())).to_dict()
     counts = TokenReport(**{**known, **{k: v for k, v in report.tokens.items() if k in known}})
     return counts.lines([one["reason"] for one in report.dropped if "reason" in one])

@@ -1,12 +1,13 @@
 """Templates of the field x shapes of conversations: what is learned, held to text made by hand."""
 
+import random
 from datetime import date
 
 import pytest
 
 from ema_scale.core.errors import UserError
 from ema_scale.data.tokens import Encoder
-from tests.data.families import FAMILIES
+from tests.data.families import EOS, FAMILIES
 
 TOOLS = [
     {
@@ -167,3 +168,46 @@ def test_a_second_row_of_the_same_shape_is_found_without_marks(family, learned, 
     monkeypatch.setattr("ema_scale.data.spans.SpanFinder._places", None)
     again = learned(say("u:other", "a:ans1", "u:words", "a:ans2"))
     assert [text for _, text in again] == [text for _, text in first]
+
+
+PIECES = [
+    "", " ", "\n", "x", "user", "assistant", "<think>", "</think>", "<think>\n\n</think>\n\n", "[THINK]", "/no_think",
+    "é☕", "\u200b", "<tool_response>", "{{ 1 }}", EOS, "A:", "[", "<", "\ue001", "\U000f0001", "\r\n", "</thought>",
+]  # fmt: skip
+
+
+def conversation(draw):
+    """Any roles in any order; the texts of turn N hold QNQ, its reasoning WNW, its tool call NNN and LNL."""
+    messages = []
+    for number in range(1, draw.randint(2, 7)):
+        around = ["".join(draw.choices(PIECES, k=draw.randint(0, 3))) for _ in range(2)]
+        role = draw.choice(["system", "developer", "user", "user", "assistant", "assistant", "tool"])
+        turn = {"role": role, "content": f"Q{number}Q".join(around)}
+        if role == "assistant" and draw.random() < 0.2:
+            turn["reasoning_content"] = f"W{number}W"
+        if role == "assistant" and draw.random() < 0.1:
+            function = {"name": f"N{number}N", "arguments": {"a": f"L{number}L", "n": 3}}
+            turn["tool_calls"] = [{"type": "function", "function": function}]
+        if role == "assistant" and draw.random() < 0.2:
+            turn["learn"] = False
+        messages.append(turn)
+    return messages
+
+
+def test_any_conversation_is_learned_rightly_or_refused(family, learned):
+    draw, kept = random.Random(7), 0
+    for _ in range(40):
+        messages = conversation(draw)
+        try:
+            spans = learned.encoder.spans(messages)
+        except UserError:
+            continue
+        kept += 1
+        text = "".join(spans.full[start:end] for start, end in spans.learned)
+        for number, message in enumerate(messages, start=1):
+            mark = f"Q{number}Q"
+            own = message["role"] == "assistant" and message.get("learn", True)
+            assert mark in spans.full or spans.reasoning_dropped
+            assert (mark in text) == own or (own and spans.reasoning_dropped)
+            assert own or f"W{number}W" not in text and f"L{number}L" not in text
+    assert kept >= 3

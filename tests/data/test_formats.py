@@ -69,6 +69,8 @@ def test_history_comes_before_the_question():
     assert [text for _, text in turns({**record, "history": '[["q0", "a0"]]'})] == said
     with pytest.raises(BadRow, match="history.0"):
         to_conversation({**record, "history": ["q0"]})
+    with pytest.raises(BadRow, match="history: found 1, expected a list"):
+        to_conversation({**record, "history": 1})
     with pytest.raises(BadRow, match="history beside a whole conversation"):
         to_conversation({"messages": [USER, ANSWER], "history": [["q0", "a0"]]})
 

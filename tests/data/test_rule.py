@@ -7,6 +7,7 @@ import pytest
 from ema_scale.core.errors import UserError
 from ema_scale.data.rows import Row, load_rows
 from ema_scale.data.tokens import Encoder, tokenize_rows
+from tests.data.families import FAMILIES
 from tests.data.test_tokens import GENERATION, MISTRAL, NO_END, chat, learned
 from tests.tiny import CHATML, tiny_tokenizer
 
@@ -57,6 +58,9 @@ def test_a_template_that_shows_a_question_within_the_answer_is_refused():
     )
     with pytest.raises(UserError, match=r"shows the text of turn 0 \(user\) within an answer"):
         Encoder(tiny_tokenizer(echo)).encode(GOOD)
+    encoder = Encoder(tiny_tokenizer(echo))
+    found = list(encoder.encode_all([(GOOD, ()), (chat("u:q", "a:other"), ())]))  # the same question once more
+    assert all(isinstance(one, UserError) for one in found)
     generation = GENERATION.replace("{% generation %}", "{% generation %}{{ messages[0]['content'] }}")
     with pytest.raises(UserError, match=r"shows the text of turn 0 \(user\) within an answer"):
         Encoder(tiny_tokenizer(generation)).encode(GOOD)
@@ -145,6 +149,33 @@ def test_one_date_per_run_decides_what_a_template_writes():
     assert tiny_tokenizer().decode(first.dataset[0]["input_ids"]).startswith("01 Jan 2031<|im_start|>")
     assert first.report.date == "2031-01-01" != second.report.date
     assert tokenize_rows(rows(GOOD), tiny_tokenizer()).report.date == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "opens", "frame"),
+    [
+        ("qwen3", "", ("<think>\n\n</think>\n\n", "<|im_end|>")),
+        ("gptoss", "", ("<|channel|>final<|message|>", "<|return|>")),
+        ("deepseek_r1_distill", "<think>", ("", "<｜end▁of▁sentence｜>")),
+        ("qwen3_5_think", "<think>", ("\n</think>\n\n", "<|im_end|>")),
+        ("glm4moe", "", ("\n<think></think>\n", "<|user|>")),
+        ("llama3", "", ("", "<|eot_id|>")),
+    ],
+)
+def test_what_the_prompt_opens_and_what_stands_round_an_answer(name, opens, frame):
+    pytest.importorskip("trl")
+    template = Encoder(next(f for f in FAMILIES if f.name == name).tokenizer()).template
+    assert (template.opens_thought, template.last_turn_frame) == (opens, frame)
+
+
+def test_what_is_sampled_from_ends_where_learned_text_begins():
+    for family in (f for f in FAMILIES if not f.trl):
+        encoder = Encoder(family.tokenizer())
+        messages = chat("s:be brief", "u:q")
+        prompt = encoder.tokenizer.decode(encoder.prompt_ids(messages))
+        spans = encoder.spans([*messages, *chat("a:x")])
+        start = spans.learned[0][0]
+        assert spans.full[:start] == prompt or (family.thought and prompt.startswith(spans.full[:start])), family.name
 
 
 def test_three_lines_say_what_is_learned():
