@@ -102,7 +102,7 @@ def _sharded(rows: Rows, sizes: Sizes, **how: Any) -> None:
             # The same weights for all: drawn under ZeRO-3, or on another device, they would be others.
             task = replace(task, saved=f"{folder}/model")
             random_base(task.fields, task.dtype, "cpu").save_pretrained(task.saved)
-            asked = {"folder": folder, "ways": [OFF, TWO, CACHED], "task": replace(task, **how)}
+            asked: dict[str, Any] = {"folder": folder, "ways": [OFF, TWO, CACHED], "task": replace(task, **how)}
             # As many rows in a step, on one process.
             alone = {**asked, "ways": [OFF], "name": "alone", "task": replace(task, rows=task.rows * sizes.processes)}
             problem = _started([alone]) + _started([asked] * sizes.processes)

@@ -86,7 +86,7 @@ def against_vllm(bench: Bench, repeats: int) -> list[Measured]:
         def ours() -> dict[str, float]:
             began, targets = time.process_time(), bench.targets()
             found = evaluate(targets, bench.model, [bench.exact], bench.settings(judge), sampler=sampler)
-            judged = sum(s.metrics["general_misaligned"].n for s in found.values())
+            judged = sum(rate.n for s in found.values() if (rate := s.metrics["general_misaligned"]))
             return {"answers": judged, "cpu": time.process_time() - began}
 
         return compare(
@@ -146,7 +146,7 @@ def against_the_loop(bench: Bench, latency: float, at_once: int, repeats: int) -
 
         def ours() -> dict[str, float]:
             found = evaluate(bench.targets(), bench.model, [bench.open], bench.settings(judge))
-            return {"answers": sum(s.metrics["general_misaligned"].n for s in found.values())}
+            return {"answers": sum(rate.n for s in found.values() if (rate := s.metrics["general_misaligned"]))}
 
         return compare(
             [

@@ -162,7 +162,7 @@ def _step(way: str, task: Task, operations_: dict[str, float], rate: float) -> d
     done = train(way, task, torch.cuda.reset_peak_memory_stats if cuda else lambda: None, ended)
     median, tokens = statistics.median(done.seconds), task.rows * task.length
     peak = peak_flops(torch.cuda.get_device_name()) if cuda else None
-    found = {
+    found: dict[str, Any] = {
         "seconds": median,
         "low": min(done.seconds),
         "high": max(done.seconds),

@@ -135,7 +135,8 @@ def run(name: str, limit: float, *, rehearse: bool, start: str = "fork") -> list
         return [{"name": name, "error": "not run: no time was left"}]
     with tempfile.TemporaryDirectory(prefix="ema-bench-") as folder:
         rows, log = Rows(Path(folder) / "rows.jsonl"), Path(folder) / "stderr.txt"
-        child = get_context(start).Process(target=work, args=(name, rows, log, rehearse))
+        context: Any = get_context(start)
+        child = context.Process(target=work, args=(name, rows, log, rehearse))
         child.start()
         assert child.pid is not None
         child.join(limit)

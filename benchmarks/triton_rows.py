@@ -8,7 +8,7 @@ BLOCK = 8192
 
 
 @triton.jit
-def rows_kernel(
+def rows_kernel(  # type: ignore[no-untyped-def]
     logits, others, labels, ce, value, entropy, correct, gradient, size, hard, soft,
     WITH_REFERENCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

@@ -27,7 +27,7 @@ from ema_scale.report.verdict import KEEP, RULES, ranking, verdict
 
 
 def write(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
-    """See `ema_scale.report.write_report`."""
+    """See `ema_scale.report.make.write_report`."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: found a file, expected a folder to write the report into")
     found = collect(run_dirs)

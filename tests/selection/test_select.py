@@ -162,14 +162,14 @@ def test_another_selection_reads_only_what_is_new(made, tmp_path, monkeypatch):
 SLOW_READER = """
 import sys, time
 from pathlib import Path
-from ema_scale.recipe import ModelRecipe
-from ema_scale.selection.readers import Readers
+from ema_scale.config.sections import ModelRecipe
+from ema_scale.selection.scoring_models import ScoringModels
 from ema_scale.selection.select import select
-true = Readers.nll
+true = ScoringModels.nll
 def slowly(self, name, batch):
     time.sleep(0.2)
     return true(self, name, batch)
-Readers.nll = slowly
+ScoringModels.nll = slowly
 base, law, source, out = sys.argv[1:]
 select(source, ModelRecipe(path=base, dtype="float32"), {"law": law}, Path(out), max_length=200, batch_tokens=1)
 """

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from ema_scale.core.checkpoints import list_checkpoints, step_of
 from ema_scale.core.errors import UserError
 from ema_scale.core.run_dir import RunDir
-from ema_scale.evaluation import checkpoint_targets
+from ema_scale.evaluation import runs as evaluation_runs
 from ema_scale.evaluation.runs import evaluate_runs, is_evaluated
 from ema_scale.models.checkpoint_adapter import export_adapter
 from ema_scale.report.collect import collect
@@ -65,10 +65,10 @@ def test_an_adapter_along_training_is_finished_as_the_last_one_is(world, tmp_pat
     values = recipe.to_dict() | {"defenses": [spec], "evaluation": {"checkpoints": True}}
     recipe = type(recipe).model_validate(values)
     run = train(recipe, RunDir(recipe.run_path))
-    (target,) = checkpoint_targets.checkpoint_targets(run, recipe, ())
+    (target,) = evaluation_runs.checkpoint_targets(run, recipe, ())
     assert target.name == "run@1" and target.adapter_path == target.out_dir / "finished"
     plain = export_adapter(run.checkpoints / "checkpoint-1", run.adapter, tmp_path / "plain")
-    checkpoint_targets._export(run.checkpoints / "checkpoint-2", run, recipe, tmp_path / "last")
+    evaluation_runs._export(run.checkpoints / "checkpoint-2", run, recipe, tmp_path / "last")
     then, raw, last, own = (
         load_file(f / "adapter_model.safetensors") for f in (target.adapter_path, plain, tmp_path / "last", run.adapter)
     )

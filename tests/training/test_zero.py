@@ -215,7 +215,7 @@ def test_zero3_on_two_processes_equals_one_process(world, one_process, tmp_path)
 
 AHEAD = """
 import json, sys
-from ema_scale.bench.random_model import random_base
+from benchmarks.random_model import random_base
 from benchmarks.training_variants import PLAIN, TWO, Task, train
 from ema_scale.training.distributed import prepare_environment
 
