@@ -34,7 +34,12 @@ def buffers(asked, head_dtype, tokens=3 * CHUNK, softcap=None):
     return live_buffers(terms), most / (4 * CHUNK * VOCABULARY)
 
 
-@pytest.mark.parametrize("asked", [[], *ONE, *TWO], ids=str)
+def named(terms):
+    """An id that is the same in every process, as a function's address is not."""
+    return " + ".join(f"{getattr(measure, '__name__', measure)} at {temperature}" for measure, temperature in terms)
+
+
+@pytest.mark.parametrize("asked", [[], *ONE, *TWO], ids=named)
 @pytest.mark.parametrize(("dtype", "softcap"), [(torch.float32, None), (torch.float32, 3.0), (torch.bfloat16, None)])
 def test_as_many_logits_are_alive_as_a_plan_counts(asked, dtype, softcap):
     counted, found = buffers(asked, dtype, softcap=softcap)
