@@ -47,7 +47,7 @@ def test_as_many_logits_are_alive_as_a_plan_counts(asked, dtype, softcap):
     assert counted <= found < counted + 0.1
 
 
-@pytest.mark.parametrize("asked", [*ONE, *TWO], ids=str)
+@pytest.mark.parametrize("asked", [*ONE, *TWO], ids=named)
 def test_a_7bs_head_stays_under_the_memory_bar_on_a_gpu(asked):
     count = live_buffers([LossTerm(torch.ones(1), torch.ones(1, dtype=torch.bool), *term) for term in asked])
     chunk = chunk_tokens(FULL.vocab, count, cuda=True)
