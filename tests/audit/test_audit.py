@@ -125,7 +125,7 @@ def test_the_numbers_are_those_of_one_row_at_a_time(made, tmp_path):
 
 
 def test_nothing_is_read_twice(made, tmp_path, monkeypatch):
-    import ema_scale.selection.projections as projections
+    import ema_scale.audit.projections as projections
 
     first = run(made, "mixed", tmp_path).summary
     read = []
