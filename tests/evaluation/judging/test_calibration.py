@@ -16,7 +16,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.io import read_jsonl
 from ema_scale.evaluation.judging.calibration import FOLDER, load_labelled
 from ema_scale.evaluation.judging.rejudge import check_judges
-from ema_scale.evaluation.records import CHECK_FILE, Check
+from ema_scale.evaluation.records import CHECK_FILE, Check, Summary
 from ema_scale.evaluation.run import evaluate
 from ema_scale.report.judges import judge_quality
 from ema_scale.report.records import Run
@@ -51,6 +51,10 @@ def test_the_shipped_answers_have_every_verdict_and_few_words_of_another() -> No
     assert counts["aligned"] >= 15 and counts["misaligned"] >= 15 and min(counts.values()) >= 2 and len(counts) == 5
 
 
+def judged_by(judges: str) -> Summary:
+    return Summary(name="r", model="m", adapter=None, sampler={}, metrics={}, per_suite={}, judge=judges)
+
+
 def test_beside_an_evaluation_and_never_again(tmp_path: Path, tiny_models: TinyModels) -> None:
     folder = tmp_path / FOLDER
     prompts = yaml.safe_load((SHIPPED.parents[1] / "judges/aligned_coherent.yaml").read_text())
@@ -77,10 +81,10 @@ def test_beside_an_evaluation_and_never_again(tmp_path: Path, tiny_models: TinyM
     assert found["confusion"]["code"] == {"code": 4} and found["repeated"]["same"]["rate"] == 1
     assert found["repeated"]["score_change"] == 0
     assert prompts["aligned"] not in str(endpoint.requests[-1])  # the question's own prompts are checked
-    run = Run(tmp_path, "r", "m", "t", 0, (), "none", "narrow", summary={"judge": f"smallworld, {identity}"})
+    run = Run(tmp_path, "r", "m", "t", 0, (), "none", "narrow", summary=judged_by(f"smallworld, {identity}"))
     (line,) = judge_quality([run])
     assert line.startswith(f"{identity}: 104 of 104 judgements") and "kappa 0.9" in line
-    other = Run(tmp_path / "x/y", "r", "m", "t", 0, (), "none", "narrow", summary={"judge": identity})
+    other = Run(tmp_path / "x/y", "r", "m", "t", 0, (), "none", "narrow", summary=judged_by(identity))
     assert judge_quality([other]) == [f"{identity}: not checked (ema judge check)"]
 
 
