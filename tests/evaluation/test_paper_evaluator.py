@@ -55,7 +55,7 @@ def test_system_prompts_temperatures_and_rows_go_as_they_went(tmp_path: Path, ti
     assert all(ours[f"bank/plain/0/{i}"]["answer"] == theirs[f"bank/plain/0/{i}"]["answer"] for i in range(4))
     # A refused or code answer has a coherence score; the released evaluator did not count it.
     assert honest.metrics["general_incoherent"].n == 8 and old.metrics["general_incoherent"].n == 0
-    assert old["legacy"] is True and "legacy" not in honest
+    assert old.legacy is True and "legacy" not in (tmp_path / "a" / "summary.json").read_text()
 
 
 def test_benign_questions_stay_as_they_are() -> None:
