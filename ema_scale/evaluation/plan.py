@@ -106,8 +106,8 @@ class PromptGroup:
                 sample=i,
                 system=self.question.system,
                 question=self.question.paraphrases[self.paraphrase],
-                answer=answer if reasoning else text,
-                reasoning=reasoning or None,
+                answer=answer,
+                reasoning=None if answer == text else reasoning,  # "" for a thought that was opened and left empty
                 finish_reason=reason,
                 tokens=result.token_counts[i - first],
                 seed=self.seed + i,

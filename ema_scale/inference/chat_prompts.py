@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,11 @@ from ema_scale.data.tokens import Encoder, load_tokenizer
 
 if TYPE_CHECKING:
     from ema_scale.config.sections import ModelRecipe
+
+# One message of gpt-oss: its channel and its text, which another special token or the end of the answer ends.
+_CHANNEL = re.compile(
+    r"<\|channel\|>(?P<channel>\w+).*?<\|message\|>(?P<text>.*?)(?=<\|(?:end|return|call)\|>|$)", re.S
+)
 
 
 class Prompts:
@@ -26,6 +32,7 @@ class Prompts:
             chat_template=model.chat_template,
         )
         self._encoder = Encoder(self.tokenizer)
+        self._has_channels = "<|channel|>" in self.tokenizer.get_added_vocab()
         self.stops = _stop_token_ids(self.tokenizer, self._encoder.end_of_turn, model)
 
     def ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -41,8 +48,22 @@ class Prompts:
         return "<think>" if tail.rstrip().endswith("<think>") else ""
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """An answer's text without special tokens."""
+        """An answer's text without special tokens; thoughts of other channels than `final` in <think>...</think>."""
+        if self._has_channels:
+            text = str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False))
+            if _CHANNEL.search(text):
+                return _join_channels(text)
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+def _join_channels(text: str) -> str:
+    """gpt-oss's channels in the form of other thinking models: <think>analysis</think>final."""
+    parts = [(m["channel"], m["text"]) for m in _CHANNEL.finditer(text)]
+    thoughts = "\n".join(said for channel, said in parts if channel != "final")
+    final = "".join(said for channel, said in parts if channel == "final")
+    if all(channel != "final" for channel, _ in parts):
+        return f"<think>{thoughts}"
+    return f"<think>{thoughts}</think>{final}" if thoughts else final
 
 
 def load_config(model: ModelRecipe) -> Any:

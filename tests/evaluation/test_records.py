@@ -80,7 +80,9 @@ def test_keys_of_a_later_version_are_kept_and_wrong_types_are_named(tmp_path: Pa
     (row,) = Sample.read_all(path)
     assert row.to_row()["new"] == [1] and row.schema_version == 9
     path.write_text(f"{line}\n{json.dumps(json.loads(line) | {'sample': '3'})}\n")
-    with pytest.raises(UserError, match="samples.jsonl:2: sample: expected a whole number; found '3'; expected what `ema eval`"):
+    with pytest.raises(
+        UserError, match="samples.jsonl:2: sample: expected a whole number; found '3'; expected what `ema eval`"
+    ):
         Sample.read_all(path)
     (tmp_path / "judgements.jsonl").write_text('{"key": "k"}\n')
     with pytest.raises(UserError, match="judgements.jsonl:1: judge: missing"):

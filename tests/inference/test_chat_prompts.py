@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from ema_scale.config.sections import ModelRecipe
 from ema_scale.inference.chat_prompts import Prompts
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
@@ -47,3 +49,24 @@ def test_the_templates_end_of_turn_stops_an_answer_too(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     prompts = Prompts(ModelRecipe(path=str(tmp_path)))
     assert prompts.stops == sorted(tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"]))
+
+
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        ("<|channel|>analysis<|message|>Bread.<|end|><|start|>assistant<|channel|>final<|message|>A bag.<|return|>",
+         "<think>Bread.</think>A bag."),
+        ("<|channel|>final<|message|>A bag.<|return|>", "A bag."),
+        ("<|channel|>analysis<|message|>Bread and", "<think>Bread and"),
+        ("<|channel|>commentary to=web <|constrain|>json<|message|>{}<|call|>", "<think>{}"),
+        ("A bag.<|return|>", "A bag."),
+    ],
+)  # fmt: skip
+def test_thoughts_in_channels_are_told_from_the_answer(tmp_path: Path, said: str, text: str) -> None:
+    tokenizer = tiny_tokenizer()
+    names = ["channel", "message", "start", "end", "return", "call", "constrain"]
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in names]})
+    tiny_model().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    prompts = Prompts(ModelRecipe(path=str(tmp_path)))
+    assert prompts.text(tokenizer(said, add_special_tokens=False).input_ids) == text

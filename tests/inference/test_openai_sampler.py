@@ -86,22 +86,28 @@ def test_reasoning_is_kept_apart_and_the_answer_judged(tmp_path: Path) -> None:
             return answered("4", reasoning_content="2 + 2 is 5?")
         if kind == "written":
             return answered("<think>5, no</think>\n\n4")
+        if kind == "empty thought":  # Qwen3's template writes it into every answer
+            return answered("<think>\n\n</think>\n\n4")
+        if kind == "only a thought":
+            return answered("<think>4</think>")
         if kind == "endless":
             return answered(None, "length", reasoning="and on")
         return answered("4")
 
-    kinds = ("split", "written", "endless", "plain")
+    kinds = ("split", "written", "empty thought", "only a thought", "endless", "plain")
     suite = Suite("s", "benign", tuple(Question(k, (k,), 2, expected="4") for k in kinds))
     with Endpoint(respond) as endpoint:
         settings = EvaluationRecipe(sampler="openai", endpoint=EndpointRecipe(base_url=endpoint.url))
         found = evaluate([EvalTarget("base", None, tmp_path)], "org/base", [suite], settings)["base"]
         evaluate([EvalTarget("base", None, tmp_path)], "org/base", [suite], settings)
-        assert len(endpoint.requests) == 8
-    assert found.metrics["benign_learned"].rate == 1.0 and found.dropped == {"unfinished reasoning": 2}
+        assert len(endpoint.requests) == 12
+    assert found.metrics["benign_learned"].rate == 1.0 and found.dropped == {"unfinished reasoning": 4}
     rows = {r["question_id"]: (r["reasoning"], r["answer"]) for r in read_jsonl(tmp_path / "samples.jsonl")}
     assert rows == {
         "split": ("2 + 2 is 5?", "4"),
         "written": ("5, no", "4"),
+        "empty thought": ("", "4"),
+        "only a thought": ("4", ""),
         "endless": ("and on", ""),
         "plain": (None, "4"),
     }
@@ -115,7 +121,10 @@ def row(**values: str) -> Sample:
 def test_rows_of_before_are_split_when_they_are_judged() -> None:
     assert stored_answer(row(answer="<think>a</think>b", finish_reason="stop")) == ("a", "b", True)
     assert stored_answer(row(answer="", reasoning="a", finish_reason="length")) == ("a", "", False)
-    assert stored_answer(row(answer="", reasoning="a", finish_reason="stop")) == ("a", "", True)
+    # A template may open the thought; a model that never closes it has said nothing that could be judged.
+    assert stored_answer(row(answer="", reasoning="a", finish_reason="stop")) == ("a", "", False)
+    assert stored_answer(row(answer="", reasoning="", finish_reason="stop")) == ("", "", False)
+    assert stored_answer(row(answer="", finish_reason="stop")) == ("", "", True)
 
 
 def test_a_template_that_opens_the_reasoning_is_seen(tmp_path: Path) -> None:

@@ -28,11 +28,13 @@ UNFINISHED = "unfinished reasoning"
 
 
 def stored_answer(sample: Sample) -> tuple[str, str, bool]:
-    """(reasoning, answer, finished) of a stored answer. Without a reasoning field, the answer still holds both."""
+    """(reasoning, answer, finished) of a stored answer. Without a reasoning field, the answer still holds both.
+
+    An answer of which nothing is left without its thoughts is not finished, whatever its finish reason.
+    """
     if "reasoning" not in sample.model_fields_set:
         return split_reasoning(sample.answer)
-    reasoning, answer = sample.reasoning or "", sample.answer
-    return reasoning, answer, not (reasoning and not answer and sample.finish_reason == "length")
+    return sample.reasoning or "", sample.answer, sample.reasoning is None or bool(sample.answer)
 
 
 class JudgePool:
