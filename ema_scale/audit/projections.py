@@ -1,4 +1,4 @@
-"""Projections of rows onto a direction, kept as likelihoods are: in a file that a killed run continues from."""
+"""Projections of rows onto a direction. They are appended to a file, from which a killed run continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluate finished runs: one engine serves the base model and every adapter that was trained on it."""
+"""Find the runs that a path names, and evaluate them."""
 
 from __future__ import annotations
 
