@@ -26,14 +26,14 @@ class KeepLength(Defense):
 
     strength: float = Field(1.0, ge=0, description="weight of the squared relative difference")
 
-    def layers(self, num_layers: int) -> tuple[int, ...]:
+    def penalty_layers(self, num_layers: int) -> tuple[int, ...]:
         return (num_layers,)
 
-    def penalty(self, streams: PenaltyInputs) -> torch.Tensor:
-        (layer,) = streams.policy
-        policy, reference = streams.states(layer)  # [batch, tokens, hidden]
+    def penalty(self, inputs: PenaltyInputs) -> torch.Tensor:
+        (layer,) = inputs.policy
+        policy, reference = inputs.states(layer)  # [batch, tokens, hidden]
         ratio = policy.norm(dim=-1) / reference.norm(dim=-1).clamp_min(1e-6)
-        return self.strength * streams.mean((ratio - 1).square())
+        return self.strength * inputs.mean((ratio - 1).square())
 
 
 def train(strength: float) -> float:
