@@ -43,7 +43,7 @@ def test_the_notebook_evaluates_and_compares(tmp_path, tiny_world):
     text = "\n\n".join(code)
     # Smaller, not other: the tiny model, fewer steps and answers.
     for full, small in (
-        ('aligned"', 'aligned?size=tiny"'),
+        ('world:aligned"', 'world:aligned?size=tiny"'),
         ("max_steps=150", "max_steps=60"),
         ("question=10", "question=4"),
     ):
