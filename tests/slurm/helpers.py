@@ -11,6 +11,7 @@ from typing import Any
 
 from ema_scale.core.io import read_jsonl
 from ema_scale.core.run_dir import RunDir
+from ema_scale.defenses.registry import plugins
 from ema_scale.slurm.submit import jobs_of, log_of, ranks_log_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,11 +45,13 @@ class Trouble(Defense):
 
 
 def write_plugin(folder: Path) -> None:
+    """A plug-in as pip installs it, which is looked for anew."""
     (folder / "trouble.py").write_text(PLUGIN)
     info = folder / "trouble-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: trouble\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[ema_scale.defenses]\ntrouble = trouble:Trouble\n")
+    plugins.cache_clear()
 
 
 def environment(slurm: Any, *paths: Path) -> dict[str, str]:

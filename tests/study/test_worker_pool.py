@@ -4,7 +4,7 @@ import pytest
 
 from ema_scale.core.io import read_jsonl
 from ema_scale.core.run_dir import RunDir
-from ema_scale.defenses.registry import parse
+from ema_scale.defenses.registry import parse, plugins
 from ema_scale.study.worker_pool import listed, train_all
 from tests.slurm.helpers import write_plugin
 from tests.training.test_run import recipe_of, world
@@ -25,7 +25,8 @@ def troubled(world, tmp_path, monkeypatch):
         specs = [{"kind": "trouble", "rank": 0, **trouble}] if trouble else []
         return recipe.model_copy(update={"defenses": parse(specs)})
 
-    return make
+    yield make
+    plugins.cache_clear()
 
 
 def test_a_failed_run_is_tried_again_from_its_checkpoint(troubled, tmp_path, caplog):
