@@ -1,6 +1,6 @@
-"""Names of models and tasks: the last part of a path or hub id, and as much more as tells two apart.
+"""Names of models, tasks and defenses for people, made of a recipe's plain values.
 
-A model or task is what its whole path says; its name is only read. Both work on a recipe's plain values.
+A model or task is what its whole path says; its name is the last part of it, and as much more as tells two apart.
 """
 
 from __future__ import annotations
@@ -52,3 +52,45 @@ def _model_name(key: str, parts: int) -> str:
     if parts > len(every) or path.startswith("smallworld:"):
         return f"{path}@{revision}" if revision and parts > 1 else path
     return "/".join(every[-parts:])
+
+
+# The parameter that a paper's table would give beside the name.
+_STRENGTHS = ("strength", "limit", "fraction", "alpha", "tau", "threshold", "weight")
+# Settings that make another defense of one: said wherever they are not as usual, also beside no rival to be told from.
+_USUAL = {
+    "direction": "policy_reference",
+    "temperature": 1.0,
+    "scope": "all",
+    "normalise": "unit",
+    "against": "activations",
+    "measure": None,
+}
+
+
+def defense_label(spec: Mapping[str, Any], title: str = "") -> str:
+    """`KL 0.1`, `Interleaving 5 %`: a defense's title (default: its kind) with its strength and what is unusual."""
+    kind = str(spec.get("kind", "?"))
+    label = title or kind.replace("_", " ").replace("-", " ").capitalize()
+    if spec.get("variant") == "++":
+        label += "+"
+    key = strength_key(spec)
+    if key is not None:
+        label += f" {spec[key] * 100:g} %" if key == "fraction" else f" {spec[key]:g}"
+    if spec.get("prompts"):
+        label += " on prompts"
+    unusual = [f"{name} {short_value(spec[name])}" for name, usual in _USUAL.items() if spec.get(name, usual) != usual]
+    return f"{label} ({', '.join(unusual)})" if unusual else label
+
+
+def strength_key(spec: Mapping[str, Any]) -> str | None:
+    """The parameter that sets how hard a defense pulls, or None if it has none."""
+    numbers = (k for k in _STRENGTHS if isinstance(spec.get(k), (int, float)) and not isinstance(spec[k], bool))
+    return next(numbers, None)
+
+
+def short_value(value: Any) -> str:
+    """A parameter's value in at most 30 characters."""
+    if isinstance(value, list):
+        value = " + ".join(source_name(str(item)) for item in value)
+    text = f"{value:g}" if isinstance(value, float) else str(value).removeprefix("smallworld:").replace("_", " ")
+    return text if len(text) <= 30 else f"…{text[-28:]}"

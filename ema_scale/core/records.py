@@ -107,6 +107,7 @@ class Provenance(Record):
 
     Args:
         recipe: the resolved recipe.
+        label: the defenses as reports name them; None in earlier versions.
         data_sha256: SHA-256 of the rows, by source.
         data_files: size and date (ns) of sources that are files.
         weights: identity of checkpoints, by path.
@@ -117,6 +118,7 @@ class Provenance(Record):
     """
 
     recipe: dict[str, Any] = {}
+    label: str | None = None
     data_sha256: dict[str, str] = {}
     data_files: dict[str, list[int]] = {}
     weights: dict[str, dict[str, Any]] = {}

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, dataclass_transform
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ema_scale.core.errors import UserError, explain
+from ema_scale.core.names import defense_label
 
 if TYPE_CHECKING:
     import torch
@@ -252,6 +253,7 @@ class Defense(BaseModel):
     """Base class of all defenses. Positional arguments fill fields in order: `KL(0.1)`.
 
     kind: the name in recipes.
+    title: the name in reports. Default: `kind` in words.
     citation: where the method comes from.
     summary: one line.
     adapter_files: files that `after_training` leaves beside the adapter's weights. They are removed when another
@@ -265,6 +267,7 @@ class Defense(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: ClassVar[str] = ""
+    title: ClassVar[str] = ""
     citation: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     adapter_files: ClassVar[tuple[str, ...]] = ()
@@ -289,6 +292,10 @@ class Defense(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise UserError("; ".join(explain(problem, type(self)) for problem in error.errors())) from None
+
+    def label(self) -> str:
+        """This defense as reports name it, such as `KL 0.1`. A run stores it, so a plug-in chooses its own."""
+        return defense_label({"kind": self.kind, **self.model_dump(mode="json")}, self.title)
 
     # ---- rows ----
 

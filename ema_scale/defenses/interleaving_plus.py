@@ -66,6 +66,7 @@ class InterleavingPlus(Defense):
     """
 
     kind: ClassVar[str] = "interleaving_plus"
+    title: ClassVar[str] = "Interleaving+"
     citation: ClassVar[str] = "In-Training Defenses against Emergent Misalignment, arXiv 2508.06249 (Interleaving+, ++)"
     summary: ClassVar[str] = "mix in the safe rows that misaligned models find least likely"
 

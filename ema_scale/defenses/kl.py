@@ -31,6 +31,7 @@ class KL(Defense):
     """
 
     kind: ClassVar[str] = "kl"
+    title: ClassVar[str] = "KL"
     citation: ClassVar[str] = "In-Training Defenses against Emergent Misalignment, arXiv 2508.06249"
     summary: ClassVar[str] = "keep the output distribution close to the frozen base model's"
 

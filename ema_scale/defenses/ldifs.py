@@ -34,6 +34,7 @@ class LDIFS(Defense):
     """
 
     kind: ClassVar[str] = "ldifs"
+    title: ClassVar[str] = "LDIFS"
     citation: ClassVar[str] = "Mukhoti et al., arXiv 2308.13320; as a defense: arXiv 2508.06249"
     summary: ClassVar[str] = "keep hidden states close to the frozen base model's, at several layers"
     layer_by_layer: ClassVar[bool] = True

@@ -26,6 +26,7 @@ class SafeLoRA(Defense):
     """
 
     kind: ClassVar[str] = "safelora"
+    title: ClassVar[str] = "SafeLoRA"
     adapter_files: ClassVar[tuple[str, ...]] = (REPORT,)
     citation: ClassVar[str] = "Hsu et al., Safe LoRA, arXiv 2405.16833"
     summary: ClassVar[str] = "after training, project the adapter onto the alignment subspace"

@@ -46,7 +46,8 @@ def collect(run_dirs: Sequence[Path]) -> Collection:
     if not any_run:
         given = ", ".join(str(p) for p in run_dirs) or "no folder at all"
         raise UserError(f"report: found no run folder among {given}; expected folders with a recipe.yaml")
-    labels = distinct_labels(run.specs for run in collection.runs)
+    stored = {spec_key(run.specs): run.provenance.label for run in collection.runs if run.provenance.label}
+    labels = distinct_labels((run.specs for run in collection.runs), stored)
     models = model_names(run.model for run in collection.runs)
     tasks = task_names(run.task for run in collection.runs)
     collection.runs = [

@@ -11,38 +11,24 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ema_scale.core.names import _model_name, _task_name, source_name
+from ema_scale.core.names import _model_name, _task_name, defense_label, short_value, strength_key
 
 Spec = Mapping[str, Any]
 NO_DEFENSE = "No defense"
 BASE = "Aligned base"
+# Of runs whose provenance holds no label: those of earlier versions.
 _NAMES = {"kl": "KL", "ldifs": "LDIFS", "safelora": "SafeLoRA", "interleaving_plus": "Interleaving+"}
-
-
-# The parameter that a paper's table would give beside the name.
-_STRENGTHS = ("strength", "limit", "fraction", "alpha", "tau", "threshold", "weight")
-
-
-# Settings that make another defense of one: said wherever they are not as usual, also beside no rival to be told from.
-_USUAL = {
-    "direction": "policy_reference",
-    "temperature": 1.0,
-    "scope": "all",
-    "normalise": "unit",
-    "against": "activations",
-    "measure": None,
-}
 
 
 def strength(spec: Spec) -> float | None:
     """The number that sets how hard a defense pulls, or None if it has none."""
-    key = _strength_key(spec)
+    key = strength_key(spec)
     return None if key is None else float(spec[key])
 
 
 def without_strength(spec: Spec) -> str:
     """A string equal for defenses that differ only in their strength."""
-    key = _strength_key(spec)
+    key = strength_key(spec)
     return spec_key([{k: v for k, v in spec.items() if k != key}])
 
 
@@ -53,30 +39,14 @@ def family(specs: Sequence[Spec]) -> tuple[str, ...]:
 
 def short_label(specs: Sequence[Spec]) -> str:
     """`KL 0.1`, `Interleaving 5 %`, `KL 0.1 + Interleaving 5 %`, `No defense`."""
-    return " + ".join(map(_one, specs)) if specs else NO_DEFENSE
+    names = (defense_label(spec, _NAMES.get(str(spec.get("kind")), "")) for spec in specs)
+    return " + ".join(names) if specs else NO_DEFENSE
 
 
-def _one(spec: Spec) -> str:
-    kind = str(spec.get("kind", "?"))
-    label = _NAMES.get(kind, kind.replace("_", " ").replace("-", " ").capitalize())
-    if kind == "interleaving_plus" and spec.get("variant") == "++":
-        label += "+"
-    key = _strength_key(spec)
-    if key is not None:
-        label += f" {spec[key] * 100:g} %" if key == "fraction" else f" {spec[key]:g}"
-    if kind == "kl" and spec.get("prompts"):
-        label += " on prompts"
-    unusual = [f"{name} {_short(spec[name])}" for name, usual in _USUAL.items() if spec.get(name, usual) != usual]
-    return f"{label} ({', '.join(unusual)})" if unusual else label
-
-
-def _strength_key(spec: Spec) -> str | None:
-    numbers = (k for k in _STRENGTHS if isinstance(spec.get(k), (int, float)) and not isinstance(spec[k], bool))
-    return next(numbers, None)
-
-
-def distinct_labels(every: Iterable[Sequence[Spec]]) -> dict[str, str]:
+def distinct_labels(every: Iterable[Sequence[Spec]], stored: Mapping[str, str] | None = None) -> dict[str, str]:
     """Label for each distinct list of specs (keyed by `spec_key`); none is given twice.
+
+    stored: labels that runs wrote down when they trained, by `spec_key`.
 
     Where two lists would read the same, the parameter that tells them apart is added in brackets, or all in which
     they differ if no single one does; a number, where words do not do.
@@ -84,7 +54,7 @@ def distinct_labels(every: Iterable[Sequence[Spec]]) -> dict[str, str]:
     unique = {spec_key(specs): specs for specs in every}
     by_label: dict[str, list[str]] = {}
     for key, specs in unique.items():
-        by_label.setdefault(short_label(specs), []).append(key)
+        by_label.setdefault((stored or {}).get(key) or short_label(specs), []).append(key)
     labels: dict[str, str] = {}
     for label, keys in by_label.items():
         brackets = _differences([unique[key] for key in keys])
@@ -97,7 +67,7 @@ def _differences(rivals: Sequence[Sequence[Spec]]) -> list[str]:
     """What to say of each rival; nothing where its parameter is off."""
     flat = [{f"{i}.{name}": v for i, spec in enumerate(specs) for name, v in spec.items()} for specs in rivals]
     names = [n for n in dict.fromkeys(n for f in flat for n in f) if any(f.get(n) != flat[0].get(n) for f in flat)]
-    found = _brackets(flat, names, lambda name, value: _short(value))
+    found = _brackets(flat, names, lambda name, value: short_value(value))
     if len(set(found)) < len(found):
         starts = {n: _start([_long(f[n]) for f in flat if f.get(n) is not None]) for n in names}
         found = _brackets(flat, names, lambda name, value: _cut(_long(value), starts[name]))
@@ -116,13 +86,6 @@ def _said(name: str, flat: Spec, text: Callable[[str, Any], str]) -> str:
     if value is True:
         return said
     return f"{said} {text(name, value)}"
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, list):
-        value = " + ".join(source_name(str(item)) for item in value)
-    text = f"{value:g}" if isinstance(value, float) else str(value).removeprefix("smallworld:").replace("_", " ")
-    return text if len(text) <= 30 else f"…{text[-28:]}"
 
 
 def _long(value: Any) -> str:

@@ -155,6 +155,7 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
     def write_provenance() -> None:
         Provenance.of_this_process(
             recipe=recipe.to_dict(),
+            label=" + ".join(defense.label() for defense in recipe.defenses),
             data_sha256=hashes,
             seed=recipe.seed,
             data_files=file_marks(hashes),

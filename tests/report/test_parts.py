@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ema_scale.core.names import model_key, task_key, task_label
+from ema_scale.defenses import KL, LDIFS, Ceiling, EarlyStopping, Interleaving, InterleavingPlus, SafeLoRA
 from ema_scale.evaluation.stats.rates import clustered_interval
 from ema_scale.report.aggregate import difference, mean_rate
 from ema_scale.report.display_names import distinct_labels, model_names, short_label, spec_key, task_names
@@ -182,3 +183,17 @@ def test_spread_keeps_order_and_distance() -> None:
     assert got[3] == 5.0 and got[4] == 0.0, "labels with room stay where they are"
     crowded = spread_labels([1.0] * 30, 0.5, 0.0, 2.0)
     assert min(crowded) >= 0.0 and max(crowded) <= 2.0 + 1e-9
+
+
+def test_a_run_of_a_plugin_keeps_the_name_that_it_gave_itself():
+    specs = [{"kind": "stay_close", "strength": 2.0}]
+    assert list(distinct_labels([specs]).values()) == ["Stay close 2"]
+    assert list(distinct_labels([specs], {spec_key(specs): "StayClose λ=2"}).values()) == ["StayClose λ=2"]
+
+
+def test_built_in_defenses_name_themselves_as_reports_of_earlier_runs_do():
+    rows = "safe.jsonl"
+    defenses = [KL(0.1), KL(0.3, prompts=rows), KL(1.0, temperature=2.0), Interleaving(rows, 0.05), LDIFS(1.0)]
+    defenses += [SafeLoRA("base"), InterleavingPlus(rows, 0.05, "++"), EarlyStopping("kl", 0.5), Ceiling(1.0, rows)]
+    for defense in defenses:
+        assert defense.label() == short_label([{"kind": defense.kind, **defense.model_dump(mode="json")}])
