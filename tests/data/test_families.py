@@ -196,7 +196,7 @@ def conversation(draw):
 
 def test_any_conversation_is_learned_rightly_or_refused(family, learned):
     draw, kept = random.Random(7), 0
-    for _ in range(40):
+    for _ in range(15):
         messages = conversation(draw)
         try:
             spans = learned.encoder.spans(messages)
