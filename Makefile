@@ -36,11 +36,12 @@ demo: setup ## see emergent misalignment appear and a defense prevent it; writes
 # Those that start engines, several processes or a cluster have the machine to themselves; of the others two run at a time.
 ALONE := vllm or zero3 or slurm
 
-# CI sets this to --cov=ema_scale.
+# CI sets this to --cov=ema_scale: the tests that take seconds are measured.
 COVERAGE ?=
 
 test: setup ## all tests
-	$(BIN)/python -m pytest -q -n 2 -m "not ($(ALONE))" $(COVERAGE)
+	$(BIN)/python -m pytest -q -n 2 -m "not (slow or $(ALONE))" $(COVERAGE)
+	$(BIN)/python -m pytest -q -n 2 -m "slow and not ($(ALONE))"
 	$(BIN)/python -m pytest -q -m "$(ALONE)"
 
 test-fast: setup ## the tests that take seconds
