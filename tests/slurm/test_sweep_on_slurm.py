@@ -72,7 +72,7 @@ def test_twelve_runs_of_which_one_fails(slurm, world, tmp_path):
     assert f"job {array}_4: warned: saving a checkpoint" in everything(runs[4])
 
     # The one that fails was tried twice, and every place says why.
-    reason = "bad.jsonl:41: messages: found str, expected a list of turns"
+    reason = "bad.jsonl:41: messages: found 'none', expected a list of turns"
     said = ema("logs", failing.path, env=env)
     assert reason in said.splitlines()[0] and f"job {array}_11: retry 1 of 1" in said and "attempt 1 on" in said, said
     told = ema("status", tmp_path / "runs", env=env)
