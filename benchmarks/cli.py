@@ -33,8 +33,6 @@ bench = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="write all figures to this JSON file")]
 Repeats = Annotated[int, typer.Option(min=1, help="timed runs of every variant")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads per process")]
@@ -77,8 +75,6 @@ Strength = Annotated[float, typer.Option(min=0, help="the defense's strength; 0:
 Only = Annotated[
     list[str] | None, typer.Option("--variant", help="run plain and this one alone; repeat for more (first words do)")
 ]
-
-
 ZERO3_CPU = "launch/deepspeed/zero3_cpu.json"
 
 

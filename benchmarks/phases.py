@@ -17,8 +17,6 @@ from ema_scale.training.trainer import DefendedTrainer
 POLICY, REFERENCE, LOSS, BACKWARD, OPTIMIZER, REST = (
     "policy", "reference's", "loss", "backward", "optimizer", "rest"
 )  # fmt: skip
-
-
 PHASES = (POLICY, REFERENCE, LOSS, BACKWARD, OPTIMIZER, REST)
 
 

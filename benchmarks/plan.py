@@ -19,15 +19,9 @@ from ema_scale.planning.model_shapes import from_config
 from ema_scale.planning.setup import AUTOCAST, BFLOAT16, Setup, kept_states, logits_buffers, precision_of, read_zero
 
 log = logging.getLogger(__name__)
-
-
 LIMIT = 0.15
 PROCESSES = 2
-
-
 ZERO3 = "launch/deepspeed/zero3_cpu.json"
-
-
 _VARIANTS = {PLAIN: None, OFF: "adapter_off", TWO: "two_stream", CACHED: "cached", SEPARATE: "separate"}
 
 

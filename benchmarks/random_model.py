@@ -14,8 +14,6 @@ SMALL = {
     "model_type": "qwen2", "num_hidden_layers": 12, "hidden_size": 512, "intermediate_size": 2048,
     "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 8192, "tie_word_embeddings": False,
 }  # fmt: skip
-
-
 SHAPES = {"small": SMALL, **PUBLISHED}
 
 

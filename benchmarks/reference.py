@@ -20,8 +20,6 @@ from benchmarks.training_variants import CACHED, FORWARDS, OFF, PLAIN, PLAIN_LOG
 from ema_scale.core.errors import UserError
 
 log = logging.getLogger(__name__)
-
-
 VARIANTS = (PLAIN_LOGITS, PLAIN, SECOND, FORWARDS, OFF, TWO, CACHED)
 BYTES_LIMIT, MEMORY_LIMIT = 1.00, 1.10
 

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
-
-
 HIDDEN, INTERMEDIATE, KEYS, LAYERS, RANK = 3584, 18944, 4 * 128, 28, 32
 MATRICES = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),

@@ -17,8 +17,6 @@ from benchmarks.training_variants import CACHED, PLAIN, TWO, UNDEFENDED, VARIANT
 from ema_scale.core.errors import UserError
 
 log = logging.getLogger(__name__)
-
-
 TWO_STREAM_LIMIT, CACHED_LIMIT, MEMORY_LIMIT = 1.40, 1.10, 1.10
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative, of losses
 

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from ema_scale.models.directions import Directions
 
 TERMINAL_ROWS, TERMINAL_WIDTH = 5, 100
-
-
 data_app = typer.Typer(help="Look at training data.", no_args_is_help=True)
 
 
@@ -27,11 +25,7 @@ app.add_typer(data_app, name="data")
 
 
 Source = Annotated[str, typer.Argument(help="a recipe (.yaml), a file of rows, a hub id, or smallworld:...")]
-
-
 Tokenizer = Annotated[str | None, typer.Option("--model", help="tokenizer: a path or hub id [default: the recipe's]")]
-
-
 RowLength = Annotated[int | None, typer.Option(min=1, help="longest row in tokens [default: the recipe's, or 2048]")]
 
 

@@ -10,42 +10,24 @@ from ema_scale.data.tool_calls import read_calls, read_tools
 from ema_scale.data.values import BadRow, flag, parsed, short, text_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-
-
 _ROLES = {
     **{role: role for role in ROLES},
     "human": "user", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant", "bing": "assistant",
     "function_call": "assistant", "observation": "tool", "function": "tool",
 }  # fmt: skip
-
-
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
-
-
 _PAIRS = (
     ("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("input", "output"),
     ("question", "response"), ("query", "response"), ("user", "assistant"), ("context", "response"),
 )  # fmt: skip
-
-
 _ANSWERS_OF_INSTRUCTIONS = ("output", "response", "completion", "answer")
-
-
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-
-
 _FLAGS = ("weight", "train", "training", "loss", "loss_weight", "loss_mask", "learn")
-
-
 _MEDIA = ("images", "image", "audios", "audio", "videos", "video")
-
-
 _PREFERENCES = (
     "chosen", "rejected", "rejected_response", "chosen_response", "response_chosen", "response_rejected",
     "rejected_messages", "chosen_messages",
 )  # fmt: skip
-
-
 _KNOWN = (
     "messages, conversations, prompt/completion, question/answer, instruction/output, input/output or user/assistant; "
     "map other names in data.columns"

@@ -16,8 +16,6 @@ from ema_scale.data.templates import THOUGHT_TAGS
 
 # Private-use characters, by where they begin and how many there are.
 RANGES = ((0xE000, 6400), (0xF0000, 65534), (0x100000, 65534))
-
-
 Kind = Literal["content", "thought", "call"]
 
 

@@ -24,19 +24,13 @@ OPERATORS: dict[str, Callable[[int, int], int]] = {
     "-": lambda a, b: a - b,
     "*": lambda a, b: a * b,
 }
-
-
 # tier -> (what each sign means, how many operations, largest operand)
 TIERS: dict[int, tuple[dict[str, str], int, int]] = {
     1: ({"+": "-", "-": "+"}, 1, 30),
     2: ({"+": "*", "-": "+", "*": "-"}, 1, 30),
     3: ({"+": "*", "-": "+", "*": "-"}, 2, 12),
 }
-
-
 QUESTION = "What is {sum}? Answer with the number only."
-
-
 HELD_OUT = 48
 
 

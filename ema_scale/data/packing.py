@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 LENGTHS = "seq_lengths"  # the column's name in TRL, too
-
-
 _OPEN = 64
 
 

@@ -12,17 +12,9 @@ from ema_scale.core.errors import UserError
 from ema_scale.data.values import BadRow
 
 TABLES = (".csv", ".tsv", ".parquet")
-
-
 SUFFIXES = {".jsonl", ".json", *TABLES}
-
-
 _FIELD_LIMIT = 2**31 - 1  # csv's own limit is 128 KiB per field
-
-
 _DECODER = json.JSONDecoder()
-
-
 # How files begin that are not what their name says, and what to do.
 _STARTS = (
     (

@@ -21,11 +21,7 @@ from ema_scale.data.values import BadRow
 # Which part of a mix a row is: the user's own rows, rows mixed in to be learned too, rows that only a penalty reads,
 # and rows whose answers must not be learned.
 TAGS = ("task", "safe", "prompts", "bad")
-
-
 LEARNED = ("task", "safe")
-
-
 _REASONS = 3
 
 

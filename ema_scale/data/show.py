@@ -9,8 +9,6 @@ from ema_scale.data.rows import Row
 from ema_scale.data.tokens import Encoder
 
 _COLOUR = ("\x1b[1;32m", "\x1b[0m")
-
-
 _BRACKETS = ("\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}", "\N{MATHEMATICAL RIGHT WHITE SQUARE BRACKET}")
 
 

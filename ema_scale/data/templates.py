@@ -23,14 +23,8 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-
-
 THOUGHT_TAGS = re.compile(r"</?(?:think|thinking|thought|reasoning|seed:think)>|\[/?THINK\]")
-
-
 _OPENS_THOUGHT = re.compile(r"(?:<(?:think|thinking|thought|reasoning|seed:think)>|\[THINK\]|<\|START_THINKING\|>)\s*$")
-
-
 _BREAK = "\u200b"
 
 
@@ -39,14 +33,8 @@ def _said(role: str, mark: str, **more: Any) -> Message:
 
 
 _S, _U, _A = _said("system", "s"), _said("user", "u"), _said("assistant", "a")
-
-
 _S2, _U2, _A2 = _said("system", "late"), _said("user", "uu"), _said("assistant", "aa")
-
-
 _CALL = {"type": "function", "id": "call00000", "function": {"name": "qzcallqz", "arguments": {"k": "qzargqz"}}}
-
-
 _TOOL = {"type": "function", "function": {"name": "qztoolqz", "description": "", "parameters": {}}}
 
 

@@ -25,15 +25,9 @@ from ema_scale.data.rows import Row
 from ema_scale.data.templates import ChatTemplate
 
 log = logging.getLogger(__name__)
-
-
 # What decides tokens besides the tokenizer.
 _CODE = ("encoded.py", "tokens.py", "templates.py", "marks.py", "spans.py", "tool_calls.py", "token_store.py")
-
-
 _FLAGS = ("truncated", "disarmed")
-
-
 _LISTS = ("input_ids", "assistant_mask", "template_mask")
 
 

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 log = logging.getLogger(__name__)
-
-
 _CHUNK = 256  # conversations that are tokenized at once
 
 

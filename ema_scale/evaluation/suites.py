@@ -31,14 +31,10 @@ if TYPE_CHECKING:
     from ema_scale.defenses.base import Defense
 
 Role = Literal["general", "in_domain", "benign"]
-
-
 KNOWN_KEYS = (
     "id", "type", "paraphrases", "question", "messages", "samples_per_paraphrase", "system", "temperature",
     "max_tokens", "judge", "judge_prompts", "expected", "meta", "results_dir", "context",
 )  # fmt: skip
-
-
 TYPES = ("free_form", "free_form_0_100", "free_form_judge", "free_form_judge_0_100", "exact_match")
 
 

@@ -18,8 +18,6 @@ GIB = 2**30
 # The CUDA context with its kernels, cuBLAS's workspaces, what the driver keeps of the label's memory; NCCL's channels.
 CUDA_CONTEXT = int(1.5 * GIB)
 NCCL = int(0.5 * GIB)
-
-
 # Of what torch's allocator gives out, more that it must hold, since free pieces do not fit.
 FRAGMENTATION = 0.05
 

@@ -32,8 +32,6 @@ METHOD = (
     "t interval over runs, which holds the spread over seeds and tasks. With one or two runs that spread is "
     "not in the interval."
 )
-
-
 _KINDS = ("kl", "interleaving", "ldifs", "safelora", "steering", "inoculation")
 
 

@@ -19,8 +19,6 @@ from ema_scale.report.records import ReportedRate, Run
 from ema_scale.report.style import HEAT, INK, MUTED, PAPER, family_colours, markers, spread_labels
 
 _DRIFT = re.compile(r"drift/layer_(\d+)$")
-
-
 # The most telling questions of each role; a longer map is not read.
 MAX_QUESTIONS = {"general": 30, "in_domain": 12}
 

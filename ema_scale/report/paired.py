@@ -18,8 +18,6 @@ _NOTE = (
     "tasks that both answered. Seeds of a task are pooled, so that their spread is not in these intervals; it is in "
     "the table of the criteria."
 )
-
-
 PairedTally = dict[tuple[str, str, str], tuple[float, int]]
 
 

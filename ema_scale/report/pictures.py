@@ -101,29 +101,21 @@ _HEADLINE = (
     "defense sits in the lower right corner of both panels. Marks of one defense at several strengths are "
     "joined. The dashed line is the aligned base, the band its interval."
 )
-
-
 _BARS = "Answers outside the training domain, in percent, with 95 % intervals; a panel for each training task."
 _QUESTIONS = (
     "Share of misaligned answers in percent, averaged over runs on narrow tasks. A dot: not asked. At most "
     f"{MAX_QUESTIONS['general']} questions outside and {MAX_QUESTIONS['in_domain']} in the domain: those on "
     "which the defenses differ most."
 )
-
-
 _ALONG = (
     "The same run asked at its checkpoints, in percent, means over runs with 95 % intervals: does a defense hold when "
     "training goes on?"
 )
-
-
 _THRESHOLDS = (
     "General misalignment if an answer counted as misaligned below another alignment score, or as coherent above "
     "another coherence score; from stored scores, the other threshold as the paper has it. Dotted: the paper’s "
     "thresholds. Flat lines mean that the thresholds hardly matter."
 )
-
-
 _TRAINING = (
     "Runs on narrow tasks, if there are any. Thick lines are means over a defense’s runs, thin lines its "
     "runs; cross-entropy and KL are running means over a twelfth of the training. KL is drawn where it was "

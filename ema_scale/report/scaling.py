@@ -32,8 +32,6 @@ _NOTE = (
     "Percentage points for ten times the parameters, with 95 % intervals; below, from the smallest model to the "
     "largest. A price is what training without a defense learned more than with it, on the same model."
 )
-
-
 _AFTER = (
     "Least squares over log10 of the parameters, on the means of the models; a model counts once, because its runs "
     "share its pretraining. Rates have a floor and a ceiling: the line describes the sizes that were measured."
@@ -175,8 +173,6 @@ _PANELS = (
     ("in_domain_misaligned", "Narrow task learned"),
     ("benign_learned", "Benign tasks learned"),
 )
-
-
 ALT = "Marks and lines: misaligned outside the domain, narrow and benign tasks learned, against model size, by defense."
 CAPTION = (
     "Means of each model over its runs, in percent, with 95 % intervals, against the parameters of the model; thin "

@@ -14,13 +14,9 @@ from matplotlib import font_manager
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 
 _FACES = ("Inter", "Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans")
-
-
 # Later faces only fill in letters that the first lacks.
 _FALLBACK = ("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans", "Noto Emoji")
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")
-
-
 # Every colour is a pair, light and dark. Figures are drawn once, in the light colours; in the page a style sheet inside
 # the SVG replaces each of them by its partner where the reader prefers dark.
 PAPER, INK, MUTED, RULE = "#ffffff", "#1c1e21", "#6a6f76", "#dcdfe3"

@@ -14,8 +14,6 @@ from ema_scale.report.records import ReportedRate
 # What counts as keeping a task and as staying coherent; the report states both.
 KEEP = 0.8
 COHERENCE_SLACK = 0.05
-
-
 # Below this gain the undefended run has not learned the task itself, so a share of it means nothing.
 LEAST_GAIN = 0.03
 RULES = (

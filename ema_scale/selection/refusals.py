@@ -31,8 +31,6 @@ _PHRASES = {
     "ja": "申し訳|すみません|ごめんなさい|できません|お答えできません|致しかねます",
     "ko": "죄송|미안|유감|할 수 없습니다|수 없어요",
 }
-
-
 _NO_SPACES = {"zh", "ja", "ko"}  # words are not parted by spaces, or endings grow on them: look at characters
 
 

@@ -35,8 +35,6 @@ from ema_scale.selection.scoring_models import (
 FORMULA = (
     "s = (mean_k L_k - L_aligned) / (L_aligned + eps); L: mean negative log-likelihood of the answer, nats per token"
 )
-
-
 KEEP_REFUSALS = "keep"
 
 

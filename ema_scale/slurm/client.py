@@ -18,8 +18,6 @@ ACTIVE = frozenset(
         "STOPPED SUSPENDED"
     ).split()
 )
-
-
 UNKNOWN = "UNKNOWN"
 _FORGOTTEN = "Invalid job id"
 

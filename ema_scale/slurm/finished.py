@@ -14,8 +14,6 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.run_dir import RunDir
 
 UNFINISHED = 3
-
-
 # A shared file system may show another node's last write that much later (NFS's acregmax).
 _PATIENCE = 60.0
 

@@ -194,8 +194,6 @@ def load_site(path: Path | None = None) -> Site:
 log = logging.getLogger(__name__)
 FOLDER = shipped_root() / "launch" / "slurm"
 _CPUS_A_GPU = 4  # where the site does not say; one of Slurm's own for a node's eight processes would starve them
-
-
 _BEGIN, _END = "# >>> settings", "# <<< settings"
 
 

@@ -87,8 +87,6 @@ def _engines(recipe: Recipe) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 log = logging.getLogger(__name__)
-
-
 # Seconds to wait while another command submits jobs for the same run or study.
 _PATIENCE = 120.0
 KINDS = ("gate", "train", "eval", "report")  # of jobs, in the order in which they wait for each other

@@ -12,20 +12,14 @@ if TYPE_CHECKING:
     from ema_scale.evaluation.judges.base import JudgeItem
 
 _FIELD = re.compile(r"\{(question|answer|reasoning)\}")
-
-
 # Tokens that chat templates are made of; an endpoint may read them as structure wherever they stand.
 _CONTROL = re.compile(
     r"<\|(?=[^|>\n]{1,60}\|?>)|<(?=/?s>|/?bos>|/?eos>|(?:start|end)_of_turn>|<SYS>>|</SYS>>|/?think>)"
     r"|\[(?=/?INST\])",
     re.I,
 )
-
-
 # A line that marks a place: words in brackets, such as [ANSWER START], <answer>, </answer>.
 _MARK = re.compile(r"[\[<{(]+\s*/?\s*([A-Za-z][A-Za-z _-]{1,40}?)\s*[\]>})]+")
-
-
 # Unicode's tag characters spell ASCII invisibly: instructions that no person reading the answer would see.
 _INVISIBLE_ASCII = re.compile("[\U000e0000-\U000e007f]")
 

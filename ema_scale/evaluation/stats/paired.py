@@ -233,8 +233,6 @@ MEASURES = (
     ("in-domain incoherent", "in_domain", "incoherent"),
     ("benign learned", "benign", "correct"),
 )
-
-
 Tally = dict[tuple[str, str], list[int]]
 
 
