@@ -9,50 +9,16 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from ema_scale.config.sections import EvaluationRecipe
-from ema_scale.core.errors import UserError, explain
-from ema_scale.core.io import atomic_write_json, read_lines
+from ema_scale.evaluation.record_types import Document, Record, Row
 from ema_scale.evaluation.suites import Suite
 
 SAMPLES_FILE, JUDGEMENTS_FILE = "samples.jsonl", "judgements.jsonl"
 SUMMARY_FILE, MANIFEST_FILE, CHECK_FILE = "summary.json", "asked.json", "check.json"
-
-
-class Record(BaseModel):
-    """A frozen, strictly typed value that keeps keys which it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True, populate_by_name=True)
-
-
-class Row(Record):
-    """One line of an append-only JSONL file."""
-
-    schema_version: int = Field(1, alias="schema")
-
-    def to_row(self) -> dict[str, Any]:
-        """The fields that were set, ready for JSON."""
-        return self.model_dump(by_alias=True, exclude_unset=True)
-
-    @classmethod
-    def read_all(cls, path: Path, *, repair: bool = False) -> list[Self]:
-        """The rows of a file; [] if it does not exist.
-
-        A last line without a newline was cut by a kill: it is left out, and with `repair` also cut off the file.
-        Raises UserError naming file, line and field if a whole line is not such a row.
-        """
-        validate = cls.__pydantic_validator__.validate_json  # faster than json.loads and than model_validate_json
-        rows: list[Self] = []
-        try:
-            for line in read_lines(path, repair=repair):
-                rows.append(validate(line))
-        except ValidationError as error:
-            problem = explain(error.errors()[0], cls)
-            raise UserError(f"{path}:{len(rows) + 1}: {problem}; expected what `ema eval` writes") from None
-        return rows
 
 
 class Sample(Row):
@@ -106,45 +72,6 @@ class Judgement(Row):
     def to_row(self) -> dict[str, Any]:
         """Every field, ready for JSON; `raw` only where there is one."""
         return self.model_dump(by_alias=True, exclude={"schema_version"} | ({"raw"} if self.raw is None else set()))
-
-
-class Document(Record):
-    """A JSON file of its own. Fields in `OMITTED_IF_NONE` are written only where they have a value."""
-
-    VERSION: ClassVar[int] = 1
-    MADE_BY: ClassVar[str] = "ema eval"
-    OMITTED_IF_NONE: ClassVar[tuple[str, ...]] = ()
-
-    schema_version: int = Field(1, alias="schema")
-
-    def to_json(self) -> dict[str, Any]:
-        """The file's content, of the present schema version."""
-        values = self.model_dump(mode="json", by_alias=True)
-        omitted = [name for name in self.OMITTED_IF_NONE if values[name] is None]
-        return {key: self.VERSION if key == "schema" else value for key, value in values.items() if key not in omitted}
-
-    def write(self, path: Path) -> None:
-        """Write the file so that a reader sees the old one or the new one, never a part."""
-        atomic_write_json(path, self.to_json())
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read the file. Raises UserError naming file and field if it is missing or not such a file."""
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise UserError(f"{path}: cannot read it ({error.strerror}); run `{cls.MADE_BY}` first") from None
-        except ValidationError as error:
-            problem = explain(error.errors()[0], cls)
-            raise UserError(f"{path}: not what `{cls.MADE_BY}` writes: {problem}") from None
-
-    @classmethod
-    def read_if_valid(cls, path: Path) -> Self | None:
-        """Read the file; None if it is missing or not such a file."""
-        try:
-            return cls.read(path)
-        except UserError:
-            return None
 
 
 @dataclass(frozen=True)
