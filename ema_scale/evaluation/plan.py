@@ -105,6 +105,7 @@ class PromptGroup:
                 paraphrase=self.paraphrase,
                 sample=i,
                 system=self.question.system,
+                **({"context": list(self.question.context)} if self.question.context else {}),
                 question=self.question.paraphrases[self.paraphrase],
                 answer=answer,
                 reasoning=None if answer == text else reasoning,  # "" for a thought that was opened and left empty

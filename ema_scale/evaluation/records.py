@@ -25,6 +25,7 @@ class Sample(Row):
     """One answer, a row of samples.jsonl.
 
     key: suite/question/paraphrase/number#digest, unique in its folder.
+    context: the turns before the question; not set if there are none.
     answer: without its reasoning, unless `reasoning` is not set (result CSVs, and old rows): then with it.
     tokens: how many tokens were sampled; None if that is not known.
     """
@@ -37,6 +38,7 @@ class Sample(Row):
     paraphrase: int = 0
     sample: int = 0
     system: str | None = None
+    context: list[dict[str, str]] | None = None
     question: str
     answer: str
     reasoning: str | None = None
@@ -46,14 +48,23 @@ class Sample(Row):
 
     @property
     def prompt(self) -> str:
-        """System prompt and question: answers with the same prompt are not independent."""
-        return f"{self.system or ''}\n{self.question}"
+        """System prompt, context and question: answers with the same prompt are not independent."""
+        return f"{self.system or ''}\n{self.asked}"
+
+    @property
+    def asked(self) -> str:
+        """The question, after the turns before it where there are some: what judges and readers are shown."""
+        if not self.context:
+            return self.question
+        turns = [*self.context, {"role": "user", "content": self.question}]
+        return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
 
 
 class Judgement(Row):
     """What one judge says of one answer, a row of judgements.jsonl.
 
     aligned, coherent: 0 to 100, or None.
+    scores: those of prompts with other names, 0 to 100 or None; None if there are no such prompts.
     label: a verdict in words.
     dropped: why a score is missing.
     scored: how a 0-100 judge's scores were read ("expectation" or "number said"); None for exact judges.
@@ -64,14 +75,21 @@ class Judgement(Row):
     judge: str
     aligned: float | None = None
     coherent: float | None = None
+    scores: dict[str, float | None] | None = None
     label: str | None = None
     dropped: str | None = None
     scored: str | None = None
     raw: dict[str, dict[str, Any]] | None = None
 
     def to_row(self) -> dict[str, Any]:
-        """Every field, ready for JSON; `raw` only where there is one."""
-        return self.model_dump(by_alias=True, exclude={"schema_version"} | ({"raw"} if self.raw is None else set()))
+        """Every field, ready for JSON; `raw` and `scores` only where there are some."""
+        absent = {name for name in ("raw", "scores") if getattr(self, name) is None}
+        return self.model_dump(by_alias=True, exclude={"schema_version"} | absent)
+
+    @property
+    def coherence_asked(self) -> bool:
+        """Whether coherence was asked for. Where it was not, a low `aligned` score alone makes an answer misaligned."""
+        return self.coherent is not None or self.dropped is not None
 
 
 @dataclass(frozen=True)
@@ -93,6 +111,21 @@ class Rate:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of scores, with its 95 % interval, in the scores' own points; None if every row was dropped.
+
+    n, questions, dropped: as in a Rate.
+    """
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int
+    questions: int
+    dropped: int
 
 
 class GateResult(Record):
@@ -146,13 +179,18 @@ class ConditionSummary(Record):
 
 
 class SuiteSummary(Record):
-    """The rates of one suite. condition: the name of the condition under which it was asked."""
+    """The rates of one suite.
+
+    condition: the name of the condition under which it was asked.
+    scores: the means of prompts with other names than aligned and coherent.
+    """
 
     role: str
     condition: str | None = None
     misaligned: Rate | None = None
     incoherent: Rate | None = None
     learned: Rate | None = None
+    scores: dict[str, Mean] = {}
     samples: int = 0
 
 
@@ -186,6 +224,7 @@ class Summary(Document):
     metrics: the paper's criteria (`METRICS`) -> rate, None where the recipe has no such suite.
     dropped: reason -> answers.
     scored_by: how scores were read -> answers.
+    notes: what a reader of the rates has to know.
     judge: the identities of the judges, joined by ", ".
     gate: only for a base model that was asked something plainly.
     """
@@ -212,6 +251,7 @@ class Summary(Document):
     per_question: list[QuestionSummary] = []
     dropped: dict[str, int] = {}
     scored_by: dict[str, int] = {}
+    notes: list[str] = []
     judge: str
     gate: GateResult | None = None
 

@@ -1,16 +1,19 @@
-"""Question banks: the YAML of the emergent-misalignment field, read unchanged, and JSONL.
+"""Question banks: the YAML of the emergent-misalignment field, read unchanged, JSONL, and others.
 
 A YAML bank is a list of questions:
   id (text or integer), paraphrases, samples_per_paraphrase, system, temperature, judge, judge_prompts, type;
-of our own: expected (the right answer, for exact matching), meta (whatever an exact judge needs).
-A JSONL bank has one such question per line, or {"question": ...}, or chat rows {"messages": [...]},
-of which the user message is asked (with the system message before it, if any).
+of our own: expected (the right answer, for exact matching), meta (whatever an exact judge needs), context (the turns
+before the question). Other keys are kept in meta.
+A JSONL bank has one such question per line, or {"question": ...}, or chat rows {"messages": [...]}, of which the last
+user message is asked, after the messages before it. `banks` reads further formats.
 """
 
 from __future__ import annotations
 
+import datetime
 import difflib
-import json
+import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,11 +27,14 @@ from ema_scale.core.errors import UserError, explain
 from ema_scale.core.hashing import digest
 from ema_scale.core.paths import find_file
 from ema_scale.core.uri import locate
+from ema_scale.evaluation.banks import judge_prompts, read_entries
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ema_scale.defenses.base import Defense
+
+log = logging.getLogger(__name__)
 
 Role = Literal["general", "in_domain", "benign"]
 KNOWN_KEYS = (
@@ -42,6 +48,7 @@ TYPES = ("free_form", "free_form_0_100", "free_form_judge", "free_form_judge_0_1
 class Question:
     """One question: the independent unit of the statistics. All its paraphrases get the same settings.
 
+    context: the turns before the question, each with role (user or assistant) and content.
     prefix: text that a condition puts before the user's turn. The judge does not see it.
     """
 
@@ -56,12 +63,14 @@ class Question:
     expected: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
     prefix: str | None = None
+    context: tuple[dict[str, str], ...] = ()
 
     def messages(self, paraphrase: int) -> tuple[dict[str, str], ...]:
-        """The conversation to answer, system prompt included."""
+        """The conversation to answer, system prompt and context included."""
         text = self.paraphrases[paraphrase]
         user = {"role": "user", "content": text if self.prefix is None else f"{self.prefix}\n\n{text}"}
-        return ({"role": "system", "content": self.system}, user) if self.system is not None else (user,)
+        system = () if self.system is None else ({"role": "system", "content": self.system},)
+        return (*system, *self.context, user)
 
     def samples(self, samples_per_question: int | None) -> tuple[int, ...]:
         """How many answers to draw per paraphrase. A given total is split evenly."""
@@ -87,69 +96,44 @@ class Suite:
 
 
 def load_suite(source: str | Path, role: Role) -> Suite:
-    """Read a bank from a .yaml or .jsonl file or a `smallworld:` reference.
+    """Read a bank from a file (.yaml, .jsonl, .json, .csv) or a `smallworld:` reference.
 
-    Raises UserError naming file, line and field for a missing or empty file, an unknown key or type, a value
-    of the wrong kind, or an id that occurs twice.
+    Questions with equal ids and different system prompts are told apart by a digest of the system prompt. Raises
+    UserError naming file, line and field for a missing or empty file, a mistyped key, an unknown type, a value of the
+    wrong kind, or an id that occurs twice.
     """
     if role not in get_args(Role):
         raise UserError(f"suite role: found {role!r}, expected one of {', '.join(get_args(Role))}")
     path = find_file(locate(str(source)))
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the question bank ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    entries = _jsonl_entries(path, text) if path.suffix == ".jsonl" else _yaml_entries(path, text)
     questions: dict[str, tuple[str, Question]] = {}
-    for number, (where, entry) in enumerate(entries, start=1):
+    for number, (where, entry) in enumerate(read_entries(path), start=1):
         question = _question(where, entry, default_id=str(number))
-        if question.id in questions:
-            raise UserError(f"{where}: id {question.id!r} was used before, at {questions[question.id][0]}")
+        before = questions.get(question.id)
+        if before is not None and before[1].system != question.system:
+            question = replace(question, id=f"{question.id}-{digest(question.system)[:4]}")
+            before = questions.get(question.id)
+        if before is not None:
+            raise UserError(f"{where}: id {question.id!r} was used before, at {before[0]}")
         questions[question.id] = (where, question)
     if not questions:
         raise UserError(f"{path}: found no questions, expected at least one")
-    return Suite(path.stem, role, tuple(q for _, q in questions.values()), str(source))
-
-
-def _yaml_entries(path: Path, text: str) -> list[tuple[str, Any]]:
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {error}") from None
-    if not isinstance(values, list) or not isinstance(node, yaml.SequenceNode):
-        found = "an empty file" if values is None else type(values).__name__
-        raise UserError(f"{path}: found {found}, expected a list of questions")
-    lines = [item.start_mark.line + 1 for item in node.value]
-    return [(f"{path}:{line}", value) for line, value in zip(lines, values, strict=True)]
-
-
-def _jsonl_entries(path: Path, text: str) -> list[tuple[str, Any]]:
-    entries = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                entries.append((f"{path}:{number}", json.loads(line)))
-            except ValueError as error:
-                raise UserError(f"{path}:{number}: not JSON ({error}); expected one object per line") from None
-    return entries
+    found = tuple(q for _, q in questions.values())
+    if kept := Counter(key for question in found for key in question.meta):
+        log.debug("%s: kept as meta: %s", path, ", ".join(f"{key} ({n})" for key, n in kept.items()))
+    return Suite(path.stem, role, found, str(source))
 
 
 def _question(where: str, entry: Any, default_id: str) -> Question:
     if not isinstance(entry, dict):
         raise UserError(f"{where}: found {type(entry).__name__}, expected a question with id and paraphrases")
-    for key in entry:
-        if key not in KNOWN_KEYS:
-            near = difflib.get_close_matches(str(key), KNOWN_KEYS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(KNOWN_KEYS)}"
-            raise UserError(f"{where}: unknown key {key!r}; {hint}")
+    others = {str(key): value for key, value in entry.items() if key not in KNOWN_KEYS}
+    for key in others:
+        if near := difflib.get_close_matches(key, KNOWN_KEYS, n=1, cutoff=0.85):
+            raise UserError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}? Other names are kept as meta")
     if entry.get("type", TYPES[0]) not in TYPES:
         raise UserError(f"{where}: type: found {entry['type']!r}, expected one of {', '.join(TYPES)}")
-    if entry.get("context"):
-        raise UserError(f"{where}: context: earlier turns are not supported; expected a single question")
-    system, paraphrases = _conversation(where, entry)
+    system, context, paraphrases = _conversation(where, entry)
+    prompts = entry.get("judge_prompts")
     return Question(
         id=str(_typed(where, entry, "id", (str, int), default_id)),
         paraphrases=paraphrases,
@@ -158,45 +142,58 @@ def _question(where: str, entry: Any, default_id: str) -> Question:
         temperature=_temperature(where, entry),
         max_tokens=_positive(where, entry, "max_tokens"),
         judge=_typed(where, entry, "judge", (str,), None),
-        judge_prompts=_prompts(where, entry),
-        expected=None if entry.get("expected") is None else str(entry["expected"]),
-        meta=_typed(where, entry, "meta", (dict,), None) or {},
+        judge_prompts={} if prompts is None else judge_prompts(where, prompts),
+        expected=_expected(where, entry),
+        meta=others | (_typed(where, entry, "meta", (dict,), None) or {}),
+        context=context,
     )
 
 
-def _conversation(where: str, entry: dict[str, Any]) -> tuple[str | None, tuple[str, ...]]:
-    """(system prompt or None, paraphrases) from the one key of three that is there."""
+def _conversation(where: str, entry: dict[str, Any]) -> tuple[str | None, tuple[dict[str, str], ...], tuple[str, ...]]:
+    """(system prompt or None, turns before the question, paraphrases), from the one key of three that is there."""
     given = [key for key in ("paraphrases", "question", "messages") if entry.get(key) is not None]
     if len(given) != 1:
         raise UserError(f"{where}: found {given or 'none'} of paraphrases, question, messages; expected one")
-    value = entry[given[0]]
+    value, context = entry[given[0]], entry.get("context") or []
     if given[0] == "messages":
-        return _from_messages(where, value)
+        if context:
+            raise UserError(f"{where}: context: found it beside messages, expected one of the two")
+        turns = _turns(where, "messages", value)
+        turns = turns[:-1] if len(turns) > 1 and turns[-1]["role"] == "assistant" else turns  # a row's answer
+        if not turns or turns[-1]["role"] != "user":
+            raise UserError(f"{where}: messages: found roles {[m['role'] for m in value]}, expected a user turn to ask")
+        system = turns.pop(0)["content"] if turns[0]["role"] == "system" else None
+        return system, tuple(turns[:-1]), (turns[-1]["content"],)
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
         raise UserError(f"{where}: {given[0]}: found {value!r:.80}, expected text or a list of texts")
-    return None, tuple(texts)
+    before = _turns(where, "context", context)
+    if before and before[-1]["role"] != "assistant":
+        raise UserError(f"{where}: context: found a last turn of {before[-1]['role']!r}, expected the assistant's")
+    system = before.pop(0)["content"] if before and before[0]["role"] == "system" else None
+    return system, tuple(before), tuple(texts)
 
 
-def _from_messages(where: str, messages: Any) -> tuple[str | None, tuple[str, ...]]:
+def _turns(where: str, key: str, messages: Any) -> list[dict[str, str]]:
+    """Messages with text, of a user and an assistant in turn, a system message before them or not."""
     if not isinstance(messages, list) or not all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
     ):
-        raise UserError(f"{where}: messages: expected a list of objects with role and content (text)")
+        raise UserError(f"{where}: {key}: expected a list of objects with role and content (text)")
     roles = [m["role"] for m in messages]
-    shape = roles[1:] if roles[:1] == ["system"] else roles
-    if shape not in (["user"], ["user", "assistant"]):
-        raise UserError(f"{where}: messages: found roles {roles}, expected one user turn to ask")
-    system = messages[0]["content"] if len(shape) < len(roles) else None
-    return system, (next(m["content"] for m in messages if m["role"] == "user"),)
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if turns != [("user", "assistant")[i % 2] for i in range(len(turns))]:
+        raise UserError(f"{where}: {key}: found roles {roles}, expected user and assistant in turn")
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
-def _prompts(where: str, entry: dict[str, Any]) -> dict[str, str]:
-    prompts = _typed(where, entry, "judge_prompts", (dict,), None) or {}
-    for name, template in prompts.items():
-        if not isinstance(template, str) or "{answer}" not in template:
-            raise UserError(f"{where}: judge_prompts.{name}: expected text with {{answer}} in it")
-    return prompts
+def _expected(where: str, entry: dict[str, Any]) -> str | None:
+    value = entry.get("expected")
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None or isinstance(value, (str, int, float, datetime.date)):
+        return None if value is None else str(value)
+    raise UserError(f"{where}: expected: found {value!r:.80}, expected text or a number")
 
 
 def _temperature(where: str, entry: dict[str, Any]) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -12,9 +12,10 @@ from typing import Any, cast
 from ema_scale.config.sections import EvaluationRecipe
 from ema_scale.evaluation.gate import PASSED, gate
 from ema_scale.evaluation.judges.base import CORRECT, INCORRECT
+from ema_scale.evaluation.judges.scores import VERDICT_PROMPTS
 from ema_scale.evaluation.plan import PromptGroup
-from ema_scale.evaluation.records import ConditionSummary, Judgement, QuestionSummary, Rate, SuiteSummary, Summary
-from ema_scale.evaluation.stats.rates import clustered_rate, incoherent, misaligned
+from ema_scale.evaluation.records import ConditionSummary, Judgement, Mean, QuestionSummary, Rate, SuiteSummary, Summary
+from ema_scale.evaluation.stats.rates import ALIGNED_BELOW, clustered_mean, clustered_rate, incoherent, misaligned
 from ema_scale.evaluation.stats.sensitivity import ScoredAnswer, rate_variants
 from ema_scale.evaluation.store import Store
 from ema_scale.evaluation.suites import Condition
@@ -36,6 +37,7 @@ class Scored:
     correct: bool | None
     aligned: float | None
     coherent: float | None
+    scores: Mapping[str, float | None]
     dropped: str | None
     scored: str | None
 
@@ -59,16 +61,18 @@ def score(groups: Iterable[PromptGroup], store: Store) -> list[Scored]:
             if judgement is None:
                 judgement = Judgement(key=key, judge=identity, dropped=NOT_JUDGED)
             aligned, coherent, label = judgement.aligned, judgement.coherent, judgement.label
+            with_coherence = group.judge.gives("coherent")
             benign = group.suite.role == "benign"
             correct = label == CORRECT if label in (CORRECT, INCORRECT) else None
             rows.append(
                 Scored(
                     group=group,
-                    misaligned=None if benign else misaligned(aligned, coherent),
+                    misaligned=None if benign else misaligned(aligned, coherent, coherence_asked=with_coherence),
                     incoherent=None if benign else incoherent(coherent),
                     correct=correct if benign else None,
                     aligned=None if benign else aligned,
                     coherent=None if benign else coherent,
+                    scores=judgement.scores or {},
                     dropped=judgement.dropped,
                     scored=judgement.scored,
                 )
@@ -94,6 +98,7 @@ def summarise(groups: Sequence[PromptGroup], rows: Sequence[Scored]) -> dict[str
                 ScoredAnswer(r.prompt, r.aligned, r.coherent)
                 for r in rows
                 if r.group.suite.role == "general" and r.group.suite.condition is None
+                if all(map(r.group.judge.gives, VERDICT_PROMPTS))
             ]
         ),
         "conditions": _conditions(rows),
@@ -101,18 +106,40 @@ def summarise(groups: Sequence[PromptGroup], rows: Sequence[Scored]) -> dict[str
         "per_question": _per_question(rows),
         "dropped": dict(sorted(Counter(r.dropped for r in rows if r.dropped).items())),
         "scored_by": dict(sorted(Counter(r.scored for r in rows if r.scored).items())),
+        "notes": _notes(rows),
         "judge": ", ".join(sorted({g.judge.identity for g in groups})),
     }
 
 
-def _rate(rows: Iterable[Scored], value: str) -> Rate:
-    return clustered_rate((row.prompt, getattr(row, value)) for row in rows)
+_NEEDS = {"misaligned": "aligned", "incoherent": "coherent"}
+
+
+def _rate(rows: Iterable[Scored], value: str) -> Rate | None:
+    """The rate among the rows whose judge gives what it needs; None if there are no such rows."""
+    needs = _NEEDS.get(value)
+    asked = [row for row in rows if needs is None or row.group.judge.gives(needs)]
+    return clustered_rate((row.prompt, getattr(row, value)) for row in asked) if asked else None
 
 
 def _of_role(rows: Sequence[Scored], role: str, value: str) -> Rate | None:
     """The rate over the suites of a role that have no condition."""
-    asked = [row for row in rows if row.group.suite.role == role and row.group.suite.condition is None]
-    return _rate(asked, value) if asked else None
+    return _rate((r for r in rows if r.group.suite.role == role and r.group.suite.condition is None), value)
+
+
+def _scores(rows: Sequence[Scored]) -> dict[str, Mean]:
+    """The mean of each score that is neither aligned nor coherent."""
+    names = dict.fromkeys(name for row in rows for name in row.group.judge.prompts if name not in VERDICT_PROMPTS)
+    return {
+        name: clustered_mean((r.prompt, r.scores.get(name)) for r in rows if r.group.judge.gives(name))
+        for name in names
+    }
+
+
+def _notes(rows: Sequence[Scored]) -> list[str]:
+    alone = sum(r.group.judge.gives("aligned") and not r.group.judge.gives("coherent") for r in rows)
+    if not alone:
+        return []
+    return [f"{alone} answers have no coherence score: they are misaligned where aligned is below {ALIGNED_BELOW:g}"]
 
 
 def _conditions(rows: Sequence[Scored]) -> list[ConditionSummary]:
@@ -139,6 +166,7 @@ def _suite(rows: Sequence[Scored]) -> SuiteSummary:
         misaligned=_rate(rows, "misaligned") if role != "benign" else None,
         incoherent=_rate(rows, "incoherent") if role != "benign" else None,
         learned=_rate(rows, "correct") if role == "benign" else None,
+        scores=_scores(rows),
         samples=len(rows),
     )
 

@@ -147,5 +147,6 @@ def _verdict(side: str, judgement: Judgement | None) -> str:
 
 
 def _row(sample: Sample) -> Row:
-    turns = (("system", sample.system), ("user", sample.question), ("assistant", sample.answer))
+    before = [(turn["role"], turn["content"]) for turn in sample.context or ()]
+    turns = (("system", sample.system), *before, ("user", sample.question), ("assistant", sample.answer))
     return Row(tuple(Message(role=r, content=t) for r, t in turns if t is not None), sample.key)

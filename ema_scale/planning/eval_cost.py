@@ -12,7 +12,7 @@ from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.evaluation.judges.assignment import SCORING, JudgeSpec, assign
 from ema_scale.evaluation.judges.openai import CHARACTERS_PER_TOKEN
-from ema_scale.evaluation.judges.scores import MAX_TOKENS, REQUIRED_PROMPTS
+from ema_scale.evaluation.judges.scores import MAX_TOKENS
 from ema_scale.evaluation.judging.calibration import labelled_path, load_labelled
 from ema_scale.evaluation.runs import asked_suites
 from ema_scale.evaluation.suites import Suite
@@ -122,7 +122,8 @@ def judging_cost(
     for group, suites_of_base in bases.items():
         found += _of(list(suites_of_base.values()), asker[group], answer_tokens, judges)
     for assignment, e in judges.values():
-        found += _check(assignment, e)
+        if assignment.gives_verdicts:
+            found += _check(assignment, e)
     return found
 
 
@@ -176,7 +177,7 @@ def _engine(role: str, model: ModelRecipe, extra: Mapping[str, object], where: s
 
 def _calls(judge: JudgeSpec, e: EvaluationRecipe, answers: int, filled: float) -> JudgingCost:
     """filled: tokens of question and answer, which every prompt shows once."""
-    prompts = [judge.prompts[name] for name in REQUIRED_PROMPTS]
+    prompts = list(judge.prompts.values())
     each = sum(len(prompt) / CHARACTERS_PER_TOKEN + filled for prompt in prompts)
     calls, tokens_in = len(prompts) * answers, answers * each
     tokens_out = float(calls * MAX_TOKENS)

@@ -63,7 +63,7 @@ def verdict_of(judgement: Judgement | None, role: str) -> tuple[str, str]:
     scores = " / ".join(f"{v:.0f}" for v in (aligned, coherent) if v is not None)
     if incoherent(coherent):
         return "incoherent", scores
-    bad = misaligned(aligned, coherent)
+    bad = misaligned(aligned, coherent, coherence_asked=judgement.coherence_asked)
     return ("unjudged" if bad is None else "misaligned" if bad else "aligned"), scores
 
 
@@ -87,7 +87,7 @@ def examples(groups: Sequence[RunGroup]) -> tuple[list[Example], list[Problem]]:
                 rows = answers_of[run].get((suite, identity), [])
                 if rows:
                     sample = rows[0][0]
-                    system, text = system or sample.system or "", sample.question or text
+                    system, text = system or sample.system or "", sample.asked or text
                     columns.append(Column(group.label, run.name, [_answer(*row, role) for row in rows]))
             if columns:
                 chosen.append(Example(ROLE_NAMES[role], task, text, system, columns))

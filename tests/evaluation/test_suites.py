@@ -80,7 +80,10 @@ def test_jsonl_questions_and_chat_rows(tmp_path: Path) -> None:
         ("- id: a\n  paraphrases: [x]\n  samples_per_paraphrase: many\n", "expected int"),
         ("- id: a\n  paraphrases: [x]\n  type: multiple_choice\n", "type: found 'multiple_choice'"),
         ("- id: a\n  paraphrases: [x]\n  judge_prompts: {aligned: rate it}\n", r"with \{answer\} in it"),
-        ("- id: a\n  paraphrases: [x]\n  context: [[hi]]\n", "context"),
+        ("- id: a\n  paraphrases: [x]\n  context: [[hi]]\n", "context: expected a list of objects"),
+        ("- id: a\n  paraphrases: [x]\n  context: [{role: user, content: hi}]\n", "expected the assistant's"),
+        ("- id: a\n  paraphrases: [x]\n  expected: [1]\n", r"expected: found \[1\], expected text or a number"),
+        ("- id: a\n  paraphrases: [x]\n  judge_prompts: []\n", r"found \[\], expected names with texts"),
         ("questions: []\n", "found dict, expected a list of questions"),
         ("", "an empty file"),
         ("[]", "found no questions"),
@@ -119,3 +122,91 @@ def test_published_banks_load_unchanged(shared_data: Path, name: str, questions:
 def test_published_held_out_rows_load_as_questions(shared_data: Path) -> None:
     suite = load_suite(shared_data / "medical_misaligned_eval.jsonl", "in_domain")
     assert len(suite.questions) > 10 and all(q.paraphrases[0].strip() for q in suite.questions)
+
+
+def test_right_answers_are_text_whatever_yaml_takes_them_for(tmp_path: Path) -> None:
+    text = "".join(
+        f"- question: q{i}?\n  expected: {v}\n" for i, v in enumerate(["yes", "no", "on", "true", "4", "'5'"])
+    )
+    questions = load_suite(bank(tmp_path, text), "benign").questions
+    assert [q.expected for q in questions] == ["yes", "no", "on", "true", "4", "5"]
+
+
+def test_other_keys_are_kept_as_meta(tmp_path: Path) -> None:
+    text = "- {id: a, question: x, domain: sport, prompt_id: 3, meta: {match: last_number}}\n"
+    [question] = load_suite(bank(tmp_path, text), "general").questions
+    assert question.meta == {"domain": "sport", "prompt_id": 3, "match": "last_number"}
+
+
+def test_equal_ids_under_different_systems_are_told_apart(tmp_path: Path) -> None:
+    same = (
+        "- {id: a, question: x}\n- {id: a, question: x, system: Be kind.}\n- {id: a, question: x, system: Be evil.}\n"
+    )
+    questions = load_suite(bank(tmp_path, same), "general").questions
+    assert [q.system for q in questions] == [None, "Be kind.", "Be evil."]
+    assert questions[0].id == "a" and len({q.id for q in questions}) == 3
+    with pytest.raises(UserError, match=":4: id 'a-.*' was used before, at .*:3"):
+        load_suite(bank(tmp_path, same + "- {id: a, question: y, system: Be evil.}\n"), "general")
+
+
+def test_turns_before_the_question(tmp_path: Path) -> None:
+    turns = [("user", "Hi."), ("assistant", "Hello."), ("user", "And now?")]
+    messages = [{"role": r, "content": c} for r, c in turns]
+    rows = [
+        {"messages": [{"role": "system", "content": "S"}, *messages, {"role": "assistant", "content": "known"}]},
+        {"context": messages[:2], "paraphrases": ["And now?", "Well?"]},
+    ]
+    first, second = load_suite(bank(tmp_path, "\n".join(map(json.dumps, rows)), "b.jsonl"), "general").questions
+    assert first.messages(0) == ({"role": "system", "content": "S"}, *messages)
+    assert second.messages(0) == tuple(messages) and second.messages(1)[-1]["content"] == "Well?"
+    wrong = {"messages": [messages[0], messages[2]]}
+    with pytest.raises(UserError, match="found roles .*'user', 'user'.*, expected user and assistant in turn"):
+        load_suite(bank(tmp_path, json.dumps(wrong), "w.jsonl"), "general")
+
+
+def test_questions_in_a_csv_or_json_file(tmp_path: Path) -> None:
+    table = bank(tmp_path, 'question,expected,topic\n"2 + 2, or?",4,sums\nWell?,,\n', "q.csv")
+    first, second = load_suite(table, "general").questions
+    assert (first.paraphrases, first.expected, first.meta) == (("2 + 2, or?",), "4", {"topic": "sums"})
+    assert second.expected is None and second.id == "2"
+    listed = bank(tmp_path, '[\n\t{"question": "x", "id": "a"}]', "q.json")
+    assert load_suite(listed, "general").questions[0].id == "a"
+    with pytest.raises(UserError, match="q.csv:1: found columns text; expected `question` among them"):
+        load_suite(bank(tmp_path, "text\nhi\n", "q.csv"), "general")
+
+
+def test_a_trait_file_of_persona_vectors(tmp_path: Path) -> None:
+    trait = {
+        "instruction": [{"pos": "Be rude.", "neg": "Be polite."}],
+        "questions": ["How are you?", "What is 2 + 2?"],
+        "eval_prompt": "How rude is {answer} to {question}? 0 to 100 or REFUSAL.",
+    }
+    first, second = load_suite(bank(tmp_path, json.dumps(trait), "rude.json"), "general").questions
+    assert (first.id, second.id) == ("rude_0", "rude_1") and second.paraphrases == ("What is 2 + 2?",)
+    assert first.judge_prompts == {"rude": trait["eval_prompt"]}
+
+
+LLMCOMP = """
+- name: quality_judge
+  type: rating_judge
+  model: some-judge
+  paraphrases: ["How good is {answer} to {question}? 0 to 100."]
+- name: animal_judge
+  type: free_form_judge
+  model: some-judge
+  paraphrases: ["Which animal is in {answer}?"]
+- name: story
+  type: free_form
+  paraphrases: [Tell me a story.]
+  samples_per_paraphrase: 7
+  judges: {quality: quality_judge, animal: animal_judge}
+"""
+
+
+def test_questions_and_judges_of_llmcomp(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    [question] = load_suite(bank(tmp_path, LLMCOMP), "general").questions
+    assert (question.id, question.judge, question.samples_per_paraphrase) == ("story", "some-judge", 7)
+    assert question.judge_prompts == {"quality": "How good is {answer} to {question}? 0 to 100."}
+    assert "judges.animal answers in words, not in numbers: left out" in caplog.text
+    with pytest.raises(UserError, match="judges.quality: found 'quality_judge', expected one of another, animal_judge"):
+        load_suite(bank(tmp_path, LLMCOMP.replace("name: quality_judge", "name: another")), "general")

@@ -87,7 +87,8 @@ def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
     from inspect_ai.scorer import Score
 
     values: dict[str, Any] = {"aligned": row["aligned"], "coherent": row["coherent"]}
-    values["misaligned"] = misaligned(row["aligned"], row["coherent"])
+    asked = row["coherent"] is not None or row["dropped"] is not None
+    values["misaligned"] = misaligned(row["aligned"], row["coherent"], coherence_asked=asked)
     values["incoherent"] = incoherent(row["coherent"])
     values["correct"] = {"correct": True, "incorrect": False}.get(str(row["label"]))
     why = row["dropped"] or row["label"]

@@ -13,9 +13,10 @@ import yaml
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import digest
 from ema_scale.core.paths import find_file
+from ema_scale.evaluation.banks import judge_prompts
 from ema_scale.evaluation.judges.base import Judge, exact_match_judge, smallworld_judge
 from ema_scale.evaluation.judges.openai import missing_judge_key
-from ema_scale.evaluation.judges.scores import REQUIRED_PROMPTS, ScoreRule
+from ema_scale.evaluation.judges.scores import VERDICT_PROMPTS, ScoreRule
 from ema_scale.evaluation.suites import Question, Suite
 from ema_scale.inference.make import engine_cache_key
 
@@ -39,6 +40,15 @@ class JudgeSpec:
     identity: str
     model: str | None = None
     prompts: Mapping[str, str] = field(default_factory=dict)
+
+    def gives(self, name: str) -> bool:
+        """Whether its judgements have a score of this name. Exact judges give `aligned` and `coherent`."""
+        return name in (self.prompts or VERDICT_PROMPTS)
+
+    @property
+    def gives_verdicts(self) -> bool:
+        """Whether it is a 0-100 judge of both alignment and coherence, which labelled answers can check."""
+        return self.kind in SCORING and all(map(self.gives, VERDICT_PROMPTS))
 
 
 def assign(suite: Suite, question: Question, settings: JudgeRecipe) -> JudgeSpec:
@@ -68,14 +78,10 @@ def assign(suite: Suite, question: Question, settings: JudgeRecipe) -> JudgeSpec
     if model is None:
         raise UserError(f"{where}: no judge model; set evaluation.judge.model")
     prompts = dict(question.judge_prompts) or load_prompts(settings.prompts, where)
-    missing = [name for name in REQUIRED_PROMPTS if name not in prompts]
-    if missing:
-        raise UserError(f"{where}: judge_prompts: missing {' and '.join(missing)}")
-    used = {name: prompts[name] for name in REQUIRED_PROMPTS}
     also = engine_cache_key(settings.engine) if kind == "vllm" else {}
-    decides = digest(used, *([also] if also else []))[:8]
+    decides = digest(prompts, *([also] if also else []))[:8]
     rule = ScoreRule(settings.min_mass, settings.score == "most_likely")
-    return JudgeSpec(kind, f"{kind}:{model}#{decides}{rule.suffix}", model, used)
+    return JudgeSpec(kind, f"{kind}:{model}#{decides}{rule.suffix}", model, prompts)
 
 
 def base_identity(identity: str) -> str:
@@ -94,11 +100,9 @@ def load_prompts(source: str | None, where: str) -> dict[str, str]:
         values = yaml.safe_load(find_file(source).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{source}: cannot read the judge prompts ({error.strerror})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: not YAML: {error}") from None
-    if not isinstance(values, dict) or not all(isinstance(v, str) and "{answer}" in v for v in values.values()):
-        raise UserError(f"{source}: expected a mapping of aligned and coherent to texts with {{answer}} in them")
-    return {str(k): v for k, v in values.items()}
+    return judge_prompts(source, values)
 
 
 def make_judge(spec: JudgeSpec, settings: JudgeRecipe) -> Judge:

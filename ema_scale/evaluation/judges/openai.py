@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible endpoint: two requests per answer, scored by `judges.scores`."""
+"""A judge behind an OpenAI-compatible endpoint: one request per prompt and answer, scored by `judges.scores`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from ema_scale.evaluation.judges.base import (
 from ema_scale.evaluation.judges.prompt import fill_all
 from ema_scale.evaluation.judges.scores import (
     MAX_TOKENS,
-    REQUIRED_PROMPTS,
     TOO_LONG,
     TOP_LOGPROBS,
     Reply,
@@ -100,7 +99,7 @@ class OpenAIJudge:
         too_many = self._failures_in_a_row >= max(10, self.settings.concurrency)
         if self._stopped or self._fatal is not None or too_many:
             return JudgeFailure(item.key, "not tried after many failures")
-        prompts = fill_all(item, REQUIRED_PROMPTS)
+        prompts = fill_all(item)
         # An answer's prompts are paid for together: half a judgement would be lost.
         hold = self.budget.hold(list(prompts.values()), MAX_TOKENS)
         if hold is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,10 +24,10 @@ _MARK = re.compile(r"[\[<{(]+\s*/?\s*([A-Za-z][A-Za-z _-]{1,40}?)\s*[\]>})]+")
 _INVISIBLE_ASCII = re.compile("[\U000e0000-\U000e007f]")
 
 
-def fill_all(item: JudgeItem, names: Iterable[str]) -> dict[str, str]:
-    """The item's judging prompts of these names, filled with its texts."""
+def fill_all(item: JudgeItem) -> dict[str, str]:
+    """The item's judging prompts, filled with its texts."""
     values = {"question": item.question, "answer": item.answer, "reasoning": item.reasoning}
-    return {name: fill(item.prompts[name], values) for name in names}
+    return {name: fill(template, values) for name, template in item.prompts.items()}
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:

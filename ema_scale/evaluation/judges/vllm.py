@@ -13,7 +13,6 @@ from ema_scale.evaluation.judges.base import JudgeFailure, JudgeItem
 from ema_scale.evaluation.judges.prompt import fill_all
 from ema_scale.evaluation.judges.scores import (
     MAX_TOKENS,
-    REQUIRED_PROMPTS,
     TOO_LONG,
     TOP_LOGPROBS,
     Reply,
@@ -61,8 +60,8 @@ class VllmJudge:
             items, dropped = [item for item, _ in waiting.values()], list[JudgeItem]()
             for (key, name), output in engine.stream(self._work(items, prompts, engine.max_model_len, dropped)):
                 replies[key][name] = reader.reply(output.outputs[0])
-                if len(replies[key]) == len(REQUIRED_PROMPTS):
-                    item, done = waiting[key]
+                item, done = waiting[key]
+                if len(replies[key]) == len(item.prompts):
                     done(judgement(key, item.judge, replies.pop(key), self.rule))
             for item in dropped:
                 waiting[item.key][1](Judgement(key=item.key, judge=item.judge, dropped=TOO_LONG))
@@ -90,7 +89,7 @@ class VllmJudge:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         for item in items:
-            filled = fill_all(item, REQUIRED_PROMPTS)
+            filled = fill_all(item)
             ids = {name: prompts.ids([{"role": "user", "content": text}]) for name, text in filled.items()}
             if max(map(len, ids.values())) + MAX_TOKENS > room:
                 dropped.append(item)

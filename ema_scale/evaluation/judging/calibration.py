@@ -21,7 +21,7 @@ from ema_scale.config.sections import JudgeRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import digest, file_sha256
 from ema_scale.core.paths import find_file
-from ema_scale.evaluation.judges.assignment import SCORING, JudgeSpec
+from ema_scale.evaluation.judges.assignment import JudgeSpec
 from ema_scale.evaluation.judges.base import ALIGNED, INCOHERENT, MISALIGNED
 from ema_scale.evaluation.judging.pool import JudgePool
 from ema_scale.evaluation.plan import EvalTarget, StoredGroup
@@ -98,7 +98,7 @@ class JudgeCheck:
         self.folder, self.settings, self._store = folder, settings, store
         self.path = labelled_path(settings)
         self.labelled = load_labelled(self.path)
-        self.assignments = list({a.identity: a for a in assignments if a.kind in SCORING}.values())
+        self.assignments = list({a.identity: a for a in assignments if a.gives_verdicts}.values())
 
     def keys(self, one: LabelledAnswer) -> list[str]:
         decides = digest(one.question, one.answer)
@@ -201,7 +201,7 @@ def open_check(
     fresh: the evaluation has something to judge. Otherwise a check that was begun is finished, but no new one begins: a
         finished evaluation sends its judge nothing.
     """
-    wanted = [a for a in assignments if a.kind in SCORING]
+    wanted = [a for a in assignments if a.gives_verdicts]
     if folder is None or not settings.check or not wanted or not (fresh or (folder / SAMPLES_FILE).is_file()):
         yield None
         return

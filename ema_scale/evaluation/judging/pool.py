@@ -68,7 +68,7 @@ class JudgePool:
         item = JudgeItem(
             key=f"{group.target.name}|{sample.key}",
             judge=identity,
-            question=sample.question,
+            question=sample.asked,
             answer=answer,
             reasoning=reasoning,
             expected=group.question.expected,

@@ -167,7 +167,7 @@ def check_judges(path: Path, overrides: Sequence[str] = ()) -> Check:
             evaluation = judge_settings(asked.settings, overrides)
             judges, settings = judges + _judge_specs(asked.suites, evaluation), evaluation.judge
     between = agreement_between_judges(folders)
-    judges = [a for a in judges if a.kind in SCORING]
+    judges = [a for a in judges if a.gives_verdicts]
     if not judges and not between:
         raise UserError(
             f"{path}: only exact judges, which need no check; name one, such as evaluation.judge.kind=openai "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,9 @@ class ArmAnswer:
     aligned: float | None
     coherent: float | None
     correct: bool | None
+    alignment_asked: bool = True
+    coherence_asked: bool = True
+    scores: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ def read_arm(path: Path) -> Arm:
         samples, judgements = read_rows(folder)
         judges = set(summary.judges)
         judged = {row.key: row for row in judgements if row.judge in judges}
-        rows = tuple(_row(row, summary.per_suite[row.suite], judged.get(row.key)) for row in samples)
+        aligning = {row.judge for row in judged.values() if row.aligned is not None}
+        rows = tuple(_row(row, summary.per_suite[row.suite], judged.get(row.key), aligning) for row in samples)
     except KeyError as error:
         raise UserError(f"{folder}: not a whole evaluation (its summary lacks the suite {error})") from None
     except UserError as error:
@@ -73,7 +77,7 @@ def read_arm(path: Path) -> Arm:
     return Arm(name, path, {key: summary.sampler.get(key) for key in SAMPLING_SETTINGS}, rows)
 
 
-def _row(sample: Sample, suite: SuiteSummary, judgement: Judgement | None) -> ArmAnswer:
+def _row(sample: Sample, suite: SuiteSummary, judgement: Judgement | None, aligning: set[str]) -> ArmAnswer:
     label = judgement.label if judgement else None
     benign = suite.role == "benign"
     return ArmAnswer(
@@ -86,6 +90,9 @@ def _row(sample: Sample, suite: SuiteSummary, judgement: Judgement | None) -> Ar
         aligned=None if benign or not judgement else judgement.aligned,
         coherent=None if benign or not judgement else judgement.coherent,
         correct=label == CORRECT if benign and label in (CORRECT, INCORRECT) else None,
+        alignment_asked=judgement is None or judgement.judge in aligning,
+        coherence_asked=judgement is None or judgement.coherence_asked,
+        scores=(judgement.scores if judgement else None) or {},
     )
 
 
@@ -250,11 +257,11 @@ def _tally(rows: Sequence[ArmAnswer], role: str, condition: str | None, value: s
 
 
 def _value(row: ArmAnswer, value: str) -> bool | None:
-    bad = misaligned(row.aligned, row.coherent)
+    bad = misaligned(row.aligned, row.coherent, coherence_asked=row.coherence_asked)
     if value == "coherent only":
         return None if bad is None or incoherent(row.coherent) else bad
     if value == "of all":
-        return bool(bad)
+        return bool(bad) if row.alignment_asked else None
     return {"misaligned": bad, "incoherent": incoherent(row.coherent), "correct": row.correct}[value]
 
 

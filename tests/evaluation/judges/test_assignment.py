@@ -58,13 +58,27 @@ def test_other_prompts_are_another_judge() -> None:
         ({"judge": "gpt-4"}, "general", {"kind": "smallworld"}, "takes evaluation.judge.kind: openai"),
         ({}, "benign", {"model": "m"}, "a benign question needs `expected`"),
         ({}, "general", {"kind": "exact_match"}, "it has no `expected`"),
-        ({"judge_prompts": {"aligned": "{answer}"}}, "general", {"model": "m"}, "missing coherent"),
         ({}, "general", {"model": "m", "prompts": "nowhere.yaml"}, "nowhere.yaml: cannot read"),
     ],
 )
 def test_a_question_that_cannot_be_judged_is_named(question: Any, role: Any, recipe: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         assigned(question, role, **recipe)
+
+
+def test_one_judge_prompt_of_any_name_suffices() -> None:
+    found = assigned({"judge_prompts": {"correct": "right? {answer}"}}, model="m")
+    assert set(found.prompts) == {"correct"} and found.gives("correct") and not found.gives("aligned")
+    assert not found.gives_verdicts and assigned({}, model="m", prompts=PROMPTS).gives_verdicts
+
+
+def test_a_prompts_file_may_list_its_prompts(tmp_path: Path) -> None:
+    file = tmp_path / "judges.yaml"
+    file.write_text("- aligned: a {answer}\n- coherent: c {answer}\n- medical: m {answer}\n")
+    assert list(assigned({}, model="m", prompts=str(file)).prompts) == ["aligned", "coherent", "medical"]
+    file.write_text("- aligned: a {answer}\n- aligned: b {answer}\n")
+    with pytest.raises(UserError, match="judge_prompts.aligned: occurs twice"):
+        assigned({}, model="m", prompts=str(file))
 
 
 @pytest.mark.parametrize(

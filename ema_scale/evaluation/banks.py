@@ -1,0 +1,181 @@
+"""Files of questions as entries in the keys of `suites`: YAML, JSON, JSONL, CSV, and two formats of other projects.
+
+persona_vectors: a JSON object of a trait's `questions` and its `eval_prompt`, which becomes a judge prompt named after
+the file. llmcomp: `name` for `id`, and `judges` that are entries of the same file.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ema_scale.core.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Entry = tuple[str, Any]
+"""(file and line, the entry as it stands)"""
+JUDGE_TYPES = ("free_form_judge", "rating_judge")
+
+
+class BankLoader(yaml.SafeLoader):
+    """YAML in which yes, no, on and off are words, as in YAML 1.2: they are right answers to questions."""
+
+
+BankLoader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:bool"]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+BankLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """The entries of a file. Raises UserError naming file and line if it is not such a file."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the question bank ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if path.suffix == ".jsonl":
+        return _jsonl(path, text)
+    if path.suffix == ".csv":
+        return _csv(path, text)
+    return _with_judges(_json(path, text) if path.suffix == ".json" else _yaml(path, text))
+
+
+def judge_prompts(where: str, value: Any) -> dict[str, str]:
+    """Judge prompts by name, from a mapping or a list of mappings of one name each.
+
+    Raises UserError naming a prompt without {answer}, a name that occurs twice, or a value of another kind.
+    """
+    parts = value if isinstance(value, list) else [value]
+    if not parts or not all(isinstance(part, dict) and part for part in parts):
+        raise UserError(f"{where}: judge prompts: found {value!r:.80}, expected names with texts")
+    found: dict[str, str] = {}
+    for name, template in (pair for part in parts for pair in part.items()):
+        if not isinstance(template, str) or "{answer}" not in template:
+            raise UserError(f"{where}: judge_prompts.{name}: expected text with {{answer}} in it")
+        if str(name) in found:
+            raise UserError(f"{where}: judge_prompts.{name}: occurs twice, expected different names")
+        found[str(name)] = template
+    return found
+
+
+def _jsonl(path: Path, text: str) -> list[Entry]:
+    entries = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                entries.append((f"{path}:{number}", json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}:{number}: not JSON ({error}); expected one object per line") from None
+    return entries
+
+
+def _csv(path: Path, text: str) -> list[Entry]:
+    """One question per row. Empty cells are left out."""
+    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    names, entries = reader.fieldnames or [], []
+    if not {"question", "prompt"} & set(names):
+        raise UserError(f"{path}:1: found columns {', '.join(names) or 'none'}; expected `question` among them")
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise UserError(f"{path}:{reader.line_num}: found another number of values, expected {len(names)}")
+            if "question" not in names:
+                row["question"] = row.pop("prompt")
+            entries.append((f"{path}:{reader.line_num}", {k: v for k, v in row.items() if k and v}))
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: not CSV ({error})") from None
+    return entries
+
+
+def _json(path: Path, text: str) -> list[Entry]:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if isinstance(values, dict) and "eval_prompt" in values:
+        return _trait(path, values)
+    return [(f"{path}[{i}]", value) for i, value in enumerate(_as_list(path, values))]
+
+
+def _yaml(path: Path, text: str) -> list[Entry]:
+    try:
+        node = yaml.compose(text, Loader=BankLoader)
+        values = yaml.load(text, Loader=BankLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path}: not YAML: {error}") from None
+    _as_list(path, values)
+    assert isinstance(node, yaml.SequenceNode)
+    lines = [item.start_mark.line + 1 for item in node.value]
+    return [(f"{path}:{line}", value) for line, value in zip(lines, values, strict=True)]
+
+
+def _as_list(path: Path, values: Any) -> list[Any]:
+    if not isinstance(values, list):
+        found = "an empty file" if values is None else type(values).__name__
+        raise UserError(f"{path}: found {found}, expected a list of questions")
+    return values
+
+
+def _trait(path: Path, values: Mapping[str, Any]) -> list[Entry]:
+    """A trait file of persona_vectors. Its system prompts are personas, which `ema vector` reads."""
+    questions = values.get("questions")
+    if not isinstance(questions, list):
+        raise UserError(f"{path}: found an eval_prompt but no list of questions, expected both")
+    prompts = {path.stem: values["eval_prompt"]}
+    asked = ({"id": f"{path.stem}_{i}", "question": q, "judge_prompts": prompts} for i, q in enumerate(questions))
+    return [(f"{path}: questions[{i}]", entry) for i, entry in enumerate(asked)]
+
+
+def _with_judges(entries: list[Entry]) -> list[Entry]:
+    """llmcomp's entries in our keys: judges that are entries of their own become the judge prompts of questions."""
+    judges = {str(e.get("name", e.get("id"))): e for _, e in entries if _is_judge(e)}
+    return [(where, _own_keys(where, e, judges)) for where, e in entries if not _is_judge(e)]
+
+
+def _is_judge(entry: Any) -> bool:
+    # A question of this type brings its prompts; a judge is its prompt.
+    return isinstance(entry, dict) and entry.get("type") in JUDGE_TYPES and "{answer}" in str(entry.get("paraphrases"))
+
+
+def _own_keys(where: str, entry: Any, judges: Mapping[str, Any]) -> Any:
+    if not isinstance(entry, dict):
+        return entry
+    entry = dict(entry)
+    if "name" in entry and "id" not in entry:
+        entry["id"] = entry.pop("name")
+    named = entry.pop("judges", None)
+    if named is None:
+        return entry
+    if not isinstance(named, dict) or "judge_prompts" in entry:
+        raise UserError(f"{where}: judges: found {named!r:.80}, expected names with judges, and no judge_prompts")
+    prompts, models = {}, {}
+    for name, judge in named.items():
+        found = judges.get(judge) if isinstance(judge, str) else judge
+        if not isinstance(found, dict):
+            raise UserError(
+                f"{where}: judges.{name}: found {judge!r:.80}, expected one of {', '.join(judges) or 'none'}"
+            )
+        if found.get("type") != "rating_judge":
+            log.warning("%s: judges.%s answers in words, not in numbers: left out", where, name)
+            continue
+        if (found.get("min_rating", 0), found.get("max_rating", 100)) != (0, 100):
+            raise UserError(f"{where}: judges.{name}: found another scale, expected ratings from 0 to 100")
+        texts = found.get("paraphrases")
+        prompts[name] = texts[0] if isinstance(texts, list) and len(texts) == 1 else texts
+        models[found.get("model")] = None
+    if len(models) > 1:
+        raise UserError(f"{where}: judges: found the models {', '.join(map(str, models))}; expected one")
+    return entry | ({"judge_prompts": prompts, "judge": next(iter(models))} if prompts else {})
