@@ -161,7 +161,8 @@ def _own_keys(where: str, entry: Any, judges: Mapping[str, Any]) -> Any:
         return entry
     if not isinstance(named, dict) or "judge_prompts" in entry:
         raise UserError(f"{where}: judges: found {named!r:.80}, expected names with judges, and no judge_prompts")
-    prompts, models = {}, {}
+    prompts: dict[str, Any] = {}
+    models: dict[Any, None] = {}
     for name, judge in named.items():
         found = judges.get(judge) if isinstance(judge, str) else judge
         if not isinstance(found, dict):

@@ -96,7 +96,7 @@ class PromptGroup:
         """The answers of a result whose first answer has index `first`."""
         for i, (text, reason) in enumerate(zip(result.texts, result.finish_reasons, strict=True), start=first):
             reasoning, answer, _ = split_reasoning(text)
-            yield Sample(
+            row = Sample(
                 key=self.key(i),
                 target=self.target.name,
                 suite=self.suite.name,
@@ -105,7 +105,6 @@ class PromptGroup:
                 paraphrase=self.paraphrase,
                 sample=i,
                 system=self.question.system,
-                **({"context": list(self.question.context)} if self.question.context else {}),
                 question=self.question.paraphrases[self.paraphrase],
                 answer=answer,
                 reasoning=None if answer == text else reasoning,  # "" for a thought that was opened and left empty
@@ -113,6 +112,8 @@ class PromptGroup:
                 tokens=result.token_counts[i - first],
                 seed=self.seed + i,
             )
+            context = list(self.question.context)
+            yield row.model_copy(update={"context": context}) if context else row
 
 
 def check_targets(targets: Sequence[EvalTarget], suites: Sequence[Suite]) -> None:
