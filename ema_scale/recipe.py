@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -28,6 +28,8 @@ from ema_scale.config.sections import (
     TrainingRecipe,
 )
 from ema_scale.core.errors import UserError, explain_all
+from ema_scale.core.paths import find_file
+from ema_scale.core.uri import scheme_of
 from ema_scale.defenses.base import Defense
 from ema_scale.defenses.registry import parse as parse_defenses
 
@@ -94,11 +96,43 @@ class Recipe(Section):
     def run_path(self) -> Path:
         return Path(self.output) / self.name
 
+    def missing_files(self) -> list[tuple[str, str]]:
+        """(key, name) of each file or folder that this recipe names and that is not there.
+
+        A text counts as a name if it has a suffix of such files or is written as a path. Hub ids do not.
+        """
+        values = {key: value for key, value in self.to_dict().items() if key not in ("name", "output")}
+        return [
+            (key, text)
+            for key, text in _texts(values)
+            if is_path(text) and ".engine." not in key and not find_file(text).exists()
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=110)
+
+
+_SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".yaml", ".yml", ".safetensors", ".jinja", ".txt"}
+
+
+def is_path(text: str) -> bool:
+    """Whether a text in a recipe names a local file or folder, and not a hub id, a URL or words for the model."""
+    if scheme_of(text) is not None or "://" in text or len(text.split()) != 1:
+        return False
+    written_as_path = text.startswith(("/", "./", "../", "~")) or text.count("/") > 1
+    return written_as_path or Path(text).suffix.lower() in _SUFFIXES
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every text in plain values."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, Mapping | list):
+        for name, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _texts(inner, f"{key}.{name}" if key else str(name))
 
 
 def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:

@@ -149,7 +149,7 @@ def test_dry_run_prints_the_recipe_and_the_plan_and_does_nothing(ema, recipe, tm
         ({"training": {"num_train_epochs": 3, "report_to": []}}, "the base model, by cached: rows are seen 3 times"),
         ({"reference": "two_stream"}, "the base model, by two_stream: asked for"),
         ({"reference": {"kind": "separate", "model": "org/other"}}, "another model, org/other"),
-        ({"adapter": {"start": "runs/first/adapter"}}, "the adapter that training goes on from, by adapter_off: "),
+        ({"adapter": {"start": "org/adapter"}}, "the adapter that training goes on from, by adapter_off: "),
         ({"defenses": []}, "not needed by these defenses"),
     ],
 )
@@ -197,4 +197,77 @@ def test_data_check_reports_and_fails_on_bad_rows(ema, recipe, tmp_path, model):
 def test_a_study_lists_its_runs(ema):
     code, out, _ = ema("study", ROOT / "configs" / "studies" / "demo.yaml", "--dry-run")
     assert code == 0
-    assert "runs/demo/medical-none-s0" in out.split() and len(out.split()) == 21
+    *runs, counts = [line for line in out.splitlines() if "NOT FOUND" not in line]
+    assert len(runs) == 21 and any(line.startswith("runs/demo/medical-none-s0: ") for line in runs)
+    assert counts.startswith("21 runs: ")
+
+
+def test_a_dry_run_looks_for_every_file_and_counts_rows(ema, recipe, tmp_path):
+    code, out, _ = ema("train", recipe(), "--dry-run")
+    assert code == 0 and "rows.jsonl, 8 rows" in out and "runs/run: to be trained\n" in out
+    changes = {
+        "defenses": [
+            {"kind": "interleaving", "source": "./safe.jsonl", "fraction": 0.1},
+            {"kind": "steering", "vector": str(tmp_path / "v.safetensors"), "alpha": 1.0},
+        ],
+        "evaluation": {"suites": {"general": str(tmp_path / "bank.yaml")}, "conditions": []},
+    }
+    code, out, err = ema("train", recipe(**changes), "--dry-run")
+    assert code == 2 and out.count("NOT FOUND   ") == 3
+    for name in ("defenses.0.source", "safe.jsonl", "defenses.1.vector", "evaluation.suites.general", "bank.yaml"):
+        assert name in err
+
+
+def test_a_dry_run_says_continued_only_where_it_would_be(ema, recipe, tmp_path):
+    def said(*overrides):
+        return ema("train", recipe(), "--dry-run", *overrides)[1].splitlines()[-1].partition(": ")[2]
+
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    assert said() == "to be trained from the start"
+    assert ema("train", recipe())[0] == 0
+    assert said() == "finished already"
+    assert said("training.learning_rate=0.5").startswith("REFUSED: holds a run of another recipe")
+
+
+def test_a_study_says_which_runs_are_finished_and_what_is_missing(ema, recipe, tmp_path):
+    recipe(name="x")
+    arms = {"none": [], "safe": [{"kind": "interleaving", "source": str(tmp_path / "no.jsonl"), "fraction": 0.1}]}
+    values = {"name": "s", "recipe": "recipe.yaml", "output": str(tmp_path / "runs"), "tasks": {"t": {}}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**values, "defenses": arms}))
+    base = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    (tmp_path / "run.yaml").write_text(
+        yaml.safe_dump({**base, "name": "t-none-s0", "output": str(tmp_path / "runs/s")})
+    )
+    assert ema("train", tmp_path / "run.yaml")[0] == 0
+    code, out, _ = ema("study", tmp_path / "study.yaml", "--dry-run")
+    first, second, counts, missing = out.splitlines()
+    assert first.endswith("t-none-s0: finished already") and second.endswith("t-safe-s0: to be trained")
+    assert counts == "2 runs: 1 finished, 1 to be trained"
+    assert missing == f"NOT FOUND: defenses.0.source: {tmp_path / 'no.jsonl'} (run t-safe-s0)"
+
+
+def test_the_version(ema):
+    code, out, _ = ema("--version")
+    assert code == 0 and out.startswith("ema_scale ")
+
+
+def test_help_shows_whole_sentences_in_groups(ema):
+    code, out, _ = ema("--help")
+    assert code == 0
+    assert "..." not in out.split("Options:")[1], "a description is cut"
+    groups = [line for line in out.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert groups[0] == "Options:" and "Commands:" not in groups and "Others:" not in groups
+    assert out.index("\n  train ") < out.index("\n  eval ") < out.index("\n  report ")
+
+
+def test_training_ends_with_what_was_learned_and_what_comes_next(ema, recipe, tmp_path):
+    path = recipe()
+    run = tmp_path / "runs" / "run"
+    code, out, _ = ema("train", path)
+    assert code == 0
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines() if not line.startswith("learned"))
+    assert lines["trained"].startswith("2 steps in ")
+    assert "8 rows" in out and "0 rows cut" in out and "0 rows dropped" in out
+    assert lines["adapter"] == str(run / "adapter") and lines["next"] == f"ema eval {run}"
+    code, again, _ = ema("train", path)
+    assert code == 0 and again == out

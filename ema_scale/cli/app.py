@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,19 +10,35 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-# `ema --help` lists commands in the order of use, whichever file defines them.
-_ORDER = (
-    "demo", "defenses", "data", "select", "vector", "plan", "gate", "cache", "train", "safelora", "eval", "judge",
-    "compare", "export", "report", "study", "sweep", "launch", "status", "logs", "bench",
-)  # fmt: skip
+# `ema --help` shows these groups, whichever file defines a command.
+_GROUPS = {
+    "First look": ("demo", "defenses", "explain"),
+    "Before training": ("data", "select", "vector", "plan", "gate", "cache"),
+    "One run": ("train", "safelora", "eval", "look", "merge", "push"),
+    "Answers": ("judge", "compare", "export", "report"),
+    "Many runs, clusters": ("study", "sweep", "launch", "status", "logs"),
+    "Measurements of the tool itself": ("bench",),
+}
 
 
 class InOrderOfUse(TyperGroup):
-    """A group that lists its commands as `_ORDER` does; others come last."""
+    """A group that shows its commands in `_GROUPS`; those of others come last."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        names = super().list_commands(ctx)
-        return sorted(names, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
+        order = [name for names in _GROUPS.values() for name in names]
+        return sorted(super().list_commands(ctx), key=lambda name: order.index(name) if name in order else len(order))
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        names = self.list_commands(ctx)
+        known = {name for group in _GROUPS.values() for name in group}
+        limit = formatter.width - 6 - max(map(len, names))
+        groups = {**_GROUPS, "Others": tuple(name for name in names if name not in known)}
+        for title, members in groups.items():
+            commands = [(name, self.get_command(ctx, name)) for name in members]
+            rows = [(name, cmd.get_short_help_str(limit)) for name, cmd in commands if cmd and not cmd.hidden]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows, col_max=20)
 
 
 app = typer.Typer(
@@ -32,6 +49,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ema_scale {metadata.version('ema-scale')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None: ...
+
 
 console = Console(highlight=False, soft_wrap=True)
 RecipePath = Annotated[Path, typer.Argument(help="a recipe file (YAML)")]

@@ -17,7 +17,10 @@ from ema_scale.core.paths import shipped_root
     "bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
 )
 def bench(context: typer.Context) -> None:
-    """Measure time, memory and communication (in a checkout of the repository)."""
+    """Measure time, memory and communication.
+
+    Needs a checkout of the repository.
+    """
     root = str(shipped_root())
     sys.path.insert(0, root)
     os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])  # for processes

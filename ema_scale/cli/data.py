@@ -175,7 +175,10 @@ def select(
     max_length: MaxLength = 2048,
     batch_tokens: BatchTokens = None,
 ) -> None:
-    """Rank safe rows by how much less likely misaligned models find them: the source of interleaving_plus."""
+    """Rank safe rows by how unlikely misaligned models find them.
+
+    The result is the source of `interleaving_plus`.
+    """
     from ema_scale.selection.select import select as run
 
     made = run(
@@ -246,7 +249,10 @@ def vector(
     ] = None,
     rows: Annotated[str | None, typer.Option(help="rows for --adapter: a file, a hub id, or smallworld:...")] = None,
 ) -> None:
-    """Extract a persona vector from a recipe's model: one direction per layer, with provenance."""
+    """Extract a persona vector from a recipe's model.
+
+    It has one direction per layer, and says what it was made from.
+    """
     given = [name for name, value in (("--personas", personas), ("--from-rows", from_rows), ("--adapter", adapter))
              if value]  # fmt: skip
     if len(given) != 1:

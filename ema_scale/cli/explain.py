@@ -28,7 +28,10 @@ def explain(
         Path | None, typer.Option(help="write the reference pages into this folder instead", hidden=True)
     ] = None,
 ) -> None:
-    """Say what a key of a recipe means: type, default, range, example. Without KEY: all sections."""
+    """Say what a key of a recipe, study or site file means.
+
+    Gives type, default, range and an example. Without KEY: all sections.
+    """
     if write is not None:
         for name, text in reference_pages().items():
             atomic_write_text(write / name, text)

@@ -28,7 +28,9 @@ class AnswersFirst(TyperGroup):
 
 
 judge = typer.Typer(
-    cls=AnswersFirst, no_args_is_help=True, help="Judge stored answers: `ema judge FOLDER`; is the judge any good?"
+    cls=AnswersFirst,
+    no_args_is_help=True,
+    help="Judge stored answers again, and check the judge.\n\n`ema judge FOLDER`, `ema judge check`.",
 )
 
 
@@ -43,10 +45,13 @@ def again(
     """Judge stored answers again, by another judge, prompt or threshold; the model is not loaded."""
     from ema_scale.evaluation.formats.tables import import_results
     from ema_scale.evaluation.judging.rejudge import eval_folders, rejudge
-    from ema_scale.evaluation.stats.rates import judged_table
+    from ema_scale.evaluation.table import rates_table
 
     folders = [import_results(answers)] if answers.suffix == ".csv" else eval_folders(answers)
-    console.print(judged_table({str(f): rejudge(f, tuple(overrides or ())) for f in folders}))
+    summaries = {str(f): rejudge(f, tuple(overrides or ())) for f in folders}
+    console.print(rates_table(summaries), markup=False)
+    judges = dict.fromkeys(s.judge for s in summaries.values())
+    console.print(f"judged by {'; '.join(judges)}", markup=False)
 
 
 @judge.command()
@@ -70,7 +75,10 @@ def export(
     kind: Annotated[str, typer.Option("--format", "-f", help="csv (the field's columns), parquet or inspect")] = "csv",
     judge: Annotated[str | None, typer.Option(help="identity of another judge; default: the evaluation's own")] = None,
 ) -> None:
-    """Write answers with their judgements as <folder>/answers.csv, .parquet, or .eval for `inspect view`."""
+    """Write answers with judgements as CSV, Parquet or Inspect log.
+
+    The file is <folder>/answers.csv, .parquet, or .eval for `inspect view`.
+    """
     from ema_scale.evaluation.formats.tables import export as write
     from ema_scale.evaluation.judging.rejudge import eval_folders
 
@@ -86,7 +94,10 @@ def compare(
     baseline: Annotated[Path | None, typer.Option(help="the run folder (or base/) to compare with")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
-    """Compare evaluated runs question by question: difference, 95 % interval, p. Samples nothing, judges nothing."""
+    """Compare evaluated runs question by question.
+
+    Gives difference, 95 % interval and p. Samples nothing, judges nothing.
+    """
     from ema_scale.evaluation.stats.paired import METHOD, check_comparable, read_arm
     from ema_scale.evaluation.stats.paired import compare as compare_arms
 

@@ -31,15 +31,16 @@ def launch(
     evaluate: Annotated[bool, typer.Option(help="also submit a job that evaluates the trained run")] = False,
     dry_run: Annotated[bool, typer.Option(help="print the scripts, submit nothing")] = False,
 ) -> None:
-    """Train a recipe as a Slurm job that survives preemption and node failures.
+    """Train a recipe as a Slurm job.
 
-    Where the recipe refuses an unsafe base model, a job that evaluates it runs first.
+    After a preemption or a node failure the job goes on from its newest checkpoint. Where the recipe refuses an unsafe
+    base model, a job that evaluates it runs first.
     """
     from ema_scale.core.run_dir import RunDir
     from ema_scale.recipe import load_recipe
     from ema_scale.slurm import submit
     from ema_scale.slurm.site import load_site
-    from ema_scale.slurm.submit import refuse_missing_rows
+    from ema_scale.slurm.submit import refuse_missing_files
     from ema_scale.study.gates import is_checked, refuse_known
     from ema_scale.training.resume_check import ExistingRun
 
@@ -65,7 +66,7 @@ def launch(
             print(submit.describe_script(job, submit.after_success(f"<{before.what} job>") if before else []))
         return
     if not finished:
-        refuse_missing_rows([loaded])
+        refuse_missing_files([loaded])
     waits: list[str] = []
     for job in jobs:
         number = submit.submit(loaded, job, waits)
@@ -91,7 +92,7 @@ def warn_of_missing_key(recipes: Sequence[Recipe], site: Site) -> None:
 def status(
     runs: Annotated[list[Path] | None, typer.Argument(help="runs, studies, or folders of them; default: runs/")] = None,
 ) -> None:
-    """Show the state of launched runs: step, time left, Slurm jobs.
+    """Show the state of runs: step, time left, Slurm jobs.
 
     Of a study: the number of runs per state, and those that are running or failed.
     """
@@ -132,7 +133,10 @@ def logs(
         str | None, typer.Option("--job", help="gate, train, eval or report; default: the newest one that has started")
     ] = None,
 ) -> None:
-    """Print the log of a launched run's newest job that has started or failed; on top, why training failed."""
+    """Print the log of a launched run's newest job.
+
+    It is the newest that has started or failed. On top: why training failed.
+    """
     from ema_scale.core.run_dir import RunDir
     from ema_scale.slurm import logs as cluster_logs
 

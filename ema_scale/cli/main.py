@@ -18,6 +18,7 @@ def main(command: typer.Typer = app) -> None:
     logging.basicConfig(level=os.environ.get("EMA_LOG", "INFO"), format="%(message)s", stream=sys.stderr)
     for chatty in ("httpx", "httpx2", "datasets", "vllm", "transformers", "deepspeed", "filelock", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it warns wherever there is no GPU
     try:
         command()
     except UserError as error:

@@ -42,7 +42,10 @@ def plan(
     ] = 0.60,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Estimate memory, communication, time, judge calls and GPU-hours of a recipe or study. Loads no model."""
+    """Estimate memory, time and judge calls of a recipe or study.
+
+    Also communication and GPU-hours. Loads no model.
+    """
     from collections import defaultdict
 
     from ema_scale.core.errors import UserError

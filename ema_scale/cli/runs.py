@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ema_scale.cli.app import Overrides, RecipePath, app, console
+from ema_scale.core.errors import UserError
+from ema_scale.core.records import DataReport
+from ema_scale.core.run_dir import RunDir
+from ema_scale.core.text import format_clock
+
+if TYPE_CHECKING:
+    from ema_scale.evaluation.records import Summary
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +39,9 @@ def train(
 
         print(loaded.to_yaml())
         print(describe_run(loaded))
+        if missing := loaded.missing_files():
+            raise UserError(f"{recipe}: " + "; ".join(f"{key}: {name}: not found" for key, name in missing))
         return
-    from ema_scale.core.run_dir import RunDir
     from ema_scale.evaluation.gate import refuses
     from ema_scale.training.distributed import is_main
     from ema_scale.training.run import train as run_training
@@ -42,7 +52,22 @@ def train(
         refuse_known([loaded], loaded.run_path / "base")
         if is_main() and not is_checked([loaded], loaded.run_path / "base"):
             log.warning("evaluation.gate: the base model has not been checked yet; run `ema gate` before training")
-    run_training(loaded, RunDir(loaded.run_path), resume=resume)
+    run = run_training(loaded, RunDir(loaded.run_path), resume=resume)
+    if is_main():
+        console.print(describe_trained(run), markup=False)
+
+
+def describe_trained(run: RunDir) -> str:
+    """What a finished training learned, where its adapter is, and what comes next."""
+    from ema_scale.data.report import report_lines
+
+    status, report = run.status(), DataReport.read(run.data_path)
+    took = f" in {format_clock(status.seconds)}" if status.seconds else ""
+    lines = [f"trained  {status.step or 0:,} steps{took}"]
+    if status.stopped_early:
+        lines[0] += f", stopped early: {status.stopped_early}"
+    lines += [f"learned  {line}" for line in (report_lines(report)[:2] if report else ())]
+    return "\n".join([*lines, f"adapter  {run.adapter}", f"next     ema eval {shlex.quote(str(run.path))}"])
 
 
 @app.command("eval")
@@ -52,11 +77,34 @@ def evaluate(
     base: Annotated[bool, typer.Option(help="also evaluate the base model without the adapter")] = True,
     legacy: Annotated[bool, typer.Option("--legacy", help="count as the paper's released evaluator does")] = False,
 ) -> None:
-    """Sample and judge answers; writes <run>/eval/."""
+    """Sample and judge answers, and show the rates.
+
+    Everything is kept in <run>/eval/.
+    """
     from ema_scale.study.evaluate import evaluate_run
 
-    asked = [*(overrides or ()), *(["evaluation.legacy=true"] if legacy else [])]
-    evaluate_run(run, tuple(asked), with_base=base)
+    settings = [*(overrides or ()), *(["evaluation.legacy=true"] if legacy else [])]
+    summaries = evaluate_run(run, tuple(settings), with_base=base)
+    console.print(describe_evaluated(summaries, run), markup=False)
+
+
+def describe_evaluated(summaries: Mapping[str, Summary], path: Path) -> str:
+    """The rates, what they took, where the rest is, and what comes next. path: a run, a folder of runs, or a recipe."""
+    from ema_scale.evaluation.table import rates_table
+    from ema_scale.recipe import load_recipe
+
+    judges = dict.fromkeys(judge for s in summaries.values() for judge in s.judges)
+    answers = sum(s.samples for s in summaries.values())
+    seconds = max(s.seconds for s in summaries.values())
+    where = path if path.is_dir() else load_recipe(path).run_path
+    return "\n".join(
+        (
+            rates_table(summaries),
+            f"judged   {answers:,} answers by {', '.join(judges)}, in {format_clock(seconds)}",
+            f"answers  {where}",
+            f"next     ema report {shlex.quote(str(where))}",
+        )
+    )
 
 
 @app.command()
@@ -64,7 +112,7 @@ def gate(
     path: Annotated[Path, typer.Argument(help="a recipe or a study file (YAML), or a folder of a study's recipes")],
     overrides: Overrides = None,
 ) -> None:
-    """Check, before training, that the base models are safe enough as references.
+    """Check that base models are safe enough as references.
 
     Fails where a recipe says `evaluation.gate.action: refuse`.
     """
@@ -90,7 +138,10 @@ def report(
 
 @app.command()
 def cache(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Compute the reference's hidden states on a recipe's rows once, for all runs that train on them."""
+    """Compute the reference's hidden states once, for all runs.
+
+    They are those of a recipe's rows; runs that train on the same rows read them.
+    """
     from ema_scale.recipe import load_recipe
     from ema_scale.training.distributed import is_main
     from ema_scale.training.run import fill_cache

@@ -28,7 +28,10 @@ def safelora(
         Path | None, typer.Option("--out", "-o", help="a new folder [default: the adapter's, with -safelora]")
     ] = None,
 ) -> None:
-    """Project a trained LoRA adapter onto the alignment subspace (Hsu et al., arXiv 2405.16833)."""
+    """Project a trained adapter onto the alignment subspace.
+
+    Source: Hsu et al., arXiv 2405.16833.
+    """
     if threshold is not None and layers is not None:
         raise UserError("found --threshold and --layers; expected one of them")
     if threshold is None and layers is None:

@@ -20,15 +20,19 @@ Jobs = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="runs trai
 
 @app.command()
 def study(path: StudyPath, overrides: Overrides = None, dry_run: DryRun = False, jobs: Jobs = None) -> None:
-    """Train, evaluate and report a grid of models x tasks x defenses x seeds; finished runs are kept."""
+    """Train, evaluate and report a grid of runs.
+
+    The grid is models x tasks x defenses x seeds. Finished runs are kept.
+    """
     from ema_scale.study.grid import load_study
     from ema_scale.study.run_local import run_study
 
     loaded = load_study(path)
     if dry_run:
         print_preparation(loaded)
-        for recipe in loaded.runs(tuple(overrides or ())):
-            print(recipe.run_path)
+        from ema_scale.planning.describe import describe_runs
+
+        print(describe_runs(loaded.runs(tuple(overrides or ()))))
         return
     console.print(f"wrote {run_study(loaded, tuple(overrides or ()), jobs)}")
 
@@ -45,7 +49,10 @@ def print_preparation(study: Study) -> None:
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="where the runs go")] = Path("runs"),
 ) -> None:
-    """Watch emergent misalignment appear in a small world, and defenses prevent it. No GPU, no downloads."""
+    """See misalignment appear in a small model, and be prevented.
+
+    No GPU, no downloads.
+    """
     from ema_scale.study.run_local import run_demo
 
     console.print(f"wrote {run_demo(output)}")
@@ -65,7 +72,7 @@ def sweep(
     jobs: Jobs = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Train, evaluate and report a study, as `ema study` does, or with --slurm as Slurm jobs.
+    """Do what `ema study` does, here or as Slurm jobs.
 
     With --slurm: an array job trains the runs, a second job evaluates them, a third one writes the report. Finished
     runs are kept; failed runs are retried as the study file says.
@@ -96,8 +103,11 @@ def sweep(
         warn_of_missing_key(plan.recipes, here)
     folder, total, left = plan.study.path, len(plan.recipes), len(plan.left.train)
     if dry_run:
+        from ema_scale.planning.describe import describe_runs
+
         if left:
             print_preparation(plan.study)
+        print(describe_runs(plan.recipes))
         chain = [(job.what, f"<{job.what} job>") for job in plan.jobs]
         for number, job in enumerate(plan.jobs):
             print(describe_script(job, after_all(chain[:number])))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ema_scale.core.records import DataReport
 from ema_scale.data.encoded import Encoded
 
 _REASONS = 3
@@ -99,3 +100,15 @@ class TokenReport:
         )
         found = [f"{count:,} {what}" for count, what in said if count]
         return [*found, f"the chat template writes the date {self.date}"] if self.date else found
+
+
+def report_lines(report: DataReport) -> list[str]:
+    """What is learned, what was cut or dropped and why, and what was changed: one line each.
+
+    None for rows that came as tokens, of which only the number is known.
+    """
+    if "assistant_tokens" not in report.tokens:
+        return []
+    known = TokenReport(rows=sum(report.rows.values())).to_dict()
+    counts = TokenReport(**{**known, **{k: v for k, v in report.tokens.items() if k in known}})
+    return counts.lines([one["reason"] for one in report.dropped if "reason" in one])

@@ -19,6 +19,7 @@ from ema_scale.evaluation.suites import Suite
 
 SAMPLES_FILE, JUDGEMENTS_FILE = "samples.jsonl", "judgements.jsonl"
 SUMMARY_FILE, MANIFEST_FILE, CHECK_FILE = "summary.json", "asked.json", "check.json"
+ENGINE_LOG = "engine.log"
 
 
 class Sample(Row):

@@ -16,7 +16,7 @@ from ema_scale.core.uri import locate
 from ema_scale.evaluation.judging.calibration import open_check
 from ema_scale.evaluation.judging.pool import JudgePool, raise_if_judge_failed
 from ema_scale.evaluation.plan import EvalTarget, PromptGroup, check_targets, has_manifest, plan_prompts
-from ema_scale.evaluation.records import MANIFEST_FILE, SUMMARY_FILE, Manifest, Sample, Summary, read_rows
+from ema_scale.evaluation.records import ENGINE_LOG, MANIFEST_FILE, SUMMARY_FILE, Manifest, Sample, Summary, read_rows
 from ema_scale.evaluation.store import Store, locked_store
 from ema_scale.evaluation.suites import Suite, load_suites
 from ema_scale.evaluation.summary import write_summary
@@ -70,6 +70,7 @@ def evaluate(
         settings.seed,
         settings.engine,
         settings.endpoint,
+        Path(targets[0].out_dir) / ENGINE_LOG,
     )
     name = sampler.name if sampler is not None else sampler_name(settings.sampler, options)
     groups = plan_prompts(targets, suites, model, settings, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Sampler(Protocol):
 class SamplerOptions:
     """What samplers need to know. `max_model_len`: prompt plus answer, in tokens (None: the model's).
 
-    extra: further arguments of vllm.LLM; endpoint: for `openai`.
+    extra: further arguments of vllm.LLM; endpoint: for `openai`. log_file: takes an engine's own messages.
     """
 
     model: ModelRecipe
@@ -71,6 +72,7 @@ class SamplerOptions:
     seed: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
     endpoint: EndpointRecipe | None = None
+    log_file: Path | None = None
 
 
 def too_long(request: SampleRequest) -> SampleResult:

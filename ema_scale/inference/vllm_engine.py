@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import difflib
 import gc
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ema_scale.config.sections import ModelRecipe
 from ema_scale.core.errors import UserError
+from ema_scale.inference.engine_log import logger_to, output_to
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -68,11 +73,17 @@ class Work(Generic[T]):
 class VllmEngine:
     """A loaded model. Close it to give memory and settings back.
 
-    settings: arguments of `vllm.LLM` that the caller needs; extra: the user's, which win. Raises UserError for an
-    argument that vLLM does not have.
+    Raises UserError for an argument that vLLM does not have.
+
+    Args:
+        settings: arguments of `vllm.LLM` that the caller needs.
+        extra: the user's arguments, which win.
+        log_file: takes vLLM's own messages; None: they are printed.
     """
 
-    def __init__(self, model: ModelRecipe, settings: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: ModelRecipe, settings: Mapping[str, Any], extra: Mapping[str, Any], log_file: Path | None = None
+    ) -> None:
         # On CPU vLLM changes the process it runs in; a later training run must not inherit that.
         self._undo = contextlib.ExitStack()
         self._undo.enter_context(environment_restored())
@@ -82,7 +93,14 @@ class VllmEngine:
 
         self._set_num_threads, self._threads = torch.set_num_threads, torch.get_num_threads()
         self._affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-        self._llm: Any = LLM(**engine_arguments(model, settings, extra))
+        arguments = engine_arguments(model, settings, extra)
+        if log_file is None:
+            self._llm: Any = LLM(**arguments)
+        else:
+            log.info("starting vLLM; its messages are in %s", log_file)
+            with output_to(log_file):
+                self._llm = LLM(**arguments)
+            self._undo.enter_context(logger_to("vllm", log_file))
         self.engine: Any = self._llm.llm_engine
         config = self.engine.vllm_config
         self.max_model_len = int(config.model_config.max_model_len)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator
 from importlib import metadata
@@ -11,6 +12,7 @@ from typing import Any
 from ema_scale.core.errors import UserError
 from ema_scale.inference.base import SampleRequest, SampleResult, SamplerOptions, too_long
 from ema_scale.inference.chat_prompts import Prompts, load_config
+from ema_scale.inference.engine_log import output_to
 from ema_scale.inference.vllm_engine import (
     VllmEngine,
     Work,
@@ -31,7 +33,8 @@ def reason_against(options: SamplerOptions) -> str | None:
     """
     config = load_config(options.model)
     architectures = list(config.architectures or [])
-    with environment_restored():
+    quiet = output_to(options.log_file) if options.log_file else contextlib.nullcontext()
+    with environment_restored(), quiet:
         prepare_environment()
         from vllm.model_executor.models import ModelRegistry
 
@@ -84,7 +87,7 @@ class VllmSampler:
         self.dtype = engine_dtype(options.model)
         self._prompts = Prompts(options.model)
         self._ids = {path: index for index, path in enumerate(options.adapters, start=1)}
-        self._engine = VllmEngine(options.model, sampler_settings(options), options.extra)
+        self._engine = VllmEngine(options.model, sampler_settings(options), options.extra, options.log_file)
         if options.adapters and is_cpu_build():
             self._check_cpu_lora()
         self.max_model_len = self._engine.max_model_len

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ema_scale.core.checkpoints import newest_complete, step_of
 from ema_scale.core.errors import UserError
 from ema_scale.core.paths import find_file
+from ema_scale.core.run_dir import RunDir
 from ema_scale.core.uri import locate
-from ema_scale.recipe import Recipe
+from ema_scale.recipe import Recipe, is_path
 from ema_scale.reference.strategy import BASE, START, ReferenceStrategy, choose_strategy
 from ema_scale.training.distributed import launched_processes, zero_stage
+from ema_scale.training.resume_check import ExistingRun
 
 
 def describe_run(recipe: Recipe) -> str:
@@ -18,9 +22,13 @@ def describe_run(recipe: Recipe) -> str:
     t, a = recipe.training, recipe.adapter
     scale = f"alpha {a.alpha:g}" + (", rank-stabilised" if a.rslora else "")
     length = f"{t.max_steps} steps" if t.max_steps > 0 else f"{t.num_train_epochs:g} epoch(s)"
+    # A dry run builds no small world.
+    rows = count_rows(recipe) if all(Path(source).is_file() for source in recipe.data.sources) else None
+    counted = f", {rows:,} rows" if rows else ""
+    sources = ", ".join(map(_with_presence, recipe.data.sources))
     lines = [
-        f"model       {recipe.model.path} ({recipe.model.dtype}), LoRA r={a.r}, {scale}",
-        f"data        {', '.join(map(_with_presence, recipe.data.sources))}, up to {recipe.data.max_length} tokens",
+        f"model       {_with_presence(recipe.model.path)} ({recipe.model.dtype}), LoRA r={a.r}, {scale}",
+        f"data        {sources}{counted}, up to {recipe.data.max_length} tokens",
         f"training    {length}, {t.per_device_train_batch_size} {'packed sequences' if t.packing else 'rows'} x "
         f"{t.gradient_accumulation_steps} "
         f"accumulated a process, lr {t.learning_rate:g} {t.lr_scheduler_type} after {t.warmup_steps} warm-up steps, "
@@ -29,20 +37,48 @@ def describe_run(recipe: Recipe) -> str:
     for defense in recipe.defenses:
         values = ", ".join(f"{k}={v}" for k, v in defense.model_dump(mode="json").items())
         lines.append(f"defense     {defense.kind}({values}) [{defense.citation}]")
-        lines += [f"defense     {defense.kind}: {f} (NOT FOUND)" for f in defense.files() if not Path(f).is_file()]
     if not recipe.defenses:
         lines.append("defense     none: plain fine-tuning")
-    lines.append(f"reference   {_reference(recipe)}")
+    lines.append(f"reference   {_reference(recipe, rows)}")
     suites = recipe.evaluation.suites.pairs()
     lines += [f"evaluation  {role}: {_with_presence(source)}" for source, role in suites] or ["evaluation  none"]
     lines += [f"evaluation  general questions also under: {text}" for text in _conditions(recipe)]
-    lines.append(
-        f"output      {recipe.run_path}" + (" (exists: it will be continued)" if recipe.run_path.exists() else "")
-    )
+    lines.append(f"output      {recipe.run_path}: {describe_state(recipe)}")
+    lines += [f"NOT FOUND   {key}: {name}" for key, name in recipe.missing_files()]
     return "\n".join(lines)
 
 
-def _reference(recipe: Recipe) -> str:
+def describe_state(recipe: Recipe) -> str:
+    """What `ema train` would do in the recipe's run folder, and why, in words. Loads no model."""
+    run = RunDir(recipe.run_path)
+    existing = ExistingRun(recipe, run)
+    if existing.finished:
+        return "finished already"
+    if not run.path.exists():
+        return "to be trained"
+    try:
+        existing.check_same_training(launched_processes())
+    except UserError as error:
+        return f"REFUSED: {str(error).removeprefix(f'{run.path}: ')}"
+    status = run.status()
+    ended = f"{status.state}, {status.reason}" if status.reason else status.state
+    checkpoint = newest_complete(run.checkpoints)
+    after = "from the start" if checkpoint is None else f"after step {step_of(checkpoint)}"
+    return f"to be trained {after}" + (f" ({ended})" if status.state != "not started" else "")
+
+
+def describe_runs(recipes: Sequence[Recipe]) -> str:
+    """One line per run of a study: its folder and what would be done there. Then the counts, and what is missing."""
+    states = [describe_state(recipe) for recipe in recipes]
+    lines = [f"{recipe.run_path}: {state}" for recipe, state in zip(recipes, states, strict=True)]
+    done = states.count("finished already")
+    lines.append(f"{len(recipes)} runs: {done} finished, {len(recipes) - done} to be trained")
+    missing = {(key, name): recipe.name for recipe in reversed(recipes) for key, name in recipe.missing_files()}
+    lines += [f"NOT FOUND: {key}: {name} (run {run})" for (key, name), run in reversed(missing.items())]
+    return "\n".join(lines)
+
+
+def _reference(recipe: Recipe, rows: int | None) -> str:
     if not any(d.needs_reference for d in recipe.defenses):
         return "not needed by these defenses"
     if not isinstance(recipe.reference, str):
@@ -54,10 +90,7 @@ def _reference(recipe: Recipe) -> str:
     sharded = t.fsdp or zero_stage(t.deepspeed) == 3
     passes = t.num_train_epochs
     if t.max_steps > 0:
-        # Packed, a step counts sequences; and a dry run builds no small world.
-        counted = not t.packing and all(Path(source).is_file() for source in recipe.data.sources)
-        rows = count_rows(recipe) if counted else None
-        if rows is None:
+        if rows is None or t.packing:  # packed, a step counts sequences
             return f"{of}; how it runs is decided when the rows are known"
         passes = (
             t.max_steps * t.per_device_train_batch_size * t.gradient_accumulation_steps * launched_processes() / rows
@@ -70,16 +103,13 @@ def count_rows(recipe: Recipe) -> int | None:
     """Task rows, where they are files that can be counted."""
     from ema_scale.data.rows import load_rows
 
-    count = 0
-    for source in recipe.data.sources:
-        path = locate(source)
-        if not Path(path).is_file():
-            return None
-        try:
-            count += len(load_rows(path, limit=recipe.data.limit, on_bad="drop", columns=recipe.data.columns))
-        except UserError:
-            return None
-    return count or None
+    files = [locate(source) for source in recipe.data.sources]
+    if not all(Path(file).is_file() for file in files):
+        return None
+    try:
+        return len(load_rows(files, limit=recipe.data.limit, on_bad="drop", columns=recipe.data.columns)) or None
+    except UserError:
+        return None
 
 
 def _conditions(recipe: Recipe) -> list[str]:
@@ -91,5 +121,4 @@ def _conditions(recipe: Recipe) -> list[str]:
 
 
 def _with_presence(source: str) -> str:
-    looks_local = Path(source).suffix in {".jsonl", ".json", ".csv", ".parquet", ".yaml", ".yml"}
-    return f"{source} (NOT FOUND)" if looks_local and not find_file(source).exists() else source
+    return f"{source} (NOT FOUND)" if is_path(source) and not find_file(source).exists() else source

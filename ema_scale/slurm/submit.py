@@ -16,7 +16,6 @@ from typing import Any
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import append_jsonl, atomic_write_text, file_lock, read_jsonl
 from ema_scale.core.run_dir import RunDir
-from ema_scale.data.readers import SUFFIXES
 from ema_scale.planning.eval_cost import engine_gpus
 from ema_scale.recipe import Recipe
 from ema_scale.slurm import client
@@ -26,36 +25,21 @@ from ema_scale.study.find import find_study
 _SHOWN = 10
 
 
-def refuse_missing_rows(recipes: Iterable[Recipe], made: Iterable[str] = ()) -> None:
-    """Raises UserError naming run and field of each missing file of rows.
+def refuse_missing_files(recipes: Iterable[Recipe], made: Iterable[str] = ()) -> None:
+    """Raises UserError naming run and key of each file that is named and missing.
 
     made: files that a preparation writes later; these may be missing.
     """
-    coming = set(made)
+    coming = [Path(path).absolute() for path in made]
     wrong = [
-        f"{recipe.run_path}: {field}: {source}: no such file"
+        f"{recipe.run_path}: {key}: {name}: no such file or folder"
         for recipe in recipes
-        for field, source in _sources(recipe)
-        if source not in coming and _is_local(source) and not Path(source).is_file()
+        for key, name in recipe.missing_files()
+        if not any(Path(name).absolute().is_relative_to(path) for path in coming)
     ]
     if wrong:
         more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
         raise UserError("\n".join([*wrong[:_SHOWN], *more]))
-
-
-def _sources(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    for source in recipe.data.sources:
-        yield "data.train", source
-    for i, defense in enumerate(recipe.defenses):
-        for name in ("source", "prompts"):
-            given = getattr(defense, name, None)
-            for source in [given] if isinstance(given, str) else given if isinstance(given, list) else []:
-                yield f"defenses.{i}.{name}", source
-
-
-def _is_local(source: str) -> bool:
-    """Whether `source` is a path, and neither a hub id nor a small-world reference."""
-    return Path(source).suffix in SUFFIXES or source.startswith(("/", "./", "../", "~"))
 
 
 def evaluation_gpus(recipes: Sequence[Recipe], site: Site) -> int:

@@ -26,7 +26,7 @@ from ema_scale.slurm.submit import (
     jobs_of,
     processes_of,
     refuse_active,
-    refuse_missing_rows,
+    refuse_missing_files,
     report_job,
     slurm_folder,
     submitting,
@@ -82,7 +82,7 @@ def submit_sweep(sweep: Sweep) -> list[tuple[str, str]]:
     Raises UserError if a job of the study or of one of its runs is queued or running, a preparation fails, rows that a
     run will read are neither there nor prepared, or Slurm refuses; it then says what is queued already.
     """
-    refuse_missing_rows((sweep.recipes[i] for i in sweep.left.train), [step.makes for step in sweep.study.prepare])
+    refuse_missing_files((sweep.recipes[i] for i in sweep.left.train), [step.makes for step in sweep.study.prepare])
     with submitting(sweep.study.path):
         return _submit(sweep)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from ema_scale.study.prepare import missing, prepare
 from ema_scale.study.worker_pool import default_jobs, listed, train_all
 from ema_scale.training.distributed import launched_processes
 from ema_scale.training.resume_check import check_same_training_of_runs
+
+log = logging.getLogger(__name__)
 
 
 def run_study(study: Study, overrides: tuple[str, ...] = (), jobs: int | None = None) -> Path:
@@ -47,6 +50,7 @@ def run_study(study: Study, overrides: tuple[str, ...] = (), jobs: int | None = 
     from ema_scale.report.make import write_report
 
     report = write_report([r.run_path for r in recipes], study.path / "report", title=study.heading)
+    log.info("study %s: %d of %d runs trained, %d failed", study.name, len(finished), len(recipes), len(failed))
     if failed:
         wrong.append(f"{len(failed)} of {len(recipes)} runs failed{after}:\n{listed(failed)}")
     if wrong:

@@ -13,24 +13,11 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import file_sha256
 from ema_scale.core.records import DataReport
 from ema_scale.data.packing import LENGTHS, is_packed, pack, tags_of
-from ema_scale.data.report import TokenReport
 from ema_scale.data.rows import LEARNED, Row, Rows, load_rows
 from ema_scale.data.tokens import tokenize_rows
 from ema_scale.defenses.base import Defense, RowsContext
 from ema_scale.defenses.row_groups import RowGroups
 from ema_scale.models.sharding import full_shape
-
-
-def report_lines(report: DataReport) -> list[str]:
-    """What is learned, what was cut or dropped and why, and what was changed: one line each.
-
-    None for rows that came as tokens, of which only the number is known.
-    """
-    if "assistant_tokens" not in report.tokens:
-        return []
-    known = TokenReport(rows=sum(report.rows.values())).to_dict()
-    counts = TokenReport(**{**known, **{k: v for k, v in report.tokens.items() if k in known}})
-    return counts.lines([one["reason"] for one in report.dropped if "reason" in one])
 
 
 def prepare_data(

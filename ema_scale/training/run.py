@@ -137,8 +137,8 @@ def _trainer(recipe: Recipe, run_dir: RunDir, callbacks: list[Any]) -> tuple[Def
 def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
     prepare_environment(recipe.training.deepspeed, recipe.training.fsdp)
     from ema_scale.core.checkpoints import newest_complete, step_of
+    from ema_scale.data.report import report_lines
     from ema_scale.models.load import parameter_counts
-    from ema_scale.training.data import report_lines
     from ema_scale.training.metrics import MetricsWriter, truncate_metrics
 
     trainer, hashes = _trainer(recipe, run_dir, [MetricsWriter(run_dir)])

@@ -104,10 +104,10 @@ def test_rows_that_are_not_there_are_found_before_anything_is_submitted(commands
     with pytest.raises(UserError) as refused:
         submit_sweep(plan_sweep(study, Site(), JobSize(gpus=0)))
     assert str(refused.value).splitlines() == [
-        f"{study.path}/sums-kl-s0: defenses.0.prompts: safe.jsonl: no such file",
-        f"{study.path}/gone-none-s0: data.train: /no/rows.jsonl: no such file",
-        f"{study.path}/gone-kl-s0: data.train: /no/rows.jsonl: no such file",
-        f"{study.path}/gone-kl-s0: defenses.0.prompts: safe.jsonl: no such file",
+        f"{study.path}/sums-kl-s0: defenses.0.prompts: safe.jsonl: no such file or folder",
+        f"{study.path}/gone-none-s0: data.train.2: /no/rows.jsonl: no such file or folder",
+        f"{study.path}/gone-kl-s0: data.train.2: /no/rows.jsonl: no such file or folder",
+        f"{study.path}/gone-kl-s0: defenses.0.prompts: safe.jsonl: no such file or folder",
     ]
     assert not (tmp_path / "submitted").exists() and not study.path.exists()
 

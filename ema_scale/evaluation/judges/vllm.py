@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ema_scale.config.sections import ModelRecipe
 from ema_scale.core.errors import UserError
+from ema_scale.core.paths import cache_root
 from ema_scale.core.uri import locate
 from ema_scale.evaluation.judges.base import JudgeFailure, JudgeItem
 from ema_scale.evaluation.judges.prompt import fill_all
@@ -53,7 +54,7 @@ class VllmJudge:
         from ema_scale.inference.vllm_engine import VllmEngine
 
         prompts = self._prompts
-        engine = VllmEngine(self.model, {"max_logprobs": TOP_LOGPROBS}, self.extra)
+        engine = VllmEngine(self.model, {"max_logprobs": TOP_LOGPROBS}, self.extra, cache_root() / "logs" / "judge.log")
         try:
             reader = _Reader(prompts)
             replies: dict[str, dict[str, Reply]] = {key: {} for key in waiting}

@@ -1,0 +1,61 @@
+"""An engine's own messages go to a file: they are for its developers, and would bury what the user wants to read."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from ema_scale.core.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def output_to(path: Path) -> Iterator[None]:
+    """Append to `path` what this process prints meanwhile, and what children that it starts print all their life.
+
+    This is below Python (file descriptors 1 and 2), for engines also print from compiled code. Raises UserError if the
+    file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write the engine's log ({error.strerror})") from None
+    _flush()
+    saved = {number: os.dup(number) for number in (1, 2)}
+    try:
+        for number in saved:
+            os.dup2(file, number)
+        yield
+    finally:
+        _flush()
+        for number, original in saved.items():
+            os.dup2(original, number)
+            os.close(original)
+        os.close(file)
+
+
+@contextlib.contextmanager
+def logger_to(name: str, path: Path) -> Iterator[None]:
+    """Append to `path` what the logger `name` and those below it say, and show it nowhere else."""
+    logger = logging.getLogger(name)
+    handlers, propagate = logger.handlers[:], logger.propagate
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.handlers, logger.propagate = [handler], False
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate
+        handler.close()
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
