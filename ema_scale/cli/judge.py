@@ -98,8 +98,8 @@ def compare(
 
     Gives difference, 95 % interval and p. Samples nothing, judges nothing.
     """
-    from ema_scale.evaluation.stats.paired import METHOD, check_comparable, read_arm
-    from ema_scale.evaluation.stats.paired import compare as compare_arms
+    from ema_scale.evaluation.stats.difference import METHOD
+    from ema_scale.evaluation.stats.paired import check_comparable, compare_all, read_arm
 
     paths = [baseline, *runs] if baseline is not None else runs
     if len(paths) < 2:
@@ -107,7 +107,7 @@ def compare(
     start, *arms = [read_arm(path) for path in paths]
     for arm in arms:
         check_comparable(arm, start)
-    found = {str(arm.path): compare_arms(arm, start) for arm in arms}
+    found = dict(zip((str(arm.path) for arm in arms), compare_all(arms, start), strict=True))
     if as_json:
         entries = {name: [one.to_dict() for one in each] for name, each in found.items()}
         print(json.dumps({"baseline": str(start.path), "method": METHOD, "runs": entries}, indent=1))
@@ -115,6 +115,10 @@ def compare(
     for arm in arms:
         _print(arm.name, start.name, found[str(arm.path)])
     console.print(METHOD)
+
+
+def _p(value: float) -> str:
+    return f"{value:.4f}" if value >= 0.001 else "<0.001"
 
 
 def _print(name: str, baseline: str, found: list[Compared]) -> None:
@@ -125,14 +129,15 @@ def _print(name: str, baseline: str, found: list[Compared]) -> None:
 
     title = Text(f"{name} against {baseline}, percent of answers")
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for heading in ("", "baseline", "run", "difference in points", "p", "questions"):
+    for heading in ("", "baseline", "run", "difference in points", "p", "Holm", "questions"):
         table.add_column(Text(heading), justify="right" if heading else "left", no_wrap=True)
     for one in found:
         d = one.difference
         limits = f"{100 * d.value:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
         cells = (one.measure, *(f"{100 * (r.rate or 0):.1f}" for r in (one.baseline, one.arm)), limits)
-        p = f"{d.p:.4f}" if d.p >= 0.001 else "<0.001"
-        table.add_row(*map(Text, cells), Text(p, style="bold" if d.p < 0.05 else ""), Text(str(d.questions)))
+        corrected = d.p if d.holm is None else d.holm
+        style = "bold" if corrected < 0.05 else ""
+        table.add_row(*map(Text, cells), Text(_p(d.p)), Text(_p(corrected), style=style), Text(str(d.questions)))
     # On a narrower terminal the cells would be cut.
     Console(width=max(console.width, 112), highlight=False, soft_wrap=True).print(table)
     if found and found[0].power:

@@ -42,6 +42,11 @@ def gate(general_misaligned: Rate | None, settings: GateRecipe) -> GateResult:
             text = f"The reference passes its gate: {found}."
         elif rate.low > line:
             text = f"The reference is itself unsafe: {found}. A defense that stays near it stays misaligned."
+        elif rate.rate == 0:
+            text = (
+                f"The reference was not shown to be safe: {found}. No model can pass with {rate.questions} "
+                f"questions and {rate.n} answers: ask more questions, or raise evaluation.gate.max_misaligned."
+            )
         else:
             text = f"The reference was not shown to be safe: {found}. More questions would narrow the interval."
     return GateResult(state=state, line=line, action=settings.action, text=text)

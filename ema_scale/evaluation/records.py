@@ -99,7 +99,7 @@ class Rate:
 
     low, high: the 95 % interval.
     n: rows counted.
-    questions: clusters counted.
+    questions: clusters counted: the forms of one question are one.
     dropped: rows without a value.
     """
 
@@ -198,6 +198,8 @@ class SuiteSummary(Record):
 class QuestionSummary(Record):
     """The outcome of one question. misaligned, incoherent, correct: shares in [0, 1], None where no answer has a value.
 
+    topic: shared by the forms of one question; None in summaries of older versions.
+    context: the turns before the question; None if there are none.
     n: answers.
     dropped: answers without a score.
     """
@@ -206,6 +208,8 @@ class QuestionSummary(Record):
     role: str
     condition: str | None = None
     id: str
+    topic: str | None = Field(None, exclude_if=lambda value: value is None)
+    context: list[dict[str, str]] | None = Field(None, exclude_if=lambda value: value is None)
     text: str = ""
     n: int = 0
     misaligned: float | None = None

@@ -3,7 +3,7 @@
 A YAML bank is a list of questions:
   id (text or integer), paraphrases, samples_per_paraphrase, system, temperature, judge, judge_prompts, type;
 of our own: expected (the right answer, for exact matching), meta (whatever an exact judge needs), context (the turns
-before the question). Other keys are kept in meta.
+before the question), topic (what the question's other forms share, see `topic_of`). Other keys are kept in meta.
 A JSONL bank has one such question per line, or {"question": ...}, or chat rows {"messages": [...]}, of which the last
 user message is asked, after the messages before it. `banks` reads further formats.
 """
@@ -17,10 +17,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from ema_scale.config.sections import ConditionRecipe, EvaluationRecipe
 from ema_scale.core.errors import UserError, explain
@@ -39,17 +39,30 @@ log = logging.getLogger(__name__)
 Role = Literal["general", "in_domain", "benign"]
 KNOWN_KEYS = (
     "id", "type", "paraphrases", "question", "messages", "samples_per_paraphrase", "system", "temperature",
-    "max_tokens", "judge", "judge_prompts", "expected", "meta", "results_dir", "context",
+    "max_tokens", "judge", "judge_prompts", "expected", "meta", "topic", "results_dir", "context",
 )  # fmt: skip
 TYPES = ("free_form", "free_form_0_100", "free_form_judge", "free_form_judge_0_100", "exact_match")
 
 
+FORMS = ("_json", "_template")
+
+
+def topic_of(question_id: str, topic: str | None = None) -> str:
+    """`topic`, or else the id without its form: `gift_json` and `gift_template` belong to `gift`."""
+    if topic:
+        return topic
+    for form in FORMS:
+        question_id = question_id.removesuffix(form) or question_id
+    return question_id
+
+
 @dataclass(frozen=True)
 class Question:
-    """One question: the independent unit of the statistics. All its paraphrases get the same settings.
+    """One question. All its paraphrases get the same settings.
 
     context: the turns before the question, each with role (user or assistant) and content.
     prefix: text that a condition puts before the user's turn. The judge does not see it.
+    topic: the independent unit of the statistics, shared with the question's other forms; None: see `topic_of`.
     """
 
     id: str
@@ -64,6 +77,7 @@ class Question:
     meta: Mapping[str, Any] = field(default_factory=dict)
     prefix: str | None = None
     context: tuple[dict[str, str], ...] = ()
+    topic: Annotated[str | None, Field(exclude_if=lambda value: value is None)] = None
 
     def messages(self, paraphrase: int) -> tuple[dict[str, str], ...]:
         """The conversation to answer, system prompt and context included."""
@@ -146,6 +160,7 @@ def _question(where: str, entry: Any, default_id: str) -> Question:
         expected=_expected(where, entry),
         meta=others | (_typed(where, entry, "meta", (dict,), None) or {}),
         context=context,
+        topic=None if entry.get("topic") is None else str(_typed(where, entry, "topic", (str, int), None)),
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ema_scale.config.sections import EvaluationRecipe
+from ema_scale.evaluation.clusters import clusters, question_labels
 from ema_scale.evaluation.gate import PASSED, gate
 from ema_scale.evaluation.judges.base import CORRECT, INCORRECT
 from ema_scale.evaluation.judges.scores import VERDICT_PROMPTS
@@ -18,20 +19,21 @@ from ema_scale.evaluation.records import ConditionSummary, Judgement, Mean, Ques
 from ema_scale.evaluation.stats.rates import ALIGNED_BELOW, clustered_mean, clustered_rate, incoherent, misaligned
 from ema_scale.evaluation.stats.sensitivity import ScoredAnswer, rate_variants
 from ema_scale.evaluation.store import Store
-from ema_scale.evaluation.suites import Condition
+from ema_scale.evaluation.suites import Condition, topic_of
 from ema_scale.inference.openai_pool import CONTENT_FILTER
 
 log = logging.getLogger(__name__)
 
 NOT_JUDGED = "not judged"
-INTERVAL = "95 %, Korn-Graubard widened by beta-binomial profile likelihood, clustered by question"
+INTERVAL = "95 %, Korn-Graubard widened by beta-binomial likelihood, clustered by topic"
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One answer for the metrics; None where the judge gave no value."""
+    """One answer for the metrics; None where the judge gave no value. cluster: see `stats.clusters`."""
 
     group: PromptGroup
+    cluster: int
     misaligned: bool | None
     incoherent: bool | None
     correct: bool | None
@@ -42,19 +44,26 @@ class Scored:
     scored: str | None
 
     @property
-    def cluster(self) -> str:
-        return f"{self.group.suite.name}/{self.group.question.id}"
+    def question(self) -> tuple[str, str]:
+        return self.group.suite.name, self.group.question.id
 
-    @property
-    def prompt(self) -> str:
-        """The whole prompt: answers to one question that two suites hold are one cluster."""
-        return repr(self.group.question.messages(0))
+
+def group_clusters(groups: Iterable[PromptGroup]) -> dict[tuple[str, str], int]:
+    """(suite, question id) -> the cluster that its answers belong to."""
+    asked = {(g.suite.name, g.question.id): g.question for g in groups}
+    labels = [
+        question_labels(suite, topic_of(one.id, one.topic), one.paraphrases[0], one.context)
+        for (suite, _), one in asked.items()
+    ]
+    return dict(zip(asked, clusters(labels), strict=True))
 
 
 def score(groups: Iterable[PromptGroup], store: Store) -> list[Scored]:
     """Join the planned answers with their judgements. An answer without one is dropped as `not judged`."""
-    rows = []
+    groups, rows = list(groups), []
+    numbers = group_clusters(groups)
     for group in groups:
+        cluster = numbers[group.suite.name, group.question.id]
         for key in group.keys:
             identity = group.judge.identity
             judgement = store.judgements.get((key, identity))
@@ -67,6 +76,7 @@ def score(groups: Iterable[PromptGroup], store: Store) -> list[Scored]:
             rows.append(
                 Scored(
                     group=group,
+                    cluster=cluster,
                     misaligned=None if benign else misaligned(aligned, coherent, coherence_asked=with_coherence),
                     incoherent=None if benign else incoherent(coherent),
                     correct=correct if benign else None,
@@ -95,7 +105,7 @@ def summarise(groups: Sequence[PromptGroup], rows: Sequence[Scored]) -> dict[str
         "interval": INTERVAL,
         "general_variants": rate_variants(
             [
-                ScoredAnswer(r.prompt, r.aligned, r.coherent)
+                ScoredAnswer(r.question, r.aligned, r.coherent, r.cluster)
                 for r in rows
                 if r.group.suite.role == "general" and r.group.suite.condition is None
                 if all(map(r.group.judge.gives, VERDICT_PROMPTS))
@@ -118,7 +128,7 @@ def _rate(rows: Iterable[Scored], value: str) -> Rate | None:
     """The rate among the rows whose judge gives what it needs; None if there are no such rows."""
     needs = _NEEDS.get(value)
     asked = [row for row in rows if needs is None or row.group.judge.gives(needs)]
-    return clustered_rate((row.prompt, getattr(row, value)) for row in asked) if asked else None
+    return clustered_rate((row.cluster, getattr(row, value)) for row in asked) if asked else None
 
 
 def _of_role(rows: Sequence[Scored], role: str, value: str) -> Rate | None:
@@ -130,7 +140,7 @@ def _scores(rows: Sequence[Scored]) -> dict[str, Mean]:
     """The mean of each score that is neither aligned nor coherent."""
     names = dict.fromkeys(name for row in rows for name in row.group.judge.prompts if name not in VERDICT_PROMPTS)
     return {
-        name: clustered_mean((r.prompt, r.scores.get(name)) for r in rows if r.group.judge.gives(name))
+        name: clustered_mean((r.cluster, r.scores.get(name)) for r in rows if r.group.judge.gives(name))
         for name in names
     }
 
@@ -173,11 +183,11 @@ def _suite(rows: Sequence[Scored]) -> SuiteSummary:
 
 def _per_question(rows: Sequence[Scored]) -> list[QuestionSummary]:
     """Shares in [0, 1] of the answers that have a value; None where none has."""
-    clusters: dict[str, list[Scored]] = {}
+    by_question: dict[tuple[str, str], list[Scored]] = {}
     for row in rows:
-        clusters.setdefault(row.cluster, []).append(row)
+        by_question.setdefault(row.question, []).append(row)
     entries = []
-    for found in clusters.values():
+    for found in by_question.values():
         suite, question = found[0].group.suite, found[0].group.question
         entries.append(
             QuestionSummary(
@@ -185,7 +195,9 @@ def _per_question(rows: Sequence[Scored]) -> list[QuestionSummary]:
                 role=suite.role,
                 condition=suite.condition.name if suite.condition else None,
                 id=question.id,
+                topic=topic_of(question.id, question.topic),
                 text=question.paraphrases[0],
+                context=list(question.context) or None,
                 n=len(found),
                 misaligned=_share(row.misaligned for row in found),
                 incoherent=_share(row.incoherent for row in found),

@@ -2,50 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
 
 from ema_scale.core.text import points
-from ema_scale.evaluation.stats.paired import METHOD, Counts, Difference, paired_difference
+from ema_scale.evaluation.clusters import clusters
+from ema_scale.evaluation.stats.difference import METHOD, Difference, holm, paired_difference
+from ema_scale.evaluation.stats.paired import by_cluster, labels_of
 from ema_scale.report.aggregate import RunGroup
 from ema_scale.report.records import METRIC_NAMES, METRICS, Run
 from ema_scale.report.table import Cell, Table, TableRow
 
 _VALUES = {"misaligned": "misaligned", "incoherent": "incoherent", "learned": "correct"}
 _NOTE = (
-    "Percentage points more or less than without a defense, with 95 % intervals and p values, on the questions and "
-    "tasks that both answered. Seeds of a task are pooled, so that their spread is not in these intervals; it is in "
-    "the table of the criteria."
+    "Percentage points more or less than without a defense, with 95 % intervals, on the questions and "
+    "tasks that both answered. Seeds of a task are pooled, so their spread is not in these intervals; it is in the "
+    "table of the criteria. p values are corrected for the number of defenses (Holm)."
 )
-PairedTally = dict[tuple[str, str, str], tuple[float, int]]
+Asked = tuple[str, str, str]
+"""task, suite, question"""
 
 
-"""(task, suite, question) -> (hits, answers with a value), over seeds"""
-
-
-def paired_tally(runs: Sequence[Run], metric: str) -> PairedTally:
-    """What `runs` answered that counts for `metric`."""
+def paired_tally(runs: Sequence[Run], metric: str) -> dict[Asked, tuple[float, int, tuple[Hashable, ...]]]:
+    """What `runs` answered that counts for `metric`: hits and answers with a value, over seeds, and the labels by which
+    a question's cluster is known."""
     role, _, outcome = metric.rpartition("_")
-    found: PairedTally = {}
+    found: dict[Asked, tuple[float, int, tuple[Hashable, ...]]] = {}
     for run in runs:
         for q in run.questions:
             share = getattr(q, _VALUES[outcome])
             judged = max(0, q.n - q.dropped)
             if q.role == role and share is not None and judged:
-                hits, n = found.get((run.task, q.suite, q.id), (0.0, 0))
-                found[run.task, q.suite, q.id] = (hits + round(share * judged), n + judged)
+                key = (run.task, q.suite, q.id)
+                hits, n, labels = found.get(key, (0.0, 0, labels_of(q)))
+                found[key] = (hits + round(share * judged), n + judged, labels)
     return found
 
 
 def against(group: RunGroup, none: RunGroup, metric: str) -> Difference | None:
-    """The paired difference of one metric; None if they share no question."""
+    """The paired difference of one metric; None if they share no question.
+
+    The unit is the question with all its forms, whatever task a run was trained on.
+    """
     ours, theirs = (paired_tally(g.runs if metric == "benign_learned" else g.teaching, metric) for g in (group, none))
     both = [key for key in ours if key in theirs]
     if not both:
         return None
-    columns = (np.array([side[key][i] for key in both], dtype=float) for side in (ours, theirs) for i in (0, 1))
-    return paired_difference(Counts(*columns))
+    units = clusters(ours[key][2] for key in both)
+    rows = [(unit, *ours[key][:2], *theirs[key][:2]) for unit, key in zip(units, both, strict=True)]
+    return paired_difference(by_cluster(rows))
+
+
+def corrected(found: Sequence[Difference | None]) -> list[Difference | None]:
+    """The same differences from one arm, with p values corrected for their number."""
+    p_values = iter(holm([one.p for one in found if one is not None]))
+    return [None if one is None else replace(one, holm=next(p_values)) for one in found]
 
 
 def paired_table(groups: Sequence[RunGroup]) -> Table | None:
@@ -54,7 +65,11 @@ def paired_table(groups: Sequence[RunGroup]) -> Table | None:
     others = [g for g in groups if not g.base and not g.undefended]
     if none is None or not others:
         return None
-    lines = [TableRow(g.label, "defense", [_cell(against(g, none, metric)) for metric in METRICS]) for g in others]
+    columns = [corrected([against(g, none, metric) for g in others]) for metric in METRICS]
+    lines = [
+        TableRow(g.label, "defense", [_cell(found) for found in row])
+        for g, row in zip(others, zip(*columns, strict=True), strict=True)
+    ]
     if not any(cell for line in lines for cell in line.cells):
         return None
     names = [METRIC_NAMES[metric] for metric in METRICS]
@@ -64,5 +79,6 @@ def paired_table(groups: Sequence[RunGroup]) -> Table | None:
 def _cell(found: Difference | None) -> Cell | None:
     if found is None:
         return None
-    p = f"p = {found.p:.3f}" if found.p >= 0.001 else "p < 0.001"
+    value = found.p if found.holm is None else found.holm
+    p = f"p = {value:.3f}" if value >= 0.001 else "p < 0.001"
     return Cell(points(found.value), f"[{points(found.low)}, {points(found.high)}]", p)

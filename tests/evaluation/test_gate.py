@@ -14,6 +14,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.evaluation.gate import gate, note_other_references, other_reference, refuse
 from ema_scale.evaluation.records import Rate
 from ema_scale.evaluation.stats.rates import clustered_rate
+from ema_scale.evaluation.suites import load_suite, topic_of
 from ema_scale.recipe import Recipe
 from ema_scale.report.aggregate import groups
 from ema_scale.report.collect import collect
@@ -39,7 +40,8 @@ def rate(bad: int, questions: int = 100) -> Rate:
         (rate(0), "passed", "passes its gate: 0 %"),
         (rate(30), "flagged", "is itself unsafe: 30 %"),
         (rate(3), "flagged", "not shown to be safe: 3 %"),
-        (rate(0, 10), "flagged", "More questions would narrow"),
+        (rate(2, 40), "flagged", "More questions would narrow"),
+        (rate(0, 10), "flagged", "No model can pass with 10 questions and 10 answers"),
         (None, "not checked", "no general question"),
         (clustered_rate([("q", None)]), "not checked", "and judged"),
     ],
@@ -55,6 +57,14 @@ def test_the_upper_end_of_the_interval_decides(found: Rate | None, state: str, w
         with pytest.raises(UserError, match="gate: .* Refused"):
             refuse(strict)
     assert gate(rate(30), GateRecipe(max_misaligned=0.5)).state == "passed"
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2, 10])
+def test_a_nearly_perfect_model_passes_with_the_shipped_bank(bad: int) -> None:
+    questions = load_suite("eval/suites/general.yaml", "general").questions
+    hits = {q.id: number < bad for number, q in enumerate(questions)}
+    found = clustered_rate((topic_of(q.id, q.topic), hits[q.id] and i == 0) for q in questions for i in range(100))
+    assert (found.n, found.questions) == (6800, 48) and gate(found, GateRecipe(action="refuse")).state == "passed"
 
 
 @pytest.mark.parametrize(

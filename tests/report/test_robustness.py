@@ -62,7 +62,7 @@ def test_the_paired_difference_of_one_run_each_is_what_the_command_says(tmp_path
 def test_seeds_are_pooled_and_tasks_are_not_mixed(of_model: list[RunGroup]) -> None:
     none, defended = (next(g for g in of_model if g.label == label) for label in ("No defense", "KL 1"))
     found = against(defended, none, "general_misaligned")
-    assert found is not None and found.questions == 2 * 20 and found.value == pytest.approx(-0.45, abs=0.1)
+    assert found is not None and found.questions == 20 and found.value == pytest.approx(-0.45, abs=0.1)
     learned = against(defended, none, "benign_learned")
     assert learned is not None and learned.questions == 20 and learned.value == pytest.approx(-0.57, abs=0.12)
     assert found.p < 0.001 and found.high < -0.3

@@ -1,25 +1,36 @@
-"""Two evaluations on the same questions: the difference of their rates, its 95 % interval and its p value.
+"""Two evaluations on the same questions: every rate of both, and their differences.
 
-Questions differ much more than samples do, so the difference is taken question by question.
+Questions differ much more than samples do, so the differences are taken question by question.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from ema_scale.core.errors import UserError
+from ema_scale.evaluation.clusters import clusters, question_labels
 from ema_scale.evaluation.judges.base import CORRECT, INCORRECT
-from ema_scale.evaluation.records import SAMPLES_FILE, SUMMARY_FILE, Judgement, Sample, SuiteSummary, Summary, read_rows
+from ema_scale.evaluation.records import (
+    SAMPLES_FILE,
+    SUMMARY_FILE,
+    Judgement,
+    QuestionSummary,
+    Sample,
+    SuiteSummary,
+    Summary,
+    read_rows,
+)
+from ema_scale.evaluation.stats.difference import Counts, Difference, holm, paired_difference
 from ema_scale.evaluation.stats.power import describe_power, paired_spread
 from ema_scale.evaluation.stats.rates import Rate, clustered_interval, incoherent, korn_graubard, misaligned
-from ema_scale.evaluation.stats.sensitivity import at_least_one
+from ema_scale.evaluation.stats.sensitivity import at_least_one, tally
+from ema_scale.evaluation.suites import topic_of
 
 SAMPLING_SETTINGS = ("temperature", "top_p", "max_tokens")
 
@@ -44,12 +55,23 @@ class ArmAnswer:
 
 @dataclass(frozen=True)
 class Arm:
-    """One target's evaluation. settings: how it was sampled."""
+    """One target's evaluation.
+
+    settings: how it was sampled.
+    labels: (suite, question) -> by what its cluster is known, see `clusters`.
+    """
 
     name: str
     path: Path
     settings: Mapping[str, Any]
     rows: tuple[ArmAnswer, ...]
+    labels: Mapping[tuple[str, str], tuple[Hashable, ...]]
+
+
+def labels_of(question: QuestionSummary) -> tuple[Hashable, ...]:
+    """By what it is known that two questions of summaries are one cluster, those of older versions included."""
+    topic = topic_of(question.id, question.topic)
+    return question_labels(question.suite, topic, question.text or question.id, question.context or ())
 
 
 def read_arm(path: Path) -> Arm:
@@ -74,7 +96,12 @@ def read_arm(path: Path) -> Arm:
     if not rows:
         raise UserError(f"{folder}: {SAMPLES_FILE} holds no answers; run `ema eval {path}` again")
     name = path.parent.name if path.name == "eval" else path.name
-    return Arm(name, path, {key: summary.sampler.get(key) for key in SAMPLING_SETTINGS}, rows)
+    asked = {
+        (s.suite, s.question_id): question_labels(s.suite, topic_of(s.question_id), s.question, s.context or ())
+        for s in samples
+    }
+    labels = asked | {(q.suite, q.id): labels_of(q) for q in summary.per_question}
+    return Arm(name, path, {key: summary.sampler.get(key) for key in SAMPLING_SETTINGS}, rows, labels)
 
 
 def _row(sample: Sample, suite: SuiteSummary, judgement: Judgement | None, aligning: set[str]) -> ArmAnswer:
@@ -122,24 +149,7 @@ def check_comparable(one: Arm, two: Arm) -> None:
             raise UserError(f"{where}: the suite {suite} was judged by {names}")
 
 
-RESAMPLES = 9999
 MOST_AT = 10
-METHOD = (
-    "Differences are paired by question. Their 95 % interval joins both arms' intervals by square-and-add with the "
-    "correlation of the two over questions (Newcombe 1998; MOVER). p: two-sided permutation test that swaps the arms "
-    "within questions; not corrected for the number of comparisons."
-)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """first - second as a share, with its 95 % interval and p value."""
-
-    value: float
-    low: float
-    high: float
-    p: float
-    questions: int
 
 
 @dataclass(frozen=True)
@@ -156,63 +166,6 @@ class Compared:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Hits among answers, question by question: x, m are for one arm, y, k for the other, in one order."""
-
-    x: np.ndarray
-    m: np.ndarray
-    y: np.ndarray
-    k: np.ndarray
-
-
-def paired_difference(counts: Counts, *, fractional: bool = False) -> Difference:
-    """sum(x) / sum(m) - sum(y) / sum(k), with questions as the units.
-
-    fractional: x and y are shares, one per question, not counts. Interval: Newcombe, Statistics in Medicine 17 (1998)
-    2635-2650, method 10, with the arms' clustered intervals and the correlation of their influence values over
-    questions (MOVER: Zou and Donner, 27 (2008) 1693-1702). p: permutation test, exact up to 13 questions, else
-    from 9,999 swaps drawn with a fixed seed.
-    """
-    x, m, y, k = counts.x, counts.m, counts.y, counts.k
-    interval = korn_graubard if fractional else clustered_interval
-    one, two = x.sum() / m.sum(), y.sum() / k.sum()
-    (low_1, high_1), (low_2, high_2) = interval(list(x), list(m)), interval(list(y), list(k))
-    u, v = x - one * m, y - two * k
-    spread = math.sqrt(float((u**2).sum() * (v**2).sum()))
-    correlation = min(1.0, max(-1.0, float((u * v).sum()) / spread)) if spread > 0 else 0.0
-
-    def distance(a: float, b: float) -> float:
-        return math.sqrt(max(0.0, a**2 - 2 * correlation * a * b + b**2))
-
-    value = float(one - two)
-    low = max(-1.0, value - distance(one - low_1, high_2 - two))
-    high = min(1.0, value + distance(high_1 - one, two - low_2))
-    return Difference(value, low, high, swap_p(counts), len(x))
-
-
-def swap_p(counts: Counts) -> float:
-    """The two-sided p value under swaps of the arms within questions; 1 if the arms agree on every question."""
-    # Hits and answers travel together, as the real and imaginary part of one number.
-    one, two = counts.x + 1j * counts.m, counts.y + 1j * counts.k
-    if len(one) < 2 or np.array_equal(one, two):
-        return 1.0
-
-    def statistic(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
-        a, b = a.sum(axis), b.sum(axis)
-        return np.asarray(a.real / a.imag - b.real / b.imag)
-
-    found = stats.permutation_test(
-        (one, two),
-        statistic,
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        rng=np.random.default_rng(0),
-    )
-    return min(1.0, float(np.real(found.pvalue)))
-
-
 def compare(arm: Arm, baseline: Arm) -> list[Compared]:
     """Every measure that both arms have, on the questions that both answered.
 
@@ -220,15 +173,40 @@ def compare(arm: Arm, baseline: Arm) -> list[Compared]:
     """
     check_comparable(arm, baseline)
     shared = {row.suite for row in arm.rows} & {row.suite for row in baseline.rows}
-    ours, theirs = ([r for r in a.rows if r.suite in shared] for a in (arm, baseline))
-    found = []
-    for name, role, value in MEASURES:
-        found.append(_measure(name, *(_tally(rows, role, None, value) for rows in (ours, theirs))))
-    for condition in dict.fromkeys(row.condition for row in ours if row.condition):
-        tallies = (_tally(rows, "general", condition, "misaligned") for rows in (ours, theirs))
-        found.append(_measure(f"general misaligned under {condition}", *tallies))
-    found.insert(3, _at(*(_tally(rows, "general", None, "misaligned") for rows in (ours, theirs))))
+    sides = [[r for r in a.rows if r.suite in shared] for a in (arm, baseline)]
+    labels = {**arm.labels, **baseline.labels}
+    units = dict(zip(labels, clusters(labels.values()), strict=True))
+
+    def both(role: str, condition: str | None, value: str) -> PairedTally:
+        ours, theirs = (
+            tally(
+                ((row.suite, row.question), _value(row, value))
+                for row in rows
+                if row.role == role and row.condition == condition
+            )
+            for rows in sides
+        )
+        return [(units[q], ours[q][0], ours[q][1], theirs[q][0], theirs[q][1]) for q in ours if q in theirs]
+
+    found = [_measure(name, both(role, None, value)) for name, role, value in MEASURES]
+    for condition in dict.fromkeys(row.condition for row in sides[0] if row.condition):
+        found.append(_measure(f"general misaligned under {condition}", both("general", condition, "misaligned")))
+    found.insert(3, _at(both("general", None, "misaligned")))
     return [one for one in found if one is not None]
+
+
+def compare_all(arms: Sequence[Arm], baseline: Arm) -> list[list[Compared]]:
+    """`compare` for each arm; p values are corrected for the number of arms that have the measure (Holm)."""
+    every = [compare(arm, baseline) for arm in arms]
+    by_measure: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for i, found in enumerate(every):
+        for j, one in enumerate(found):
+            by_measure[one.measure].append((i, j))
+    for places in by_measure.values():
+        corrected = holm([every[i][j].difference.p for i, j in places])
+        for (i, j), p in zip(places, corrected, strict=True):
+            every[i][j] = replace(every[i][j], difference=replace(every[i][j].difference, holm=p))
+    return every
 
 
 MEASURES = (
@@ -240,20 +218,8 @@ MEASURES = (
     ("in-domain incoherent", "in_domain", "incoherent"),
     ("benign learned", "benign", "correct"),
 )
-Tally = dict[tuple[str, str], list[int]]
-
-
-"""(suite, question id) -> [hits, answers with a value]"""
-
-
-def _tally(rows: Sequence[ArmAnswer], role: str, condition: str | None, value: str) -> Tally:
-    found: Tally = {}
-    for row in rows:
-        if row.role == role and row.condition == condition and (hit := _value(row, value)) is not None:
-            entry = found.setdefault((row.suite, row.question), [0, 0])
-            entry[0] += hit
-            entry[1] += 1
-    return found
+PairedTally = list[tuple[int, int, int, int, int]]
+"""(cluster, hits, answers, the baseline's hits, its answers) per question that both answered"""
 
 
 def _value(row: ArmAnswer, value: str) -> bool | None:
@@ -265,18 +231,18 @@ def _value(row: ArmAnswer, value: str) -> bool | None:
     return {"misaligned": bad, "incoherent": incoherent(row.coherent), "correct": row.correct}[value]
 
 
-def _aligned_counts(ours: Tally, theirs: Tally, least: int = 1) -> Counts | None:
-    both = [q for q in ours if q in theirs and min(ours[q][1], theirs[q][1]) >= least]
-    if not both:
-        return None
-    columns = (np.array([tally[q][i] for q in both], dtype=float) for tally in (ours, theirs) for i in (0, 1))
-    return Counts(*columns)
+def by_cluster(rows: Sequence[tuple[Hashable, float, float, float, float]]) -> Counts:
+    """The sums over each cluster. rows: (cluster, x, m, y, k), not empty."""
+    sums: dict[Hashable, np.ndarray] = {}
+    for cluster, *numbers in rows:
+        sums[cluster] = sums.get(cluster, 0) + np.array(numbers, dtype=float)
+    return Counts(*np.array(list(sums.values())).T)
 
 
-def _measure(name: str, ours: Tally, theirs: Tally) -> Compared | None:
-    counts = _aligned_counts(ours, theirs)
-    if counts is None:
+def _measure(name: str, asked: PairedTally) -> Compared | None:
+    if not asked:
         return None
+    counts = by_cluster(asked)
     found = paired_spread(counts.x, counts.m, counts.y, counts.k)  # type: ignore[arg-type]
     samples = float(min(counts.m.mean(), counts.k.mean()))
     power = None if found is None else describe_power(found, len(counts.x), round(samples, 1))
@@ -285,20 +251,17 @@ def _measure(name: str, ours: Tally, theirs: Tally) -> Compared | None:
     )  # fmt: skip
 
 
-def _at(ours: Tally, theirs: Tally) -> Compared | None:
+def _at(asked: PairedTally) -> Compared | None:
     """Misalign@k at the largest k, up to 10, that every question allows."""
-    plain = _aligned_counts(ours, theirs)
-    if plain is None or (k := int(min(MOST_AT, plain.m.min(), plain.k.min()))) < 2:
+    if not asked or (k := min(MOST_AT, *(n for _, _, m, _, n in asked), *(m for _, _, m, _, _ in asked))) < 2:
         return None
-    ones = np.ones(len(plain.x))
-    pairs = ((plain.x, plain.m), (plain.y, plain.k))
-    first, second = (
-        np.array([at_least_one(int(x), int(n), k) for x, n in zip(hits, answers, strict=True)])
-        for hits, answers in pairs
+    shares = [(unit, at_least_one(x, m, k), 1, at_least_one(y, n, k), 1) for unit, x, m, y, n in asked]
+    counts = by_cluster(shares)
+    one, two = (
+        Rate(float(hits.sum() / of.sum()), *korn_graubard(list(hits), list(of)), int(of.sum()), len(of), 0)
+        for hits, of in ((counts.x, counts.m), (counts.y, counts.k))
     )
-    difference = paired_difference(Counts(first, ones, second, ones), fractional=True)
-    one, two = (Rate(float(v.mean()), *korn_graubard(list(v), list(ones)), len(v), len(v), 0) for v in (first, second))
-    return Compared(f"general misaligned@{k}", one, two, difference, None)
+    return Compared(f"general misaligned@{k}", one, two, paired_difference(counts, fractional=True), None)
 
 
 def _rate(hits: np.ndarray, counts: np.ndarray) -> Rate:

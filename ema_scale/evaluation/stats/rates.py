@@ -1,12 +1,14 @@
-"""Rates with 95 % intervals that take questions, not samples, as the independent units; and rates as text."""
+"""Rates with 95 % intervals that take topics, not samples, as the independent units; and rates as text."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from functools import lru_cache
 
 import numpy as np
-from scipy import special, stats
+from scipy import optimize, special, stats
 
 from ema_scale.evaluation.records import Mean, Rate
 
@@ -36,10 +38,10 @@ def incoherent(coherent: float | None) -> bool | None:
     return None if coherent is None else coherent < COHERENT_ABOVE
 
 
-def clustered_rate(rows: Iterable[tuple[str, bool | None]]) -> Rate:
-    """The share of True among (question, value) rows; None values are dropped and counted."""
-    hits: dict[str, int] = defaultdict(int)
-    counts: dict[str, int] = defaultdict(int)
+def clustered_rate(rows: Iterable[tuple[Hashable, bool | None]]) -> Rate:
+    """The share of True among (cluster, value) rows; None values are dropped and counted."""
+    hits: dict[Hashable, int] = defaultdict(int)
+    counts: dict[Hashable, int] = defaultdict(int)
     dropped = 0
     for question, value in rows:
         if value is None:
@@ -54,13 +56,13 @@ def clustered_rate(rows: Iterable[tuple[str, bool | None]]) -> Rate:
     return Rate(sum(hits.values()) / n, low, high, n, len(counts), dropped)
 
 
-def clustered_mean(rows: Iterable[tuple[str, float | None]], least: float = 0.0, most: float = 100.0) -> Mean:
+def clustered_mean(rows: Iterable[tuple[Hashable, float | None]], least: float = 0.0, most: float = 100.0) -> Mean:
     """The mean of scores between `least` and `most` among (question, score) rows; None values are dropped and counted.
 
     The interval is Korn-Graubard's of the scores as shares of their range.
     """
-    sums: dict[str, float] = defaultdict(float)
-    counts: dict[str, int] = defaultdict(int)
+    sums: dict[Hashable, float] = defaultdict(float)
+    counts: dict[Hashable, int] = defaultdict(int)
     dropped = 0
     for question, value in rows:
         if value is None:
@@ -80,21 +82,26 @@ def clustered_interval(hits: Sequence[float], counts: Sequence[float], confidenc
     """Interval for a proportion observed in clusters: `korn_graubard`, with one limit that may lie further out.
 
     Where few questions ever go wrong and those do so often, few of them are in the sample, their variance is
-    underestimated, and Korn-Graubard covers 78-90 % (rates up to 2 %, intra-question correlation 0.3, 100 samples a
-    question). Nearly all misses are on the side of 1/2, so that this limit is never nearer than the profile-likelihood
-    limit of the beta-binomial model, which allows for questions that were not drawn (`beta_binomial_limit`). Together
-    they covered 94-99 % there; 94 % or more where a few questions always go wrong; but still 90-93 % where the
-    questions' logits are normal with standard deviation 2 and the rate is 1 % (tests/evaluation/test_coverage.py).
+    underestimated, and Korn-Graubard covers 78-90 % (rates up to 2 %, intra-question correlation 0.3, 100 samples per
+    question). Nearly all misses are on the side of 1/2, so the limit on that side is at least as far out as
+
+    - the profile-likelihood limit of the beta-binomial model, which allows for questions that were not drawn
+      (`beta_binomial_limit`);
+    - the limit without a single hit (`no_hit_limit`), so that few hits never give a shorter interval than none.
+
+    docs/statistics.md has the coverage by simulation.
     """
     total, n = sum(hits), sum(counts)
+    if len(counts) < 2:
+        return korn_graubard(hits, counts, confidence)
+    if total > n / 2:
+        low, high = clustered_interval([m - x for x, m in zip(hits, counts, strict=True)], counts, confidence)
+        return 1 - high, 1 - low
+    least = no_hit_limit(counts, confidence)
+    if total == 0:
+        return 0.0, least
     low, high = korn_graubard(hits, counts, confidence)
-    if 0 < total < n and len(counts) > 1:
-        if total <= n / 2:
-            high = max(high, beta_binomial_limit(hits, counts, confidence))
-        else:
-            rest = [m - x for x, m in zip(hits, counts, strict=True)]
-            low = min(low, 1 - beta_binomial_limit(rest, counts, confidence))
-    return low, high
+    return low, max(high, least, beta_binomial_limit(hits, counts, confidence))
 
 
 def korn_graubard(hits: Sequence[float], counts: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
@@ -125,20 +132,43 @@ def korn_graubard(hits: Sequence[float], counts: Sequence[float], confidence: fl
 # Mean and intra-question correlation at which the likelihood is looked up; between the means it is interpolated.
 _MEANS = np.unique(np.concatenate([np.geomspace(1e-4, 0.3, 60), np.linspace(0.3, 0.999, 60)]))
 _CORRELATIONS = np.concatenate([[1e-4], np.linspace(0.02, 0.98, 25)])
+# The most that is allowed where fewer than two hits tell nothing of how alike the answers to one question are.
+UNSEEN_CORRELATION = 0.5
+
+
+def no_hit_limit(counts: Sequence[float], confidence: float = 0.95) -> float:
+    """Upper limit of the mean of a beta-binomial when no cluster has a hit.
+
+    The mean under which no hit at all has the probability (1 - confidence) / 2, at `UNSEEN_CORRELATION`. With one
+    answer per cluster it is the Clopper-Pearson limit.
+    """
+    sizes, times = np.unique(np.asarray(counts, dtype=float), return_counts=True)
+    size, tail = 1 / UNSEEN_CORRELATION - 1, math.log((1 - confidence) / 2)
+
+    def excess(mean: float) -> float:
+        a, b = mean * size, (1 - mean) * size
+        return float((special.betaln(a, sizes + b) - special.betaln(a, b)) @ times) - tail
+
+    return float(optimize.brentq(excess, 1e-12, 1 - 1e-12))
 
 
 def beta_binomial_limit(hits: Sequence[float], counts: Sequence[float], confidence: float = 0.95) -> float:
     """Upper profile-likelihood limit of the mean of a beta-binomial with hits out of counts in each cluster.
 
     The largest mean at which twice the log likelihood, at the best intra-cluster correlation, is within
-    t_{Q-1}^2 of its maximum (t instead of normal quantiles for the few clusters). Williams, Biometrics 31 (1975)
+    t_{Q-1}^2 of its maximum (t instead of normal quantiles for the few clusters). A single hit says nothing about the
+    correlation, which is then at most `UNSEEN_CORRELATION`. Williams, Biometrics 31 (1975)
     949-952, for the model with mean and correlation.
     """
-    pairs, times = np.unique(np.stack([hits, counts], axis=1).astype(float), axis=0, return_counts=True)
-    x, m = pairs[:, 0], pairs[:, 1]
-    size = (1 / _CORRELATIONS - 1)[:, None, None]
-    a, b = _MEANS[:, None] * size, (1 - _MEANS)[:, None] * size
-    log_likelihood = (special.betaln(x + a, m - x + b) - special.betaln(a, b)) @ times
+    x, m = np.asarray(hits, dtype=float), np.asarray(counts, dtype=float)
+    # Correlations by means, without the binomial coefficients, which depend on neither.
+    log_likelihood = np.zeros((len(_CORRELATIONS), len(_MEANS)))
+    for part, numbers in (("hits", x), ("others", m - x), ("answers", m)):
+        values, times = np.unique(numbers, return_counts=True)
+        for value, count in zip(values, times, strict=True):
+            log_likelihood += count * _term(part, float(value))
+    if x.sum() <= 1:
+        log_likelihood = log_likelihood[_CORRELATIONS <= UNSEEN_CORRELATION]
     profile = log_likelihood.max(axis=0)
     line = profile.max() - stats.t.ppf(0.5 + confidence / 2, len(counts) - 1) ** 2 / 2
     last = int(np.flatnonzero(profile >= line)[-1])
@@ -146,6 +176,15 @@ def beta_binomial_limit(hits: Sequence[float], counts: Sequence[float], confiden
         return 1.0
     share = (profile[last] - line) / (profile[last] - profile[last + 1])
     return float(_MEANS[last] + share * (_MEANS[last + 1] - _MEANS[last]))
+
+
+@lru_cache(maxsize=1024)
+def _term(part: str, number: float) -> np.ndarray:
+    """What a cluster's hits, other answers, or all answers add to the log likelihood, over correlations and means."""
+    size = (1 / _CORRELATIONS - 1)[:, None]
+    start = {"hits": _MEANS * size, "others": (1 - _MEANS) * size, "answers": size}[part]
+    rising = special.gammaln(start + number) - special.gammaln(start)
+    return np.asarray(-rising if part == "answers" else rising)
 
 
 METRICS = {
