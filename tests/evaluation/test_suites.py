@@ -165,9 +165,10 @@ def test_turns_before_the_question(tmp_path: Path) -> None:
 
 
 def test_questions_in_a_csv_or_json_file(tmp_path: Path) -> None:
-    table = bank(tmp_path, 'question,expected,topic\n"2 + 2, or?",4,sums\nWell?,,\n', "q.csv")
+    table = bank(tmp_path, 'question,expected,topic,source\n"2 + 2, or?",4,sums,me\nWell?,,,\n', "q.csv")
     first, second = load_suite(table, "general").questions
-    assert (first.paraphrases, first.expected, first.meta) == (("2 + 2, or?",), "4", {"topic": "sums"})
+    assert (first.paraphrases, first.expected, first.topic) == (("2 + 2, or?",), "4", "sums")
+    assert first.meta == {"source": "me"} and second.topic is None
     assert second.expected is None and second.id == "2"
     listed = bank(tmp_path, '[\n\t{"question": "x", "id": "a"}]', "q.json")
     assert load_suite(listed, "general").questions[0].id == "a"
