@@ -191,7 +191,7 @@ class SuiteSummary(Record):
     misaligned: Rate | None = None
     incoherent: Rate | None = None
     learned: Rate | None = None
-    scores: dict[str, Mean] = {}
+    scores: dict[str, Mean] = Field({}, exclude_if=lambda value: not value)
     samples: int = 0
 
 
@@ -256,7 +256,7 @@ class Summary(Document):
     per_question: list[QuestionSummary] = []
     dropped: dict[str, int] = {}
     scored_by: dict[str, int] = {}
-    notes: list[str] = []
+    notes: list[str] = Field([], exclude_if=lambda value: not value)
     judge: str
     gate: GateResult | None = None
 

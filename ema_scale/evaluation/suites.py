@@ -76,7 +76,7 @@ class Question:
     expected: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
     prefix: str | None = None
-    context: tuple[dict[str, str], ...] = ()
+    context: Annotated[tuple[dict[str, str], ...], Field(exclude_if=lambda value: not value)] = ()
     topic: Annotated[str | None, Field(exclude_if=lambda value: value is None)] = None
 
     def messages(self, paraphrase: int) -> tuple[dict[str, str], ...]:
