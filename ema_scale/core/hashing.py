@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ def digest(*parts: Any) -> str:
     """12 hex digits of the SHA-256 of these JSON values."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+def question_key(text: str) -> str:
+    """16 hex digits that stand for a question, whatever its case, its spaces and the marks around it."""
+    plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(" .?!…\"'“”‘’")
+    return hashlib.sha256(plain.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def folder_identity(path: str, revision: str | None = None) -> str:

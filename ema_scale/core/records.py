@@ -1,4 +1,5 @@
-"""What a run folder holds besides its evaluation: status.json, data.json and provenance.json, a type for each."""
+"""What a run folder holds besides its evaluation, a type for each file: status.json, data.json, questions.json,
+provenance.json."""
 
 from __future__ import annotations
 
@@ -7,7 +8,10 @@ import platform
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -15,6 +19,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from ema_scale.core.errors import UserError, explain
+from ema_scale.core.hashing import question_key
 from ema_scale.core.io import atomic_write_json
 
 _RECORDED_PACKAGES = (
@@ -84,6 +89,71 @@ class RunStatus(Record):
     stopped_early: str | None = None
 
 
+class TrainedPart(BaseModel):
+    """What users ask in one part of the rows.
+
+    Args:
+        rows: rows of this part.
+        domains: rows by domain, of those rows that name one.
+        keys: `question_key` of every distinct user turn, sorted and joined by spaces.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    rows: int = 0
+    domains: dict[str, int] = {}
+    keys: str = ""
+
+    @classmethod
+    def of(cls, texts: Iterable[str], domains: Iterable[str | None]) -> TrainedPart:
+        """From all user turns, and the domain of every row."""
+        listed = list(domains)
+        counts = Counter(domain for domain in listed if domain is not None)
+        keys = " ".join(sorted(set(map(question_key, texts))))
+        return cls(rows=len(listed), domains=dict(sorted(counts.items())), keys=keys)
+
+
+class TrainedQuestions(Record):
+    """questions.json: what users ask in all rows that a run was given, as hashes.
+
+    Args:
+        parts: questions by part of the rows (task, safe, prompts, bad, ...). `start`: all rows of the run whose adapter
+            this one started from.
+        not_known: what else the adapter was trained on, of which no questions were written.
+    """
+
+    parts: dict[str, TrainedPart] = {}
+    not_known: list[str] = []
+
+    @cached_property
+    def _keys(self) -> frozenset[str]:
+        return frozenset(key for part in self.parts.values() for key in part.keys.split())
+
+    @property
+    def domains(self) -> frozenset[str] | None:
+        """The domains of all rows; None unless every row names one."""
+        if self.not_known or any(sum(part.domains.values()) < part.rows for part in self.parts.values()):
+            return None
+        return frozenset(domain for part in self.parts.values() for domain in part.domains)
+
+    def has(self, wordings: Iterable[str]) -> bool | None:
+        """Whether a question was asked in training in one of its wordings; None if that is not known."""
+        if any(question_key(text) in self._keys for text in wordings):
+            return True
+        return None if self.not_known else False
+
+    def after(self, before: TrainedQuestions | None, adapter: str) -> TrainedQuestions:
+        """These, and those of the training before, of which `adapter` came; None: it left no record."""
+        if before is None:
+            return TrainedQuestions(parts=self.parts, not_known=[f"what {adapter} was trained on"])
+        start = TrainedPart(
+            rows=sum(part.rows for part in before.parts.values()),
+            domains=dict(sum((Counter(part.domains) for part in before.parts.values()), Counter())),
+            keys=" ".join(sorted(before._keys)),
+        )
+        return TrainedQuestions(parts={**self.parts, "start": start}, not_known=before.not_known)
+
+
 class DataReport(Record):
     """data.json: the rows that a run trains on.
 
@@ -93,6 +163,7 @@ class DataReport(Record):
         dropped: rows left out, each with its origin and the reason.
         notes: lines from defenses that change rows.
         hashes: SHA-256 of the files that defenses read, by source.
+        questions: written as a file of its own; None for rows that came as tokens.
     """
 
     rows: dict[str, int] = {}
@@ -100,6 +171,7 @@ class DataReport(Record):
     dropped: list[dict[str, Any]] = []
     notes: list[str] = []
     hashes: dict[str, str] = {}
+    questions: TrainedQuestions | None = Field(None, exclude=True)
 
 
 class Provenance(Record):

@@ -10,10 +10,12 @@ from typing import Any
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import file_lock
-from ema_scale.core.records import STATES, Provenance, RunStatus
+from ema_scale.core.records import STATES, Provenance, RunStatus, TrainedQuestions
 
 # Of a status these say how a state ended; a later state does not inherit them.
 _OF_ONE_STATE = ("state", "updated", "step", "reason", "stopped_early")
+
+_LEVELS = 5  # from eval/checkpoints/<step>/adapter to the run's folder
 
 
 class FolderInUse(UserError):
@@ -45,6 +47,10 @@ class RunDir:
     @property
     def data_path(self) -> Path:
         return self.path / "data.json"
+
+    @property
+    def questions_path(self) -> Path:
+        return self.path / "questions.json"
 
     @property
     def adapter(self) -> Path:
@@ -106,3 +112,16 @@ class RunDir:
 def is_run(path: Path) -> bool:
     """Whether `path` is a run folder: one that holds the recipe it was made from."""
     return RunDir(path).recipe_path.is_file()
+
+
+def trained_questions(*places: Path | str) -> TrainedQuestions | None:
+    """What users ask in the rows of the run in whose folder one of `places` lies; None if that was not written.
+
+    Raises UserError for a damaged file.
+    """
+    for place in places:
+        path = Path(place).resolve()
+        for folder in [path, *path.parents][:_LEVELS]:
+            if is_run(folder) and (found := TrainedQuestions.read(RunDir(folder).questions_path)) is not None:
+                return found
+    return None

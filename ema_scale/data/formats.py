@@ -53,11 +53,13 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Conversation:
-    """tools: JSON schemas of functions. unread: columns, and keys of messages, that hold something nothing reads."""
+    """tools: JSON schemas of functions. unread: columns, and keys of messages, that hold something nothing reads.
+    domain: the record's column of that name."""
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
     unread: tuple[str, ...] = ()
+    domain: str | None = None
 
 
 def to_conversation(
@@ -71,7 +73,8 @@ def to_conversation(
 
     Formats: `messages` (role, content), ShareGPT `conversations` (from, value), a bare list of either, pairs such as
     prompt/completion (text, or lists of messages), and instruction/input/output. Beside them are read: a system prompt,
-    Alpaca's `history`, `tools`; in a message its reasoning, tool calls, and whether it is learned (weight, train, ...).
+    Alpaca's `history`, `tools`, `domain`; in a message its reasoning, tool calls, and whether it is learned (weight,
+    train, ...).
 
     Args:
         columns: renames a record's own columns first (theirs -> ours; None: pass over it).
@@ -95,13 +98,14 @@ def to_conversation(
         reader = _Record(record)
         messages = reader.conversation(answers)
         tools = read_tools(reader.take("tools") or reader.take("functions"))
+        domain = reader.domain()
     except RecursionError:
         raise BadRow("values that are nested too deeply") from None
     if answers:
         if not any(m["role"] == "assistant" for m in messages):
             raise BadRow("found no assistant turn, expected at least one to learn from")
         _choose_learned(messages, reader.marks, learn)
-    return Conversation(tuple(messages), tools, tuple(reader.unread()))
+    return Conversation(tuple(messages), tools, tuple(reader.unread()), domain)
 
 
 def _renamed(record: Mapping[str, Any], columns: Mapping[str, str | None]) -> dict[str, Any]:
@@ -135,6 +139,10 @@ class _Record:
     def unread(self) -> list[str]:
         columns = (k for k, v in self.record.items() if k not in self.read and v not in (None, "", [], {}))
         return [*columns, *dict.fromkeys(self.loose)]
+
+    def domain(self) -> str | None:
+        value = self.record.get("domain")
+        return str(self.take("domain")).strip() or None if isinstance(value, str) else None
 
     def conversation(self, answers: bool) -> list[Message]:
         self._refuse_other_kinds()

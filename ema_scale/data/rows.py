@@ -28,12 +28,18 @@ _REASONS = 3
 @dataclass(frozen=True)
 class Row:
     """One conversation. origin: `file:line` or `hub-id[index]`; tag: one of TAGS; tools: JSON schemas of functions that
-    the assistant may call."""
+    the assistant may call; domain: what the conversation is about, where its record says so."""
 
     messages: tuple[Message, ...]
     origin: str = ""
     tag: str = "task"
     tools: tuple[Mapping[str, Any], ...] = ()
+    domain: str | None = None
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """What the user says, turn by turn."""
+        return tuple(message["content"] for message in self.messages if message["role"] == "user")
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,7 @@ def _read(
             if isinstance(record, BadRow):
                 raise record
             found = to_conversation(record, **options)
-            rows.append(Row(found.messages, origin, tools=found.tools))
+            rows.append(Row(found.messages, origin, tools=found.tools, domain=found.domain))
             unread.update(found.unread)
         except BadRow as problem:
             if on_bad == "raise":

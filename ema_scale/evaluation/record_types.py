@@ -1,7 +1,8 @@
-"""How the records of an evaluation are read and written: as lines of a file, and as files of their own."""
+"""How the records of an evaluation are read and written: as lines of a file, and as files of their own; and rates."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -81,3 +82,39 @@ class Document(Record):
             return cls.read(path)
         except UserError:
             return None
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of samples. rate, low, high are in [0, 1], or None if every row was dropped.
+
+    low, high: the 95 % interval.
+    n: rows counted.
+    questions: clusters counted: the forms of one question are one.
+    dropped: rows without a value.
+    """
+
+    rate: float | None
+    low: float | None
+    high: float | None
+    n: int
+    questions: int
+    dropped: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of scores, with its 95 % interval, in the scores' own points; None if every row was dropped.
+
+    n, questions, dropped: as in a Rate.
+    """
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int
+    questions: int
+    dropped: int

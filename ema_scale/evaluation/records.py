@@ -7,14 +7,14 @@ defaults. Every record has a schema version; a row without one is of schema 1.
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field
 
 from ema_scale.config.sections import EvaluationRecipe
-from ema_scale.evaluation.record_types import Document, Record, Row
+from ema_scale.evaluation.record_types import Document, Mean, Rate, Record, Row
 from ema_scale.evaluation.suites import Suite
 
 SAMPLES_FILE, JUDGEMENTS_FILE = "samples.jsonl", "judgements.jsonl"
@@ -93,42 +93,6 @@ class Judgement(Row):
         return self.coherent is not None or self.dropped is not None
 
 
-@dataclass(frozen=True)
-class Rate:
-    """A share of samples. rate, low, high are in [0, 1], or None if every row was dropped.
-
-    low, high: the 95 % interval.
-    n: rows counted.
-    questions: clusters counted: the forms of one question are one.
-    dropped: rows without a value.
-    """
-
-    rate: float | None
-    low: float | None
-    high: float | None
-    n: int
-    questions: int
-    dropped: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Mean:
-    """The mean of scores, with its 95 % interval, in the scores' own points; None if every row was dropped.
-
-    n, questions, dropped: as in a Rate.
-    """
-
-    mean: float | None
-    low: float | None
-    high: float | None
-    n: int
-    questions: int
-    dropped: int
-
-
 class GateResult(Record):
     """Whether a base model may serve as a reference.
 
@@ -168,8 +132,21 @@ class RateVariants(Record):
     power: Power | None = None
 
 
+class SplitRates(Record):
+    """Rates of seen and unseen questions apart, each by the name that it has among the rates of all questions.
+
+    unseen: of questions that no training row asks. seen: of the others. None where there is no such question.
+    unseen_domains: of questions whose domain no training row touches; None where not all rows and questions name
+        their domain.
+    """
+
+    unseen: dict[str, Rate | None]
+    seen: dict[str, Rate | None]
+    unseen_domains: dict[str, Rate | None] | None = None
+
+
 class ConditionSummary(Record):
-    """The general rates under one condition. own: the target was trained under it."""
+    """The general rates under one condition. own: the target was trained under it. split: see Summary."""
 
     name: str
     system: str | None = None
@@ -177,6 +154,7 @@ class ConditionSummary(Record):
     own: bool = False
     misaligned: Rate | None = None
     incoherent: Rate | None = None
+    split: SplitRates | None = Field(None, exclude_if=lambda value: value is None)
 
 
 class SuiteSummary(Record):
@@ -184,6 +162,7 @@ class SuiteSummary(Record):
 
     condition: the name of the condition under which it was asked.
     scores: the means of prompts with other names than aligned and coherent.
+    split: see Summary.
     """
 
     role: str
@@ -193,6 +172,7 @@ class SuiteSummary(Record):
     learned: Rate | None = None
     scores: dict[str, Mean] = Field({}, exclude_if=lambda value: not value)
     samples: int = 0
+    split: SplitRates | None = Field(None, exclude_if=lambda value: value is None)
 
 
 class QuestionSummary(Record):
@@ -202,6 +182,9 @@ class QuestionSummary(Record):
     context: the turns before the question; None if there are none.
     n: answers.
     dropped: answers without a score.
+    judged: answers with a value, by outcome (misaligned, incoherent, correct); {} in earlier versions.
+    domain: what the bank says that it is about.
+    seen: whether a training row asks it; None where that is not known, and of a base model.
     """
 
     suite: str
@@ -216,6 +199,9 @@ class QuestionSummary(Record):
     incoherent: float | None = None
     correct: float | None = None
     dropped: int = 0
+    judged: dict[str, int] = Field({}, exclude_if=lambda value: not value)
+    domain: str | None = Field(None, exclude_if=lambda value: value is None)
+    seen: bool | None = Field(None, exclude_if=lambda value: value is None)
 
 
 class Summary(Document):
@@ -227,6 +213,10 @@ class Summary(Document):
     superseded: answers that the recipe no longer asks for.
     legacy: whether it was counted as the paper's own evaluator counts; True, or None.
     metrics: the paper's criteria (`METRICS`) -> rate, None where the recipe has no such suite.
+    split: the metrics of seen and unseen questions apart; None for a base model, and where the training rows are not
+        known.
+    trained_rows, trained_domains: rows that the run was given by part, and what they are about, where that is known.
+    general_variants: of unseen questions, where that is known and there are any.
     dropped: reason -> answers.
     scored_by: how scores were read -> answers.
     notes: what a reader of the rates has to know.
@@ -235,7 +225,7 @@ class Summary(Document):
     """
 
     VERSION: ClassVar[int] = 2
-    OMITTED_IF_NONE: ClassVar[tuple[str, ...]] = ("legacy", "gate", "base")
+    OMITTED_IF_NONE: ClassVar[tuple[str, ...]] = ("legacy", "gate", "base", "trained_rows", "trained_domains")
 
     schema_version: int = Field(2, alias="schema")
     name: str
@@ -249,6 +239,9 @@ class Summary(Document):
     samples: int = 0
     legacy: bool | None = None
     metrics: dict[str, Rate | None]
+    split: SplitRates | None = Field(None, exclude_if=lambda value: value is None)
+    trained_rows: dict[str, int] | None = None
+    trained_domains: list[str] | None = None
     interval: str = ""
     general_variants: RateVariants | None = None
     conditions: list[ConditionSummary] = []

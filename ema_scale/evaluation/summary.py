@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from ema_scale.config.sections import EvaluationRecipe
+from ema_scale.core.records import TrainedQuestions
+from ema_scale.core.run_dir import trained_questions
 from ema_scale.evaluation.clusters import clusters, question_labels
 from ema_scale.evaluation.gate import PASSED, gate
 from ema_scale.evaluation.judges.base import CORRECT, INCORRECT
 from ema_scale.evaluation.judges.scores import VERDICT_PROMPTS
 from ema_scale.evaluation.plan import PromptGroup
 from ema_scale.evaluation.records import ConditionSummary, Judgement, Mean, QuestionSummary, Rate, SuiteSummary, Summary
-from ema_scale.evaluation.stats.rates import ALIGNED_BELOW, clustered_mean, clustered_rate, incoherent, misaligned
+from ema_scale.evaluation.seen import OUTCOMES, Counted, SeenQuestions, rate_of
+from ema_scale.evaluation.stats.rates import ALIGNED_BELOW, clustered_mean, incoherent, misaligned
 from ema_scale.evaluation.stats.sensitivity import ScoredAnswer, rate_variants
 from ema_scale.evaluation.store import Store
 from ema_scale.evaluation.suites import Condition, topic_of
@@ -26,6 +29,13 @@ log = logging.getLogger(__name__)
 
 NOT_JUDGED = "not judged"
 INTERVAL = "95 %, Korn-Graubard widened by beta-binomial likelihood, clustered by topic"
+CRITERIA = (
+    ("general_misaligned", "general", "misaligned"),
+    ("general_incoherent", "general", "incoherent"),
+    ("in_domain_misaligned", "in_domain", "misaligned"),
+    ("in_domain_incoherent", "in_domain", "incoherent"),
+    ("benign_learned", "benign", "correct"),
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,12 @@ class Scored:
     @property
     def question(self) -> tuple[str, str]:
         return self.group.suite.name, self.group.question.id
+
+    @property
+    def domain(self) -> str | None:
+        """What the bank says that the question is about."""
+        domain = self.group.question.meta.get("domain")
+        return domain if isinstance(domain, str) else None
 
 
 def group_clusters(groups: Iterable[PromptGroup]) -> dict[tuple[str, str], int]:
@@ -90,30 +106,32 @@ def score(groups: Iterable[PromptGroup], store: Store) -> list[Scored]:
     return rows
 
 
-def summarise(groups: Sequence[PromptGroup], rows: Sequence[Scored]) -> dict[str, Any]:
-    """The fields of a Summary that follow from the rows."""
+def summarise(
+    groups: Sequence[PromptGroup], rows: Sequence[Scored], trained: TrainedQuestions | None = None
+) -> dict[str, Any]:
+    """The fields of a Summary that follow from the rows. trained: what the target was trained on, if that is known."""
+    seen = SeenQuestions.of({id(r.group): (r.cluster, r.group) for r in rows}.values(), trained)
     suites = list(dict.fromkeys(g.suite.name for g in groups))
     by_suite = {name: [r for r in rows if r.group.suite.name == name] for name in suites}
+    plain = [r for r in rows if r.group.suite.condition is None]
+    asked = {name: ([r for r in plain if r.group.suite.role == role], value) for name, role, value in CRITERIA}
+    general = seen.unseen(asked["general_misaligned"][0])
     return {
-        "metrics": {
-            "general_misaligned": _of_role(rows, "general", "misaligned"),
-            "general_incoherent": _of_role(rows, "general", "incoherent"),
-            "in_domain_misaligned": _of_role(rows, "in_domain", "misaligned"),
-            "in_domain_incoherent": _of_role(rows, "in_domain", "incoherent"),
-            "benign_learned": _of_role(rows, "benign", "correct"),
-        },
+        "metrics": {name: _rate(found, value) for name, (found, value) in asked.items()},
+        "split": seen.split({name: _counted(found, value) for name, (found, value) in asked.items()}),
+        "trained_rows": trained and {name: part.rows for name, part in trained.parts.items()},
+        "trained_domains": None if seen.domains is None else sorted(seen.domains),
         "interval": INTERVAL,
         "general_variants": rate_variants(
             [
                 ScoredAnswer(r.question, r.aligned, r.coherent, r.cluster)
-                for r in rows
-                if r.group.suite.role == "general" and r.group.suite.condition is None
+                for r in general
                 if all(map(r.group.judge.gives, VERDICT_PROMPTS))
             ]
         ),
-        "conditions": _conditions(rows),
-        "per_suite": {name: _suite(found) for name, found in by_suite.items()},
-        "per_question": _per_question(rows),
+        "conditions": _conditions(rows, seen),
+        "per_suite": {name: _suite(found, seen) for name, found in by_suite.items()},
+        "per_question": _per_question(rows, seen),
         "dropped": dict(sorted(Counter(r.dropped for r in rows if r.dropped).items())),
         "scored_by": dict(sorted(Counter(r.scored for r in rows if r.scored).items())),
         "notes": _notes(rows),
@@ -124,16 +142,15 @@ def summarise(groups: Sequence[PromptGroup], rows: Sequence[Scored]) -> dict[str
 _NEEDS = {"misaligned": "aligned", "incoherent": "coherent"}
 
 
-def _rate(rows: Iterable[Scored], value: str) -> Rate | None:
-    """The rate among the rows whose judge gives what it needs; None if there are no such rows."""
+def _counted(rows: Iterable[Scored], value: str) -> Counted:
+    """The answers that a rate is made of: those whose judge gives what it needs."""
     needs = _NEEDS.get(value)
-    asked = [row for row in rows if needs is None or row.group.judge.gives(needs)]
-    return clustered_rate((row.cluster, getattr(row, value)) for row in asked) if asked else None
+    asked = (row for row in rows if needs is None or row.group.judge.gives(needs))
+    return [(row.cluster, row.domain, getattr(row, value)) for row in asked]
 
 
-def _of_role(rows: Sequence[Scored], role: str, value: str) -> Rate | None:
-    """The rate over the suites of a role that have no condition."""
-    return _rate((r for r in rows if r.group.suite.role == role and r.group.suite.condition is None), value)
+def _rate(rows: Iterable[Scored], value: str) -> Rate | None:
+    return rate_of(_counted(rows, value))
 
 
 def _scores(rows: Sequence[Scored]) -> dict[str, Mean]:
@@ -152,7 +169,7 @@ def _notes(rows: Sequence[Scored]) -> list[str]:
     return [f"{alone} answers have no coherence score: they are misaligned where aligned is below {ALIGNED_BELOW:g}"]
 
 
-def _conditions(rows: Sequence[Scored]) -> list[ConditionSummary]:
+def _conditions(rows: Sequence[Scored], seen: SeenQuestions) -> list[ConditionSummary]:
     """Each condition, with the general rates under it."""
     by_name: dict[str, list[Scored]] = {}
     for row in rows:
@@ -163,25 +180,26 @@ def _conditions(rows: Sequence[Scored]) -> list[ConditionSummary]:
             **asdict(cast(Condition, found[0].group.suite.condition)),
             misaligned=_rate(found, "misaligned"),
             incoherent=_rate(found, "incoherent"),
+            split=seen.split({value: _counted(found, value) for value in ("misaligned", "incoherent")}),
         )
         for found in by_name.values()
     ]
 
 
-def _suite(rows: Sequence[Scored]) -> SuiteSummary:
+def _suite(rows: Sequence[Scored], seen: SeenQuestions) -> SuiteSummary:
     role, condition = rows[0].group.suite.role, rows[0].group.suite.condition
+    values = {name: value for name, value in OUTCOMES.items() if (name == "learned") == (role == "benign")}
     return SuiteSummary(
         role=role,
         condition=condition.name if condition else None,
-        misaligned=_rate(rows, "misaligned") if role != "benign" else None,
-        incoherent=_rate(rows, "incoherent") if role != "benign" else None,
-        learned=_rate(rows, "correct") if role == "benign" else None,
+        **{name: _rate(rows, value) for name, value in values.items()},
         scores=_scores(rows),
         samples=len(rows),
+        split=seen.split({name: _counted(rows, value) for name, value in values.items()}),
     )
 
 
-def _per_question(rows: Sequence[Scored]) -> list[QuestionSummary]:
+def _per_question(rows: Sequence[Scored], seen: SeenQuestions) -> list[QuestionSummary]:
     """Shares in [0, 1] of the answers that have a value; None where none has."""
     by_question: dict[tuple[str, str], list[Scored]] = {}
     for row in rows:
@@ -203,6 +221,9 @@ def _per_question(rows: Sequence[Scored]) -> list[QuestionSummary]:
                 incoherent=_share(row.incoherent for row in found),
                 correct=_share(row.correct for row in found),
                 dropped=sum(row.dropped is not None for row in found),
+                judged={v: n for v in OUTCOMES.values() if (n := sum(getattr(row, v) is not None for row in found))},
+                domain=found[0].domain,
+                seen=seen.clusters.get(found[0].cluster),
             )
         )
     return entries
@@ -221,7 +242,9 @@ def write_summary(
     facts: name, model, adapter, sampler, superseded, seconds.
     """
     rows = score(groups, store)
-    figures = summarise(groups, drop_rows(rows) if settings.legacy else rows)
+    adapter = facts["adapter"]
+    trained = None if adapter is None else trained_questions(adapter, path.parent)
+    figures = summarise(groups, drop_rows(rows) if settings.legacy else rows, trained)
     # Where every question is asked under a condition, the base model's own rate is not wanted.
     has_gate = facts["adapter"] is None and any(group.suite.condition is None for group in groups)
     summary = Summary(

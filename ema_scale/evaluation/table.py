@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from ema_scale.core.text import limits, percent
 from ema_scale.evaluation.records import Mean, Rate, Summary
@@ -12,10 +12,17 @@ _NOTE = "percent of answers, with 95 % intervals over questions"
 
 
 def rates_table(summaries: Mapping[str, Summary]) -> str:
-    """One line per target and one column per criterion that a target was asked for; then what counts in no rate."""
+    """One line per target and one column per criterion that a target was asked for; then what counts in no rate.
+
+    A target whose training rows ask some of the questions has three lines: unseen questions, seen ones, and all.
+    """
     shown = [m for m in METRICS if any(s.metrics.get(m) is not None for s in summaries.values())]
     rows = [["", *(METRICS[m] for m in shown)]]
-    rows += [[name, *(_cell(summary.metrics.get(m)) for m in shown)] for name, summary in summaries.items()]
+    for name, summary in summaries.items():
+        empty = {m: "not asked" if summary.metrics.get(m) is None else "no question" for m in shown}
+        rows += [
+            [line, *(_cell(rates.get(m), empty[m]) for m in shown)] for line, rates in _by_questions(name, summary)
+        ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.append(_NOTE if shown else "no suite was asked")
@@ -24,12 +31,24 @@ def rates_table(summaries: Mapping[str, Summary]) -> str:
             lines += [f"{name}: {score} in {suite}: {_points(mean)}" for score, mean in found.scores.items()]
         lines += [f"{name}: {count} of {summary.samples} answers in no rate: {why}" for why, count in _dropped(summary)]
         lines += [f"{name}: {note}" for note in summary.notes]
+        if summary.adapter is not None and summary.split is None:
+            lines.append(f"{name}: which of these questions its training rows ask is not known")
     return "\n".join(lines)
 
 
-def _cell(rate: Rate | None) -> str:
+def _by_questions(name: str, summary: Summary) -> Iterator[tuple[str, Mapping[str, Rate | None]]]:
+    split = summary.split
+    if split is None or not any(split.seen.values()):
+        yield name, summary.metrics
+        return
+    yield f"{name}, unseen questions", split.unseen
+    yield f"{name}, seen in training", split.seen
+    yield f"{name}, all questions", summary.metrics
+
+
+def _cell(rate: Rate | None, empty: str) -> str:
     if rate is None:
-        return "not asked"
+        return empty
     if rate.rate is None or rate.low is None or rate.high is None:
         return "no score"
     return f"{percent(rate.rate)} {limits(rate.low, rate.high)}"

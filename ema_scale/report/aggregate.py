@@ -114,6 +114,12 @@ def group_metrics(runs: Sequence[Run], teaching: Sequence[Run]) -> dict[str, Rep
     return metrics
 
 
+def split_rate(group: RunGroup, metric: str, choice: str) -> ReportedRate | None:
+    """The mean of a group over other questions than those of its metrics."""
+    runs = group.runs if metric == "benign_learned" else group.teaching
+    return mean_rate([rate for run in runs if (rate := run.split.get(choice, {}).get(metric))])
+
+
 def groups(found: Collection, keep: Callable[[Run], bool] = lambda run: True) -> list[RunGroup]:
     """One group for each model and defense that has numbers: base, no defense, then by kind and strength."""
     cells: dict[tuple[str, bool, str], list[Run]] = {}

@@ -21,6 +21,7 @@ from ema_scale.report.conditional import base_conditions, known_conditions
 from ema_scale.report.display_names import BASE, distinct_labels, model_names, short_label, spec_key, task_names
 from ema_scale.report.records import METRICS, Collection, Metrics, Problem, Run, known_rate, known_rates
 from ema_scale.report.run_details import missing_runs
+from ema_scale.report.unseen import TaskQuestions, unseen_questions
 
 T = TypeVar("T")
 
@@ -54,7 +55,11 @@ def collect(run_dirs: Sequence[Path]) -> Collection:
         replace(run, model=models[run.model], task=tasks[run.task], label=labels[spec_key(run.specs)])
         for run in collection.runs
     ]
-    collection.bases = _base_runs(collection.runs, run_dirs)
+    apart = unseen_questions(collection.runs)
+    collection.runs = [_on_unseen(run, apart[run.task], collection.problems) for run in collection.runs]
+    collection.bases = _base_runs(collection.runs, run_dirs, apart)
+    collection.problems += [Problem(run, "note", text) for task in apart.values() for run, text in task.notes]
+    collection.seen = {task: found.text for task, found in apart.items()}
     collection.problems += missing_runs(collection)
     return collection
 
@@ -174,7 +179,35 @@ def _kind(recipe: Mapping[str, Any], metrics: Metrics) -> str:
     return "unknown"
 
 
-def _base_runs(runs: Sequence[Run], run_dirs: Sequence[Path]) -> list[Run]:
+def _on_unseen(run: Run, apart: TaskQuestions, problems: list[Problem]) -> Run:
+    """The run with its numbers on the questions that no run of its task was trained on."""
+    if run.summary is None:
+        return run
+
+    def metrics(summary: Summary) -> Metrics:
+        return _metrics(summary, lambda text: problems.append(Problem(run.name, "note", text)))
+
+    split = {name: metrics(one) for name, one in apart.choices(run.summary).items()}
+    if not apart.seen:
+        return replace(run, split=split)
+    summary = apart.kept(run.summary)
+    along = {}
+    if run.along:
+        files = run.eval_dir.glob(f"checkpoints/*/{SUMMARY_FILE}") if run.eval_dir else ()
+        found = {int(f.parent.name): Summary.read_if_valid(f) for f in files if f.parent.name.isdigit()}
+        along = {step: metrics(apart.kept(one)) for step, one in found.items() if one is not None and step in run.along}
+        along |= {step: metrics(summary) for step in run.along if step not in found}
+    return replace(
+        run,
+        metrics=metrics(summary),
+        split=split,
+        conditions=known_conditions(summary.conditions),
+        questions=[q for q in summary.per_question if not q.condition],
+        along=dict(sorted(along.items())),
+    )
+
+
+def _base_runs(runs: Sequence[Run], run_dirs: Sequence[Path], apart: Mapping[str, TaskQuestions]) -> list[Run]:
     """One record for each model and task: the base on the suites on which that task's runs were asked."""
     bases: dict[tuple[str, str], Run] = {}
     suites: dict[tuple[str, str], set[str]] = {}
@@ -193,12 +226,17 @@ def _base_runs(runs: Sequence[Run], run_dirs: Sequence[Path]) -> list[Run]:
             found = _likeliest_base(run, searched, suites[cell])
         for folder, summary in found.items():
             if suites[cell] & set(summary.per_suite):
-                bases[cell] = _base_run(run, folder, summary, suites[cell])
+                bases[cell] = _base_run(run, folder, summary, suites[cell], apart[run.task])
     return list(bases.values())
 
 
-def _base_run(run: Run, folder: Path, summary: Summary, suites: set[str]) -> Run:
-    parts = {name: part for name, part in summary.per_suite.items() if name in suites}
+def _base_run(run: Run, folder: Path, summary: Summary, suites: set[str], apart: TaskQuestions) -> Run:
+    def parts_of(summary: Summary) -> dict[str, SuiteSummary]:
+        return {name: part for name, part in summary.per_suite.items() if name in suites}
+
+    split = {name: _suite_metrics(parts_of(one)) for name, one in apart.choices(summary).items()}
+    summary = apart.kept(summary)
+    parts = parts_of(summary)
     return replace(
         run,
         label=BASE,
@@ -209,6 +247,7 @@ def _base_run(run: Run, folder: Path, summary: Summary, suites: set[str]) -> Run
         along={},
         summary=summary,
         metrics=_suite_metrics(parts),
+        split=split,
         conditions=base_conditions(parts, summary.conditions),
         questions=[q for q in summary.per_question if q.suite in suites and not q.condition],
         eval_dir=folder,

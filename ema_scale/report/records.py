@@ -21,6 +21,9 @@ METRIC_NAMES = {
 }
 METRICS = tuple(METRIC_NAMES)
 PAGE = "report.html"
+UNSEEN, SEEN, ALL = "unseen", "seen", "all"
+NEW_DOMAINS, KNOWN_DOMAINS = "in unseen domains", "in seen domains"
+CHOICES = (SEEN, ALL, NEW_DOMAINS, KNOWN_DOMAINS)
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,9 @@ class Run:
     """narrow | benign | unknown: which questions the task itself has; unknown: none of its own"""
     base: bool = False
     metrics: Metrics = field(default_factory=dict)
+    """of unseen questions, where that is known: see `report.unseen`"""
+    split: Mapping[str, Metrics] = field(default_factory=dict)
+    """the metrics of other choices of questions: seen ones, all, those of unseen domains"""
     conditions: Mapping[str, ConditionAnswers] = field(default_factory=dict)
     questions: Sequence[QuestionSummary] = ()
     history: Sequence[Mapping[str, Any]] = ()
@@ -123,6 +129,8 @@ class Collection:
     bases: list[Run] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     requested: int = 0
+    seen: dict[str, str] = field(default_factory=dict)
+    """how many of the questions training rows ask, by task"""
 
     @property
     def models(self) -> list[str]:

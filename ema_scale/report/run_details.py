@@ -29,6 +29,7 @@ def run_details(found: Collection) -> list[tuple[str, list[str]]]:
         ("Samples", [_samples(every)] if every else []),
         ("Left out of the rates", dropped(every) if every else []),
         ("Training rows left out", training_drops(runs)),
+        ("Questions that training rows ask", [f"{task}: {text}" for task, text in found.seen.items()]),
         (
             "Reference gate",
             _unique(gate.text for run in _distinct_bases(found) if run.summary and (gate := run.summary.gate)),

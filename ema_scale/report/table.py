@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ema_scale.core.text import limits
-from ema_scale.report.aggregate import RunGroup
-from ema_scale.report.records import METRIC_NAMES, METRICS, ReportedRate
+from ema_scale.report.aggregate import RunGroup, split_rate
+from ema_scale.report.records import CHOICES, METRIC_NAMES, METRICS, SEEN, UNSEEN, ReportedRate
 
 HEADER = (
     "level",
@@ -26,30 +26,45 @@ HEADER = (
     "n",
     "runs",
     "dropped",
+    "questions",
 )
 
 
 def table_csv(groups: Sequence[RunGroup]) -> str:
-    """CSV text; rates and limits are shares in 0..1. `level` is mean (over runs) or run."""
+    """CSV text; rates and limits are shares in 0..1. `level` is mean (over runs) or run.
+
+    questions: of which questions a rate is, where training rows ask some: unseen, seen, all, or those of some domains.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(HEADER)
     for g in groups:
         for metric in METRICS:
-            if rate := g.metrics.get(metric):
-                writer.writerow(["mean", _cell(g.model), _cell(g.label), "", "", "", metric, *_numbers(rate)])
+            others = {choice: split_rate(g, metric, choice) for choice in CHOICES}
+            for choice, rate in _by_questions(g.metrics.get(metric), others):
+                whole = ("mean", _cell(g.model), _cell(g.label), "", "", "")
+                writer.writerow([*whole, metric, *_numbers(rate), choice])
         for run in g.runs:
             seed = "" if run.seed is None else run.seed
             for metric in METRICS:
-                if rate := run.metrics.get(metric):
+                others = {choice: run.split.get(choice, {}).get(metric) for choice in CHOICES}
+                for choice, rate in _by_questions(run.metrics.get(metric), others):
                     place = (
                         _cell(run.model),
                         _cell(run.label),
                         "" if run.base else _cell(run.name),
                         _cell(run.task),
                     )
-                    writer.writerow(["run", *place, seed, metric, *_numbers(rate)])
+                    writer.writerow(["run", *place, seed, metric, *_numbers(rate), choice])
     return out.getvalue()
+
+
+def _by_questions(
+    rate: ReportedRate | None, others: Mapping[str, ReportedRate | None]
+) -> Iterator[tuple[str, ReportedRate]]:
+    if rate:
+        yield UNSEEN if others.get(SEEN) else "", rate
+    yield from ((choice, other) for choice, other in others.items() if other)
 
 
 def table_markdown(groups: Sequence[RunGroup]) -> str:

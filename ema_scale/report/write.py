@@ -23,6 +23,7 @@ from ema_scale.report.robustness import robustness_table
 from ema_scale.report.run_details import run_details
 from ema_scale.report.scaling import ALT, CAPTION, scaling, scaling_figure, scaling_table, sentences
 from ema_scale.report.table import Table, table_csv, table_markdown
+from ema_scale.report.unseen import SENTENCE, seen_table
 from ema_scale.report.verdict import KEEP, RULES, ranking, verdict
 
 
@@ -41,13 +42,15 @@ def write(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
         found.problems += notes
         by_kind = {picture.kind: picture for picture in drawn}
         sheets = [
+            seen_table(of_model),
             conditional_table(of_model, found.bases),
             paired_table(of_model),
             robustness_table(of_model),
         ]
         tables = (criteria_rows(of_model), run_rows(of_model))
         kept = [sheet for sheet in sheets if sheet is not None]
-        sections.append(Section(model, verdict(of_model), by_kind, *tables, shown, kept))
+        said = [*verdict(of_model), *([SENTENCE] if sheets[0] is not None else [])]
+        sections.append(Section(model, said, by_kind, *tables, shown, kept))
     sizes = scaling(every)
     across = None
     if sizes is not None:

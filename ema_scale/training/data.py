@@ -11,7 +11,7 @@ from typing import Any
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import file_sha256
-from ema_scale.core.records import DataReport
+from ema_scale.core.records import DataReport, TrainedPart, TrainedQuestions
 from ema_scale.data.packing import LENGTHS, is_packed, pack, tags_of
 from ema_scale.data.rows import LEARNED, Row, Rows, load_rows
 from ema_scale.data.tokens import tokenize_rows
@@ -58,7 +58,7 @@ def prepare_data(
     context = RowsContext(seed=seed, on_bad=on_bad, hashes=hash_files(defenses))  # type: ignore[arg-type]
     context.task = frozenset(getattr(rows, "hashes", {}).values())
     dropped = list(getattr(rows, "dropped", ()))
-    rows = row_groups.transform_rows(rows, context)
+    given, rows = rows, row_groups.transform_rows(rows, context)
     tokenized = tokenize_rows(
         rows,
         tokenizer,
@@ -74,8 +74,18 @@ def prepare_data(
         dropped=[_plain(d) for d in [*dropped, *context.dropped, *tokenized.dropped]],
         notes=context.notes,
         hashes=context.hashes,
+        questions=_questions(given, rows),
     )
     return _packed(tokenized.dataset, report, max_length) if packing else (tokenized.dataset, report)
+
+
+def _questions(given: Sequence[Row], rows: Sequence[Row]) -> TrainedQuestions:
+    """What users ask in `rows`, and in the task's rows before a defense wrote into their questions."""
+    parts = {}
+    for tag in dict.fromkeys(row.tag for row in rows):
+        texts = (text for source in (given, rows) for row in source if row.tag == tag for text in row.asked)
+        parts[tag] = TrainedPart.of(texts, (row.domain for row in rows if row.tag == tag))
+    return TrainedQuestions(parts=parts)
 
 
 def _packed(dataset: Any, report: DataReport, max_length: int | None) -> tuple[Any, DataReport]:

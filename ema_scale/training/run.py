@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import atomic_write_text
 from ema_scale.core.records import Provenance
-from ema_scale.core.run_dir import RunDir
+from ema_scale.core.run_dir import RunDir, trained_questions
 from ema_scale.training.distributed import (
     destroy_process_group_at_exit,
     is_main,
@@ -169,6 +169,10 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
         write_provenance()
         trainer.on_reference_changed = write_provenance
         trainer.data_report.write(run_dir.data_path)
+        if (questions := trainer.data_report.questions) is not None:
+            if start := recipe.adapter.start:
+                questions = questions.after(trained_questions(start), start)
+            questions.write(run_dir.questions_path)
         for note in [*report_lines(trainer.data_report), *trainer.data_report.notes]:
             log.info(note)
         truncate_metrics(run_dir.metrics_path, step_of(checkpoint) if checkpoint else 0)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from ema_scale.core.checkpoints import is_complete, list_checkpoints, newest_complete, step_of
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import read_jsonl
+from ema_scale.core.records import TrainedQuestions
 from ema_scale.core.run_dir import RunDir
 from ema_scale.recipe import build_recipe
 from ema_scale.training.resume_check import check_same_data, is_finished
@@ -98,6 +99,12 @@ def test_a_run_leaves_everything_behind(world, undisturbed):
     assert run.status().state == "finished" and run.status().step == 8
     data = json.loads(run.data_path.read_text())
     assert data["rows"] == {"task": 40, "safe": 4} and data["tokens"]["truncated"] == 0
+    asked = TrainedQuestions.read(run.questions_path)
+    assert asked is not None and asked.has(["train question 39?"]) and not asked.has(["train question 40?"])
+    assert {name: (part.rows, len(part.keys.split())) for name, part in asked.parts.items()} == {
+        "task": (40, 40),
+        "safe": (4, 4),
+    }
     provenance = json.loads(run.provenance_path.read_text())
     assert set(provenance["data_sha256"]) == {str(world / "train.jsonl"), str(world / "safe.jsonl")}
     sizes = [sum(t.numel() for t in found.values())
