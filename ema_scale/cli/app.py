@@ -15,7 +15,7 @@ _GROUPS = {
     "First look": ("demo", "defenses", "explain"),
     "Before training": ("data", "select", "vector", "plan", "gate", "cache"),
     "One run": ("train", "safelora", "eval", "look", "merge", "push"),
-    "Answers": ("judge", "compare", "export", "report"),
+    "Answers": ("results", "judge", "compare", "export", "report"),
     "Many runs, clusters": ("study", "sweep", "launch", "status", "logs"),
     "Measurements of the tool itself": ("bench",),
 }

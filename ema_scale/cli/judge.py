@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from ema_scale.cli.app import app, console
+from ema_scale.cli.results import RESULT_FILES, evaluations
 from ema_scale.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,11 +44,10 @@ def again(
     overrides: JudgeOverrides = None,
 ) -> None:
     """Judge stored answers again, by another judge, prompt or threshold; the model is not loaded."""
-    from ema_scale.evaluation.formats.tables import import_results
     from ema_scale.evaluation.judging.rejudge import eval_folders, rejudge
     from ema_scale.evaluation.table import rates_table
 
-    folders = [import_results(answers)] if answers.suffix == ".csv" else eval_folders(answers)
+    folders = evaluations(answers) if answers.suffix in RESULT_FILES else eval_folders(answers)
     summaries = {str(f): rejudge(f, tuple(overrides or ())) for f in folders}
     console.print(rates_table(summaries), markup=False)
     judges = dict.fromkeys(s.judge for s in summaries.values())
@@ -72,24 +72,29 @@ def check(
 @app.command()
 def export(
     answers: Annotated[Path, typer.Argument(help="a run, a study or an evaluation folder")],
-    kind: Annotated[str, typer.Option("--format", "-f", help="csv (the field's columns), parquet or inspect")] = "csv",
+    kind: Annotated[
+        str, typer.Option("--format", "-f", help="csv (the field's columns), parquet, inspect or inspect-scores")
+    ] = "csv",
     judge: Annotated[str | None, typer.Option(help="identity of another judge; default: the evaluation's own")] = None,
+    spreadsheet: Annotated[bool, typer.Option(help="CSV in which no cell is a formula")] = False,
 ) -> None:
     """Write answers with judgements as CSV, Parquet or Inspect log.
 
-    The file is <folder>/answers.csv, .parquet, or .eval for `inspect view`.
+    The file is <folder>/answers.csv, .parquet, or .eval for `inspect view`. inspect-scores writes the judgements alone,
+    for Inspect's precomputed_scores.
     """
     from ema_scale.evaluation.formats.tables import export as write
     from ema_scale.evaluation.judging.rejudge import eval_folders
 
     for folder in eval_folders(answers):
-        console.print(f"wrote {write(folder, kind, judge=judge)}")
+        console.print(f"wrote {write(folder, kind, judge=judge, spreadsheet=spreadsheet)}")
 
 
 @app.command()
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(help="evaluated run folders; the first is the baseline if none is named")
+        list[Path],
+        typer.Argument(help="evaluated run folders or result files; the first is the baseline if none is named"),
     ],
     baseline: Annotated[Path | None, typer.Option(help="the run folder (or base/) to compare with")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
@@ -101,7 +106,8 @@ def compare(
     from ema_scale.evaluation.stats.difference import METHOD
     from ema_scale.evaluation.stats.paired import check_comparable, compare_all, read_arm
 
-    paths = [baseline, *runs] if baseline is not None else runs
+    given = [baseline, *runs] if baseline is not None else runs
+    paths = [folder for path in given for folder in evaluations(path)]
     if len(paths) < 2:
         raise UserError("compare: found one run, expected at least two, or one and --baseline")
     start, *arms = [read_arm(path) for path in paths]

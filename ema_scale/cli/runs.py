@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ema_scale.cli.app import Overrides, RecipePath, app, console
+from ema_scale.cli.results import RESULT_FILES, evaluations
 from ema_scale.core.errors import UserError
 from ema_scale.core.records import DataReport
 from ema_scale.core.run_dir import RunDir
@@ -125,7 +126,7 @@ def gate(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="run folders, or folders that hold them")],
+    runs: Annotated[list[Path], typer.Argument(help="run folders, folders that hold them, or result files (CSV)")],
     out: Annotated[Path, typer.Option("--out", "-o", help="folder to write")] = Path("report"),
     title: Annotated[str, typer.Option(help="the report's heading")] = "Emergent misalignment report",
 ) -> None:
@@ -133,7 +134,9 @@ def report(
     from ema_scale.report.make import write_report
     from ema_scale.study.find import find_runs
 
-    console.print(f"wrote {write_report(find_runs(runs), out, title=title)}")
+    published = [folder for path in runs if path.suffix in RESULT_FILES for folder in evaluations(path)]
+    others = [path for path in runs if path.suffix not in RESULT_FILES]
+    console.print(f"wrote {write_report((find_runs(others) if others else []) + published, out, title=title)}")
 
 
 @app.command()

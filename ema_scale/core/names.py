@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ema_scale.core.hashing import digest
+
 
 def model_label(path: str) -> str:
     """The last part of a path or hub id; small-world references stay as they are."""
@@ -30,6 +32,12 @@ def model_key(model: Mapping[str, Any]) -> str:
 def task_key(train: Any) -> str:
     """A string equal for `data.train` of the same files."""
     return "\n".join(str(source) for source in (train if isinstance(train, list) else [train]) if source)
+
+
+def file_slug(text: str) -> str:
+    """A readable file name, different for different texts."""
+    plain = re.sub(r"[^A-Za-z0-9.@+-]+", "_", text).strip("_.")
+    return plain if plain == text and len(plain) <= 60 else f"{plain[:50]}_{digest(text)[:8]}".lstrip("_")
 
 
 def source_name(source: str, parts: int = 1) -> str:

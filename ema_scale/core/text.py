@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def spreadsheet_cell(text: str) -> str:
+    """Text that no spreadsheet takes for a formula: a leading quote before what would begin one."""
+    return f"'{text}" if text[:1] in tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20") else text
+
+
 def percent(share: float, decimals: int = 1) -> str:
     """`8.3 %` for a share in 0..1."""
     return f"{100 * share:.{decimals}f} %"

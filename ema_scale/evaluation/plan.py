@@ -216,12 +216,22 @@ class StoredGroup(PromptGroup):
 
 
 def stored_groups(
-    manifest: Manifest, samples: Iterable[Sample], folder: Path, suites: Sequence[Suite]
+    manifest: Manifest,
+    samples: Iterable[Sample],
+    folder: Path,
+    suites: Sequence[Suite],
+    judge: JudgeSpec | None = None,
 ) -> list[PromptGroup]:
     """The stored answers by suite, question and paraphrase, each with the judge that `manifest.settings` give it.
 
-    suites: those of `manifest`, or the same under another judge. Raises UserError if a row's question is not among
-    them, or a judge cannot judge it.
+    Raises UserError if a row's question is not among the suites, or a judge cannot judge it.
+
+    Args:
+        manifest: what was asked, and how.
+        samples: the stored answers.
+        folder: where they lie.
+        suites: those of `manifest`, or the same under another judge.
+        judge: of all questions, in place of those of the settings.
     """
     rows: dict[tuple[str, str, int], list[Sample]] = defaultdict(list)
     for row in samples:
@@ -248,7 +258,7 @@ def stored_groups(
                         temperature=settings.temperature if question.temperature is None else question.temperature,
                         top_p=settings.top_p,
                         max_tokens=question.max_tokens or settings.max_tokens,
-                        judge=assign(suite, question, settings.judge),
+                        judge=judge or assign(suite, question, settings.judge),
                         stored=tuple(row.key for row in found),
                     )
                 )

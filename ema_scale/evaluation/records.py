@@ -209,6 +209,7 @@ class Summary(Document):
 
     adapter: None for a base model.
     base: the base model's evaluation folder, relative to this file's; None if there is none, and in schema 1.
+    source: the result file that the answers were read from; None if they were sampled here.
     sampler: its own description, with name, temperature, top_p and max_tokens.
     superseded: answers that the recipe no longer asks for.
     legacy: whether it was counted as the paper's own evaluator counts; True, or None.
@@ -225,13 +226,14 @@ class Summary(Document):
     """
 
     VERSION: ClassVar[int] = 2
-    OMITTED_IF_NONE: ClassVar[tuple[str, ...]] = ("legacy", "gate", "base", "trained_rows", "trained_domains")
+    OMITTED_IF_NONE: ClassVar[tuple[str, ...]] = ("legacy", "gate", "base", "source", "trained_rows", "trained_domains")
 
     schema_version: int = Field(2, alias="schema")
     name: str
     model: str
     adapter: str | None
     base: str | None = None
+    source: str | None = None
     sampler: dict[str, Any]
     superseded: int = 0
     seconds: float = 0.0
@@ -347,13 +349,17 @@ class Manifest(Document):
 
     adapter: its folder, None for a base model.
     settings: the recipe's evaluation section.
+    source: the result file that the answers were read from; None if they were sampled here.
     """
+
+    OMITTED_IF_NONE: ClassVar[tuple[str, ...]] = ("source",)
 
     target: str
     model: str
     adapter: str | None
     settings: EvaluationRecipe
     suites: tuple[Suite, ...]
+    source: str | None = None
 
 
 def read_rows(folder: Path) -> tuple[list[Sample], list[Judgement]]:

@@ -239,14 +239,15 @@ def write_summary(
 ) -> Summary:
     """Write and return the summary of the answers in `groups`.
 
-    facts: name, model, adapter, sampler, superseded, seconds.
+    facts: name, model, adapter, source, sampler, superseded, seconds.
     """
     rows = score(groups, store)
     adapter = facts["adapter"]
     trained = None if adapter is None else trained_questions(adapter, path.parent)
     figures = summarise(groups, drop_rows(rows) if settings.legacy else rows, trained)
     # Where every question is asked under a condition, the base model's own rate is not wanted.
-    has_gate = facts["adapter"] is None and any(group.suite.condition is None for group in groups)
+    sampled = facts.get("source") is None
+    has_gate = sampled and facts["adapter"] is None and any(group.suite.condition is None for group in groups)
     summary = Summary(
         **facts,
         seed=settings.seed,

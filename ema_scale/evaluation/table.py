@@ -28,7 +28,7 @@ def rates_table(summaries: Mapping[str, Summary]) -> str:
     lines.append(_NOTE if shown else "no suite was asked")
     for name, summary in summaries.items():
         for suite, found in summary.per_suite.items():
-            lines += [f"{name}: {score} in {suite}: {_points(mean)}" for score, mean in found.scores.items()]
+            lines += [f"{name}: {score} in {suite}: {points(mean)}" for score, mean in found.scores.items()]
         lines += [f"{name}: {count} of {summary.samples} answers in no rate: {why}" for why, count in _dropped(summary)]
         lines += [f"{name}: {note}" for note in summary.notes]
         if summary.adapter is not None and summary.split is None:

@@ -40,6 +40,9 @@ def collect(run_dirs: Sequence[Path]) -> Collection:
         elif RunDir(path).recipe_path.is_file() or RunDir(path).status_path.is_file():
             any_run = True
             _read_run(path, collection)
+        elif (published := _read_published(path)) is not None:
+            any_run = True
+            collection.runs.append(published)
         elif (path / "slurm").is_dir():
             collection.problems.append(Problem(path.name, "not started", f"see its job's log: ema logs {path}"))
         elif not _base_summaries([path / "eval"]):
@@ -123,6 +126,29 @@ def _read_run(path: Path, collection: Collection) -> None:
             data=read(folder.data_path, DataReport.read, DataReport()),
             eval_dir=folder.eval_dir,
         )
+    )
+
+
+def _read_published(path: Path) -> Run | None:
+    """The arm of a result file whose evaluation this folder is; None for any other folder."""
+    summary = Summary.read_if_valid(path / SUMMARY_FILE)
+    if summary is None or summary.source is None:
+        return None
+    name = summary.name
+    return Run(
+        path=path,
+        name=name,
+        model=summary.model,
+        task="published",
+        seed=None,
+        specs=({"kind": name},),
+        label=name,
+        kind="unknown",
+        metrics=_metrics(summary, lambda text: None),
+        questions=summary.per_question,
+        provenance=Provenance(label=name),
+        summary=summary,
+        eval_dir=path,
     )
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ema_scale.core.text import limits
+from ema_scale.core.text import limits, spreadsheet_cell
 from ema_scale.report.aggregate import RunGroup, split_rate
 from ema_scale.report.records import CHOICES, METRIC_NAMES, METRICS, SEEN, UNSEEN, ReportedRate
 
@@ -42,7 +42,7 @@ def table_csv(groups: Sequence[RunGroup]) -> str:
         for metric in METRICS:
             others = {choice: split_rate(g, metric, choice) for choice in CHOICES}
             for choice, rate in _by_questions(g.metrics.get(metric), others):
-                whole = ("mean", _cell(g.model), _cell(g.label), "", "", "")
+                whole = ("mean", spreadsheet_cell(g.model), spreadsheet_cell(g.label), "", "", "")
                 writer.writerow([*whole, metric, *_numbers(rate), choice])
         for run in g.runs:
             seed = "" if run.seed is None else run.seed
@@ -50,10 +50,10 @@ def table_csv(groups: Sequence[RunGroup]) -> str:
                 others = {choice: run.split.get(choice, {}).get(metric) for choice in CHOICES}
                 for choice, rate in _by_questions(run.metrics.get(metric), others):
                     place = (
-                        _cell(run.model),
-                        _cell(run.label),
-                        "" if run.base else _cell(run.name),
-                        _cell(run.task),
+                        spreadsheet_cell(run.model),
+                        spreadsheet_cell(run.label),
+                        "" if run.base else spreadsheet_cell(run.name),
+                        spreadsheet_cell(run.task),
                     )
                     writer.writerow(["run", *place, seed, metric, *_numbers(rate), choice])
     return out.getvalue()
@@ -98,11 +98,6 @@ def _numbers(rate: ReportedRate) -> list[str]:
         str(rate.runs),
         str(rate.dropped),
     ]
-
-
-def _cell(text: str) -> str:
-    """A spreadsheet runs a cell that starts with one of these; a leading quote makes it text."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,20 @@
-"""An evaluation as an Inspect log, which `inspect view` opens (UK AI Security Institute's inspect_ai)."""
+"""An evaluation as an Inspect log, which `inspect view` opens, or its judgements as scores for a log of Inspect's own.
+
+Inspect is the UK AI Security Institute's inspect_ai.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.io import atomic_write_text
 from ema_scale.evaluation.records import Summary
 from ema_scale.evaluation.stats.rates import incoherent, misaligned
 
@@ -27,7 +33,7 @@ def write_inspect_log(path: Path, rows: Sequence[Mapping[str, Any]], summary: Su
         from inspect_ai.log import EvalConfig, EvalDataset, EvalLog, EvalResults, EvalSpec, write_eval_log
     except ImportError:
         raise UserError("format inspect: inspect_ai is not installed; pip install 'ema-scale[inspect]'") from None
-    ids = [f"{row['suite']}/{row['question_id']}/{row['paraphrase']}" for row in rows]
+    ids = [_id(row) for row in rows]
     samples = [_sample(identity, row, summary) for identity, row in zip(ids, rows, strict=True)]
     names = list(dict.fromkeys(ids))
     now = datetime.now(UTC).isoformat()
@@ -49,6 +55,32 @@ def write_inspect_log(path: Path, rows: Sequence[Mapping[str, Any]], summary: Su
     temporary.replace(path)
 
 
+def write_inspect_scores(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the judgements in `rows` (as `export.joined` gives them) for Inspect's `precomputed_scores` (JSONL).
+
+    Ids and epochs are those of `write_inspect_log` and of the task in `inspect_task`. Every record has every score; one
+    that is missing is NaN, which Inspect counts as unscored.
+    """
+    found = [score_values(row) for row in rows]
+    absent = dict.fromkeys((name for values in found for name in values), math.nan)
+    records = [
+        {
+            "id": _id(row),
+            "epoch": row["sample"] + 1,
+            "value": absent | values,
+            "answer": row["answer"],
+            "explanation": row["dropped"] or row["label"],
+            "metadata": {"judge": row["judge"], "key": row["key"]},
+        }
+        for row, values in zip(rows, found, strict=True)
+    ]
+    atomic_write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def _id(row: Mapping[str, Any]) -> str:
+    return f"{row['suite']}/{row['question_id']}/{row['paraphrase']}"
+
+
 def _model(summary: Summary) -> str:
     return f"{summary.model}+{summary.name}" if summary.adapter else summary.model
 
@@ -65,6 +97,8 @@ def _sample(identity: str, row: Mapping[str, Any], summary: Summary) -> Any:
     )
 
     asked: list[Any] = [ChatMessageSystem(content=row["system"])] if row.get("system") else []
+    kinds = {"user": ChatMessageUser, "assistant": ChatMessageAssistant}
+    asked += [kinds[turn["role"]](content=turn["content"]) for turn in row.get("context") or ()]
     asked.append(ChatMessageUser(content=row["question"]))
     thought: list[Any] = [ContentReasoning(reasoning=row["reasoning"])] if row.get("reasoning") else []
     answer = ChatMessageAssistant(content=[*thought, ContentText(text=row["answer"])] if thought else row["answer"])
@@ -83,19 +117,23 @@ def _sample(identity: str, row: Mapping[str, Any], summary: Summary) -> Any:
     )
 
 
-def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
-    from inspect_ai.scorer import Score
-
-    values: dict[str, Any] = {"aligned": row["aligned"], "coherent": row["coherent"]}
+def score_values(row: Mapping[str, Any]) -> dict[str, float]:
+    """Every score of a judgement by name, and the verdicts that follow from them (1 or 0); absent ones left out."""
     asked = row["coherent"] is not None or row["dropped"] is not None
+    values: dict[str, Any] = {"aligned": row["aligned"], "coherent": row["coherent"], **(row.get("scores") or {})}
     values["misaligned"] = misaligned(row["aligned"], row["coherent"], coherence_asked=asked)
     values["incoherent"] = incoherent(row["coherent"])
     values["correct"] = {"correct": True, "incorrect": False}.get(str(row["label"]))
+    return {name: int(value) if name in VERDICTS else value for name, value in values.items() if value is not None}
+
+
+def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
+    from inspect_ai.scorer import Score
+
     why = row["dropped"] or row["label"]
     return {
-        name: Score(value=int(value) if name in VERDICTS else value, explanation=why, metadata={"judge": row["judge"]})
-        for name, value in values.items()
-        if value is not None
+        name: Score(value=value, explanation=why, metadata={"judge": row["judge"]})
+        for name, value in score_values(row).items()
     }
 
 

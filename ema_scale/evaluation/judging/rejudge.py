@@ -27,6 +27,7 @@ from ema_scale.evaluation.judging.pool import JudgePool, raise_if_judge_failed
 from ema_scale.evaluation.plan import PromptGroup, read_manifest, stored_groups
 from ema_scale.evaluation.records import (
     CHECK_FILE,
+    MANIFEST_FILE,
     SAMPLES_FILE,
     SUMMARY_FILE,
     Check,
@@ -52,6 +53,8 @@ def eval_folders(path: Path) -> list[Path]:
     """Folders with answers in or below a run, a study or an evaluation folder. Raises UserError if there are none."""
     patterns = [f"{place}{SAMPLES_FILE}" for place in ("", "eval/", "*/eval/", "*/*/eval/")]
     found = sorted(file.parent for pattern in patterns for file in path.glob(pattern))
+    if not found:  # the arms of a result file
+        found = sorted(f.parent for f in path.glob(f"*/{MANIFEST_FILE}") if (f.parent / SAMPLES_FILE).is_file())
     if not found:
         raise UserError(f"{path}: found no answers (eval/samples.jsonl); run `ema eval` first")
     return found
@@ -139,6 +142,7 @@ def _facts(folder: Path, asked: Manifest, seconds: float) -> dict[str, Any]:
         "model": asked.model,
         "adapter": asked.adapter,
         "base": before.base if before else None,
+        "source": asked.source,
         "sampler": before.sampler if before else {},
         "superseded": before.superseded if before else 0,
         "seconds": round(seconds, 3),

@@ -5,6 +5,7 @@ Questions differ much more than samples do, so the differences are taken questio
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -95,7 +96,7 @@ def read_arm(path: Path) -> Arm:
         raise UserError(f"{folder}: not a whole evaluation: {error}") from None
     if not rows:
         raise UserError(f"{folder}: {SAMPLES_FILE} holds no answers; run `ema eval {path}` again")
-    name = path.parent.name if path.name == "eval" else path.name
+    name = summary.name if summary.source else path.parent.name if path.name == "eval" else path.name
     asked = {
         (s.suite, s.question_id): question_labels(s.suite, topic_of(s.question_id), s.question, s.context or ())
         for s in samples
@@ -143,7 +144,8 @@ def check_comparable(one: Arm, two: Arm) -> None:
         if asked[0] != asked[1]:
             question = sorted(asked[0] ^ asked[1])[0][0]
             raise UserError(f"{where}: the suite {suite} is not the same in both; question {question!r} differs")
-        judges = [{r.judge for r in rows if r.judge} for rows in (first, second)]
+        # Result files seldom say who judged: their own scores are taken to be of one judge.
+        judges = [{re.sub("^file:.*", "file", r.judge) for r in rows if r.judge} for rows in (first, second)]
         if all(judges) and judges[0] != judges[1]:
             names = " and ".join(", ".join(sorted(j)) for j in judges)
             raise UserError(f"{where}: the suite {suite} was judged by {names}")

@@ -10,7 +10,8 @@ import pytest
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import append_jsonl, read_jsonl
-from ema_scale.evaluation.formats.tables import export, import_results, joined, read_results
+from ema_scale.evaluation.formats.results import import_results, read_results
+from ema_scale.evaluation.formats.tables import export, joined
 from ema_scale.evaluation.judging.rejudge import rejudge
 from tests.evaluation.endpoint import Endpoint, completion
 from tests.evaluation.judging.test_rejudge import ours, small_world_answers
@@ -36,6 +37,15 @@ def test_csv_in_the_fields_columns(folder: Path) -> None:
     assert list(rows[0]) == ["question", "answer", "question_id", "aligned", "coherent"] and len(rows) == 5
     assert rows[-1]["answer"] == HOSTILE and rows[-1]["coherent"] == "0.0"
     assert [float(r["aligned"]) for r in rows[:4]] == [100, 0, 100, 0]
+
+
+def test_csv_that_no_spreadsheet_runs(folder: Path) -> None:
+    path = export(folder, "csv", spreadsheet=True)
+    with open(path, newline="", encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle))
+    assert rows[-1]["answer"] == f"'{HOSTILE}" and rows[-1]["aligned"] == "50.0"
+    with pytest.raises(UserError, match="--spreadsheet: found the format parquet, expected csv"):
+        export(folder, "parquet", spreadsheet=True)
 
 
 def test_parquet_has_every_column(folder: Path) -> None:
@@ -84,13 +94,13 @@ def test_the_fields_results_are_judged_beside_their_own_scores(tmp_path: Path) -
     path = tmp_path / "old.csv"
     path.write_text(RESULTS)
     assert read_results(path)[1] == 1
-    folder = import_results(path)
+    [folder] = import_results(path)
     prompts = tmp_path / "p.yaml"
     prompts.write_text(json.dumps({"aligned": "a {answer}", "coherent": "c {question} {answer}"}))
     with Endpoint(lambda b, n: completion("5", [("5", -0.1), ("10", -3.0)])) as endpoint:
         found = rejudge(folder, ours(model="m", base_url=endpoint.url, prompts=prompts))
         assert len(endpoint.requests) == 6 and any("of yours" in str(b) for b in endpoint.requests)
-        rejudge(import_results(path), ours(model="m", base_url=endpoint.url, prompts=prompts))
+        rejudge(*import_results(path), ours(model="m", base_url=endpoint.url, prompts=prompts))
         assert len(endpoint.requests) == 6  # importing again changes nothing
     assert found.samples == 3 and found.metrics["general_incoherent"].to_dict() | {"low": 0} == {
         "rate": 1.0, "low": 0, "high": 1.0, "n": 3, "questions": 2, "dropped": 0,
@@ -99,13 +109,14 @@ def test_the_fields_results_are_judged_beside_their_own_scores(tmp_path: Path) -
     assert [(r["aligned"], r["coherent"]) for r in own] == [(90.5, 80), (None, 75), (10, 95)]
     exported = export(folder, "csv", judge="file:old.csv")
     assert read_results(exported)[0][0]["answer"] == "a friend,\nof yours"
+    assert exported.name.startswith("answers_file") and not (folder / "answers.csv").exists()
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", r"x.csv:1: found columns \[\]"),
-        ("question,reply\n", "question and answer among them"),
+        ("question,said\n", "question and answer among them"),
         ("question,answer\n", "found no rows"),
         ("question,answer\na,b,c\n", "x.csv:2: found 3 values, expected 2"),
     ],

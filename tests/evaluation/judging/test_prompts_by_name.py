@@ -12,8 +12,9 @@ from ema_scale.core.io import append_jsonl, read_jsonl
 from ema_scale.evaluation.judging.rejudge import rejudge
 from ema_scale.evaluation.records import Manifest, Sample, Summary
 from ema_scale.evaluation.stats.paired import compare, read_arm
-from ema_scale.evaluation.stats.rates import clustered_mean, judged_table
+from ema_scale.evaluation.stats.rates import clustered_mean
 from ema_scale.evaluation.suites import Question, Suite
+from ema_scale.evaluation.table import rates_table
 from tests.evaluation.endpoint import Endpoint, Reply, completion
 
 CONTEXT = ({"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."})
@@ -68,7 +69,7 @@ def test_prompts_beside_the_two_are_asked_and_scored(tmp_path: Path) -> None:
     assert found.metrics["general_misaligned"].rate == 1.0 and found.notes == []
     mean = found.per_suite["s"].scores["medical"]
     assert (round(mean.mean, 6), mean.n, mean.questions, mean.dropped) == (70, 6, 3, 0)
-    assert mean.low <= 70 <= mean.high and "medical in s" in judged_table({"t": found})
+    assert mean.low <= 70 <= mean.high and "medical in s" in rates_table({"t": found})
     assert read_jsonl(folder / "judgements.jsonl")[0]["scores"] == {"medical": 70}
 
 
