@@ -54,7 +54,8 @@ def _cell(rate: Rate | None, empty: str) -> str:
     return f"{percent(rate.rate)} {limits(rate.low, rate.high)}"
 
 
-def _points(mean: Mean) -> str:
+def points(mean: Mean) -> str:
+    """A mean score in words."""
     if mean.mean is None or mean.low is None or mean.high is None:
         return f"no score ({mean.dropped} answers)"
     return f"{mean.mean:.1f} points [{mean.low:.1f}, {mean.high:.1f}]"
