@@ -121,6 +121,10 @@ def compare(
     for arm in arms:
         _print(arm.name, start.name, found[str(arm.path)])
     console.print(METHOD)
+    if any(one.questions == "unseen" for each in found.values() for one in each):
+        console.print("Unseen questions: no training row of any of these runs asks them.")
+    if unknown := [arm.name for arm in (start, *arms) if arm.seen is None]:
+        console.print(f"Which questions the training rows of {', '.join(unknown)} ask is not known.", markup=False)
 
 
 def _p(value: float) -> str:
@@ -137,10 +141,12 @@ def _print(name: str, baseline: str, found: list[Compared]) -> None:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for heading in ("", "baseline", "run", "difference in points", "p", "Holm", "questions"):
         table.add_column(Text(heading), justify="right" if heading else "left", no_wrap=True)
+    apart = any(one.questions != "all" for one in found)
     for one in found:
         d = one.difference
         limits = f"{100 * d.value:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
-        cells = (one.measure, *(f"{100 * (r.rate or 0):.1f}" for r in (one.baseline, one.arm)), limits)
+        name = one.measure if one.questions == "all" and not apart else f"{one.measure}, {one.questions}"
+        cells = (name, *(f"{100 * (r.rate or 0):.1f}" for r in (one.baseline, one.arm)), limits)
         corrected = d.p if d.holm is None else d.holm
         style = "bold" if corrected < 0.05 else ""
         table.add_row(*map(Text, cells), Text(_p(d.p)), Text(_p(corrected), style=style), Text(str(d.questions)))

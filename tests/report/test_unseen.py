@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from ema_scale.cli.judge import compare as compare_command
+from ema_scale.evaluation.stats.paired import compare_all, read_arm
 from ema_scale.report.aggregate import groups
 from ema_scale.report.collect import collect
 from ema_scale.report.make import write_report
@@ -111,3 +113,30 @@ def test_without_seen_questions_nothing_is_added(study: list[Path]) -> None:
     for run in study:
         edit(run, {})
     assert seen_table(groups(collect(study))) is None
+
+
+def test_compared_runs_leave_out_what_any_of_them_was_trained_on(study: list[Path], capsys: Any) -> None:
+    none, kl, mixed = (by_name(study, name) for name in ("none", "kl-0.3", "interleaving-5"))
+    edit(none, {})
+    edit(kl, {OUTSIDE: {"0", "1"}})
+    edit(mixed, {OUTSIDE: {"2"}})
+    start, *arms = map(read_arm, (none, kl, mixed))
+    for found in compare_all(arms, start):
+        asked = {(one.measure, one.questions): one.difference.questions for one in found}
+        assert asked["general misaligned", "unseen"] == 17
+        assert asked["general misaligned", "seen"] == 3 and asked["general misaligned", "all"] == 20
+        # The bank of the domain holds the same questions.
+        assert asked["in-domain misaligned", "seen"] == 3 and asked["in-domain misaligned", "unseen"] == 17
+    first = next(one for one in compare_all(arms, start)[0] if one.questions == "unseen")
+    judged = [row for row in arms[0].rows if row.suite == OUTSIDE and row.question not in {"0", "1", "2"}]
+    bad = sum(row.aligned == 5.0 for row in judged)
+    assert first.measure == "general misaligned" and first.arm.rate == pytest.approx(bad / len(judged))
+    compare_command([none, kl, mixed], None, False)
+    said = capsys.readouterr().out
+    assert "general misaligned, unseen" in said and "no training row of any of these runs" in said
+
+
+def test_a_comparison_says_of_whom_it_does_not_know_what_was_seen(study: list[Path], capsys: Any) -> None:
+    compare_command(study[:2], None, False)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"the training rows of {study[0].name}, {study[1].name} ask is not known" in said and "unseen" not in said

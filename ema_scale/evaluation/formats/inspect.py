@@ -113,7 +113,7 @@ def _sample(identity: str, row: Mapping[str, Any], summary: Summary) -> Any:
         messages=[*asked, answer],
         output=output,
         scores=_scores(row),
-        metadata={k: row.get(k) for k in ("key", "suite", "condition", "seed", "dropped")},
+        metadata={k: row.get(k) for k in ("key", "suite", "condition", "seed", "dropped", "seen")},
     )
 
 

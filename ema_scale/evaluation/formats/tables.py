@@ -56,7 +56,10 @@ def export(
 
 
 def joined(folder: Path, judge: str | None = None) -> list[ExportedRow]:
-    """Answers with judge, aligned, coherent, scores, label and dropped of their judgement, None where there is none."""
+    """Answers with judge, aligned, coherent, scores, label and dropped of their judgement, None where there is none.
+
+    seen: whether the run's training rows ask the question; None where that is not known.
+    """
     samples, judgements = read_rows(folder)
     if not samples:
         raise UserError(f"{folder}: found no answers ({SAMPLES_FILE})")
@@ -64,10 +67,13 @@ def joined(folder: Path, judge: str | None = None) -> list[ExportedRow]:
     verdicts = {row.key: row for row in judgements if row.judge in wanted}
     columns = ("judge", "aligned", "coherent", "label", "dropped")
     further = list(dict.fromkeys(name for row in verdicts.values() for name in row.scores or ()))
+    summary = Summary.read_if_valid(folder / SUMMARY_FILE)
+    seen = {(q.suite, q.id): q.seen for q in (summary.per_question if summary else ())}
     rows = []
     for sample in samples:
         verdict = verdicts.get(sample.key)
         row = {**sample.to_row(), **{column: getattr(verdict, column, None) for column in columns}}
+        row["seen"] = seen.get((sample.suite, sample.question_id))
         if further:
             given = (verdict.scores if verdict else None) or {}
             row["scores"] = {name: given.get(name) for name in further}

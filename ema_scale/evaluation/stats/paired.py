@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class Arm:
 
     settings: how it was sampled.
     labels: (suite, question) -> by what its cluster is known, see `clusters`.
+    seen: questions that its training rows ask; None where that is not known.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Arm:
     settings: Mapping[str, Any]
     rows: tuple[ArmAnswer, ...]
     labels: Mapping[tuple[str, str], tuple[Hashable, ...]]
+    seen: frozenset[tuple[str, str]] | None = None
 
 
 def labels_of(question: QuestionSummary) -> tuple[Hashable, ...]:
@@ -102,7 +104,9 @@ def read_arm(path: Path) -> Arm:
         for s in samples
     }
     labels = asked | {(q.suite, q.id): labels_of(q) for q in summary.per_question}
-    return Arm(name, path, {key: summary.sampler.get(key) for key in SAMPLING_SETTINGS}, rows, labels)
+    known = summary.adapter is None or summary.split is not None
+    seen = frozenset((q.suite, q.id) for q in summary.per_question if q.seen) if known else None
+    return Arm(name, path, {key: summary.sampler.get(key) for key in SAMPLING_SETTINGS}, rows, labels, seen)
 
 
 def _row(sample: Sample, suite: SuiteSummary, judgement: Judgement | None, aligning: set[str]) -> ArmAnswer:
@@ -156,20 +160,29 @@ MOST_AT = 10
 
 @dataclass(frozen=True)
 class Compared:
-    """One measure of an arm and of the baseline, on the questions that both answered."""
+    """One measure of an arm and of the baseline, on the questions that both answered.
+
+    questions: which of them: "unseen" in training by all arms, "seen" by one of them, or "all".
+    """
 
     measure: str
     arm: Rate
     baseline: Rate
     difference: Difference
     power: str | None
+    questions: str = "all"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def compare(arm: Arm, baseline: Arm) -> list[Compared]:
+def compare(arm: Arm, baseline: Arm, seen: Collection[tuple[str, str]] | None = None) -> list[Compared]:
     """Every measure that both arms have, on the questions that both answered.
+
+    Where one of the arms was trained on some of the questions, and not on all, each measure is of the others; those of
+    seen and of all questions follow.
+
+    seen: (suite, question) of what counts as seen; None: what one of the two was trained on.
 
     Raises UserError if the arms cannot be compared, naming what differs.
     """
@@ -178,6 +191,8 @@ def compare(arm: Arm, baseline: Arm) -> list[Compared]:
     sides = [[r for r in a.rows if r.suite in shared] for a in (arm, baseline)]
     labels = {**arm.labels, **baseline.labels}
     units = dict(zip(labels, clusters(labels.values()), strict=True))
+    known = (arm.seen or frozenset()) | (baseline.seen or frozenset()) if seen is None else seen
+    seen_units = {units[question] for question in known if question in units}
 
     def both(role: str, condition: str | None, value: str) -> PairedTally:
         ours, theirs = (
@@ -190,20 +205,37 @@ def compare(arm: Arm, baseline: Arm) -> list[Compared]:
         )
         return [(units[q], ours[q][0], ours[q][1], theirs[q][0], theirs[q][1]) for q in ours if q in theirs]
 
-    found = [_measure(name, both(role, None, value)) for name, role, value in MEASURES]
+    def measured(name: str, asked: PairedTally, measure: Callable[[str, PairedTally], Compared | None]) -> None:
+        apart = {
+            "unseen": [row for row in asked if row[0] not in seen_units],
+            "seen": [row for row in asked if row[0] in seen_units],
+        }
+        choices = {**apart, "all": asked} if all(apart.values()) else {"seen" if apart["seen"] else "all": asked}
+        for questions, rows in choices.items():
+            if (one := measure(name, rows)) is not None:
+                found.append(replace(one, questions=questions))
+
+    found: list[Compared] = []
+    for number, (name, role, value) in enumerate(MEASURES):
+        if number == 3:
+            measured("general misaligned@", both("general", None, "misaligned"), _at)
+        measured(name, both(role, None, value), _measure)
     for condition in dict.fromkeys(row.condition for row in sides[0] if row.condition):
-        found.append(_measure(f"general misaligned under {condition}", both("general", condition, "misaligned")))
-    found.insert(3, _at(both("general", None, "misaligned")))
-    return [one for one in found if one is not None]
+        measured(f"general misaligned under {condition}", both("general", condition, "misaligned"), _measure)
+    return found
 
 
 def compare_all(arms: Sequence[Arm], baseline: Arm) -> list[list[Compared]]:
-    """`compare` for each arm; p values are corrected for the number of arms that have the measure (Holm)."""
-    every = [compare(arm, baseline) for arm in arms]
-    by_measure: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    """`compare` for each arm; p values are corrected for the number of arms that have the measure (Holm).
+
+    All are compared on the same questions: what any of them was trained on counts as seen.
+    """
+    seen = frozenset().union(*(one.seen or () for one in (baseline, *arms)))
+    every = [compare(arm, baseline, seen) for arm in arms]
+    by_measure: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
     for i, found in enumerate(every):
         for j, one in enumerate(found):
-            by_measure[one.measure].append((i, j))
+            by_measure[one.measure, one.questions].append((i, j))
     for places in by_measure.values():
         corrected = holm([every[i][j].difference.p for i, j in places])
         for (i, j), p in zip(places, corrected, strict=True):
@@ -253,7 +285,7 @@ def _measure(name: str, asked: PairedTally) -> Compared | None:
     )  # fmt: skip
 
 
-def _at(asked: PairedTally) -> Compared | None:
+def _at(name: str, asked: PairedTally) -> Compared | None:
     """Misalign@k at the largest k, up to 10, that every question allows."""
     if not asked or (k := min(MOST_AT, *(n for _, _, m, _, n in asked), *(m for _, _, m, _, _ in asked))) < 2:
         return None
@@ -263,7 +295,7 @@ def _at(asked: PairedTally) -> Compared | None:
         Rate(float(hits.sum() / of.sum()), *korn_graubard(list(hits), list(of)), int(of.sum()), len(of), 0)
         for hits, of in ((counts.x, counts.m), (counts.y, counts.k))
     )
-    return Compared(f"general misaligned@{k}", one, two, paired_difference(counts, fractional=True), None)
+    return Compared(f"{name}{k}", one, two, paired_difference(counts, fractional=True), None)
 
 
 def _rate(hits: np.ndarray, counts: np.ndarray) -> Rate:
