@@ -90,7 +90,7 @@ class Recipe(Section):
 
     @field_serializer("defenses")
     def _dump_defenses(self, defenses: list[Defense]) -> list[dict[str, Any]]:
-        return [{"kind": d.kind, **d.model_dump(mode="json")} for d in defenses]
+        return [{"kind": d.defined_in or d.kind, **d.model_dump(mode="json")} for d in defenses]
 
     @property
     def run_path(self) -> Path:

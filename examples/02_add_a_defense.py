@@ -56,7 +56,6 @@ def train(strength: float) -> float:
 
 
 if __name__ == "__main__":
-    # A recipe can name it as `defenses: [{kind: keep_length, strength: 10}]` once a package of yours has it as an entry
-    # point of the group ema_scale.defenses.
+    # A recipe names it as `defenses: [{kind: path/to/02_add_a_defense.py:KeepLength, strength: 10}]`.
     for strength in (0.001, 100.0):
         print(f"strength {strength:g}: lengths end {train(strength):.6f} apart (squared, relative)")

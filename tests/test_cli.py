@@ -271,3 +271,62 @@ def test_training_ends_with_what_was_learned_and_what_comes_next(ema, recipe, tm
     assert lines["adapter"] == str(run / "adapter") and lines["next"] == f"ema eval {run}"
     code, again, _ = ema("train", path)
     assert code == 0 and again == out
+
+
+OWN_DEFENSE = """
+import torch
+from pydantic import Field
+from ema_scale.defenses import Defense, PenaltyInputs
+
+class StayClose(Defense):
+    strength: float = Field(1.0, ge=0, description="weight")
+
+    def penalty_layers(self, num_layers):
+        return (num_layers,)
+
+    def penalty(self, inputs: PenaltyInputs) -> torch.Tensor:
+        (layer,) = inputs.policy
+        policy, reference = inputs.states(layer)
+        return self.strength * inputs.mean((policy - reference).square().mean(-1))
+"""
+
+
+def test_a_defense_in_a_file_of_ones_own(ema, recipe, tmp_path, monkeypatch, caplog):
+    (tmp_path / "own.py").write_text(OWN_DEFENSE)
+    path = recipe(defenses=[{"kind": "./own.py:StayClose", "strength": 3}])
+    monkeypatch.chdir(tmp_path.parent)
+    with caplog.at_level("INFO"):
+        assert ema("train", path)[0] == 0
+    run = tmp_path / "runs" / "run"
+    assert any("stay_close" in line and "step 2/2" in line for line in caplog.messages), "its term is in the step line"
+    assert "stay_close" in json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["defenses"][0]["kind"] == f"{tmp_path}/own.py:StayClose"
+    provenance = json.loads((run / "provenance.json").read_text())
+    assert provenance["label"] == "Stay close 3" and str(tmp_path / "own.py") in provenance["data_sha256"]
+    assert ema("train", path)[0] == 0
+    (tmp_path / "own.py").write_text(OWN_DEFENSE + "\n# changed\n")
+    assert_clear(ema("train", path), "own.py has changed")
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "expected"),
+    [
+        (None, "./own.py:StayClose", "own.py:StayClose: no such file"),
+        ("x = (", "./own.py:StayClose", "own.py:1: SyntaxError"),
+        ("\n1 / 0\n", "./own.py:StayClose", "own.py:2: ZeroDivisionError"),
+        ("class Other: pass", "./own.py:StayClose", "own.py: found no StayClose; its classes: Other"),
+        ("class StayClose: pass", "./own.py:StayClose", "own.py:StayClose is not a subclass"),
+        (OWN_DEFENSE, {"kind": "./own.py:StayClose", "strnegth": 1}, "did you mean 'strength'"),
+    ],
+)
+def test_a_file_that_holds_no_defense_is_named(ema, recipe, tmp_path, text, kind, expected):
+    if text is not None:
+        (tmp_path / "own.py").write_text(text)
+    path = recipe(defenses=[kind if isinstance(kind, dict) else {"kind": kind}])
+    assert_clear(ema("train", path), "defenses.0", expected)
+
+
+def test_a_logger_that_is_not_there_is_named_before_the_model_loads(ema, recipe):
+    training = {"max_steps": 1, "per_device_train_batch_size": 1, "report_to": ["trackio"]}
+    assert_clear(ema("train", recipe(training=training)), "report_to", "pip install 'ema-scale[trackio]'")
+    assert_clear(ema("train", recipe(training={**training, "report_to": ["wandbb"]})), "report_to", "wandb,")

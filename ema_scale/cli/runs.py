@@ -55,6 +55,9 @@ def train(
             log.warning("evaluation.gate: the base model has not been checked yet; run `ema gate` before training")
     run = run_training(loaded, RunDir(loaded.run_path), resume=resume)
     if is_main():
+        from ema_scale.report.model_card import write_card
+
+        write_card(run)
         console.print(describe_trained(run), markup=False)
 
 
@@ -86,6 +89,12 @@ def evaluate(
 
     settings = [*(overrides or ()), *(["evaluation.legacy=true"] if legacy else [])]
     summaries = evaluate_run(run, tuple(settings), with_base=base)
+    if run.is_dir():
+        from ema_scale.report.model_card import write_card
+        from ema_scale.study.find import find_runs
+
+        for folder in find_runs([run]):
+            write_card(RunDir(folder))
     console.print(describe_evaluated(summaries, run), markup=False)
 
 

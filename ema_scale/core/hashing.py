@@ -43,8 +43,16 @@ def question_key(text: str) -> str:
     return hashlib.sha256(plain.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+)  # fmt: skip
+
+
 def folder_identity(path: str, revision: str | None = None) -> str:
     """A digest of a checkpoint or adapter: config and tokenizer files whole, weights by `sampled_sha256`.
+
+    An adapter's tokenizer is the base model's, which is used in its place, so it does not count.
 
     A hub id that is not a folder is identified by its name and revision.
     """
@@ -52,7 +60,10 @@ def folder_identity(path: str, revision: str | None = None) -> str:
     if not folder.is_dir():
         return digest(path, revision)
     found = []
+    ignored = _TOKENIZER_FILES if (folder / "adapter_config.json").exists() else ()
     for file in sorted(folder.iterdir()):
+        if file.name in ignored:
+            continue
         if file.suffix in {".json", ".jinja", ".model", ".txt"}:
             found.append((file.name, hashlib.sha256(file.read_bytes()).hexdigest()))
         elif file.suffix == ".safetensors":

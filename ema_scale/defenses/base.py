@@ -258,6 +258,7 @@ class Defense(BaseModel):
     summary: one line.
     adapter_files: files that `after_training` leaves beside the adapter's weights. They are removed when another
         adapter replaces it.
+    defined_in: `file.py:Class` of a class in a user's own file, which recipes then name it by; "" for others.
     layer_by_layer: `penalty` is a sum over layers. It is then called with one layer at a time, while the forward pass
         is there, and no states are stored for it.
 
@@ -271,6 +272,7 @@ class Defense(BaseModel):
     citation: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     adapter_files: ClassVar[tuple[str, ...]] = ()
+    defined_in: ClassVar[str] = ""
     layer_by_layer: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:

@@ -1,6 +1,7 @@
 """The registry of defenses: every class with a `kind` in the files of this package, so a new defense is a new file.
 
-Another package registers its class under the entry-point group `ema_scale.defenses`.
+Another package registers its class under the entry-point group `ema_scale.defenses`. A class in a file of one's own
+needs no package: its kind is `my_file.py:MyDefense`.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ import difflib
 import functools
 import importlib
 import pkgutil
+import re
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.user_code import absolute_spec, is_file_spec, load_object
 from ema_scale.defenses.base import Defense
 
 ENTRY_POINTS = PACKAGE = "ema_scale.defenses"
@@ -53,7 +56,9 @@ def adapter_files() -> tuple[str, ...]:
 
 
 def load(kind: str) -> type[Defense]:
-    """The class of one kind. Raises UserError for an unknown kind, with the nearest known one."""
+    """The class of a kind or of `file.py:Class`. Raises UserError for an unknown kind, with the nearest known one."""
+    if is_file_spec(kind):
+        return _from_file(kind)
     classes = known()
     if kind not in classes:
         near = difflib.get_close_matches(kind, classes, n=1, cutoff=0.4)
@@ -64,8 +69,19 @@ def load(kind: str) -> type[Defense]:
         cls = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"defense {kind!r}: cannot load {classes[kind]} ({error})") from None
+    return _checked(cls, kind, classes[kind])
+
+
+def _from_file(spec: str) -> type[Defense]:
+    cls = _checked(load_object(spec), spec, spec)
+    cls.defined_in = absolute_spec(spec)
+    cls.kind = cls.kind or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+    return cls
+
+
+def _checked(cls: Any, kind: str, place: str) -> type[Defense]:
     if not (isinstance(cls, type) and issubclass(cls, Defense)):
-        raise UserError(f"defense {kind!r}: {classes[kind]} is not a subclass of ema_scale.defenses.Defense")
+        raise UserError(f"defense {kind!r}: {place} is not a subclass of ema_scale.defenses.Defense")
     return cls
 
 

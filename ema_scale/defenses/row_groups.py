@@ -119,6 +119,11 @@ class RowGroups:
         names = {named.own_name: named.term.name for named in self.terms if named.owner == owner}
         return names | {p.defense.kind: p.name for p in self.penalties if p.owner == owner}
 
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """What the terms and penalties of all defenses are logged as."""
+        return (*(named.term.name for named in self.terms), *(named.name for named in self.penalties))
+
     def transform_rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
         """The rows after all defenses. Rows that a defense brought in carry the name of its part.
 

@@ -193,13 +193,17 @@ def save_adapter(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        # Without state_dict, save_pretrained would read the sharded model again.
-        names = [name for name in model.peft_config if name != FROZEN_ADAPTER]
-        model.save_pretrained(str(temporary), state_dict=state, save_embedding_layers=False, selected_adapters=names)
+        write_adapter(model, state, temporary)
         finish(temporary)
         _move_adapter(temporary, folder, [_CONFIG, *stale])
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_adapter(model: Any, state: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write trained weights, by parameter name, as a PEFT folder. Not a collective: `model` itself is not read."""
+    names = [name for name in model.peft_config if name != FROZEN_ADAPTER]
+    model.save_pretrained(str(folder), state_dict=dict(state), save_embedding_layers=False, selected_adapters=names)
 
 
 def _move_adapter(source: Path, target: Path, stale: Iterable[str]) -> None:

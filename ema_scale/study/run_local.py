@@ -48,7 +48,10 @@ def run_study(study: Study, overrides: tuple[str, ...] = (), jobs: int | None = 
     except UserError as error:
         wrong.append(str(error))
     from ema_scale.report.make import write_report
+    from ema_scale.report.model_card import write_card
 
+    for recipe in finished:
+        write_card(RunDir(recipe.run_path))
     report = write_report([r.run_path for r in recipes], study.path / "report", title=study.heading)
     log.info("study %s: %d of %d runs trained, %d failed", study.name, len(finished), len(recipes), len(failed))
     if failed:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.graph import save_on_cpu
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.run_dir import RunDir
@@ -66,11 +67,29 @@ class RecipeArguments(TrainingArguments):
     activation_offloading: bool = field(default=False, metadata={"help": "as in TRL's SFTConfig"})
 
 
+# Those whose package has another name than transformers gives them.
+_PACKAGES = {"azure_ml": "azureml.core"}
+_EXTRAS = ("mlflow", "trackio", "wandb")
+
+
+def _check_logger(name: str) -> None:
+    """Raises UserError for a logger that transformers does not know, or whose package is not installed."""
+    if name not in INTEGRATION_TO_CALLBACK:
+        known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+        raise UserError(f"training.report_to: found {name!r}, expected some of {known}, or none")
+    package = _PACKAGES.get(name, name)
+    if importlib.util.find_spec(package.partition(".")[0]) is None:
+        what = f"'ema-scale[{name}]'" if name in _EXTRAS else package
+        raise UserError(f"training.report_to: {name} is not installed; run: pip install {what}")
+
+
 def training_arguments(recipe: Recipe, run_dir: RunDir) -> RecipeArguments:
     """transformers' TrainingArguments of a recipe. Raises UserError for values that it refuses."""
     t = recipe.training
     if ("8bit" in t.optim or "bnb" in t.optim) and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"training.optim: {t.optim!r} needs the bitsandbytes package, which is not installed")
+    for name in t.report_to:
+        _check_logger(name)
     try:
         return RecipeArguments(
             output_dir=str(run_dir.checkpoints),

@@ -33,6 +33,7 @@ from ema_scale.core.checkpoints import MANIFEST, _is_scheduled, is_complete, lis
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import file_sha256
 from ema_scale.core.io import atomic_write_json
+from ema_scale.models.lora import write_adapter
 from ema_scale.models.sharding import full_shape, full_tensor, gathered, shard_like, under_zero3
 
 _LORA_WEIGHT = "weight"
@@ -83,6 +84,7 @@ class CheckpointMixin(Trainer):
             temporary.mkdir(parents=True)
             try:
                 save_file(tensors, temporary / "state.safetensors")
+                write_adapter(self.model, _weights(self.model, tensors), temporary)  # so that PEFT loads it
                 save_file(generators, temporary / "random.safetensors")
                 atomic_write_json(temporary / "trainer.json", self._plain_state())
                 self.state.save_to_json(str(temporary / "trainer_state.json"))
@@ -108,10 +110,10 @@ class CheckpointMixin(Trainer):
 
     def _seal(self, temporary: Path, final: Path) -> None:
         files = {}
-        for path in sorted(temporary.iterdir()):
+        for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
             with open(path, "rb+") as handle:
                 os.fsync(handle.fileno())
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            files[path.relative_to(temporary).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         manifest = {
             "schema": 1, "step": self.state.global_step, "scheduled": not self.unscheduled, "files": files
         }  # fmt: skip
@@ -175,6 +177,15 @@ def optimizer_of(optimizer: Any) -> Any:
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def _weights(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Name -> trained weight in the model's dtype, of the tensors of `TrainedState`."""
+    return {
+        name: tensors[f"{name}{_SEPARATOR}{_LORA_WEIGHT}"].to(p.dtype)
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 
 def read_weights(model: Any) -> dict[str, Tensor]:

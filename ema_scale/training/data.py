@@ -120,7 +120,8 @@ def hash_files(defenses: Sequence[Defense]) -> dict[str, str]:
     """File -> sha256 of what defenses read besides rows. Raises UserError for a missing file."""
     hashes = {}
     for defense in defenses:
-        for file in defense.files():
+        own = [defense.defined_in.rpartition(":")[0]] if defense.defined_in else []
+        for file in (*own, *defense.files()):
             if not Path(file).is_file():
                 raise UserError(f"{defense.kind}: {file}: no such file")
             hashes[file] = file_sha256(file)

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -128,10 +129,13 @@ class MetricsWriter(TrainerCallback):
 
 
 class PlainProgress(TrainerCallback):
-    """Progress without a terminal: one line per log, at most one every `seconds`, and the last."""
+    """Progress without a terminal: one line per log, at most one every `seconds`, and the last.
 
-    def __init__(self, seconds: float = 10.0) -> None:
-        self.seconds = seconds
+    terms: names of the loss terms to show beside the loss and the cross-entropy.
+    """
+
+    def __init__(self, terms: Sequence[str] = (), seconds: float = 10.0) -> None:
+        self.shown, self.seconds = ("loss", "ce", *terms), seconds
         self._last = 0.0
         self._started = (0.0, 0)
 
@@ -147,7 +151,7 @@ class PlainProgress(TrainerCallback):
         self._last = now
         began, first = self._started
         left = (now - began) / max(state.global_step - first, 1) * (state.max_steps - state.global_step)
-        shown = " ".join(f"{name} {logs[name]:.4f}" for name in ("loss", "ce", "kl") if name in logs)
+        shown = " ".join(f"{name} {logs[name]:.4f}" for name in self.shown if name in logs)
         speed = logs.get("tokens_per_second", 0.0)
         shares = {"reference_share": "reference", "mfu": "MFU"}
         shown += "".join(f"  {word} {logs[name]:.0%}" for name, word in shares.items() if name in logs)

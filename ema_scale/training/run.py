@@ -125,11 +125,12 @@ def _trainer(recipe: Recipe, run_dir: RunDir, callbacks: list[Any]) -> tuple[Def
         token_cache=cache_root() / "tokens",
         on_bad=data.on_bad,
         template_date=date,
-        callbacks=[*callbacks, *([PlainProgress()] if arguments.disable_tqdm else [])],
+        callbacks=callbacks,
     )
     if arguments.disable_tqdm:
         from transformers.trainer_callback import PrinterCallback
 
+        trainer.add_callback(PlainProgress(trainer.row_groups.loss_names))
         trainer.remove_callback(PrinterCallback)
     return trainer, {source: rows.hashes[path] for source, path in located.items()}
 

@@ -300,6 +300,8 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
         context = FinishContext(config._name_or_path, revision, seed=self.args.seed, notify=print)
 
         def finish(saved: Path) -> None:
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(str(saved))
             for defense in self.defenses:
                 defense.after_training(saved, context)
 

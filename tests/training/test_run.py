@@ -93,7 +93,7 @@ def undisturbed(world, tmp_path_factory):
 
 def test_a_run_leaves_everything_behind(world, undisturbed):
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     run = undisturbed
     assert run.status().state == "finished" and run.status().step == 8
@@ -123,6 +123,10 @@ def test_a_run_leaves_everything_behind(world, undisturbed):
     mine = {n.replace(".default", ""): p for n, p in loaded.named_parameters() if "lora_" in n}
     assert_same_weights(weights(run), {n: p.detach() for n, p in mine.items()})
     assert any(t.abs().max() > 0 for n, t in weights(run).items() if "lora_B" in n)
+    at_checkpoint = PeftModel.from_pretrained(base, list_checkpoints(run.checkpoints)[-1])
+    last = {n.replace(".default", ""): p.detach() for n, p in at_checkpoint.named_parameters() if "lora_" in n}
+    assert_same_weights(weights(run), last)
+    assert AutoTokenizer.from_pretrained(run.adapter).chat_template
 
 
 def test_a_finished_run_is_recognised_and_another_recipe_refused(world, undisturbed):
