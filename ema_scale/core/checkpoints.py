@@ -1,10 +1,10 @@
 """Checkpoints hold only what training changes, appear whole or not at all, and suit any number of processes.
 
 checkpoint-N/ is a PEFT folder, as any tool loads it. It also holds state.safetensors (trained weights in float32 and
-the optimizer's state, by parameter name, not by shard), random.safetensors (generators of every process), trainer.json (scheduler, optimizer
-settings, readings of every step if a defense observes), kept.safetensors (weights that a defense may return to),
-trainer_state.json (of transformers) and manifest.json (size and SHA-256 of each). The folder is written under
-another name and renamed once the manifest is in. A folder whose manifest does not match is never resumed.
+the optimizer's state, by parameter name, not by shard), random.safetensors (generators of every process), trainer.json
+(scheduler, optimizer settings, readings of every step if a defense observes), kept.safetensors (weights that a defense
+may return to), trainer_state.json (of transformers) and manifest.json (size and SHA-256 of each). The folder is written
+under another name and renamed once the manifest is in. A folder whose manifest does not match is never resumed.
 """
 
 from __future__ import annotations
