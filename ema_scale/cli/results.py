@@ -32,7 +32,10 @@ def results(
     legacy: Annotated[bool, typer.Option("--legacy", help="count as the paper's released evaluator does")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of text")] = False,
 ) -> None:
-    """Show rates with 95 % intervals: of published result files, by their own scores, or of evaluated runs."""
+    """Show rates of result files or evaluated runs.
+
+    With 95 % intervals. Published result files are read by their own scores.
+    """
     from ema_scale.evaluation.formats.results import import_results
     from ema_scale.evaluation.judging.rejudge import eval_folders
     from ema_scale.evaluation.records import SUMMARY_FILE, Summary
