@@ -47,6 +47,25 @@ def show_machine(threads: Threads = 1) -> None:
         print(f"{name}: {value}")
 
 
+@bench.command("padding")
+def padding_(
+    rows: Annotated[int, typer.Option(min=1, help="rows of an epoch")] = 6000,
+    median: Annotated[int, typer.Option(min=4, help="tokens of the median row")] = 240,
+    spread: Annotated[float, typer.Option(min=0, help="standard deviation of the logarithm of a row's tokens")] = 0.4,
+    longest: Annotated[int, typer.Option(min=4, help="tokens of the longest row")] = 2048,
+    batch: Annotated[int, typer.Option(min=1, help="rows per process in one forward pass")] = 4,
+    accumulation: Annotated[int, typer.Option(min=1, help="forward passes per step")] = 4,
+    processes: Annotated[int, typer.Option(min=1, help="processes")] = 1,
+) -> None:
+    """The share of padding by the order of rows: random, by length inside each step, by length over the epoch."""
+    from benchmarks.padding import draw_lengths, padding_shares
+
+    shares = padding_shares(draw_lengths(rows, median, spread, longest), batch, accumulation, processes)
+    print("| order of rows | padding | computed per token of the rows |\n|---|---:|---:|")
+    for name, share in shares.items():
+        print(f"| {name} | {share:.1%} | {1 / (1 - share):.2f} |")
+
+
 @bench.command("safelora")
 def safelora_(
     layers: Annotated[int, typer.Option(min=1, max=28, help="decoder layers; fewer need less disk")] = 28,

@@ -111,7 +111,7 @@ _EARLIER_NAMES = {
 
 class TrainingRecipe(Section):
     """Optimisation. Keys are those of transformers' TrainingArguments; the defaults are those of arXiv 2508.06249,
-    except that its optimizer is 8-bit AdamW and its rows are not grouped by length.
+    except that its optimizer is 8-bit AdamW.
     """
 
     arguments: ClassVar[Mapping[str, str]] = {
@@ -126,7 +126,6 @@ class TrainingRecipe(Section):
         "gradient_accumulation_steps": "gradient_accumulation_steps",
         "max_grad_norm": "max_grad_norm",
         "gradient_checkpointing": "gradient_checkpointing",
-        "group_by_length": "train_sampling_strategy",
         "logging_steps": "logging_steps",
         "save_steps": "save_steps",
         "save_total_limit": "save_total_limit",
@@ -161,10 +160,13 @@ class TrainingRecipe(Section):
     )
     packing: bool = Field(
         False,
-        description="Put several rows into one sequence of max_length. Batch sizes then count sequences.",
+        description="Put several rows into one sequence of max_length. Batch sizes then count sequences, "
+        "so that a step holds more rows where rows are short.",
     )
     group_by_length: bool = Field(
-        True, description="Put rows of similar length into one step. It saves padding, and rows are less mixed."
+        False,
+        description="Always `false`. `true`, the default in 0.1, let a row's length decide its step and weakened "
+        "defenses; it is read in older run folders and refused in training.",
     )
     logging_steps: int = Field(1, ge=1, description="Optimizer steps per row of metrics.jsonl.")
     save_steps: int = Field(100, ge=1, description="Optimizer steps per checkpoint.")

@@ -19,7 +19,7 @@ class Interleaving(Defense):
 
     Exactly floor(fraction * task rows) safe rows are drawn without replacement, in an order that depends on the seed
     alone. If the source has fewer, its rows repeat in a new order, and data.json says so. The trainer's sampler
-    shuffles afterwards, so the fraction holds over an epoch, not in every batch.
+    shuffles afterwards, so the fraction holds over an epoch, not in every step.
     """
 
     kind: ClassVar[str] = "interleaving"

@@ -46,6 +46,11 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "model_init_kwargs": (({},), "give a loaded model"),
     "truncation_mode": (("keep_start",), "rows are cut at their end"),
     "padding_free": ((), "use packing, which has no padding between rows either"),
+    "train_sampling_strategy": (
+        ("random", "sequential"),
+        "a step's rows would then depend on their lengths, and a defense's share with them; the batches of a step hold "
+        "rows of similar length in any case, so leave it random",
+    ),
     "enable_jit_checkpoint": ((), "each process would save by itself; `ema train` saves a checkpoint on a signal"),
 }
 
@@ -86,6 +91,11 @@ def _check_logger(name: str) -> None:
 def training_arguments(recipe: Recipe, run_dir: RunDir) -> RecipeArguments:
     """transformers' TrainingArguments of a recipe. Raises UserError for values that it refuses."""
     t = recipe.training
+    if t.group_by_length:
+        raise UserError(
+            "training.group_by_length: found true, expected false: a step's rows would depend on their lengths, and a "
+            "defense's share with them; remove the key (the batches of a step hold rows of similar length in any case)"
+        )
     if ("8bit" in t.optim or "bnb" in t.optim) and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"training.optim: {t.optim!r} needs the bitsandbytes package, which is not installed")
     for name in t.report_to:
@@ -106,7 +116,6 @@ def training_arguments(recipe: Recipe, run_dir: RunDir) -> RecipeArguments:
             max_grad_norm=t.max_grad_norm,
             gradient_checkpointing=t.gradient_checkpointing,
             activation_offloading=t.activation_offload,
-            train_sampling_strategy="group_by_length" if t.group_by_length else "random",
             logging_steps=t.logging_steps,
             logging_first_step=True,
             save_steps=t.save_steps,

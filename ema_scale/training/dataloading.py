@@ -163,13 +163,13 @@ class DataMixin(Trainer):
         args = self.args
         if args.train_sampling_strategy == "sequential":
             return SequentialSampler(dataset)
-        lengths = list(dataset["length"]) if args.train_sampling_strategy == "group_by_length" else None
+        rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
         return EpochSampler(
             len(dataset),
             seed=args.seed if args.data_seed is None else args.data_seed,
             epoch=lambda: int((self.state.epoch or 0) + 1e-6),
-            rows_per_step=args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes,
-            lengths=lengths,
+            rows_per_step=rows_per_step,
+            lengths=dataset["length"] if rows_per_step > args.train_batch_size else None,
             kinds=self._row_kinds(dataset),
         )
 
@@ -182,17 +182,17 @@ class DataMixin(Trainer):
 
 
 class EpochSampler(Sampler[int]):
-    """Shuffles by (seed, epoch) alone.
+    """Shuffles by (seed, epoch) alone. Which rows share an optimizer step never depends on their lengths.
 
-    transformers' own sampler draws from the global generator, which a resumed second epoch does not repeat, and groups
-    rows by length per process, which ties the order to the number of processes.
+    transformers' own sampler draws from the global generator, which a resumed second epoch does not repeat. Its
+    grouping by length puts long rows into steps of their own: safe rows that are longer than the task's would then be
+    missing from most steps, and rows would weigh alike in the mean over a step's tokens.
 
     count: rows in the dataset.
     epoch: called at the start of each pass.
     rows_per_step: rows per optimizer step on all processes.
-    lengths: if given, rows of one step have similar lengths. A random permutation is cut into pools of 50 steps, each
-        pool is sorted by length and cut into steps, and the steps are shuffled. The step with the longest row comes
-        first, so that memory runs out at once or never.
+    lengths: if given, the rows of a step stand in the order of their lengths, longest first, so that its batches hold
+        rows of similar length and little padding. The loss is a mean over the step, so that nothing else changes.
     kinds: if given, a number per row. The rows of each kind are spread evenly over the steps, so that every step has
         its share of them (give or take a row), and a loss term on them its strength. Within a kind the order is random.
     """
@@ -211,7 +211,7 @@ class EpochSampler(Sampler[int]):
         self.seed = seed
         self.epoch = epoch
         self.rows_per_step = rows_per_step
-        self.lengths = lengths
+        self.lengths = None if lengths is None else list(lengths)
         self.kinds = kinds
 
     def __len__(self) -> int:
@@ -222,19 +222,9 @@ class EpochSampler(Sampler[int]):
         order = self._spread(torch.randperm(self.count, generator=generator).tolist())
         if self.lengths is None:
             return iter(order)
-        lengths = self.lengths
-        steps: list[list[int]] = []
-        pool = 50 * self.rows_per_step
-        for start in range(0, self.count, pool):
-            rows = self._spread(sorted(order[start : start + pool], key=lambda i: lengths[i], reverse=True))
-            steps += [rows[i : i + self.rows_per_step] for i in range(0, len(rows), self.rows_per_step)]
-        # A step that is not full must stay last, or it would shift the borders of all steps behind it.
-        tail = [steps.pop()] if len(steps[-1]) < self.rows_per_step else []
-        steps = [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()] if steps else []
-        longest = max(range(len(steps)), key=lambda i: max(lengths[row] for row in steps[i]), default=None)
-        if longest:
-            steps[0], steps[longest] = steps[longest], steps[0]
-        return (row for step in steps + tail for row in step)
+        size, lengths = self.rows_per_step, self.lengths
+        steps = (order[start : start + size] for start in range(0, self.count, size))
+        return (row for step in steps for row in sorted(step, key=lambda row: lengths[row], reverse=True))
 
     def _spread(self, order: list[int]) -> list[int]:
         """The same rows, each kind in its own order: of a kind of n rows, one in every len(order) / n rows."""
