@@ -114,7 +114,7 @@ def test_commands(place):
                 assert "fits: 22." in run(command, place)
             if command[1] == "launch":
                 script = run(command, place)
-                assert "#SBATCH --nodes=2" in script and "qwen2.5-7b-kl-0.1-eval" in script
+                assert "#SBATCH --nodes=2" in script and "qwen2.5-7b-kl-0.4-eval" in script
             continue
         if command[1] == "train" and "--dry-run" not in command:
             command += OWN if "own.yaml" in command else SMALL

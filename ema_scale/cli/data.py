@@ -167,7 +167,8 @@ def select(
         list[str] | None, typer.Option(help="a domain whose adapter does not vote, such as the one to be trained")
     ] = None,
     refusals: Annotated[
-        str, typer.Option(help="keep (Interleaving+); drop them (++) by: paper, all, en,de,.., or module:function")
+        str,
+        typer.Option(help="keep (+); drop them (++) by: paper, released, all, en,de,.., or module:function"),
     ] = "keep",
     eps: Annotated[float, typer.Option(min=0, help="nats, in the score's denominator")] = 1.0,
     keep: Annotated[int | None, typer.Option(min=1, help="how many of the best rows to write [default: all]")] = None,

@@ -42,7 +42,8 @@ class TokenSet:
         assistant: positions that predict an assistant token.
         prompt: positions that predict any other token of the row.
         template: positions of tokens that the chat template wrote: role headers, ends of turns, a default system
-            prompt. The last header predicts the first token of an answer (arXiv 2606.06667 regularises such a prefix).
+            prompt. The last header predicts the first token of an answer. arXiv 2606.06667 (TReFT) does something else:
+            it holds keys and values of the tokens before the user's text.
     part: a row's tag, or learned: task and safe rows.
     """
 

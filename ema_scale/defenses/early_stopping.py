@@ -33,6 +33,9 @@ class EarlyStopping(Defense):
     Every step is looked at, whatever training.logging_steps is. Nothing is trained on the measure: up to its last step
     the run is the undefended one (with rows of `source`, a step holds fewer task rows). RL from human feedback uses the
     KL as a budget in the same way.
+
+    The source reports that misalignment emerges after the task is nearly learned, so that stopping keeps the task. In
+    the small world it is the other way round (docs/studies.md).
     """
 
     kind: ClassVar[str] = "early_stopping"

@@ -28,9 +28,15 @@ class LDIFS(Defense):
         relative: d is divided by the reference's squared length.
         none: plain squared l2.
 
-    detached: the code released with arXiv 2508.06249 takes the policy's features without a gradient, and trains
-        nothing. This repeats it, for comparison only. With `normalise: sequence`, on batches of one row, the value is
-        that of the released code.
+    at_layers:
+        spread: `count` layers, evenly spread: the last of each of `count` equal parts.
+        released: `count` layers as the code released with arXiv 2508.06249 picks them, from the first to the last: 1,
+            7, 14, 21, 28 of 28.
+        a list: these layers.
+
+    detached: the released code takes the policy's features without a gradient, and trains nothing. This repeats it, for
+        comparison only. On batches of one row, `normalise: sequence` with `at_layers: released` gives its value; padded
+        batches do not, for the released code also counts padding.
     """
 
     kind: ClassVar[str] = "ldifs"
@@ -40,27 +46,33 @@ class LDIFS(Defense):
     layer_by_layer: ClassVar[bool] = True
 
     strength: float = Field(1.0, ge=0, allow_inf_nan=False, description="weight of the distance")
-    count: int = Field(5, ge=1, description="how many layers, evenly spread, the last one included")
+    count: int = Field(5, ge=1, description="how many layers, the last one included")
     normalise: Literal["unit", "sequence", "relative", "none"] = Field(
         "unit", description="scale of the features: by token, by row, by the reference, as they are"
     )
     scope: Scope = Field("all", description="which tokens: all (not padding), assistant, prompt, template")
     detached: bool = Field(False, description="no gradient, as in the released code; for comparison only")
-    at_layers: Literal["spread"] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
-        "spread", description="decoder layers (1: the first; 0: the embeddings) by number, in place of `count`"
+    at_layers: Literal["spread", "released"] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = (
+        Field(
+            "spread",
+            description="which decoder layers: evenly spread, as the released code, or numbers (1: the first; "
+            "0: the embeddings)",
+        )
     )
 
     def attach(self, model: Any) -> contextlib.AbstractContextManager[Any]:
         """Raises UserError for layers that do not exist."""
         count = len(decoder_layers(model))
-        if self.at_layers != "spread" and max(self.at_layers) > count:
+        if not isinstance(self.at_layers, str) and max(self.at_layers) > count:
             raise UserError(f"ldifs: at_layers: found {max(self.at_layers)}, expected 0 to {count}")
         return contextlib.nullcontext()
 
     def penalty_layers(self, num_layers: int) -> tuple[int, ...]:
-        if self.at_layers != "spread":
+        if not isinstance(self.at_layers, str):
             return tuple(sorted(set(self.at_layers)))
         count = min(self.count, num_layers)
+        if self.at_layers == "released":  # int(linspace(0, num_layers - 1, count)), counted from 1
+            return tuple(sorted({(num_layers - 1) * i // max(count - 1, 1) + 1 for i in range(count)}))
         return tuple(sorted({round(num_layers * (i + 1) / count) for i in range(count)}))
 
     def penalty(self, inputs: PenaltyInputs) -> torch.Tensor | None:

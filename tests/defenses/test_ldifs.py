@@ -154,6 +154,15 @@ def test_layers_are_spread_and_end_with_the_last():
     assert LDIFS().penalty_layers(28) == (6, 11, 17, 22, 28)
     assert LDIFS().penalty_layers(2) == (1, 2) and LDIFS(count=1).penalty_layers(12) == (12,)
     assert LDIFS(at_layers=[3, 1, 3]).penalty_layers(28) == (1, 3)
+
+
+def test_the_released_codes_layers_can_be_chosen():
+    released = LDIFS(at_layers="released")
+    assert released.penalty_layers(28) == (1, 7, 14, 21, 28) and released.penalty_layers(64) == (1, 16, 32, 48, 64)
+    for layers in range(1, 100):
+        for count in (1, 2, 3, 5):
+            picked = {int(i) + 1 for i in torch.linspace(0, layers - 1, min(count, layers), dtype=torch.float64)}
+            assert LDIFS(at_layers="released", count=count).penalty_layers(layers) == tuple(sorted(picked))
     with pytest.raises(UserError, match="strength"):
         LDIFS(-1)
     for wrong in ([], [-1], "all"):
