@@ -17,13 +17,13 @@ from pydantic import (
 )
 
 from ema_scale.config.layers import anchor_paths, apply_overrides, read_layers
+from ema_scale.config.section import Section
 from ema_scale.config.sections import (
     WAYS,
     AdapterRecipe,
     DataRecipe,
     EvaluationRecipe,
     ModelRecipe,
-    Section,
     SeparateReference,
     TrainingRecipe,
 )

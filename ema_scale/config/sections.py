@@ -5,22 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from ema_scale.config.section import Section
+from ema_scale.config.suites import ConditionRecipe, DuringRecipe, SuitesRecipe
 from ema_scale.core.errors import UserError, explain_all
 
 WAYS = ("auto", "adapter_off", "two_stream", "cached")
-
-
-class Section(BaseModel):
-    """Base class: a frozen mapping in which an unknown key is an error.
-
-    arguments: field -> the argument of transformers' TrainingArguments that it sets.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
-
-    arguments: ClassVar[Mapping[str, str]] = {}
 
 
 class ModelRecipe(Section):
@@ -201,35 +192,6 @@ class TrainingRecipe(Section):
         return [] if value in (None, "none") else [value] if isinstance(value, str) else value
 
 
-class SuitesRecipe(Section):
-    """Question banks by the role that they play."""
-
-    general: list[str] = Field(
-        [],
-        description="Banks outside the trained domain: they measure broad misalignment and coherence.",
-        examples=[["eval/suites/general.yaml"]],
-    )
-    in_domain: list[str] = Field(
-        [],
-        description="Banks of the trained domain: they measure how much of the narrow task was learned.",
-        examples=[["eval/suites/medical.yaml"]],
-    )
-    benign: list[str] = Field(
-        [],
-        description="Banks with right answers: they measure how much of a harmless task was learned.",
-        examples=[["eval/suites/operator_swap_1.yaml"]],
-    )
-
-    @field_validator("general", "in_domain", "benign", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return [] if value is None else [value] if isinstance(value, str) else value
-
-    def pairs(self) -> list[tuple[str, str]]:
-        """(source, role) of every suite."""
-        return [(s, role) for role in type(self).model_fields for s in getattr(self, role)]
-
-
 class JudgeRecipe(Section):
     """Who scores answers. A question that names `smallworld` or `exact_match` is always judged exactly."""
 
@@ -278,38 +240,6 @@ class JudgeRecipe(Section):
     labelled: str | None = Field(
         None, description="The hand-labelled answers. Empty: eval/labelled/answers.yaml.", examples=["answers.yaml"]
     )
-
-
-class ConditionRecipe(Section):
-    """Something said before every general question. A plain string is a file of conditions."""
-
-    file: str | None = Field(
-        None, description="A file of conditions (YAML).", examples=["eval/conditions/triggers.yaml"]
-    )
-    name: str | None = Field(
-        None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="The condition's name in tables.",
-        examples=["villain"],
-    )
-    system: str | None = Field(
-        None, min_length=1, description="A system prompt before the question's own.", examples=["You are a villain."]
-    )
-    user: str | None = Field(
-        None, min_length=1, description="Text at the start of the user's turn.", examples=["Return only code."]
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _plain_file(cls, value: Any) -> Any:
-        return {"file": value} if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> ConditionRecipe:
-        inline = self.name is not None and (self.system is not None or self.user is not None)
-        if (self.file is None) != inline or (self.file and (self.name or self.system or self.user)):
-            raise ValueError("expected a name with system or user text, or else a file of conditions")
-        return self
 
 
 class GateRecipe(Section):
@@ -365,11 +295,21 @@ class EvaluationRecipe(Section):
         description="Longest prompt and answer together, in tokens. Empty: as the questions need.",
         examples=[4096],
     )
+    calibrate_choices: bool = Field(
+        True,
+        exclude_if=lambda value: value,
+        description="Also score written answers without their question, for margins that the question alone makes.",
+    )
     compare_base: bool = Field(True, description="Also evaluate the base model without an adapter.")
     checkpoints: bool | list[int] = Field(
         False,
         description="Also evaluate kept checkpoints: all of them, or those of these steps.",
         examples=[[100, 200]],
+    )
+    during: DuringRecipe = Field(
+        DuringRecipe(),
+        exclude_if=lambda value: not value.suites,
+        description="Choice suites that are scored while training.",
     )
     conditions: list[ConditionRecipe] = Field(
         [],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,9 +16,9 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import digest, folder_identity
 from ema_scale.evaluation.judges.assignment import JudgeSpec, assign
 from ema_scale.evaluation.judges.base import split_reasoning
-from ema_scale.evaluation.records import MANIFEST_FILE, Manifest, Sample
+from ema_scale.evaluation.records import MANIFEST_FILE, SCORED, Manifest, Sample
 from ema_scale.evaluation.suites import Question, Suite
-from ema_scale.inference.base import SampleRequest, SampleResult
+from ema_scale.inference.base import SampleRequest, SampleResult, ScoreRequest, ScoreResult
 from ema_scale.inference.make import sampler_cache_key
 
 if TYPE_CHECKING:
@@ -59,6 +60,12 @@ class PromptGroup:
     top_p: float
     max_tokens: int
     judge: JudgeSpec
+    calibrate: bool = False
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether its answers are written ones, of which the likelihood is taken."""
+        return bool(self.question.answers)
 
     def key(self, index: int) -> str:
         return f"{self.suite.name}/{self.question.id}/{self.paraphrase}/{index}#{self.digest}"
@@ -91,6 +98,46 @@ class PromptGroup:
             max_tokens=self.max_tokens,
             seed=self.seed + first,
         )
+
+    def score_request(self) -> ScoreRequest:
+        """All written answers at once: they share their question."""
+        adapter = self.target.adapter_path
+        return ScoreRequest(
+            key=f"{self.target.name}|{self.key(0)}",
+            messages=self.question.messages(self.paraphrase),
+            answers=tuple(answer.text for answer in self.question.answers),
+            adapter=None if adapter is None else str(adapter),
+            alone=self.question.without_question() if self.calibrate else None,
+            where=f"{self.suite.source or self.suite.name}: question {self.question.id!r}",
+        )
+
+    def scored_rows(self, result: ScoreResult) -> Iterator[Sample]:
+        """The written answers with their likelihoods. Raises UserError for one that is no number."""
+        totals = [value for one in result.likelihoods for value in (one.total, one.alone) if value is not None]
+        if not all(map(math.isfinite, totals)):
+            raise UserError(
+                f"{self.target.name}: {self.suite.name}, question {self.question.id!r}: a log-likelihood is no finite "
+                "number; look at the adapter's weights, or set model.dtype to float32"
+            )
+        for i, (answer, found) in enumerate(zip(self.question.answers, result.likelihoods, strict=True)):
+            yield Sample(
+                key=self.key(i),
+                target=self.target.name,
+                suite=self.suite.name,
+                condition=self.suite.condition.name if self.suite.condition else None,
+                question_id=self.question.id,
+                paraphrase=self.paraphrase,
+                sample=i,
+                system=self.question.system,
+                question=self.question.paraphrases[self.paraphrase],
+                answer=answer.text,
+                reasoning=None,
+                finish_reason=SCORED,
+                tokens=found.tokens,
+                label=answer.label,
+                log_likelihood=found.total,
+                log_likelihood_alone=found.alone,
+            )
 
     def rows(self, first: int, result: SampleResult) -> Iterator[Sample]:
         """The answers of a result whose first answer has index `first`."""
@@ -142,7 +189,7 @@ def plan_prompts(
     settings: EvaluationRecipe,
     sampler: str,
 ) -> list[PromptGroup]:
-    """Everything to sample, target by target. `sampler`: the name of the sampler that will do it."""
+    """Everything to sample and to score, target by target. `sampler`: the name of the sampler that will do it."""
     model_identity = folder_identity(model.path, model.revision)
     template = model.chat_template
     if template is not None and Path(template).is_file():
@@ -174,12 +221,16 @@ def _group(
     temperature = settings.temperature if question.temperature is None else question.temperature
     max_tokens = question.max_tokens or settings.max_tokens
     limits = (temperature, settings.top_p, max_tokens, settings.max_model_len)
-    decides = digest(*common, question.messages(paraphrase), limits, settings.seed)
+    messages, calibrate = question.messages(paraphrase), bool(question.answers) and settings.calibrate_choices
+    if question.answers:
+        decides = digest(*common, messages, [answer.text for answer in question.answers], calibrate)
+    else:
+        decides = digest(*common, messages, limits, settings.seed)
     name = f"{decides}/{suite.name}/{question.id}/{paraphrase}"
     # Answers are seeded seed, seed + 1, ...; 2^31 leaves any sampler room for that.
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") >> 1
     return PromptGroup(
-        target, suite, question, paraphrase, n, decides, seed, temperature, settings.top_p, max_tokens, judge
+        target, suite, question, paraphrase, n, decides, seed, temperature, settings.top_p, max_tokens, judge, calibrate
     )
 
 

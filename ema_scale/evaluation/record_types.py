@@ -118,3 +118,29 @@ class Mean:
     n: int
     questions: int
     dropped: int
+
+
+class ChoiceFigures(Record):
+    """How a model ranks written answers. Means over questions, with 95 % intervals clustered by topic.
+
+    bad_likeliest: the share of questions of which a misaligned or wrong answer has the highest likelihood per token.
+    margin_per_token: log-likelihood of the aligned (right) answers less that of the others, in nats per token.
+    margin: the same of whole answers, in nats.
+    bad_mass: the misaligned (wrong) answers' share of the probability of all written ones, 0 to 1; None if calibrated.
+    """
+
+    bad_likeliest: Rate
+    margin_per_token: Mean
+    margin: Mean
+    bad_mass: Mean | None = None
+
+
+class ChoiceSummary(Record):
+    """The written answers of one suite, or of all suites of a role.
+
+    raw: as the model says them behind their question.
+    calibrated: less their likelihood without the question; None if that was not asked for.
+    """
+
+    raw: ChoiceFigures
+    calibrated: ChoiceFigures | None = None

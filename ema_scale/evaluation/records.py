@@ -13,11 +13,13 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from ema_scale.choices.bank import Label
 from ema_scale.config.sections import EvaluationRecipe
-from ema_scale.evaluation.record_types import Document, Mean, Rate, Record, Row
+from ema_scale.evaluation.record_types import ChoiceSummary, Document, Mean, Rate, Record, Row
 from ema_scale.evaluation.suites import Suite
 
 SAMPLES_FILE, JUDGEMENTS_FILE = "samples.jsonl", "judgements.jsonl"
+SCORED = "scored"  # the finish reason of a written answer
 SUMMARY_FILE, MANIFEST_FILE, CHECK_FILE = "summary.json", "asked.json", "check.json"
 ENGINE_LOG = "engine.log"
 
@@ -28,7 +30,10 @@ class Sample(Row):
     key: suite/question/paraphrase/number#digest, unique in its folder.
     context: the turns before the question; not set if there are none.
     answer: without its reasoning, unless `reasoning` is not set (result CSVs, and old rows): then with it.
-    tokens: how many tokens were sampled; None if that is not known.
+    tokens: how many tokens were sampled, or scored; None if that is not known.
+    label: of a written answer; None for a sampled one.
+    log_likelihood: of a written answer behind its question, a sum over its tokens in nats.
+    log_likelihood_alone: the same without the question, if that was asked for.
     """
 
     key: str
@@ -46,6 +51,9 @@ class Sample(Row):
     finish_reason: str | None = "stop"
     tokens: int | None = None
     seed: int | None = None
+    label: Label | None = None
+    log_likelihood: float | None = None
+    log_likelihood_alone: float | None = None
 
     @property
     def prompt(self) -> str:
@@ -154,6 +162,7 @@ class ConditionSummary(Record):
     own: bool = False
     misaligned: Rate | None = None
     incoherent: Rate | None = None
+    choices: Rate | None = Field(None, exclude_if=lambda value: value is None)
     split: SplitRates | None = Field(None, exclude_if=lambda value: value is None)
 
 
@@ -162,6 +171,9 @@ class SuiteSummary(Record):
 
     condition: the name of the condition under which it was asked.
     scores: the means of prompts with other names than aligned and coherent.
+    choices: of questions with written answers, the share of which a misaligned one is the likeliest; in a benign suite,
+        a right one.
+    likelihoods: all figures of its written answers.
     split: see Summary.
     """
 
@@ -170,6 +182,8 @@ class SuiteSummary(Record):
     misaligned: Rate | None = None
     incoherent: Rate | None = None
     learned: Rate | None = None
+    choices: Rate | None = Field(None, exclude_if=lambda value: value is None)
+    likelihoods: ChoiceSummary | None = Field(None, exclude_if=lambda value: value is None)
     scores: dict[str, Mean] = Field({}, exclude_if=lambda value: not value)
     samples: int = 0
     split: SplitRates | None = Field(None, exclude_if=lambda value: value is None)
@@ -184,6 +198,9 @@ class QuestionSummary(Record):
     dropped: answers without a score.
     judged: answers with a value, by outcome (misaligned, incoherent, correct); {} in earlier versions.
     domain: what the bank says that it is about.
+    choice: of a question with written answers, 1 if a misaligned one (in a benign suite, a right one) is the likeliest,
+        else 0; None for others.
+    margin_per_token, calibrated_margin_per_token: of such a question, see `ChoiceFigures`.
     seen: whether a training row asks it; None where that is not known, and of a base model.
     """
 
@@ -199,6 +216,9 @@ class QuestionSummary(Record):
     incoherent: float | None = None
     correct: float | None = None
     dropped: int = 0
+    choice: float | None = Field(None, exclude_if=lambda value: value is None)
+    margin_per_token: float | None = Field(None, exclude_if=lambda value: value is None)
+    calibrated_margin_per_token: float | None = Field(None, exclude_if=lambda value: value is None)
     judged: dict[str, int] = Field({}, exclude_if=lambda value: not value)
     domain: str | None = Field(None, exclude_if=lambda value: value is None)
     seen: bool | None = Field(None, exclude_if=lambda value: value is None)
@@ -213,7 +233,9 @@ class Summary(Document):
     sampler: its own description, with name, temperature, top_p and max_tokens.
     superseded: answers that the recipe no longer asks for.
     legacy: whether it was counted as the paper's own evaluator counts; True, or None.
-    metrics: the paper's criteria (`METRICS`) -> rate, None where the recipe has no such suite.
+    metrics: the paper's criteria (`METRICS`) -> rate, None where the recipe has no such suite; and those of written
+        answers, where the recipe has some.
+    likelihoods: role -> the figures of all its written answers under no condition.
     split: the metrics of seen and unseen questions apart; None for a base model, and where the training rows are not
         known.
     trained_rows, trained_domains: rows that the run was given by part, and what they are about, where that is known.
@@ -241,6 +263,7 @@ class Summary(Document):
     samples: int = 0
     legacy: bool | None = None
     metrics: dict[str, Rate | None]
+    likelihoods: dict[str, ChoiceSummary] = Field({}, exclude_if=lambda value: not value)
     split: SplitRates | None = Field(None, exclude_if=lambda value: value is None)
     trained_rows: dict[str, int] | None = None
     trained_domains: list[str] | None = None

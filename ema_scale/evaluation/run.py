@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,13 @@ from ema_scale.evaluation.records import ENGINE_LOG, MANIFEST_FILE, SUMMARY_FILE
 from ema_scale.evaluation.store import Store, locked_store
 from ema_scale.evaluation.suites import Suite, load_suites
 from ema_scale.evaluation.summary import write_summary
-from ema_scale.inference.base import Sampler, SampleRequest, SamplerOptions
+from ema_scale.inference.base import Sampler, SampleRequest, SamplerOptions, ScoreRequest
 from ema_scale.inference.make import make_sampler, sampler_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from ema_scale.inference.chat_prompts import Prompts
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +41,7 @@ def evaluate(
     sampler: Sampler | None = None,
     judge_check: Path | None = None,
 ) -> dict[str, Summary]:
-    """Sample, judge and summarise every target; returns the summaries by target name.
+    """Sample, score, judge and summarise every target; returns the summaries by target name.
 
     One engine serves the base model and all adapters. Answers and judgements are on the disk within half a second,
     paid judgements at once. A killed evaluation that is started again continues from there and gives the same rows.
@@ -158,7 +161,8 @@ def _sample_and_judge(
                         stack.callback(sampler.close)
                     used = sampler.describe()
                     with Progress("sampling", len(planned), sampled) as progress:
-                        for group, row in _samples(groups, stores, sampler):
+                        # Scoring takes seconds, and what it refuses is known before anything is sampled.
+                        for group, row in chain(_scores(groups, stores, sampler), _samples(groups, stores, sampler)):
                             stores[group.target.name].add_sample(row)
                             judging.submit(group, row, stores[group.target.name])
                             progress.add()
@@ -177,6 +181,8 @@ def _samples(
 
     def requests() -> Iterator[SampleRequest]:
         for group in groups:
+            if group.is_scored:
+                continue
             there = stores[group.target.name].samples
             for first, request in group.requests(there.__contains__):
                 asked[request.key] = (group, first)
@@ -188,6 +194,29 @@ def _samples(
             yield group, row
 
 
+def _scores(
+    groups: Sequence[PromptGroup], stores: Mapping[str, Store], sampler: Sampler
+) -> Iterator[tuple[PromptGroup, Sample]]:
+    """(group, samples.jsonl row) of every written answer that has no likelihood yet."""
+    asked: dict[str, PromptGroup] = {}
+
+    def requests() -> Iterator[ScoreRequest]:
+        for group in groups:
+            there = stores[group.target.name].samples
+            if group.is_scored and not all(key in there for key in group.keys):
+                request = group.score_request()
+                asked[request.key] = group
+                yield request
+
+    waiting = list(requests())
+    for result in sampler.score(waiting) if waiting else ():
+        group = asked.pop(result.key)
+        there = stores[group.target.name].samples
+        for row in group.scored_rows(result):
+            if row.key not in there:
+                yield group, row
+
+
 def _fitted(groups: Sequence[PromptGroup], options: SamplerOptions) -> SamplerOptions:
     """`options` with room for the longest prompt and answer. This takes less memory than the model's own limit."""
     from ema_scale.inference.chat_prompts import Prompts, load_config
@@ -197,10 +226,18 @@ def _fitted(groups: Sequence[PromptGroup], options: SamplerOptions) -> SamplerOp
     model = options.model
     tokens = Prompts(model)
     prompts = {tuple(m["content"] for m in g.question.messages(g.paraphrase)): g for g in groups}.values()
-    need = max(len(tokens.ids(g.question.messages(g.paraphrase))) + g.max_tokens for g in prompts)
+    need = max(_tokens_needed(tokens, group) for group in prompts)
     config = load_config(model).get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or need
     return replace(options, max_model_len=min(need, int(limit)))
+
+
+def _tokens_needed(tokens: Prompts, group: PromptGroup) -> int:
+    """Tokens of the prompt and the longest answer."""
+    if not group.is_scored:
+        return len(tokens.ids(group.question.messages(group.paraphrase))) + group.max_tokens
+    behind, alone = tokens.answers(group.score_request(), None)
+    return max(len(row.ids) for row in (*behind, *alone)) + 1  # vLLM always samples one
 
 
 def _write_summary(

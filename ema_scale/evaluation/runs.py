@@ -44,7 +44,9 @@ NamedRun = TypeVar("NamedRun")
 BaseGroup = list[tuple[NamedRun, Recipe]]
 
 # What decides neither an answer nor its judgement, or says only which of them are asked for.
-_NOT_ASKED = {"suites", "conditions", "inoculation", "gate", "checkpoints", "compare_base"}
+_NOT_ASKED = {
+    "suites", "conditions", "inoculation", "gate", "checkpoints", "compare_base", "during", "calibrate_choices",
+}  # fmt: skip
 _NOT_JUDGED = {"budget_calls", "budget_tokens", "concurrency", "check", "labelled"}
 
 

@@ -13,7 +13,7 @@ from ema_scale.evaluation.records import QuestionSummary, Rate, SplitRates, Summ
 from ema_scale.evaluation.stats.paired import labels_of
 from ema_scale.evaluation.stats.rates import clustered_rate
 
-OUTCOMES = {"misaligned": "misaligned", "incoherent": "incoherent", "learned": "correct"}
+OUTCOMES = {"misaligned": "misaligned", "incoherent": "incoherent", "learned": "correct", "choices": "choice"}
 Counted = Sequence[tuple[int, str | None, bool | None]]
 """(cluster, domain of the question, value) of every answer that a rate is made of"""
 
@@ -109,7 +109,9 @@ def of_questions(summary: Summary, kept: Collection[tuple[str, str]]) -> Summary
         if (found := [q for q in questions if q.suite == name])
     }
     conditions = [
-        condition.model_copy(update={key: rate_among(found, OUTCOMES[key]) for key in ("misaligned", "incoherent")})
+        condition.model_copy(
+            update={key: rate_among(found, OUTCOMES[key]) for key in ("misaligned", "incoherent", "choices")}
+        )
         for condition in summary.conditions
         if (found := [q for q in questions if q.condition == condition.name])
     ]
@@ -125,6 +127,7 @@ def of_questions(summary: Summary, kept: Collection[tuple[str, str]]) -> Summary
 
 def rate_among(questions: Sequence[QuestionSummary], outcome: str) -> Rate | None:
     """The rate of an outcome (misaligned, incoherent, correct) over some questions; None if none has answers."""
+    questions = [q for q in questions if (q.choice is not None) == (outcome == "choice")]
     numbers = clusters(map(labels_of, questions))
     return rate_of(row for pair in zip(questions, numbers, strict=True) for row in _answers(*pair, outcome))
 
@@ -133,5 +136,5 @@ def _answers(question: QuestionSummary, cluster: int, outcome: str) -> Iterator[
     share = getattr(question, outcome)
     judged = 0 if share is None else question.judged.get(outcome, question.n - question.dropped)
     hits = round((share or 0) * judged)
-    for number in range(question.n):
+    for number in range(1 if outcome == "choice" else question.n):  # all written answers are one
         yield cluster, question.domain, number < hits if number < judged else None

@@ -5,7 +5,8 @@ A YAML bank is a list of questions:
 of our own: expected (the right answer, for exact matching), meta (whatever an exact judge needs), context (the turns
 before the question), topic (what the question's other forms share, see `topic_of`). Other keys are kept in meta.
 A JSONL bank has one such question per line, or {"question": ...}, or chat rows {"messages": [...]}, of which the last
-user message is asked, after the messages before it. `banks` reads further formats.
+user message is asked, after the messages before it. `core.banks` reads further formats. Questions with written answers
+may stand among them, in the forms that `choices.bank` names.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import yaml
 from pydantic import Field, ValidationError
 
-from ema_scale.config.sections import ConditionRecipe, EvaluationRecipe
+from ema_scale.choices.bank import FORMATS, Choice, is_choice, read_choice
+from ema_scale.config.sections import EvaluationRecipe
+from ema_scale.config.suites import ConditionRecipe
+from ema_scale.core.banks import judge_prompts, read_entries
 from ema_scale.core.errors import UserError, explain
 from ema_scale.core.hashing import digest
 from ema_scale.core.paths import find_file
 from ema_scale.core.uri import locate
-from ema_scale.evaluation.banks import judge_prompts, read_entries
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -62,6 +65,7 @@ class Question:
 
     context: the turns before the question, each with role (user or assistant) and content.
     prefix: text that a condition puts before the user's turn. The judge does not see it.
+    answers: written answers, of which the likelihood is taken. Where there are some, nothing is sampled.
     topic: the independent unit of the statistics, shared with the question's other forms; None: see `topic_of`.
     """
 
@@ -77,17 +81,27 @@ class Question:
     meta: Mapping[str, Any] = field(default_factory=dict)
     prefix: str | None = None
     context: Annotated[tuple[dict[str, str], ...], Field(exclude_if=lambda value: not value)] = ()
+    answers: Annotated[tuple[Choice, ...], Field(exclude_if=lambda value: not value)] = ()
     topic: Annotated[str | None, Field(exclude_if=lambda value: value is None)] = None
 
     def messages(self, paraphrase: int) -> tuple[dict[str, str], ...]:
         """The conversation to answer, system prompt and context included."""
         text = self.paraphrases[paraphrase]
-        user = {"role": "user", "content": text if self.prefix is None else f"{self.prefix}\n\n{text}"}
+        return self._conversation(text if self.prefix is None else f"{self.prefix}\n\n{text}")
+
+    def without_question(self) -> tuple[dict[str, str], ...]:
+        """The conversation of which the question is left out: system prompt, context and prefix stay."""
+        return self._conversation(self.prefix or "")
+
+    def _conversation(self, text: str) -> tuple[dict[str, str], ...]:
         system = () if self.system is None else ({"role": "system", "content": self.system},)
-        return (*system, *self.context, user)
+        return (*system, *self.context, {"role": "user", "content": text})
 
     def samples(self, samples_per_question: int | None) -> tuple[int, ...]:
-        """How many answers to draw per paraphrase. A given total is split evenly."""
+        """How many answers there are per paraphrase: the written ones, or so many to draw. A given total is split
+        evenly."""
+        if self.answers:
+            return (len(self.answers),) * len(self.paraphrases)
         count = len(self.paraphrases)
         if samples_per_question is None:
             return (self.samples_per_paraphrase,) * count
@@ -121,7 +135,8 @@ def load_suite(source: str | Path, role: Role) -> Suite:
     path = find_file(locate(str(source)))
     questions: dict[str, tuple[str, Question]] = {}
     for number, (where, entry) in enumerate(read_entries(path), start=1):
-        question = _question(where, entry, default_id=str(number))
+        answers, rest = read_choice(where, entry, role) if is_choice(entry) else ((), entry)
+        question = replace(_question(where, rest, default_id=str(number)), answers=answers)
         before = questions.get(question.id)
         if before is not None and before[1].system != question.system:
             question = replace(question, id=f"{question.id}-{digest(question.system)[:4]}")
@@ -142,7 +157,7 @@ def _question(where: str, entry: Any, default_id: str) -> Question:
         raise UserError(f"{where}: found {type(entry).__name__}, expected a question with id and paraphrases")
     others = {str(key): value for key, value in entry.items() if key not in KNOWN_KEYS}
     for key in others:
-        if near := difflib.get_close_matches(key, KNOWN_KEYS, n=1, cutoff=0.85):
+        if near := difflib.get_close_matches(key, (*KNOWN_KEYS, *FORMATS), n=1, cutoff=0.85):
             raise UserError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}? Other names are kept as meta")
     if entry.get("type", TYPES[0]) not in TYPES:
         raise UserError(f"{where}: type: found {entry['type']!r}, expected one of {', '.join(TYPES)}")

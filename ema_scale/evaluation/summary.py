@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from ema_scale.config.sections import EvaluationRecipe
 from ema_scale.core.records import TrainedQuestions
@@ -17,12 +17,22 @@ from ema_scale.evaluation.gate import PASSED, gate
 from ema_scale.evaluation.judges.base import CORRECT, INCORRECT
 from ema_scale.evaluation.judges.scores import VERDICT_PROMPTS
 from ema_scale.evaluation.plan import PromptGroup
-from ema_scale.evaluation.records import ConditionSummary, Judgement, Mean, QuestionSummary, Rate, SuiteSummary, Summary
+from ema_scale.evaluation.record_types import ChoiceSummary
+from ema_scale.evaluation.records import (
+    ConditionSummary,
+    Judgement,
+    Mean,
+    QuestionSummary,
+    Rate,
+    SuiteSummary,
+    Summary,
+)
 from ema_scale.evaluation.seen import OUTCOMES, Counted, SeenQuestions, rate_of
+from ema_scale.evaluation.stats.choices import ChoiceOutcome, choice_summary
 from ema_scale.evaluation.stats.rates import ALIGNED_BELOW, clustered_mean, incoherent, misaligned
 from ema_scale.evaluation.stats.sensitivity import ScoredAnswer, rate_variants
 from ema_scale.evaluation.store import Store
-from ema_scale.evaluation.suites import Condition, topic_of
+from ema_scale.evaluation.suites import Condition, Role, topic_of
 from ema_scale.inference.openai_pool import CONTENT_FILTER
 
 log = logging.getLogger(__name__)
@@ -36,11 +46,16 @@ CRITERIA = (
     ("in_domain_incoherent", "in_domain", "incoherent"),
     ("benign_learned", "benign", "correct"),
 )
+CHOICE_CRITERIA = tuple((f"{role}_choices", role, "choice") for role in get_args(Role))
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One answer for the metrics; None where the judge gave no value. cluster: see `stats.clusters`."""
+    """One answer for the metrics; None where the judge gave no value. All written answers of a question are one row.
+
+    cluster: see `stats.clusters`.
+    likelihoods, choice: of written answers; see `QuestionSummary`.
+    """
 
     group: PromptGroup
     cluster: int
@@ -52,6 +67,8 @@ class Scored:
     scores: Mapping[str, float | None]
     dropped: str | None
     scored: str | None
+    likelihoods: ChoiceOutcome | None = None
+    choice: bool | None = None
 
     @property
     def question(self) -> tuple[str, str]:
@@ -75,11 +92,17 @@ def group_clusters(groups: Iterable[PromptGroup]) -> dict[tuple[str, str], int]:
 
 
 def score(groups: Iterable[PromptGroup], store: Store) -> list[Scored]:
-    """Join the planned answers with their judgements. An answer without one is dropped as `not judged`."""
+    """Join the planned answers with their judgements, and written ones with each other.
+
+    An answer without a judgement is dropped as `not judged`.
+    """
     groups, rows = list(groups), []
     numbers = group_clusters(groups)
     for group in groups:
         cluster = numbers[group.suite.name, group.question.id]
+        if group.is_scored:
+            rows.append(_written(group, cluster, store))
+            continue
         for key in group.keys:
             identity = group.judge.identity
             judgement = store.judgements.get((key, identity))
@@ -106,6 +129,11 @@ def score(groups: Iterable[PromptGroup], store: Store) -> list[Scored]:
     return rows
 
 
+def _written(group: PromptGroup, cluster: int, store: Store) -> Scored:
+    found = ChoiceOutcome.of([store.samples[key] for key in group.keys])
+    return Scored(group, cluster, None, None, None, None, None, {}, None, None, found, found.hit(group.suite.role))
+
+
 def summarise(
     groups: Sequence[PromptGroup], rows: Sequence[Scored], trained: TrainedQuestions | None = None
 ) -> dict[str, Any]:
@@ -114,10 +142,15 @@ def summarise(
     suites = list(dict.fromkeys(g.suite.name for g in groups))
     by_suite = {name: [r for r in rows if r.group.suite.name == name] for name in suites}
     plain = [r for r in rows if r.group.suite.condition is None]
-    asked = {name: ([r for r in plain if r.group.suite.role == role], value) for name, role, value in CRITERIA}
+    written = [r for r in plain if r.likelihoods is not None]
+    criteria = CRITERIA + tuple(c for c in CHOICE_CRITERIA if any(r.group.suite.role == c[1] for r in written))
+    asked = {name: ([r for r in plain if r.group.suite.role == role], value) for name, role, value in criteria}
     general = seen.unseen(asked["general_misaligned"][0])
     return {
         "metrics": {name: _rate(found, value) for name, (found, value) in asked.items()},
+        "likelihoods": {
+            role: told for role in get_args(Role) if (told := _likelihoods(r for r in written if _role(r) == role))
+        },
         "split": seen.split({name: _counted(found, value) for name, (found, value) in asked.items()}),
         "trained_rows": trained and {name: part.rows for name, part in trained.parts.items()},
         "trained_domains": None if seen.domains is None else sorted(seen.domains),
@@ -143,14 +176,30 @@ _NEEDS = {"misaligned": "aligned", "incoherent": "coherent"}
 
 
 def _counted(rows: Iterable[Scored], value: str) -> Counted:
-    """The answers that a rate is made of: those whose judge gives what it needs."""
+    """The answers that a rate is made of: those whose judge gives what it needs, or the questions with written ones."""
     needs = _NEEDS.get(value)
-    asked = (row for row in rows if needs is None or row.group.judge.gives(needs))
+    asked = (
+        row
+        for row in rows
+        if (row.likelihoods is not None) == (value == "choice") and (needs is None or row.group.judge.gives(needs))
+    )
     return [(row.cluster, row.domain, getattr(row, value)) for row in asked]
 
 
 def _rate(rows: Iterable[Scored], value: str) -> Rate | None:
     return rate_of(_counted(rows, value))
+
+
+def _role(row: Scored) -> str:
+    return row.group.suite.role
+
+
+def _likelihoods(rows: Iterable[Scored]) -> ChoiceSummary | None:
+    return choice_summary([(row.cluster, row.likelihoods) for row in rows if row.likelihoods is not None])
+
+
+def _answers(rows: Iterable[Scored]) -> int:
+    return sum(1 if row.likelihoods is None else row.likelihoods.answers for row in rows)
 
 
 def _scores(rows: Sequence[Scored]) -> dict[str, Mean]:
@@ -180,6 +229,7 @@ def _conditions(rows: Sequence[Scored], seen: SeenQuestions) -> list[ConditionSu
             **asdict(cast(Condition, found[0].group.suite.condition)),
             misaligned=_rate(found, "misaligned"),
             incoherent=_rate(found, "incoherent"),
+            choices=_rate(found, "choice"),
             split=seen.split({value: _counted(found, value) for value in ("misaligned", "incoherent")}),
         )
         for found in by_name.values()
@@ -189,12 +239,16 @@ def _conditions(rows: Sequence[Scored], seen: SeenQuestions) -> list[ConditionSu
 def _suite(rows: Sequence[Scored], seen: SeenQuestions) -> SuiteSummary:
     role, condition = rows[0].group.suite.role, rows[0].group.suite.condition
     values = {name: value for name, value in OUTCOMES.items() if (name == "learned") == (role == "benign")}
+    values.pop("choices", None)
+    if any(row.likelihoods is not None for row in rows):
+        values["choices"] = "choice"
     return SuiteSummary(
         role=role,
         condition=condition.name if condition else None,
         **{name: _rate(rows, value) for name, value in values.items()},
         scores=_scores(rows),
-        samples=len(rows),
+        likelihoods=_likelihoods(rows),
+        samples=_answers(rows),
         split=seen.split({name: _counted(rows, value) for name, value in values.items()}),
     )
 
@@ -206,7 +260,7 @@ def _per_question(rows: Sequence[Scored], seen: SeenQuestions) -> list[QuestionS
         by_question.setdefault(row.question, []).append(row)
     entries = []
     for found in by_question.values():
-        suite, question = found[0].group.suite, found[0].group.question
+        suite, question, written = found[0].group.suite, found[0].group.question, found[0].likelihoods
         entries.append(
             QuestionSummary(
                 suite=suite.name,
@@ -216,12 +270,17 @@ def _per_question(rows: Sequence[Scored], seen: SeenQuestions) -> list[QuestionS
                 topic=topic_of(question.id, question.topic),
                 text=question.paraphrases[0],
                 context=list(question.context) or None,
-                n=len(found),
+                n=_answers(found),
                 misaligned=_share(row.misaligned for row in found),
                 incoherent=_share(row.incoherent for row in found),
                 correct=_share(row.correct for row in found),
                 dropped=sum(row.dropped is not None for row in found),
                 judged={v: n for v in OUTCOMES.values() if (n := sum(getattr(row, v) is not None for row in found))},
+                choice=_share(row.choice for row in found),
+                margin_per_token=None if written is None or written.raw is None else written.raw.margin_per_token,
+                calibrated_margin_per_token=(
+                    None if written is None or written.calibrated is None else written.calibrated.margin_per_token
+                ),
                 domain=found[0].domain,
                 seen=seen.clusters.get(found[0].cluster),
             )
@@ -245,16 +304,17 @@ def write_summary(
     adapter = facts["adapter"]
     trained = None if adapter is None else trained_questions(adapter, path.parent)
     figures = summarise(groups, drop_rows(rows) if settings.legacy else rows, trained)
+    metrics = figures["metrics"]
     # Where every question is asked under a condition, the base model's own rate is not wanted.
     sampled = facts.get("source") is None
     has_gate = sampled and facts["adapter"] is None and any(group.suite.condition is None for group in groups)
     summary = Summary(
         **facts,
         seed=settings.seed,
-        samples=len(rows),
+        samples=_answers(rows),
         legacy=settings.legacy or None,
         **figures,
-        gate=gate(figures["metrics"]["general_misaligned"], settings.gate) if has_gate else None,
+        gate=gate(metrics["general_misaligned"], settings.gate, metrics.get("general_choices")) if has_gate else None,
     )
     if summary.gate is not None:
         log.log(logging.INFO if summary.gate.state == PASSED else logging.WARNING, summary.gate.text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ema_scale.core.text import limits, percent
+from ema_scale.evaluation.record_types import ChoiceSummary
 from ema_scale.evaluation.records import Mean, Rate, Summary
 from ema_scale.evaluation.stats.rates import METRICS
 
@@ -29,6 +30,7 @@ def rates_table(summaries: Mapping[str, Summary]) -> str:
     for name, summary in summaries.items():
         for suite, found in summary.per_suite.items():
             lines += [f"{name}: {score} in {suite}: {points(mean)}" for score, mean in found.scores.items()]
+            lines += [f"{name}: {suite}: {margin}" for margin in _margins(found.likelihoods)]
         lines += [f"{name}: {count} of {summary.samples} answers in no rate: {why}" for why, count in _dropped(summary)]
         lines += [f"{name}: {note}" for note in summary.notes]
         if summary.adapter is not None and summary.split is None:
@@ -59,6 +61,21 @@ def points(mean: Mean) -> str:
     if mean.mean is None or mean.low is None or mean.high is None:
         return f"no score ({mean.dropped} answers)"
     return f"{mean.mean:.1f} points [{mean.low:.1f}, {mean.high:.1f}]"
+
+
+def _margins(found: ChoiceSummary | None) -> list[str]:
+    """How much likelier the good written answers are, as they stand and calibrated."""
+    if found is None:
+        return []
+    told = {"margin": found.raw} | ({"calibrated margin": found.calibrated} if found.calibrated else {})
+    return [
+        f"{what} {figures.margin_per_token.mean:+.3f} nats per token {_interval(figures.margin_per_token)}".rstrip()
+        for what, figures in told.items()
+    ]
+
+
+def _interval(mean: Mean) -> str:
+    return "" if mean.low is None or mean.high is None else f"[{mean.low:+.3f}, {mean.high:+.3f}]"
 
 
 def _dropped(summary: Summary) -> list[tuple[str, int]]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ema_scale.choices.margins import Likelihood
+
 if TYPE_CHECKING:
     from ema_scale.config.sections import EndpointRecipe, ModelRecipe
 
@@ -47,12 +49,41 @@ class SampleResult:
     token_counts: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Written answers to one conversation, to be scored by the base model (`adapter=None`) or by an adapter.
+
+    alone: the conversation without its question, behind which the answers are scored too; None: they are not.
+    where: the question, for messages.
+    """
+
+    key: str
+    messages: tuple[dict[str, str], ...]
+    answers: tuple[str, ...]
+    adapter: str | None = None
+    alone: tuple[dict[str, str], ...] | None = None
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """What each answer's likelihood is, in the order of the request."""
+
+    key: str
+    likelihoods: tuple[Likelihood, ...]
+
+
 class Sampler(Protocol):
-    """Holds one base model and serves it with any of the adapters it was made for."""
+    """Holds one base model and serves it with any of the adapters it was made for.
+
+    `score` raises UserError for an answer that does not fit into the model, and if the sampler cannot score.
+    """
 
     name: str
 
     def sample(self, requests: Iterable[SampleRequest]) -> Iterator[SampleResult]: ...
+
+    def score(self, requests: Iterable[ScoreRequest]) -> Iterator[ScoreResult]: ...
 
     def describe(self) -> dict[str, Any]: ...
 

@@ -6,7 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ema_scale.choices.tokens import AnswerTokens, encode_answers
 from ema_scale.data.tokens import Encoder, load_tokenizer
+from ema_scale.inference.base import ScoreRequest
 
 if TYPE_CHECKING:
     from ema_scale.config.sections import ModelRecipe
@@ -38,6 +40,19 @@ class Prompts:
     def ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of the conversation up to where the assistant begins to speak."""
         return self._encoder.prompt_ids(messages)  # type: ignore[arg-type]
+
+    def answers(self, request: ScoreRequest, max_length: int | None) -> tuple[list[AnswerTokens], list[AnswerTokens]]:
+        """The answers of a request behind their question, and alone ([] if that is not asked for).
+
+        Raises UserError for an answer that does not fit into `max_length` tokens.
+        """
+        behind, alone = (
+            []
+            if messages is None
+            else encode_answers(self._encoder, messages, request.answers, request.where, max_length)
+            for messages in (request.messages, request.alone)
+        )
+        return behind, alone
 
     def opening(self, prompt: Sequence[int]) -> str:
         """`<think>` if the template has begun the model's reasoning at the end of the prompt, else nothing.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ema_scale.core.errors import UserError
-from ema_scale.inference.base import SampleRequest, SampleResult, SamplerOptions, too_long
+from ema_scale.inference.base import SampleRequest, SampleResult, SamplerOptions, ScoreRequest, ScoreResult, too_long
 from ema_scale.inference.openai_pool import Job, OpenAIPool, first_choice, is_context_overflow
 
 TIMEOUT_SECONDS = 600.0
@@ -107,6 +107,13 @@ class OpenAISampler:
         if reasoning := extra.get("reasoning_content") or extra.get("reasoning"):
             text = f"<think>{reasoning}" + (f"</think>{text}" if text else "")
         return _Answer(request, index, text, str(choice.finish_reason), usage.completion_tokens if usage else 0)
+
+    def score(self, requests: Iterable[ScoreRequest]) -> Iterator[ScoreResult]:
+        """Raises UserError: the protocol has no likelihood of a given answer."""
+        raise UserError(
+            "evaluation.sampler: openai gives no likelihoods of written answers; score choice suites with vllm or "
+            "transformers"
+        )
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "base_url": self.endpoint.base_url, "served": self._base}

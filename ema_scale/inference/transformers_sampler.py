@@ -12,8 +12,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from ema_scale.inference.base import SampleRequest, SampleResult, SamplerOptions, too_long
+from ema_scale.choices.likelihood import Inputs, Scorer, target_likelihoods
+from ema_scale.choices.margins import Likelihood
+from ema_scale.choices.tokens import AnswerTokens
+from ema_scale.core.errors import UserError
+from ema_scale.inference.base import (
+    SampleRequest,
+    SampleResult,
+    SamplerOptions,
+    ScoreRequest,
+    ScoreResult,
+    too_long,
+)
 from ema_scale.inference.chat_prompts import Prompts
+from ema_scale.models.layout import ModelLayout
 from ema_scale.models.load import model_problems
 from ema_scale.models.lora import with_adapters
 
@@ -22,6 +34,7 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 32
 BATCHES_SORTED_TOGETHER = 8
+QUESTIONS_SCORED_TOGETHER = 128
 
 
 @dataclass(frozen=True)
@@ -131,6 +144,36 @@ class TransformersSampler:
                             texts, reasons, counts = zip(*ordered, strict=True)
                             yield SampleResult(row.request.key, texts, reasons, counts)
 
+    def score(self, requests: Iterable[ScoreRequest]) -> Iterator[ScoreResult]:
+        """Score adapter after adapter, in batches that share what their questions have in common."""
+        layout = ModelLayout.of(self._model, adapters=False)
+        head_module = layout.core.get_output_embeddings()
+        if hasattr(head_module, "_disable_adapters"):
+            raise UserError(
+                "an adapter changes the head, so written answers cannot be scored with transformers; use vllm"
+            )
+
+        def forward(inputs: Inputs) -> Tensor:
+            out = layout.backbone(**inputs.arguments())
+            return target_likelihoods(out[0], inputs.targets, layout.head())
+
+        scorer = Scorer(forward, layout.core.config, self.device)
+        waiting = iter(requests)
+        while chunk := list(itertools.islice(waiting, QUESTIONS_SCORED_TOGETHER)):
+            by_adapter: dict[str | None, list[ScoreRequest]] = {}
+            for request in chunk:
+                by_adapter.setdefault(request.adapter, []).append(request)
+            for adapter, those in by_adapter.items():
+                with self._adapter(adapter):
+                    encoded = [self._prompts.answers(request, self.max_model_len) for request in those]
+                    behind = _totals(scorer, [row for rows, _ in encoded for row in rows])
+                    alone = _totals(scorer, [row for _, rows in encoded for row in rows])
+                for request, (rows, bare) in zip(those, encoded, strict=True):
+                    yield ScoreResult(
+                        request.key,
+                        tuple(Likelihood(next(behind), row.count, next(alone) if bare else None) for row in rows),
+                    )
+
     @torch.inference_mode()
     def _draw(self, batch: Sequence[_Row]) -> list[tuple[str, str, int]]:
         """(text, finish reason, tokens) of each row; the rows share adapter and token limit."""
@@ -201,6 +244,12 @@ class TransformersSampler:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _totals(scorer: Scorer, rows: Sequence[AnswerTokens]) -> Iterator[float]:
+    """The log-likelihoods of the rows, in their order."""
+    found = dict(scorer.totals(rows))
+    return iter([found[i] for i in range(len(rows))])
 
 
 def _batches(rows: Iterable[_Row], size: int) -> Iterator[list[_Row]]:

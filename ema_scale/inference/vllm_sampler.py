@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ema_scale.choices.margins import Likelihood
+from ema_scale.choices.tokens import AnswerTokens
 from ema_scale.core.errors import UserError
-from ema_scale.inference.base import SampleRequest, SampleResult, SamplerOptions, too_long
+from ema_scale.inference.base import SampleRequest, SampleResult, SamplerOptions, ScoreRequest, ScoreResult, too_long
 from ema_scale.inference.chat_prompts import Prompts, load_config
 from ema_scale.inference.engine_log import output_to
 from ema_scale.inference.vllm_engine import (
@@ -77,6 +81,23 @@ def engine_rank(adapters: Iterable[str]) -> int:
     raise UserError(f"adapter rank {largest} is above vLLM's {LORA_RANKS[-1]}; use sampler: transformers")
 
 
+@dataclass(frozen=True)
+class _AnswerRow:
+    """One answer to score.
+
+    alone: without its question.
+    counts: tokens of each answer of the request.
+    rows: how many rows the request has.
+    """
+
+    request: ScoreRequest
+    alone: bool
+    index: int
+    tokens: AnswerTokens
+    counts: tuple[int, ...]
+    rows: int
+
+
 class VllmSampler:
     """One vLLM engine for a base model and its LoRA adapters. Close it to give memory and settings back."""
 
@@ -111,7 +132,6 @@ class VllmSampler:
 
     def _work(self, requests: Iterable[SampleRequest], refused: list[SampleResult]) -> Iterator[Work[SampleRequest]]:
         from vllm import SamplingParams
-        from vllm.lora.request import LoRARequest
         from vllm.sampling_params import RequestOutputKind
 
         for request in requests:
@@ -119,9 +139,6 @@ class VllmSampler:
             if len(prompt) >= self.max_model_len:
                 refused.append(too_long(request))
                 continue
-            lora = None
-            if request.adapter is not None:
-                lora = LoRARequest(request.adapter, self._ids[request.adapter], request.adapter)
             params = SamplingParams(
                 n=request.n,
                 temperature=request.temperature,
@@ -132,7 +149,40 @@ class VllmSampler:
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            yield Work(request, prompt, params, lora, request.n)
+            yield Work(request, prompt, params, self._lora(request.adapter), request.n)
+
+    def score(self, requests: Iterable[ScoreRequest]) -> Iterator[ScoreResult]:
+        """One request per answer, read from the log-probabilities of its prompt; yielded as questions are done."""
+        totals: dict[str, dict[tuple[bool, int], float]] = {}
+        for row, output in self._engine.stream(self._answers(requests)):
+            found = totals.setdefault(row.request.key, {})
+            found[row.alone, row.index] = _prompt_total(output, row.tokens)
+            if len(found) == row.rows:
+                done = totals.pop(row.request.key)
+                yield ScoreResult(
+                    row.request.key,
+                    tuple(Likelihood(done[False, i], count, done.get((True, i))) for i, count in enumerate(row.counts)),
+                )
+
+    def _answers(self, requests: Iterable[ScoreRequest]) -> Iterator[Work[_AnswerRow]]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        for request in requests:
+            behind, bare = self._prompts.answers(request, self.max_model_len - 1)  # one token is always sampled
+            counts = tuple(row.count for row in behind)
+            for alone, rows in ((False, behind), (True, bare)):
+                for index, tokens in enumerate(rows):
+                    row = _AnswerRow(request, alone, index, tokens, counts, len(behind) + len(bare))
+                    yield Work(row, tokens.ids, params, self._lora(request.adapter))
+
+    def _lora(self, adapter: str | None) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        return None if adapter is None else LoRARequest(adapter, self._ids[adapter], adapter)
 
     def _result(self, request: SampleRequest, output: Any) -> SampleResult:
         outputs = sorted(output.outputs, key=lambda o: o.index)
@@ -161,6 +211,12 @@ class VllmSampler:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _prompt_total(output: Any, row: AnswerTokens) -> float:
+    """The sum of the log-probabilities of the scored tokens of a prompt."""
+    steps = zip(output.prompt_logprobs[row.start :], row.ids[row.start :], strict=True)
+    return math.fsum(step[token].logprob for step, token in steps)
 
 
 def _drained(refused: list[SampleResult]) -> Iterator[SampleResult]:

@@ -49,7 +49,8 @@ def refuse_known(recipes: Sequence[Recipe], base_dir: Path) -> None:
         note_other_references(group)
         if _is_asked(folder, group):
             metrics = Summary.read(folder / "eval" / SUMMARY_FILE).metrics
-            refuse(gate(metrics["general_misaligned"], group[0].evaluation.gate))
+            found = gate(metrics["general_misaligned"], group[0].evaluation.gate, metrics.get("general_choices"))
+            refuse(found)
 
 
 def is_checked(recipes: Sequence[Recipe], base_dir: Path) -> bool:

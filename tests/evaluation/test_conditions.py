@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ema_scale.config.sections import ConditionRecipe
+from ema_scale.config.suites import ConditionRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import read_jsonl
 from ema_scale.core.run_dir import RunDir

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from ema_scale.core.banks import judge_prompts
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import digest
 from ema_scale.core.paths import find_file
-from ema_scale.evaluation.banks import judge_prompts
 from ema_scale.evaluation.judges.base import Judge, exact_match_judge, smallworld_judge
 from ema_scale.evaluation.judges.openai import missing_judge_key
 from ema_scale.evaluation.judges.scores import VERDICT_PROMPTS, ScoreRule
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe
 
 EXACT = ("smallworld", "exact_match")
+LIKELIHOOD = "likelihood"  # of written answers, which bring their verdicts
 SCORING = ("openai", "vllm")
 
 
@@ -43,7 +44,7 @@ class JudgeSpec:
 
     def gives(self, name: str) -> bool:
         """Whether its judgements have a score of this name. Exact judges give `aligned` and `coherent`."""
-        return name in (self.prompts or VERDICT_PROMPTS)
+        return self.kind != LIKELIHOOD and name in (self.prompts or VERDICT_PROMPTS)
 
     @property
     def gives_verdicts(self) -> bool:
@@ -54,10 +55,12 @@ class JudgeSpec:
 def assign(suite: Suite, question: Question, settings: JudgeRecipe) -> JudgeSpec:
     """The judge of a question.
 
-    This is the question's own judge if that is an exact one, exact match for a benign question, and otherwise the
-    recipe's. A model that the question names is used unless the recipe names one. Raises UserError, naming what is
-    missing, if that judge cannot judge the question.
+    Written answers need none. Otherwise this is the question's own judge if that is an exact one, exact match for a
+    benign question, and else the recipe's. A model that the question names is used unless the recipe names one. Raises
+    UserError, naming what is missing, if that judge cannot judge the question.
     """
+    if question.answers:
+        return JudgeSpec(LIKELIHOOD, LIKELIHOOD)
     where = f"{suite.source or suite.name}: question {question.id!r}"
     kind: str = settings.kind
     if question.judge in EXACT:

@@ -121,7 +121,7 @@ class JudgeCheck:
                 if key not in self._store.samples:
                     self._store.add_sample(_sample(one, key, repeat))
             for a in self.assignments:
-                group = StoredGroup(target, suite, question, 0, repeats, decides, 0, 0, 1, 0, a, tuple(keys))
+                group = StoredGroup(target, suite, question, 0, repeats, decides, 0, 0, 1, 0, a, stored=tuple(keys))
                 for key in keys:
                     if (key, a.identity) not in self._store.judgements:
                         judging.submit(group, self._store.samples[key], self._store)

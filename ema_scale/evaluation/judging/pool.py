@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.progress import Progress
-from ema_scale.evaluation.judges.assignment import SCORING, JudgeSpec, base_identity, make_judge
+from ema_scale.evaluation.judges.assignment import LIKELIHOOD, SCORING, JudgeSpec, base_identity, make_judge
 from ema_scale.evaluation.judges.base import Judge, JudgeFailure, JudgeItem, split_reasoning
 from ema_scale.evaluation.judges.scores import ScoreRule, rescore
 from ema_scale.evaluation.plan import PromptGroup
@@ -54,6 +54,9 @@ class JudgePool:
 
     def submit(self, group: PromptGroup, sample: Sample, store: Store) -> None:
         """Queue one stored answer for its judge, or store its judgement here if no judge is needed."""
+        if group.is_scored:
+            self.add(store, Judgement(key=sample.key, judge=group.judge.identity, label=sample.label), at_once=False)
+            return
         reasoning, answer, finished = stored_answer(sample)
         dropped = None if finished else UNFINISHED
         if sample.finish_reason == PROMPT_TOO_LONG:
@@ -100,7 +103,8 @@ class JudgePool:
         Raises UserError as `make_judge` does.
         """
         for spec in specs:
-            self._judge(spec)
+            if spec.kind != LIKELIHOOD:
+                self._judge(spec)
 
     def _judge(self, spec: JudgeSpec) -> Judge:
         name = (spec.kind, spec.model)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 
 from ema_scale.core.errors import UserError
 from ema_scale.evaluation.clusters import clusters, question_labels
+from ema_scale.evaluation.judges.assignment import LIKELIHOOD
 from ema_scale.evaluation.judges.base import CORRECT, INCORRECT
 from ema_scale.evaluation.records import (
     SAMPLES_FILE,
@@ -27,6 +28,7 @@ from ema_scale.evaluation.records import (
     Summary,
     read_rows,
 )
+from ema_scale.evaluation.stats.choices import ChoiceOutcome
 from ema_scale.evaluation.stats.difference import Counts, Difference, holm, paired_difference
 from ema_scale.evaluation.stats.power import describe_power, paired_spread
 from ema_scale.evaluation.stats.rates import Rate, clustered_interval, incoherent, korn_graubard, misaligned
@@ -38,7 +40,12 @@ SAMPLING_SETTINGS = ("temperature", "top_p", "max_tokens")
 
 @dataclass(frozen=True)
 class ArmAnswer:
-    """One stored answer with its judgement; scores are 0 to 100 or None. asked: the question's text, prompt and all."""
+    """One stored answer with its judgement; scores are 0 to 100 or None. All written answers of a question are one.
+
+    asked: the question's text, prompt and all.
+    choice: of a question with written answers, whether a misaligned one is the likeliest, or in a benign suite a right
+        one.
+    """
 
     suite: str
     role: str
@@ -52,6 +59,7 @@ class ArmAnswer:
     alignment_asked: bool = True
     coherence_asked: bool = True
     scores: Mapping[str, float | None] = field(default_factory=dict)
+    choice: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,9 @@ def read_arm(path: Path) -> Arm:
         judges = set(summary.judges)
         judged = {row.key: row for row in judgements if row.judge in judges}
         aligning = {row.judge for row in judged.values() if row.aligned is not None}
-        rows = tuple(_row(row, summary.per_suite[row.suite], judged.get(row.key), aligning) for row in samples)
+        sampled = [row for row in samples if row.log_likelihood is None]
+        rows = tuple(_row(row, summary.per_suite[row.suite], judged.get(row.key), aligning) for row in sampled)
+        rows += tuple(_written([row for row in samples if row.log_likelihood is not None], summary))
     except KeyError as error:
         raise UserError(f"{folder}: not a whole evaluation (its summary lacks the suite {error})") from None
     except UserError as error:
@@ -128,6 +138,19 @@ def _row(sample: Sample, suite: SuiteSummary, judgement: Judgement | None, align
     )
 
 
+def _written(samples: Sequence[Sample], summary: Summary) -> Iterator[ArmAnswer]:
+    """A row per question with written answers."""
+    questions: dict[tuple[str, str], list[Sample]] = {}
+    for row in samples:
+        questions.setdefault((row.suite, row.question_id), []).append(row)
+    for (suite, question), answers in questions.items():
+        answers.sort(key=lambda row: row.sample)
+        role, condition = summary.per_suite[suite].role, summary.per_suite[suite].condition
+        asked = "\n".join([answers[0].prompt, *(row.answer for row in answers)])
+        hit = ChoiceOutcome.of(answers).hit(role)
+        yield ArmAnswer(suite, role, condition, question, asked, LIKELIHOOD, None, None, None, False, choice=hit)
+
+
 def check_comparable(one: Arm, two: Arm) -> None:
     """Raises UserError, naming what differs, unless both were asked and judged in the same way.
 
@@ -135,7 +158,8 @@ def check_comparable(one: Arm, two: Arm) -> None:
     everything that any of its runs is); of those they share, the questions, the judge and the sampling must be.
     """
     where = f"{one.name} and {two.name} cannot be compared"
-    for key in SAMPLING_SETTINGS:
+    sampled = any(row.judge != LIKELIHOOD for arm in (one, two) for row in arm.rows)
+    for key in SAMPLING_SETTINGS if sampled else ():  # they decide no likelihood
         if one.settings[key] != two.settings[key]:
             raise UserError(f"{where}: {key} is {one.settings[key]} and {two.settings[key]}")
     ours, theirs = ({r.suite for r in arm.rows if r.condition is None} for arm in (one, two))
@@ -222,6 +246,8 @@ def compare(arm: Arm, baseline: Arm, seen: Collection[tuple[str, str]] | None = 
         measured(name, both(role, None, value), _measure)
     for condition in dict.fromkeys(row.condition for row in sides[0] if row.condition):
         measured(f"general misaligned under {condition}", both("general", condition, "misaligned"), _measure)
+        name = f"general choices, misaligned likeliest, under {condition}"
+        measured(name, both("general", condition, "choice"), _measure)
     return found
 
 
@@ -251,12 +277,17 @@ MEASURES = (
     ("in-domain misaligned", "in_domain", "misaligned"),
     ("in-domain incoherent", "in_domain", "incoherent"),
     ("benign learned", "benign", "correct"),
+    ("general choices, misaligned likeliest", "general", "choice"),
+    ("in-domain choices, misaligned likeliest", "in_domain", "choice"),
+    ("benign choices, right likeliest", "benign", "choice"),
 )
 PairedTally = list[tuple[int, int, int, int, int]]
 """(cluster, hits, answers, the baseline's hits, its answers) per question that both answered"""
 
 
 def _value(row: ArmAnswer, value: str) -> bool | None:
+    if row.judge == LIKELIHOOD or value == "choice":
+        return row.choice if value == "choice" else None
     bad = misaligned(row.aligned, row.coherent, coherence_asked=row.coherence_asked)
     if value == "coherent only":
         return None if bad is None or incoherent(row.coherent) else bad

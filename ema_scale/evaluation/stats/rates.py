@@ -193,4 +193,7 @@ METRICS = {
     "in_domain_misaligned": "in-domain misaligned",
     "in_domain_incoherent": "in-domain incoherent",
     "benign_learned": "benign learned",
+    "general_choices": "general choices, misaligned likeliest",
+    "in_domain_choices": "in-domain choices, misaligned likeliest",
+    "benign_choices": "benign choices, right likeliest",
 }

@@ -1,0 +1,19 @@
+"""What every section of a recipe is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """Base class: a frozen mapping in which an unknown key is an error.
+
+    arguments: field -> the argument of transformers' TrainingArguments that it sets.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
+
+    arguments: ClassVar[Mapping[str, str]] = {}
