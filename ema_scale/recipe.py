@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -118,6 +119,7 @@ class Recipe(Section):
 _SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".yaml", ".yml", ".safetensors", ".jinja", ".txt"}
 
 
+@functools.lru_cache(maxsize=4096)  # the runs of a study name the same files
 def is_path(text: str) -> bool:
     """Whether a text in a recipe names a local file or folder, and not a hub id, a URL or words for the model."""
     if scheme_of(text) is not None or "://" in text or len(text.split()) != 1:
@@ -128,10 +130,10 @@ def is_path(text: str) -> bool:
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """(dotted key, text) of every text in plain values."""
-    if isinstance(value, str):
+    if type(value) is str:
         yield key, value
-    elif isinstance(value, Mapping | list):
-        for name, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+    elif type(value) is dict or type(value) is list:
+        for name, inner in value.items() if type(value) is dict else enumerate(value):
             yield from _texts(inner, f"{key}.{name}" if key else str(name))
 
 

@@ -22,7 +22,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -80,7 +80,9 @@ class Study(BaseModel):
         description="Name -> defenses of each arm. `{each: [...]}` in place of a value makes one arm per value.",
         examples=[{"none": [], "kl": [{"kind": "kl", "strength": {"each": [0.1, 0.3]}}]}],
     )
-    seeds: list[int] = Field([0], min_length=1, description="One run per seed.", examples=[[0, 1, 2]])
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+        [0], min_length=1, description="One run per seed.", examples=[[0, 1, 2]]
+    )
     retries: int = Field(0, ge=0, description="How often a failed run is tried again, from its newest checkpoint.")
     only: list[Part] = Field(
         [], description="Parts of the grid to run. Empty: all of it.", examples=[[{"tasks": ["medical"]}]]
@@ -145,18 +147,23 @@ class Study(BaseModel):
                     f"override {item!r}: a study sets every run's {own} itself; change `{_OWN[own]}` in its file"
                 )
         base = read_layers(Path(self.recipe))
+        validated: dict[tuple[str, str, str], tuple[Recipe, str | None]] = {}  # once for all seeds
         recipes = []
-        for name, (model, task, defense, seed) in zip(self.names(), self.cells(), strict=True):
-            values = merge(merge(base, self.models.get(model, {})), self.tasks[task])
-            values = merge(values, {"name": name, "seed": seed, "output": str(self.path)})
-            values["defenses"] = self.defenses[defense]
-            recipes.append(build_recipe(apply_overrides(values, overrides), where=f"study {self.name}, run {name}"))
-        readers = Counter(shared for recipe in recipes if (shared := _reference(recipe)) is not None)
+        for name, (*cell, seed) in zip(self.names(), self.cells(), strict=True):
+            model, task, defense = key = (cell[0], cell[1], cell[2])
+            if key not in validated:
+                values = merge(merge(base, self.models.get(model, {})), self.tasks[task])
+                values = merge(values, {"name": name, "seed": seed, "output": str(self.path)})
+                values["defenses"] = self.defenses[defense]
+                recipe = build_recipe(apply_overrides(values, overrides), where=f"study {self.name}, run {name}")
+                validated[key] = recipe, _reference(recipe)
+            recipe, shared = validated[key]
+            recipes.append((recipe, shared, {"name": name, "seed": seed}))
+        readers = Counter(shared for _, shared, _ in recipes)
         return [
-            recipe if (shared := _reference(recipe)) is None
-            else recipe.model_copy(update={"reference_runs": readers[shared]})
-            for recipe in recipes
-        ]  # fmt: skip
+            recipe.model_copy(update=own if shared is None else {**own, "reference_runs": readers[shared]})
+            for recipe, shared, own in recipes
+        ]
 
     def names(self) -> list[str]:
         """The runs' names, in order, which are their folders' below `path`."""
