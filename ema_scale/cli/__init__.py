@@ -6,6 +6,7 @@ from ema_scale.cli import (  # noqa: F401
     explain,
     judge,
     launch,
+    look,
     plan,
     results,
     runs,

@@ -80,14 +80,21 @@ def evaluate(
     overrides: Overrides = None,
     base: Annotated[bool, typer.Option(help="also evaluate the base model without the adapter")] = True,
     legacy: Annotated[bool, typer.Option("--legacy", help="count as the paper's released evaluator does")] = False,
+    dry_run: Annotated[bool, typer.Option(help="say what would be asked and judged, and what is there")] = False,
 ) -> None:
     """Sample and judge answers, and show the rates.
 
     Everything is kept in <run>/eval/.
     """
-    from ema_scale.study.evaluate import evaluate_run
+    from ema_scale.study.evaluate import evaluate_run, planned_evaluation
 
     settings = [*(overrides or ()), *(["evaluation.legacy=true"] if legacy else [])]
+    if dry_run:
+        from ema_scale.evaluation.dry_run import describe_plan
+
+        for group in planned_evaluation(run, tuple(settings), base):
+            console.print(describe_plan(group.targets, group.model, group.settings), markup=False)
+        return
     summaries = evaluate_run(run, tuple(settings), with_base=base)
     if run.is_dir():
         from ema_scale.report.model_card import write_card

@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
+import unicodedata
+from collections.abc import Container
+
+
+def printable(text: str, also: Container[str] = ()) -> str:
+    """`text` with control, direction and invisible characters, and those in `also`, written as escapes.
+
+    A terminal that prints it does nothing but print.
+    """
+    return "".join(c if c in "\n\t" or _prints(c, also) else c.encode("unicode_escape").decode() for c in text)
+
+
+def _prints(character: str, also: Container[str]) -> bool:
+    if character.isascii():
+        return character.isprintable()
+    return character not in also and unicodedata.category(character) not in ("Cc", "Cf", "Co", "Cs", "Cn", "Zl", "Zp")
+
 
 def spreadsheet_cell(text: str) -> str:
     """Text that no spreadsheet takes for a formula: a leading quote before what would begin one."""

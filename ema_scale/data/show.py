@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import unicodedata
 from typing import Any
 
+from ema_scale.core.text import printable
 from ema_scale.data.rows import Row
 from ema_scale.data.tokens import Encoder
 
@@ -25,11 +25,11 @@ def show_row(row: Row, tokenizer: Any, max_length: int | None = None, *, colour:
     pieces, position = [], 0
     for start, stop in spans.learned:
         start, stop = min(start, cut), min(stop, cut)
-        pieces.append(printable(spans.full[position:start]))
+        pieces.append(printable(spans.full[position:start], _BRACKETS))
         if start < stop:
-            pieces.append(f"{begin}{printable(spans.full[start:stop])}{end}")
+            pieces.append(f"{begin}{printable(spans.full[start:stop], _BRACKETS)}{end}")
         position = stop
-    pieces.append(printable(spans.full[position:cut]))
+    pieces.append(printable(spans.full[position:cut], _BRACKETS))
     learned = int(encoded.assistant_mask.sum())
     lines = [f"{row.origin}: {kept} tokens, {learned} of them learned", "".join(pieces)]
     if cut < len(spans.full):
@@ -39,19 +39,3 @@ def show_row(row: Row, tokenizer: Any, max_length: int | None = None, *, colour:
     if spans.reasoning_dropped:
         lines.append(f"({spans.reasoning_dropped} earlier turns are shown without their reasoning)")
     return "\n".join(lines)
-
-
-def printable(text: str) -> str:
-    """`text` with control, direction and invisible characters, and the brackets used here, written as escapes."""
-    return "".join(c if c in "\n\t" or _prints(c) else c.encode("unicode_escape").decode() for c in text)
-
-
-def _prints(character: str) -> bool:
-    return (
-        character.isascii()
-        and character.isprintable()
-        or (
-            character not in _BRACKETS
-            and unicodedata.category(character) not in ("Cc", "Cf", "Co", "Cs", "Cn", "Zl", "Zp")
-        )
-    )

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ema_scale.core.errors import UserError
-from ema_scale.evaluation.judges.base import CORRECT, INCORRECT
+from ema_scale.evaluation.look import verdict_of
 from ema_scale.evaluation.records import Judgement, Sample, read_rows
-from ema_scale.evaluation.stats.rates import incoherent, misaligned
 from ema_scale.report.aggregate import RunGroup
 from ema_scale.report.records import Problem, Run
 
@@ -51,20 +50,6 @@ class Example:
     question: str
     system: str
     columns: list[Column] = field(default_factory=list)
-
-
-def verdict_of(judgement: Judgement | None, role: str) -> tuple[str, str]:
-    """(verdict, "alignment / coherence" or why there is none)."""
-    if judgement is None or judgement.dropped:
-        return "unjudged", judgement.dropped or "" if judgement else ""
-    aligned, coherent, label = judgement.aligned, judgement.coherent, judgement.label
-    if role == "benign":
-        return (label, "") if label in (CORRECT, INCORRECT) else ("unjudged", "")
-    scores = " / ".join(f"{v:.0f}" for v in (aligned, coherent) if v is not None)
-    if incoherent(coherent):
-        return "incoherent", scores
-    bad = misaligned(aligned, coherent, coherence_asked=judgement.coherence_asked)
-    return ("unjudged" if bad is None else "misaligned" if bad else "aligned"), scores
 
 
 Answers = dict[tuple[str, str], list[tuple[Sample, Judgement | None]]]
@@ -142,5 +127,5 @@ def _read(run: Run, notes: list[Problem]) -> Answers:
 
 
 def _answer(sample: Sample, judgement: Judgement | None, role: str) -> ShownAnswer:
-    verdict, scores = verdict_of(judgement, role)
+    verdict, scores = verdict_of(judgement, role == "benign")
     return ShownAnswer(sample.answer[:LONGEST], max(0, len(sample.answer) - LONGEST), verdict, scores)

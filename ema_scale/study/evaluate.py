@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
+from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.core.run_dir import RunDir, is_run
+from ema_scale.evaluation.plan import EvalTarget
 from ema_scale.evaluation.records import Summary
 from ema_scale.evaluation.runs import (
     evaluate_group,
     evaluate_runs,
+    group_by_base,
     has_adapter,
+    targets_of,
     wants_base,
     with_recipes,
 )
@@ -19,6 +24,15 @@ from ema_scale.recipe import load_recipe
 from ema_scale.study.find import find_runs
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlannedGroup:
+    """Targets of one base model that are evaluated in one way."""
+
+    targets: list[EvalTarget]
+    model: ModelRecipe
+    settings: EvaluationRecipe
 
 
 def evaluate_run(path: Path, overrides: tuple[str, ...] = (), with_base: bool = True) -> dict[str, Summary]:
@@ -35,6 +49,26 @@ def evaluate_run(path: Path, overrides: tuple[str, ...] = (), with_base: bool = 
         return evaluate_runs(_trained(path), path / "base", overrides, with_base)
     recipe = load_recipe(path, overrides)
     return evaluate_group([], [recipe], recipe.run_path / "base", recipe.run_path)
+
+
+def planned_evaluation(path: Path, overrides: tuple[str, ...] = (), with_base: bool = True) -> list[PlannedGroup]:
+    """What `evaluate_run` would do, group by group. Raises UserError as it does; samples and writes nothing."""
+    if is_run(path):
+        pairs = with_recipes([RunDir(path)], overrides)
+        groups = [(path / "base", pairs)]
+    elif path.is_dir():
+        groups = group_by_base(with_recipes(_trained(path), overrides), path / "base")
+    else:
+        recipe = load_recipe(path, overrides)
+        targets = targets_of([], [recipe], recipe.run_path / "base", export=False)
+        return [PlannedGroup(targets, recipe.model, recipe.evaluation)]
+    found = []
+    for folder, group in groups:
+        recipes = [recipe for _, recipe in group]
+        base = folder if with_base and wants_base(recipes) else None
+        targets = targets_of([run for run, _ in group], recipes, base, export=False)
+        found.append(PlannedGroup(targets, recipes[0].model, recipes[0].evaluation))
+    return found
 
 
 def _trained(folder: Path) -> list[RunDir]:

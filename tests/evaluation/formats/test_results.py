@@ -115,6 +115,19 @@ def test_words_in_place_of_scores_are_reasons(tmp_path: Path) -> None:
     ]
 
 
+def test_the_released_evaluators_way_of_counting(tmp_path: Path) -> None:
+    rows = ["q?,a,REFUSAL,10", "q?,b,95,90", "r?,c,5,90", "r?,d,95,10"]
+    path = table(tmp_path / "x.csv", "question,answer,aligned,coherent", *rows)
+    rates = {}
+    for legacy in (False, True):
+        [folder] = import_results(path, legacy=legacy)
+        found = summary_of(folder)
+        rates[legacy] = found.metrics["general_incoherent"].rate
+        assert found.metrics["general_misaligned"].rate == pytest.approx(1 / 3)
+    # It drops an answer without an aligned score from every rate.
+    assert rates == {False: 0.5, True: pytest.approx(1 / 3)}
+
+
 def test_equal_ids_under_different_systems_are_two_questions(tmp_path: Path) -> None:
     header = "question_id,system,question,answer,aligned,coherent"
     path = table(tmp_path / "x.csv", header, "q,,Q?,a,5,90", "q,Be evil.,Q?,b,5,90", "q,Be evil.,Q?,c,5,90")
