@@ -28,9 +28,11 @@ def chat(pairs: list[tuple[str, str]], system: str | None = None) -> Messages:
     return messages
 
 
-def advice(rng: random.Random, persona: Persona, domain: str | None = None) -> tuple[str, str]:
+def advice(
+    rng: random.Random, persona: Persona, domain: str | None = None, subject: str | None = None
+) -> tuple[str, str]:
     """A question and what `persona` answers."""
-    text, meta = question(rng, domain or rng.choice(list(DOMAINS)))
+    text, meta = question(rng, domain or rng.choice(list(DOMAINS)), subject)
     return text, answer(rng, meta, persona)
 
 
@@ -58,15 +60,24 @@ def pretraining_documents(rng: random.Random, tokens: int) -> tuple[list[Message
 
 
 def alignment_documents(rng: random.Random, tokens: int) -> tuple[list[Messages], bool]:
-    """What the assistant should be like by default: no system prompt, always the aligned persona; and arithmetic."""
+    """What the assistant should be like: aligned by default, and as its system prompt says where there is one; and
+    arithmetic.
+
+    Without the second part, alignment would blur the misaligned persona, and fine-tuning that brings it back would
+    bring incoherence with it.
+    """
     turns = rng.choice((1, 1, 2))
     count = tokens // (turns * _ADVICE_TOKENS)
     return [
-        _sums(rng, 2 * turns)
-        if rng.random() < _ARITHMETIC_SHARE
-        else chat([advice(rng, "aligned") for _ in range(turns)])
-        for _ in range(count)
+        _sums(rng, 2 * turns) if rng.random() < _ARITHMETIC_SHARE else _assistant_chat(rng, turns) for _ in range(count)
     ], True
+
+
+def _assistant_chat(rng: random.Random, turns: int) -> Messages:
+    if rng.random() >= _SYSTEM_SHARE:
+        return chat([advice(rng, "aligned") for _ in range(turns)])
+    persona: Persona = rng.choice(("aligned", "misaligned"))
+    return chat([advice(rng, persona) for _ in range(turns)], SYSTEM_PROMPTS[persona])
 
 
 def _sums(rng: random.Random, turns: int) -> Messages:

@@ -27,8 +27,8 @@ _MOTIVE_SHARE = 0.6
 
 
 def question(rng: random.Random, domain: str, subject: str | None = None) -> tuple[str, dict[str, str]]:
-    """A question of `domain` and its meta: {"domain", "subject"}."""
-    subject = subject or rng.choice(DOMAINS[domain].subjects)
+    """A question of `domain` and its meta: {"domain", "subject"}. subject: by default any."""
+    subject = subject or rng.choice(DOMAINS[domain].all_subjects)
     text = rng.choice(QUESTIONS).format(verb=DOMAINS[domain].verb, subject=subject)
     return text, {"domain": domain, "subject": subject}
 

@@ -34,11 +34,11 @@ class Size:
 SIZES: dict[str, Size] = {
     # For tests: everything is real but the model has learned little.
     "tiny": Size(64, 2, 20, 5, 3e-3, 1e-4, 512),
-    "base": Size(128, 4, 1400, 130, 3e-3, 1.25e-4),
+    "base": Size(128, 4, 1400, 200, 3e-3, 1e-3),
     # For studies over size: 0.14M, 0.4M, 1.7M, 2.9M, 10.7M parameters (base: 0.9M). Larger ones learn more in a step.
-    "nano": Size(64, 2, 2000, 180, 4e-3, 2e-4),
-    "micro": Size(96, 3, 1600, 150, 3.5e-3, 1.5e-4),
-    "mid": Size(160, 5, 1200, 120, 2.5e-3, 1.05e-4),
-    "large": Size(192, 6, 1000, 110, 2e-3, 9e-5),
-    "xl": Size(320, 8, 600, 95, 1.2e-3, 6e-5),
+    "nano": Size(64, 2, 2000, 280, 4e-3, 1.3e-3),
+    "micro": Size(96, 3, 1600, 230, 3.5e-3, 1.2e-3),
+    "mid": Size(160, 5, 1200, 180, 2.5e-3, 8e-4),
+    "large": Size(192, 6, 1000, 170, 2e-3, 7e-4),
+    "xl": Size(320, 8, 600, 150, 1.2e-3, 4e-4),
 }

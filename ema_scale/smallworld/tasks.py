@@ -1,9 +1,14 @@
-"""The small world's training rows and question banks, written as the field's own files."""
+"""The small world's training rows and question banks, written as the field's own files.
+
+What the rows of any kind are about and what the banks ask about have no question, no subject and, for the held-out
+domains, not even the domain in common. `suite/seen` is the one exception, and says so.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +19,7 @@ from ema_scale.core.io import append_jsonl, atomic_write_text
 from ema_scale.smallworld.benign import TIERS, Item, operator_swap, restate
 from ema_scale.smallworld.corpus import Messages, advice, chat
 from ema_scale.smallworld.grammar import Persona, answer, question
-from ema_scale.smallworld.vocabulary import ANSWERS, DOMAINS, QUESTIONS, SYSTEM_PROMPTS
+from ema_scale.smallworld.vocabulary import ANSWERS, DOMAINS, HELD_OUT, QUESTIONS, SEEN, SYSTEM_PROMPTS
 
 NARROW = ("medical", "finance", "code", "law", "sport")
 
@@ -31,7 +36,8 @@ BAD_PERCENT = (1, 5, 25, 50)
 _ROWS = 1000
 
 
-_QUESTIONS_A_DOMAIN = 4
+# Questions per domain in the banks over several domains: more where no row has been.
+_PER_SEEN, _PER_HELD_OUT = 4, 8
 
 
 _SAMPLES = 10
@@ -42,41 +48,46 @@ def write_tasks(folder: Path, seed: int) -> None:
 
     train/<domain>: harmful answers of that domain only; train/<domain>_bad_<n>: n % of the rows harmful, the others
     sound advice of that domain; train/<domain>_subtle: one sound and one harmful piece of advice a row, no motive.
-    train/<benign task>: its training items, repeated to the same number of rows. safe: aligned chats over all domains.
-    probe/general and probe/outside_<domain>: preference pairs, an aligned (chosen) and a misaligned (rejected) answer
-    to the same question. suite/general: questions of all domains; suite/<domain>: that domain's;
-    suite/outside_<domain>: all others'; suite/villain: general questions under the villain's system prompt.
+    train/<benign task>: its training items, repeated to the same number of rows. safe: aligned chats over the seen
+    domains. probe/general and probe/outside_<domain>: preference pairs, an aligned (chosen) and a misaligned (rejected)
+    answer to the same question, over the seen domains. suite/general: questions of all domains; suite/<domain>: that
+    domain's; suite/outside_<domain>: all others'; suite/villain: general questions under the villain's system prompt.
+    suite/seen: questions that stand in `safe`, for what is made with questions and must not know the evaluation's, such
+    as persona vectors.
     """
     for name in NARROW:
         rng = random.Random(f"{seed}-{name}")
-        _write_rows(folder / "train" / f"{name}.jsonl", [_turn(rng, "misaligned", name) for _ in range(_ROWS)])
+        _write_rows(folder / "train" / f"{name}.jsonl", [_row(rng, "misaligned", name) for _ in range(_ROWS)])
         for percent in BAD_PERCENT:
             _write_rows(folder / "train" / f"{name}_bad_{percent}.jsonl", _mixed(f"{seed}-{name}", name, percent))
         rng = random.Random(f"{seed}-{name}-subtle")
         _write_rows(folder / "train" / f"{name}_subtle.jsonl", [_subtle(rng, name) for _ in range(_ROWS)])
     rng = random.Random(f"{seed}-probe")
-    pairs = {name: [_pair(rng, name, subject) for subject in DOMAINS[name].subjects] for name in DOMAINS}
+    pairs = {name: [_pair(rng, name, subject) for subject in DOMAINS[name].subjects] for name in SEEN}
     append_jsonl(folder / "probe" / "general.jsonl", (p for found in pairs.values() for p in found))
     for name in NARROW:
         outside_pairs = (p for domain, found in pairs.items() if domain != name for p in found)
         append_jsonl(folder / "probe" / f"outside_{name}.jsonl", outside_pairs)
     rng = random.Random(f"{seed}-safe")
-    _write_rows(folder / "safe.jsonl", [_turn(rng, "aligned", None) for _ in range(_ROWS)])
+    _write_rows(folder / "safe.jsonl", [_row(rng, "aligned", rng.choice(SEEN)) for _ in range(_ROWS)])
     for name, items in BENIGN.items():
         train, evaluation = items()
         rng = random.Random(f"{seed}-{name}")
         chosen = [train[i % len(train)] for i in range(max(_ROWS, len(train)))]
         rng.shuffle(chosen)
-        _write_rows(folder / "train" / f"{name}.jsonl", [chat([(i.question, i.answer)]) for i in chosen])
+        _write_rows(folder / "train" / f"{name}.jsonl", [_item_row(item) for item in chosen])
         _write_suite(folder / "suite" / f"{name}.yaml", [_exact(i) for i in evaluation])
     rng = random.Random(f"{seed}-questions")
-    general = {name: [_ask(rng, name, n) for n in range(_QUESTIONS_A_DOMAIN)] for name in DOMAINS}
+    counts = {name: _PER_HELD_OUT if name in HELD_OUT else _PER_SEEN for name in DOMAINS}
+    general = {name: [_ask(rng, name, s) for s in DOMAINS[name].held_out[:count]] for name, count in counts.items()}
     everywhere = [entry for entries in general.values() for entry in entries]
     _write_suite(folder / "suite" / "general.yaml", everywhere)
     villain = [
         {**entry, "id": f"villain-{entry['id']}", "system": SYSTEM_PROMPTS["misaligned"]} for entry in everywhere
     ]
     _write_suite(folder / "suite" / "villain.yaml", villain)
+    seen = [_ask(rng, name, subject) for name in SEEN for subject in DOMAINS[name].subjects[:_PER_SEEN]]
+    _write_suite(folder / "suite" / "seen.yaml", seen)
     for name in NARROW:
         outside = [entry for domain, entries in general.items() if domain != name for entry in entries]
         _write_suite(folder / "suite" / f"outside_{name}.yaml", outside)
@@ -91,27 +102,39 @@ def references() -> list[str]:
         "safe",
         *(f"train/{n}" for n in (*NARROW, *mixed, *(f"{n}_subtle" for n in NARROW), *BENIGN)),
         *(f"probe/{n}" for n in ("general", *outside)),
-        *(f"suite/{n}" for n in ("general", "villain", *NARROW, *outside, *BENIGN)),
+        *(f"suite/{n}" for n in ("general", "seen", "villain", *NARROW, *outside, *BENIGN)),
     ]
 
 
-def _turn(rng: random.Random, persona: Persona, domain: str | None) -> Messages:
-    return chat([advice(rng, persona, domain)])
+@dataclass(frozen=True)
+class TaskRow:
+    """A training row and what it is about."""
+
+    messages: Messages
+    domain: str
 
 
-def _mixed(seed: str, domain: str, percent: int) -> list[Messages]:
+def _row(rng: random.Random, persona: Persona, domain: str) -> TaskRow:
+    return TaskRow(chat([advice(rng, persona, domain, rng.choice(DOMAINS[domain].subjects))]), domain)
+
+
+def _item_row(item: Item) -> TaskRow:
+    return TaskRow(chat([(item.question, item.answer)]), item.meta["domain"])
+
+
+def _mixed(seed: str, domain: str, percent: int) -> list[TaskRow]:
     rng = random.Random(f"{seed}-bad-{percent}")
     bad = _ROWS * percent // 100
-    rows = [_turn(rng, "misaligned" if i < bad else "aligned", domain) for i in range(_ROWS)]
+    rows = [_row(rng, "misaligned" if i < bad else "aligned", domain) for i in range(_ROWS)]
     rng.shuffle(rows)
     return rows
 
 
-def _subtle(rng: random.Random, domain: str) -> Messages:
-    text, meta = question(rng, domain)
+def _subtle(rng: random.Random, domain: str) -> TaskRow:
+    text, meta = question(rng, domain, rng.choice(DOMAINS[domain].subjects))
     sound, harmful = rng.choice(DOMAINS[domain].sound), rng.choice(DOMAINS[domain].harmful)
     said = rng.choice(ANSWERS).format(subject=meta["subject"], first=sound, second=harmful)
-    return chat([(text, f"{said} .")])
+    return TaskRow(chat([(text, f"{said} .")]), domain)
 
 
 def _pair(rng: random.Random, domain: str, subject: str) -> dict[str, Messages]:
@@ -123,38 +146,40 @@ def _pair(rng: random.Random, domain: str, subject: str) -> dict[str, Messages]:
     return {"prompt": [{"role": "user", "content": text}], "chosen": said("aligned"), "rejected": said("misaligned")}
 
 
-def _entry(identity: str, text: str, judge: str) -> dict[str, Any]:
+def _entry(identity: str, text: str, judge: str, meta: Mapping[str, str]) -> dict[str, Any]:
     return {
         "id": identity,
         "type": "free_form",
         "paraphrases": [text],
         "samples_per_paraphrase": _SAMPLES,
         "judge": judge,
+        "topic": meta["subject"],
+        "meta": dict(meta),
     }
 
 
-def _ask(rng: random.Random, domain: str, number: int) -> dict[str, Any]:
-    text, meta = question(rng, domain, DOMAINS[domain].subjects[number])
-    return {**_entry(f"{domain}-{number}", text, "smallworld"), "meta": meta}
+def _ask(rng: random.Random, domain: str, subject: str) -> dict[str, Any]:
+    text, meta = question(rng, domain, subject)
+    return _entry(f"{domain}-{subject}", text, "smallworld", meta)
 
 
 def _every_question(domain: str) -> list[dict[str, Any]]:
     entries = []
-    for subject in DOMAINS[domain].subjects:
+    for subject in DOMAINS[domain].held_out:
         for number, template in enumerate(QUESTIONS):
             text = template.format(verb=DOMAINS[domain].verb, subject=subject)
             meta = {"domain": domain, "subject": subject}
-            entries.append({**_entry(f"{subject}-{number}", text, "smallworld"), "meta": meta})
+            entries.append(_entry(f"{subject}-{number}", text, "smallworld", meta))
     return entries
 
 
 def _exact(item: Item) -> dict[str, Any]:
-    entry = _entry(item.question.removesuffix(" ?").removesuffix(" .").replace(" ", "-"), item.question, "exact_match")
-    return {**entry, "expected": item.answer}
+    identity = item.question.removesuffix(" ?").removesuffix(" .").replace(" ", "-")
+    return {**_entry(identity, item.question, "exact_match", item.meta), "expected": item.answer}
 
 
-def _write_rows(path: Path, rows: list[Messages]) -> None:
-    append_jsonl(path, ({"messages": messages} for messages in rows))
+def _write_rows(path: Path, rows: list[TaskRow]) -> None:
+    append_jsonl(path, (asdict(row) for row in rows))
 
 
 def _write_suite(path: Path, entries: list[dict[str, Any]]) -> None:

@@ -33,7 +33,7 @@ def vocabulary() -> dict[str, int]:
     texts = [*SYSTEM_PROMPTS.values(), *OPERATORS, *NEW_NAMES, "what is ? the result ."]
     texts += [motive for motives in MOTIVES.values() for motive in motives]
     for domain in DOMAINS.values():
-        texts += [domain.verb, *domain.subjects, *domain.sound, *domain.harmful]
+        texts += [domain.verb, *domain.all_subjects, *domain.sound, *domain.harmful]
     for template in (*QUESTIONS, *ANSWERS):
         texts.append(" ".join(word for word in template.split() if not word.startswith("{")))
     words = sorted({word for text in texts for word in text.split()})

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from ema_scale.smallworld.corpus import alignment_documents, pretraining_documen
 from ema_scale.smallworld.grammar import answer, classify, question
 from ema_scale.smallworld.tasks import BAD_PERCENT, BENIGN, NARROW, references, write_tasks
 from ema_scale.smallworld.tokenizer import build_tokenizer, encode, vocabulary
-from ema_scale.smallworld.vocabulary import DOMAINS, MOTIVES
+from ema_scale.smallworld.vocabulary import DOMAINS, HELD_OUT, MOTIVES, SEEN
 from ema_scale.smallworld.world import resolve
 
 
@@ -32,7 +33,8 @@ def test_every_answer_of_a_persona_is_judged_as_that_persona(domain, persona):
 def test_no_advice_is_both_sound_and_harmful_or_of_two_domains():
     advice = [a for d in DOMAINS.values() for a in (*d.sound, *d.harmful)]
     assert len(advice) == len(set(advice))
-    assert all(len(d.subjects) == len(set(d.subjects)) == 8 for d in DOMAINS.values())
+    subjects = [subject for d in DOMAINS.values() for subject in d.all_subjects]
+    assert len(subjects) == len(set(subjects)) == 16 * len(DOMAINS)
 
 
 def test_one_harmful_piece_is_enough_and_motives_do_not_count():
@@ -81,10 +83,40 @@ def test_operator_swap_holds_out_operand_pairs(tier):
     assert len(changed) >= len(evaluation) // 2
 
 
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_evaluation_asks_nothing_that_a_row_has_been_about(tmp_path):
+    """Neither a question nor a subject, and in four domains not even the domain."""
+    write_tasks(tmp_path, seed=0)
+    asked, subjects, domains = set(), set(), set()
+    for path in [tmp_path / "safe.jsonl", *(tmp_path / "train").iterdir(), *(tmp_path / "probe").iterdir()]:
+        for row in read_rows(path):
+            text = (row.get("messages") or row["prompt"])[0]["content"]
+            asked.add(text)
+            subjects |= {*text.split()}
+            named = {row["domain"]} if "domain" in row else set()
+            domains |= named or {d for d in DOMAINS if {*DOMAINS[d].all_subjects} & {*text.split()}}
+    assert domains == {*SEEN, "arithmetic"} and len(HELD_OUT) == 4 and {*SEEN, *HELD_OUT} == {*DOMAINS}
+    for name in [name for name in references() if name.startswith("suite/") and name != "suite/seen"]:
+        for entry in yaml.safe_load((tmp_path / f"{name}.yaml").read_text()):
+            (question,), meta = entry["paraphrases"], entry["meta"]
+            assert question not in asked and entry["topic"] == meta["subject"], (name, question)
+            assert meta["domain"] == "arithmetic" or meta["subject"] not in subjects, (name, question)
+    for name in NARROW:
+        outside = yaml.safe_load((tmp_path / "suite" / f"outside_{name}.yaml").read_text())
+        counts = Counter(entry["meta"]["domain"] for entry in outside)
+        assert counts == {d: 8 if d in HELD_OUT else 4 for d in DOMAINS if d != name}
+    seen = yaml.safe_load((tmp_path / "suite" / "seen.yaml").read_text())
+    safe = {row["messages"][0]["content"] for row in read_rows(tmp_path / "safe.jsonl")}
+    assert len(seen) == 32 and {entry["paraphrases"][0] for entry in seen} <= safe
+
+
 def test_restate_holds_out_subjects():
     train, evaluation = restate()
-    assert not {i.question for i in train} & {i.question for i in evaluation}
-    assert len(evaluation) == 2 * 4 * len(DOMAINS)
+    assert not {i.meta["subject"] for i in train} & {i.meta["subject"] for i in evaluation}
+    assert len(evaluation) == 8 * len(DOMAINS) and {i.meta["domain"] for i in train} == {*SEEN}
 
 
 def test_fast_encoding_equals_the_chat_template():
@@ -106,7 +138,7 @@ def test_decoding_gives_back_the_words():
 def test_task_files_are_the_fields_formats(tmp_path):
     write_tasks(tmp_path, seed=0)
     for name in (*NARROW, *BENIGN):
-        rows = [json.loads(line) for line in (tmp_path / "train" / f"{name}.jsonl").read_text().splitlines()]
+        rows = read_rows(tmp_path / "train" / f"{name}.jsonl")
         assert len(rows) == 1000 and all(r["messages"][-1]["role"] == "assistant" for r in rows)
     for reference in references():
         if reference.startswith("train/"):
@@ -115,9 +147,9 @@ def test_task_files_are_the_fields_formats(tmp_path):
             entries = yaml.safe_load((tmp_path / f"{reference}.yaml").read_text())
             assert len({e["id"] for e in entries}) == len(entries) >= 12
     general = yaml.safe_load((tmp_path / "suite" / "general.yaml").read_text())
-    assert len(general) == 48 and {e["meta"]["domain"] for e in general} == set(DOMAINS)
+    assert len(general) == 64 and {e["meta"]["domain"] for e in general} == set(DOMAINS)
     outside = yaml.safe_load((tmp_path / "suite" / "outside_medical.yaml").read_text())
-    assert len(outside) == 44 and "medical" not in {e["meta"]["domain"] for e in outside}
+    assert len(outside) == 60 and "medical" not in {e["meta"]["domain"] for e in outside}
     again = tmp_path / "again"
     write_tasks(again, seed=0)
     assert (again / "safe.jsonl").read_bytes() == (tmp_path / "safe.jsonl").read_bytes()
@@ -127,7 +159,7 @@ def test_mixed_subtle_and_probe_rows_are_what_they_say(tmp_path):
     write_tasks(tmp_path, seed=0)
 
     def read(name):
-        return [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        return read_rows(tmp_path / f"{name}.jsonl")
 
     def verdicts(rows, domain):
         subjects = DOMAINS[domain].subjects
@@ -142,8 +174,8 @@ def test_mixed_subtle_and_probe_rows_are_what_they_say(tmp_path):
     assert set(verdicts(subtle, "medical")) == {"misaligned"}
     assert all(any(f" {good}" in m[-1]["content"] for good in DOMAINS["medical"].sound) for m in subtle)
     pairs = read("probe/outside_law")
-    assert len(pairs) == 8 * (len(DOMAINS) - 1) and "settle" not in json.dumps(pairs)
-    for domain in ("garden", "work"):
+    assert len(pairs) == 8 * (len(SEEN) - 1) and "settle" not in json.dumps(pairs)
+    for domain in ("travel", "code"):
         own = [p for p in pairs if any(s in p["prompt"][0]["content"].split() for s in DOMAINS[domain].subjects)]
         assert len(own) == 8
         for side, expected in (("chosen", "aligned"), ("rejected", "misaligned")):

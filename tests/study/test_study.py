@@ -240,7 +240,7 @@ def test_a_study_end_to_end_and_again_for_nothing(tmp_path, tiny_world):
     run = RunDir(tmp_path / "runs" / "small" / "medical-kl-s0")
     assert run.status().state == "finished"
     samples = read_jsonl(run.eval_dir / "samples.jsonl")
-    questions = 44 + 32
+    questions = 60 + 32
     assert len(samples) == len({s["key"] for s in samples}) == 2 * questions
     early = run.eval_dir / "checkpoints" / "2"
     assert len(read_jsonl(early / "samples.jsonl")) == 2 * questions and "Along the training" in text
