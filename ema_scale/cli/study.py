@@ -32,7 +32,10 @@ def study(path: StudyPath, overrides: Overrides = None, dry_run: DryRun = False,
         print_preparation(loaded)
         from ema_scale.planning.describe import describe_runs
 
-        print(describe_runs(loaded.runs(tuple(overrides or ()))))
+        runs = loaded.runs(tuple(overrides or ()))
+        print(describe_runs(runs))
+        for again in loaded.relearn.recipes(runs) if loaded.relearn else ():
+            print(f"then {again.run_path}: {again.data.limit} rows without a defense, from {again.adapter.start}")
         return
     console.print(f"wrote {run_study(loaded, tuple(overrides or ()), jobs)}")
 

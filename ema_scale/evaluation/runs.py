@@ -191,7 +191,8 @@ def group_by_base(pairs: Iterable[tuple[NamedRun, Recipe]], base_dir: Path) -> l
     """
     groups: dict[str, BaseGroup[NamedRun]] = defaultdict(list)
     for name, recipe in pairs:
-        settings = recipe.evaluation.model_dump(mode="json", exclude={"suites", "conditions", "inoculation"})
+        own = {"suites", "conditions", "inoculation", "checkpoints"}  # each run has its own suites and adapters
+        settings = recipe.evaluation.model_dump(mode="json", exclude=own)
         groups[json.dumps([recipe.model.model_dump(mode="json"), settings], sort_keys=True)].append((name, recipe))
     found: list[tuple[Path, BaseGroup[NamedRun]]] = []
     for group in groups.values():

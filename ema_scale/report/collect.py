@@ -20,6 +20,7 @@ from ema_scale.report.aggregate import mean_rate
 from ema_scale.report.conditional import base_conditions, known_conditions
 from ema_scale.report.display_names import BASE, distinct_labels, model_names, short_label, spec_key, task_names
 from ema_scale.report.records import METRICS, Collection, Metrics, Problem, Run, known_rate, known_rates
+from ema_scale.report.relearning import without_continued
 from ema_scale.report.run_details import missing_runs
 from ema_scale.report.unseen import TaskQuestions, unseen_questions
 
@@ -50,6 +51,8 @@ def collect(run_dirs: Sequence[Path]) -> Collection:
     if not any_run:
         given = ", ".join(str(p) for p in run_dirs) or "no folder at all"
         raise UserError(f"report: found no run folder among {given}; expected folders with a recipe.yaml")
+    collection.runs, continued = without_continued(collection.runs)
+    collection.requested -= len(continued)
     stored = {spec_key(run.specs): run.provenance.label for run in collection.runs if run.provenance.label}
     labels = distinct_labels((run.specs for run in collection.runs), stored)
     models = model_names(run.model for run in collection.runs)
@@ -60,6 +63,10 @@ def collect(run_dirs: Sequence[Path]) -> Collection:
     ]
     apart = unseen_questions(collection.runs)
     collection.runs = [_on_unseen(run, apart[run.task], collection.problems) for run in collection.runs]
+    tasks_by_path = {run.path: run.task for run in collection.runs}
+    for one in continued:
+        task = tasks_by_path[one.path]
+        collection.continued.append(replace(one, run=_on_unseen(one.run, apart[task], collection.problems)))
     collection.bases = _base_runs(collection.runs, run_dirs, apart)
     collection.problems += [Problem(run, "note", text) for task in apart.values() for run, text in task.notes]
     collection.seen = {task: found.text for task, found in apart.items()}

@@ -111,6 +111,19 @@ class Run:
         return self.kind != "benign"
 
 
+@dataclass(frozen=True, eq=False)
+class Continued:
+    """A run without a defense that goes on from the adapter of another, for so many rows.
+
+    Args:
+        path: the folder of the run that it goes on from.
+    """
+
+    run: Run
+    path: Path
+    rows: int
+
+
 @dataclass(frozen=True)
 class Problem:
     """Something a reader must know about one run."""
@@ -127,6 +140,7 @@ class Collection:
 
     runs: list[Run] = field(default_factory=list)
     bases: list[Run] = field(default_factory=list)
+    continued: list[Continued] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     requested: int = 0
     seen: dict[str, str] = field(default_factory=dict)

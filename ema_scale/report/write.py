@@ -19,6 +19,7 @@ from ema_scale.report.examples import Example, examples
 from ema_scale.report.paired import paired_table
 from ema_scale.report.pictures import Picture, make_picture, pictures
 from ema_scale.report.records import METRIC_NAMES, METRICS, PAGE, Collection, Problem, ReportedRate, Run
+from ema_scale.report.relearning import relearning_table
 from ema_scale.report.robustness import robustness_table
 from ema_scale.report.run_details import run_details
 from ema_scale.report.scaling import ALT, CAPTION, scaling, scaling_figure, scaling_table, sentences
@@ -46,6 +47,7 @@ def write(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
             conditional_table(of_model, found.bases),
             paired_table(of_model),
             robustness_table(of_model),
+            relearning_table(of_model, found.continued),
         ]
         tables = (criteria_rows(of_model), run_rows(of_model))
         kept = [sheet for sheet in sheets if sheet is not None]

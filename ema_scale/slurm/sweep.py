@@ -6,6 +6,7 @@ The array's task N trains the study's run N; a job of its own follows when no ta
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ from ema_scale.study.prepare import prepare
 from ema_scale.study.todo import Todo, todo
 from ema_scale.training.resume_check import check_same_training_of_runs, renew_recipe
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -58,6 +61,10 @@ def plan_sweep(
     Raises UserError if runs are there already that were trained otherwise, or on a base model that the gate refused.
     """
     recipes = tuple(study.runs(overrides))
+    if study.relearn is not None:
+        log.warning(
+            "%s: relearn is no part of a sweep; run `ema study` after it, which keeps what is trained", study.name
+        )
     check_same_training_of_runs(recipes, processes_of(site, size), f"study {study.name}")
     left = todo(study, recipes)
     waiting = [recipes[i] for i in left.train]

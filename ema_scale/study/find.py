@@ -42,7 +42,9 @@ def _below(path: Path) -> list[Path]:
     study = find_study(path)
     if study is None:
         return there
-    runs = [path / name for name in study.names()]
+    names = study.names()
+    # Relearning is done for some of the runs alone.
+    runs = [path / name for name in study.run_names() if name in names or is_run(path / name)]
     others = [run.name for run in there if run not in runs]
     if others:
         log.info("%s: left out, for they are not of the study in %s: %s", path, STUDY, ", ".join(others))

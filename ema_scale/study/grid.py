@@ -11,6 +11,7 @@ A study file:
     retries: 1                                                                 # of a run that fails; without it: none
     only: [{tasks: [medical]}, {defenses: [none, kl-0.3], seeds: [0]}]         # optional; without it: the whole grid
     prepare: [{run: [ema, train, ../recipes/x.yaml], makes: runs/x/adapter}]   # run first, where it is not there yet
+    relearn: [8, 16, 32, 64]           # then go on from each defended adapter, without its defense, for so many rows
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from ema_scale.core.errors import UserError, explain
 from ema_scale.core.paths import find_file
 from ema_scale.recipe import Recipe, build_recipe
 from ema_scale.study.prepare import Preparation
+from ema_scale.study.relearn import Relearning
 
 # Of a recipe's fields those that a study sets for every run itself, and what of the study file to change instead.
 _OWN = {"name": "name", "output": "output", "seed": "seeds", "defenses": "defenses"}
@@ -92,6 +94,18 @@ class Study(BaseModel):
         description="Commands to run first, each where the file or folder that it makes is missing.",
         examples=[[{"run": ["ema", "train", "x.yaml"], "makes": "runs/x/adapter"}]],
     )
+
+    relearn: Relearning | None = Field(
+        None,
+        description="Go on from each defended adapter without its defense, for so many of the task's rows: does "
+        "misalignment come back? A list of numbers, or `{rows: ..., epochs: ..., source: ...}`.",
+        examples=[[8, 16, 32, 64]],
+    )
+
+    @field_validator("relearn", mode="before")
+    @classmethod
+    def _numbers_alone(cls, value: Any) -> Any:
+        return {"rows": value} if isinstance(value, list) else value
 
     @field_validator("defenses")
     @classmethod
@@ -168,6 +182,11 @@ class Study(BaseModel):
     def names(self) -> list[str]:
         """The runs' names, in order, which are their folders' below `path`."""
         return ["-".join(filter(None, (m, task, defense, f"s{seed}"))) for m, task, defense, seed in self.cells()]
+
+    def run_names(self) -> list[str]:
+        """`names`, and those of the runs that relearning makes of them, which there may be."""
+        again = self.relearn
+        return [*self.names(), *(one for name in self.names() for one in (again.names(name) if again else ()))]
 
     def cells(self) -> list[tuple[str, str, str, int]]:
         """(model, task, defense, seed) of every run, in order."""

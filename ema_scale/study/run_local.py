@@ -42,6 +42,10 @@ def run_study(study: Study, overrides: tuple[str, ...] = (), jobs: int | None = 
     finished = [r for r in recipes if r.name not in failed]
     if not finished:
         raise UserError(f"study {study.name}: every run failed{after}:\n{listed(failed)}")
+    again = list(study.relearn.recipes(finished)) if study.relearn else []
+    failed_again = train_all(again, jobs or default_jobs(), study.path / "logs", study.retries) if again else {}
+    recipes, failed = [*recipes, *again], failed | failed_again
+    finished = [r for r in recipes if r.name not in failed]
     wrong = []
     try:
         evaluate_runs([RunDir(r.run_path) for r in finished], study.path / "base")
