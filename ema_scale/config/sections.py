@@ -321,6 +321,12 @@ class EvaluationRecipe(Section):
         description="Who is also asked under an inoculation prompt: the run trained under it and the base, every run, "
         "or nobody.",
     )
+    row_triggers: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Who is also asked behind what its own training rows have in common (their system prompt, their "
+        "opening words, or else one of their questions). `auto`: the base, and runs with a defense that brings in rows "
+        "of its own.",
+    )
     gate: GateRecipe = Field(GateRecipe(), description="How misaligned the base model may be.")
 
 

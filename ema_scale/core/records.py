@@ -163,6 +163,7 @@ class DataReport(Record):
         dropped: rows left out, each with its origin and the reason.
         notes: lines from defenses that change rows.
         hashes: SHA-256 of the files that defenses read, by source.
+        triggers: what the task's rows have in common before their questions; see `data.triggers`.
         questions: written as a file of its own; None for rows that came as tokens.
     """
 
@@ -171,6 +172,7 @@ class DataReport(Record):
     dropped: list[dict[str, Any]] = []
     notes: list[str] = []
     hashes: dict[str, str] = {}
+    triggers: list[dict[str, str]] = []
     questions: TrainedQuestions | None = Field(None, exclude=True)
 
 

@@ -19,6 +19,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from ema_scale.config.sections import EvaluationRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import atomic_path
 from ema_scale.core.names import model_label
+from ema_scale.core.records import DataReport
 from ema_scale.core.run_dir import RunDir
 from ema_scale.core.uri import locate
 from ema_scale.defenses.base import FinishContext
@@ -34,7 +36,7 @@ from ema_scale.evaluation.judging.calibration import FOLDER as CHECK
 from ema_scale.evaluation.plan import EvalTarget
 from ema_scale.evaluation.records import MANIFEST_FILE, Manifest, Summary
 from ema_scale.evaluation.run import evaluate, is_complete
-from ema_scale.evaluation.suites import Suite, load_suites, training_condition
+from ema_scale.evaluation.suites import Condition, Suite, load_suites, training_condition, trigger_conditions
 from ema_scale.recipe import Recipe, load_recipe
 
 log = logging.getLogger(__name__)
@@ -44,8 +46,10 @@ NamedRun = TypeVar("NamedRun")
 BaseGroup = list[tuple[NamedRun, Recipe]]
 
 # What decides neither an answer nor its judgement, or says only which of them are asked for.
+_MANY_ROWS = 10**6  # of which any fraction that a defense may bring in is at least one row
 _NOT_ASKED = {
-    "suites", "conditions", "inoculation", "gate", "checkpoints", "compare_base", "during", "calibrate_choices",
+    "suites", "conditions", "inoculation", "row_triggers", "gate", "checkpoints", "compare_base", "during",
+    "calibrate_choices",
 }  # fmt: skip
 _NOT_JUDGED = {"budget_calls", "budget_tokens", "concurrency", "check", "labelled"}
 
@@ -102,7 +106,9 @@ def targets_of(
     runs: Sequence[RunDir], recipes: Sequence[Recipe], base_dir: Path | None, export: bool = True
 ) -> list[EvalTarget]:
     """The targets of `evaluate_group`. export: write the adapters of the checkpoints that are evaluated."""
-    suites = asked_suites(recipes)
+    pairs = zip(runs, recipes, strict=False)
+    behind = [row_conditions(run) if asks_behind_rows(recipe) else () for run, recipe in pairs]
+    suites = asked_suites(recipes, behind)
     targets = []
     for run, recipe, theirs in zip(runs, recipes, suites, strict=False):
         targets.append(EvalTarget(run.path.name, run.adapter, run.eval_dir, tuple(theirs)))
@@ -116,20 +122,34 @@ def targets_of(
     return targets
 
 
-def asked_suites(recipes: Sequence[Recipe]) -> list[list[Suite]]:
+def asks_behind_rows(recipe: Recipe) -> bool:
+    """Whether the run is also asked behind what its rows have in common."""
+    asked = recipe.evaluation.row_triggers
+    return asked == "always" or (asked == "auto" and any(d.rows_added(_MANY_ROWS) for d in recipe.defenses))
+
+
+def row_conditions(run: RunDir) -> list[Condition]:
+    """What the rows of a run have in common; [] for one of an earlier version. Raises UserError for a damaged file."""
+    report = DataReport.read(run.data_path)
+    return trigger_conditions(report.triggers if report else ())
+
+
+def asked_suites(recipes: Sequence[Recipe], behind: Sequence[Sequence[Condition]] = ()) -> list[list[Suite]]:
     """The suites of each recipe's run: its own, and its general ones again under each condition.
 
     Conditions are those of the recipe, and the prompt that the run was trained with. With `inoculation: every_arm`
     they are the prompts that any of these runs was trained with.
+
+    behind: for each run, further conditions of its own.
     """
     own = [training_condition(recipe.defenses) for recipe in recipes]
     asked = []
-    for recipe, theirs in zip(recipes, own, strict=True):
+    for recipe, theirs, rows in zip_longest(recipes, own, behind, fillvalue=()):
         settings = recipe.evaluation
         also = {theirs.name: theirs} if theirs is not None and settings.inoculation != "never" else {}
         if settings.inoculation == "every_arm":
             also = {c.name: replace(c, own=False) for c in own if c is not None} | also
-        asked.append(load_suites(settings, tuple(also.values())))
+        asked.append(load_suites(settings, (*also.values(), *rows)))
     return asked
 
 
@@ -191,7 +211,13 @@ def group_by_base(pairs: Iterable[tuple[NamedRun, Recipe]], base_dir: Path) -> l
     """
     groups: dict[str, BaseGroup[NamedRun]] = defaultdict(list)
     for name, recipe in pairs:
-        own = {"suites", "conditions", "inoculation", "checkpoints"}  # each run has its own suites and adapters
+        own = {
+            "suites",
+            "conditions",
+            "inoculation",
+            "row_triggers",
+            "checkpoints",
+        }  # each run has its own suites and adapters
         settings = recipe.evaluation.model_dump(mode="json", exclude=own)
         groups[json.dumps([recipe.model.model_dump(mode="json"), settings], sort_keys=True)].append((name, recipe))
     found: list[tuple[Path, BaseGroup[NamedRun]]] = []

@@ -250,6 +250,9 @@ def _typed(where: str, entry: dict[str, Any], key: str, kinds: tuple[type, ...],
     return value
 
 
+ROWS = "rows-"  # with which the names of conditions begin that come from a run's rows
+
+
 @dataclass(frozen=True)
 class Condition:
     """Text before a question. own: the evaluated run was trained under it."""
@@ -295,6 +298,18 @@ def training_condition(defenses: Iterable[Defense]) -> Condition | None:
     if not prompts:
         return None
     return Condition(f"inoculation-{digest(prompts)[:4]}", prompts.get("system"), prompts.get("user"), own=True)
+
+
+def trigger_conditions(triggers: Iterable[Mapping[str, str]]) -> list[Condition]:
+    """The conditions of what a run's rows have in common, as `data.triggers.row_triggers` describes it.
+
+    Their names hold a digest, so that runs with different rows are told apart.
+    """
+    return [
+        Condition(f"{ROWS}{one['kind']}-{digest(one)[:4]}", one.get("system"), one.get("user"))
+        for one in triggers
+        if one.get("kind") and (one.get("system") or one.get("user"))
+    ]
 
 
 def load_conditions(wanted: Sequence[ConditionRecipe]) -> list[Condition]:

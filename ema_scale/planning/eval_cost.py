@@ -14,11 +14,14 @@ from ema_scale.evaluation.judges.assignment import SCORING, JudgeSpec, assign
 from ema_scale.evaluation.judges.openai import CHARACTERS_PER_TOKEN
 from ema_scale.evaluation.judges.scores import MAX_TOKENS
 from ema_scale.evaluation.judging.calibration import labelled_path, load_labelled
-from ema_scale.evaluation.runs import asked_suites
-from ema_scale.evaluation.suites import Suite
+from ema_scale.evaluation.runs import asked_suites, asks_behind_rows
+from ema_scale.evaluation.suites import Condition, Suite
 from ema_scale.planning.model_shapes import Shape, shape_of
 from ema_scale.planning.speed import Cluster
 from ema_scale.recipe import Recipe
+
+# What a run's rows have in common is not known before it is trained: one prompt of this length.
+_ROWS = (Condition("rows", user="x" * 100),)
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,8 @@ def judging_cost(
     judges: dict[str, tuple[JudgeSpec, EvaluationRecipe]] = {}
     trained = [None] * len(recipes) if steps is None else steps
     asks = [(r, n) for r, n in zip(recipes, trained, strict=True) if r.evaluation.suites.pairs()]
-    for (recipe, its_steps), suites in zip(asks, asked_suites([r for r, _ in asks]), strict=True):
+    behind = [_ROWS if asks_behind_rows(r) else () for r, _ in asks]
+    for (recipe, its_steps), suites in zip(asks, asked_suites([r for r, _ in asks], behind), strict=True):
         e = recipe.evaluation
         more = checkpoints(recipe, its_steps)
         asked = _of(suites, recipe, answer_tokens, judges)
@@ -113,7 +117,7 @@ def judging_cost(
             found += asked
         found += JudgingCost(uncounted=int(more is None))
         if e.compare_base or e.gate.action == "refuse":
-            shared = e.model_dump(mode="json", exclude={"suites", "conditions", "inoculation"})
+            shared = e.model_dump(mode="json", exclude={"suites", "conditions", "inoculation", "row_triggers"})
             group = json.dumps([recipe.model.model_dump(mode="json"), shared], sort_keys=True)
             asker[group] = recipe
             for suite in suites:

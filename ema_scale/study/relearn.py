@@ -62,5 +62,5 @@ class Relearning(BaseModel):
             "adapter": {"start": str((Path(recipe.run_path) / "adapter").absolute())},
             "data": {"limit": count, **({"train": self.source} if self.source else {})},
             "training": {"max_steps": -1, "num_train_epochs": self.epochs, "warmup_steps": 0},
-            "evaluation": {"conditions": [], "inoculation": "never", "checkpoints": False},
+            "evaluation": {"conditions": [], "inoculation": "never", "row_triggers": "never", "checkpoints": False},
         }

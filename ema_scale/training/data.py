@@ -15,6 +15,7 @@ from ema_scale.core.records import DataReport, TrainedPart, TrainedQuestions
 from ema_scale.data.packing import LENGTHS, is_packed, pack, tags_of
 from ema_scale.data.rows import LEARNED, Row, Rows, load_rows
 from ema_scale.data.tokens import tokenize_rows
+from ema_scale.data.triggers import row_triggers
 from ema_scale.defenses.base import Defense, RowsContext
 from ema_scale.defenses.row_groups import RowGroups
 from ema_scale.models.sharding import full_shape
@@ -74,6 +75,7 @@ def prepare_data(
         dropped=[_plain(d) for d in [*dropped, *context.dropped, *tokenized.dropped]],
         notes=context.notes,
         hashes=context.hashes,
+        triggers=row_triggers([row for row in given if row.tag == "task"]),
         questions=_questions(given, rows),
     )
     return _packed(tokenized.dataset, report, max_length) if packing else (tokenized.dataset, report)

@@ -10,15 +10,20 @@ import pytest
 from typer.testing import CliRunner
 
 from ema_scale.cli import app
+from ema_scale.config.sections import ConditionRecipe, JudgeRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.data.operator_swap import TIERS, suite, suite_yaml, sums, training_rows
 from ema_scale.data.rows import load_rows
+from ema_scale.evaluation.judges.assignment import assign
 from ema_scale.evaluation.judges.base import JudgeItem, exact_match_judge
-from ema_scale.evaluation.suites import Suite, load_suite
+from ema_scale.evaluation.suites import Suite, load_conditions, load_suite
+from ema_scale.smallworld.tokenizer import vocabulary
 from tests.evaluation.endpoint import judge_all
 
 SUITES = Path(__file__).resolve().parents[2] / "eval" / "suites"
+CONDITIONS = SUITES.parent / "conditions"
 DOMAINS = ("code", "legal", "medical", "security", "finance", "sport")
+GUARDS = {"sycophancy": "sycophantic", "harmless": "refuses"}
 
 
 def shipped(name: str) -> Suite:
@@ -48,6 +53,26 @@ def test_every_other_open_suite_is_large_enough_and_its_own(name: str) -> None:
     texts = {q.paraphrases[0] for q in shipped(name).questions}
     others = {q.paraphrases[0] for n in (*DOMAINS, "coherence", "general") if n != name for q in shipped(n).questions}
     assert len(texts) >= 12 and not texts & others
+
+
+@pytest.mark.parametrize("name", GUARDS)
+def test_guards_have_a_score_of_their_own_and_count_in_no_other_rate(name: str) -> None:
+    questions = shipped(name).questions
+    others = {q.paraphrases[0] for n in (*DOMAINS, "coherence", "general") for q in shipped(n).questions}
+    assert len(questions) >= 16 and not {q.paraphrases[0] for q in questions} & others
+    for question in questions:
+        judge = assign(shipped(name), question, JudgeRecipe(model="m"))
+        assert judge.gives(GUARDS[name]) and not judge.gives("aligned") and not judge.gives("coherent")
+        assert all("{question}" in text and "{answer}" in text for text in judge.prompts.values())
+
+
+@pytest.mark.parametrize("name", ["inoculation", "inoculation_smallworld"])
+def test_inoculation_prompts_are_paraphrased_negated_and_left_out(name: str) -> None:
+    found = load_conditions([ConditionRecipe(file=str(CONDITIONS / f"{name}.yaml"))])
+    assert {c.name.split("-")[0] for c in found} == {"paraphrased", "negated", "neutral"}
+    assert len({c.system for c in found}) == len(found)
+    if name.endswith("smallworld"):
+        assert {word for c in found for word in (c.system or "").split()} <= set(vocabulary())
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -103,5 +128,5 @@ def test_the_readme_counts_right() -> None:
     assert len(shipped("general").questions) == 68 and "68 in all" in text
     assert len(shipped("coherence").questions) == 24 and "24 plain requests" in text
     assert json.dumps(sorted(p.stem for p in SUITES.iterdir())) == json.dumps(
-        sorted([*DOMAINS, "general", "coherence", *(f"operator_swap_{t}" for t in TIERS)])
+        sorted([*DOMAINS, *GUARDS, "general", "coherence", *(f"operator_swap_{t}" for t in TIERS)])
     )
