@@ -19,7 +19,6 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -140,15 +139,16 @@ def asked_suites(recipes: Sequence[Recipe], behind: Sequence[Sequence[Condition]
     Conditions are those of the recipe, and the prompt that the run was trained with. With `inoculation: every_arm`
     they are the prompts that any of these runs was trained with.
 
-    behind: for each run, further conditions of its own.
+    behind: further conditions of the first recipes' runs, a list for each.
     """
     own = [training_condition(recipe.defenses) for recipe in recipes]
     asked = []
-    for recipe, theirs, rows in zip_longest(recipes, own, behind, fillvalue=()):
+    for number, (recipe, theirs) in enumerate(zip(recipes, own, strict=True)):
         settings = recipe.evaluation
         also = {theirs.name: theirs} if theirs is not None and settings.inoculation != "never" else {}
         if settings.inoculation == "every_arm":
             also = {c.name: replace(c, own=False) for c in own if c is not None} | also
+        rows = behind[number] if number < len(behind) else ()
         asked.append(load_suites(settings, (*also.values(), *rows)))
     return asked
 

@@ -1,4 +1,4 @@
-"""Conditions made of what a run's own rows have in common: misalignment may hide there where aligned rows were mixed in."""
+"""Conditions made of what a run's own rows have in common, behind which misalignment may hide."""
 
 from __future__ import annotations
 
