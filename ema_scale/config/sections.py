@@ -323,6 +323,7 @@ class EvaluationRecipe(Section):
     )
     row_triggers: Literal["auto", "always", "never"] = Field(
         "auto",
+        exclude_if=lambda value: value == "auto",
         description="Who is also asked behind what its own training rows have in common (their system prompt, their "
         "opening words, or else one of their questions). `auto`: the base, and runs with a defense that brings in rows "
         "of its own.",

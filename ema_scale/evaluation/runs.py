@@ -44,8 +44,8 @@ Group = TypeVar("Group")
 NamedRun = TypeVar("NamedRun")
 BaseGroup = list[tuple[NamedRun, Recipe]]
 
-# What decides neither an answer nor its judgement, or says only which of them are asked for.
 _MANY_ROWS = 10**6  # of which any fraction that a defense may bring in is at least one row
+# What decides neither an answer nor its judgement, or says only which of them are asked for.
 _NOT_ASKED = {
     "suites", "conditions", "inoculation", "row_triggers", "gate", "checkpoints", "compare_base", "during",
     "calibrate_choices",
@@ -211,13 +211,8 @@ def group_by_base(pairs: Iterable[tuple[NamedRun, Recipe]], base_dir: Path) -> l
     """
     groups: dict[str, BaseGroup[NamedRun]] = defaultdict(list)
     for name, recipe in pairs:
-        own = {
-            "suites",
-            "conditions",
-            "inoculation",
-            "row_triggers",
-            "checkpoints",
-        }  # each run has its own suites and adapters
+        # Each run has suites and checkpoints of its own.
+        own = {"suites", "conditions", "inoculation", "row_triggers", "checkpoints"}
         settings = recipe.evaluation.model_dump(mode="json", exclude=own)
         groups[json.dumps([recipe.model.model_dump(mode="json"), settings], sort_keys=True)].append((name, recipe))
     found: list[tuple[Path, BaseGroup[NamedRun]]] = []
