@@ -53,6 +53,26 @@ def read_entries(path: Path) -> list[Entry]:
     return _with_judges(_json(path, text) if path.suffix == ".json" else _yaml(path, text))
 
 
+READ_TYPES = {"rating": 8, "next_token": 1}
+"""types of questions whose answers are read, and how many tokens these have at most"""
+_LIKELIHOODS_OF_ONE = ("top_logprobs", "num_samples", "convert_to_probs", "refusal_threshold")
+
+
+def read_question(where: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A question of one of READ_TYPES in the keys of others. It is asked 100 times unless it says how often.
+
+    Raises UserError for a scale that is none. Keys about log-probabilities are left out: answers are sampled.
+    """
+    scale = [entry.get("min_rating", 0), entry.get("max_rating", 100)]
+    if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in scale) or scale[0] >= scale[1]:
+        raise UserError(f"{where}: min_rating, max_rating: found {scale[0]!r} and {scale[1]!r}, expected less and more")
+    rest = {k: v for k, v in entry.items() if k not in (*_LIKELIHOODS_OF_ONE, "type", "min_rating", "max_rating")}
+    meta = {**(entry.get("meta") or {}), "min_rating": scale[0], "max_rating": scale[1]}
+    kind = str(entry["type"])
+    defaults = {"max_tokens": READ_TYPES[kind], "samples_per_paraphrase": 100}
+    return defaults | rest | {"judge": kind, "meta": meta if kind == "rating" else entry.get("meta")}
+
+
 def judge_prompts(where: str, value: Any) -> dict[str, str]:
     """Judge prompts by name, from a mapping or a list of mappings of one name each.
 

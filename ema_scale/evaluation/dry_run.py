@@ -47,15 +47,22 @@ def describe_plan(targets: Sequence[EvalTarget], model: ModelRecipe, settings: E
             found = [g for g in own if g.suite.name == suite]
             lines.append(f"  {_suite(found, there[target.name], judged[target.name])}")
     keys = [(g, key) for g in groups for key in g.keys]
-    missing = sum(key not in there[g.target.name] for g, key in keys)
-    temperatures = ", ".join(f"{t:g}" for t in sorted({g.temperature for g in groups}))
-    longest = max(g.max_tokens for g in groups)
-    lines.append(
-        f"sample   {missing:,} of {len(keys):,} answers by {sampler}: temperature {temperatures}, top_p "
-        f"{settings.top_p:g}, up to {longest} tokens"
-    )
+    written = [(g, key) for g, key in keys if g.is_scored]
+    keys = [(g, key) for g, key in keys if not g.is_scored]
+    if keys:
+        missing = sum(key not in there[g.target.name] for g, key in keys)
+        temperatures = ", ".join(f"{t:g}" for t in sorted({g.temperature for g, _ in keys}))
+        lines.append(
+            f"sample   {missing:,} of {len(keys):,} answers by {sampler}: temperature {temperatures}, top_p "
+            f"{settings.top_p:g}, up to {max(g.max_tokens for g, _ in keys)} tokens"
+        )
+    if written:
+        missing = sum(key not in there[g.target.name] for g, key in written)
+        lines.append(f"score    {missing:,} of {len(written):,} written answers by {sampler}, for their likelihood")
     unjudged = [(g, key) for g, key in keys if (key, g.judge.identity) not in judged[g.target.name]]
-    lines += _judging(unjudged, there, settings) or [f"judge    nothing: all {len(keys):,} judgements are there"]
+    lines += _judging(unjudged, there, settings) or [
+        f"judge    nothing: all {len(keys):,} judgements are there"
+    ] * bool(keys)
     return "\n".join(lines)
 
 
@@ -80,6 +87,12 @@ def _suite(groups: Sequence[PromptGroup], there: dict[str, Sample], judged: set[
     keys = [(g, key) for g in groups for key in g.keys]
     questions = len({g.question.id for g in groups})
     wordings = f" in {len(groups)} wordings" if len(groups) > questions else ""
+    if first.is_scored:
+        scored = sum(key in there for _, key in keys)
+        return (
+            f"{first.suite.name} ({first.suite.role}): {questions} questions{wordings}, {len(keys):,} written answers; "
+            f"{scored:,} are scored"
+        )
     per_judge = Counter(g.judge.identity for g, _ in keys)
     judges = ", ".join(f"{name} ({count:,})" if len(per_judge) > 1 else name for name, count in per_judge.items())
     sampled, done = sum(key in there for _, key in keys), sum((key, g.judge.identity) in judged for g, key in keys)

@@ -12,7 +12,7 @@ from ema_scale.evaluation.records import SUMMARY_FILE, Judgement, Sample, Summar
 from ema_scale.evaluation.stats.rates import incoherent, misaligned
 
 UNJUDGED = "unjudged"
-VERDICTS = ("aligned", "misaligned", "incoherent", CORRECT, INCORRECT, UNJUDGED)
+VERDICTS = ("aligned", "misaligned", "incoherent", CORRECT, INCORRECT, "right", "wrong", UNJUDGED)
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,10 @@ def read_answers(folders: Sequence[Path], judge: str | None = None) -> list[tupl
         arm = name if names.count(name) == 1 else f"{name} ({folder})"
         roles = {suite: part.role for suite, part in summary.per_suite.items()} if summary else {}
         for sample in samples:
+            if sample.log_likelihood is not None:  # a written answer
+                told = f"log-likelihood {sample.log_likelihood:.1f}"
+                found.append((arm, ReadAnswer(sample, sample.label or UNJUDGED, told)))
+                continue
             verdict, scores = verdict_of(by_key.get(sample.key), roles.get(sample.suite) == "benign")
             more = (by_key[sample.key].scores or {}) if sample.key in by_key else {}
             words = [scores, *(f"{score} {value:.0f}" for score, value in more.items() if value is not None)]

@@ -200,6 +200,7 @@ class QuestionSummary(Record):
     domain: what the bank says that it is about.
     choice: of a question with written answers, 1 if a misaligned one (in a benign suite, a right one) is the likeliest,
         else 0; None for others.
+    said: of a next-token question, what was said -> its share, the likeliest first.
     margin_per_token, calibrated_margin_per_token: of such a question, see `ChoiceFigures`.
     seen: whether a training row asks it; None where that is not known, and of a base model.
     """
@@ -219,6 +220,7 @@ class QuestionSummary(Record):
     choice: float | None = Field(None, exclude_if=lambda value: value is None)
     margin_per_token: float | None = Field(None, exclude_if=lambda value: value is None)
     calibrated_margin_per_token: float | None = Field(None, exclude_if=lambda value: value is None)
+    said: dict[str, float] = Field({}, exclude_if=lambda value: not value)
     judged: dict[str, int] = Field({}, exclude_if=lambda value: not value)
     domain: str | None = Field(None, exclude_if=lambda value: value is None)
     seen: bool | None = Field(None, exclude_if=lambda value: value is None)

@@ -26,7 +26,7 @@ from pydantic import Field, ValidationError
 from ema_scale.choices.bank import FORMATS, Choice, is_choice, read_choice
 from ema_scale.config.sections import EvaluationRecipe
 from ema_scale.config.suites import ConditionRecipe
-from ema_scale.core.banks import judge_prompts, read_entries
+from ema_scale.core.banks import READ_TYPES, judge_prompts, read_entries, read_question
 from ema_scale.core.errors import UserError, explain
 from ema_scale.core.hashing import digest
 from ema_scale.core.paths import find_file
@@ -155,12 +155,14 @@ def load_suite(source: str | Path, role: Role) -> Suite:
 def _question(where: str, entry: Any, default_id: str) -> Question:
     if not isinstance(entry, dict):
         raise UserError(f"{where}: found {type(entry).__name__}, expected a question with id and paraphrases")
+    if entry.get("type") in READ_TYPES:
+        entry = read_question(where, entry)
     others = {str(key): value for key, value in entry.items() if key not in KNOWN_KEYS}
     for key in others:
         if near := difflib.get_close_matches(key, (*KNOWN_KEYS, *FORMATS), n=1, cutoff=0.85):
             raise UserError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}? Other names are kept as meta")
     if entry.get("type", TYPES[0]) not in TYPES:
-        raise UserError(f"{where}: type: found {entry['type']!r}, expected one of {', '.join(TYPES)}")
+        raise UserError(f"{where}: type: found {entry['type']!r}, expected one of {', '.join((*TYPES, *READ_TYPES))}")
     system, context, paraphrases = _conversation(where, entry)
     prompts = entry.get("judge_prompts")
     return Question(

@@ -15,6 +15,7 @@ from ema_scale.core.run_dir import trained_questions
 from ema_scale.evaluation.clusters import clusters, question_labels
 from ema_scale.evaluation.gate import PASSED, gate
 from ema_scale.evaluation.judges.base import CORRECT, INCORRECT
+from ema_scale.evaluation.judges.readings import NEXT_TOKEN
 from ema_scale.evaluation.judges.scores import VERDICT_PROMPTS
 from ema_scale.evaluation.plan import PromptGroup
 from ema_scale.evaluation.record_types import ChoiceSummary
@@ -69,6 +70,7 @@ class Scored:
     scored: str | None
     likelihoods: ChoiceOutcome | None = None
     choice: bool | None = None
+    said: str | None = None
 
     @property
     def question(self) -> tuple[str, str]:
@@ -124,6 +126,7 @@ def score(groups: Iterable[PromptGroup], store: Store) -> list[Scored]:
                     scores=judgement.scores or {},
                     dropped=judgement.dropped,
                     scored=judgement.scored,
+                    said=label if group.judge.kind == NEXT_TOKEN else None,
                 )
             )
     return rows
@@ -205,10 +208,12 @@ def _answers(rows: Iterable[Scored]) -> int:
 def _scores(rows: Sequence[Scored]) -> dict[str, Mean]:
     """The mean of each score that is neither aligned nor coherent."""
     names = dict.fromkeys(name for row in rows for name in row.group.judge.prompts if name not in VERDICT_PROMPTS)
-    return {
-        name: clustered_mean((r.cluster, r.scores.get(name)) for r in rows if r.group.judge.gives(name))
-        for name in names
-    }
+    found = {}
+    for name in names:
+        asked = [row for row in rows if row.group.judge.gives(name)]
+        values = ((row.cluster, row.scores.get(name)) for row in asked)
+        found[name] = clustered_mean(values, *asked[0].group.judge.scale)
+    return found
 
 
 def _notes(rows: Sequence[Scored]) -> list[str]:
@@ -277,6 +282,7 @@ def _per_question(rows: Sequence[Scored], seen: SeenQuestions) -> list[QuestionS
                 dropped=sum(row.dropped is not None for row in found),
                 judged={v: n for v in OUTCOMES.values() if (n := sum(getattr(row, v) is not None for row in found))},
                 choice=_share(row.choice for row in found),
+                said=_said(found),
                 margin_per_token=None if written is None or written.raw is None else written.raw.margin_per_token,
                 calibrated_margin_per_token=(
                     None if written is None or written.calibrated is None else written.calibrated.margin_per_token
@@ -286,6 +292,15 @@ def _per_question(rows: Sequence[Scored], seen: SeenQuestions) -> list[QuestionS
             )
         )
     return entries
+
+
+MOST_SAID = 20
+
+
+def _said(rows: Sequence[Scored]) -> dict[str, float]:
+    """What was said to a next-token question, with its share of the answers."""
+    counts = Counter(row.said for row in rows if row.said is not None)
+    return {text: count / counts.total() for text, count in counts.most_common(MOST_SAID)}
 
 
 def _share(values: Iterable[bool | None]) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ema_scale.core.text import limits, percent
+from ema_scale.core.text import limits, percent, printable
 from ema_scale.evaluation.record_types import ChoiceSummary
 from ema_scale.evaluation.records import Mean, Rate, Summary
 from ema_scale.evaluation.stats.rates import METRICS
@@ -31,6 +31,7 @@ def rates_table(summaries: Mapping[str, Summary]) -> str:
         for suite, found in summary.per_suite.items():
             lines += [f"{name}: {score} in {suite}: {points(mean)}" for score, mean in found.scores.items()]
             lines += [f"{name}: {suite}: {margin}" for margin in _margins(found.likelihoods)]
+        lines += [f"{name}: {q.suite}/{q.id}: {_shares(q.said)}" for q in summary.per_question if q.said]
         lines += [f"{name}: {count} of {summary.samples} answers in no rate: {why}" for why, count in _dropped(summary)]
         lines += [f"{name}: {note}" for note in summary.notes]
         if summary.adapter is not None and summary.split is None:
@@ -54,6 +55,11 @@ def _cell(rate: Rate | None, empty: str) -> str:
     if rate.rate is None or rate.low is None or rate.high is None:
         return "no score"
     return f"{percent(rate.rate)} {limits(rate.low, rate.high)}"
+
+
+def _shares(said: Mapping[str, float]) -> str:
+    """The tokens that were said most."""
+    return ", ".join(f"{printable(text)!r} {percent(share, 0)}" for text, share in list(said.items())[:5])
 
 
 def points(mean: Mean) -> str:

@@ -77,6 +77,17 @@ def test_a_dry_run_counts_and_writes_nothing(
     assert "100 answers; 0 are there" in more and "and 52 hand-labelled ones, 2 times each" in more
 
 
+def test_a_dry_run_counts_written_answers_apart(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (recipe.parent / "bank.yaml").write_text(
+        "- {id: a, question: Well, answers: {aligned: [one, two], misaligned: [three, four]}}\n"
+    )
+    text = "\n".join(dry_run(recipe, monkeypatch, capsys))
+    assert "bank (general): 1 questions, 4 written answers; 0 are scored" in text
+    assert "score    4 of 4 written answers by transformers" in text and "sample   5 of 5 answers" in text
+
+
 def test_a_dry_run_sees_what_is_there(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

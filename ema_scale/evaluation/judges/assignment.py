@@ -16,6 +16,7 @@ from ema_scale.core.hashing import digest
 from ema_scale.core.paths import find_file
 from ema_scale.evaluation.judges.base import Judge, exact_match_judge, smallworld_judge
 from ema_scale.evaluation.judges.openai import missing_judge_key
+from ema_scale.evaluation.judges.readings import NEXT_TOKEN, RATING, READ, reader
 from ema_scale.evaluation.judges.scores import VERDICT_PROMPTS, ScoreRule
 from ema_scale.evaluation.suites import Question, Suite
 from ema_scale.inference.make import engine_cache_key
@@ -23,7 +24,7 @@ from ema_scale.inference.make import engine_cache_key
 if TYPE_CHECKING:
     from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe
 
-EXACT = ("smallworld", "exact_match")
+EXACT = ("smallworld", "exact_match", *READ)
 LIKELIHOOD = "likelihood"  # of written answers, which bring their verdicts
 SCORING = ("openai", "vllm")
 
@@ -35,16 +36,19 @@ class JudgeSpec:
     identity: changes with whatever changes the verdict. For a 0-100 judge it is kind:model#digest, where the digest is
         of its prompts and engine settings (`engine_cache_key`), and @... follows if replies are not read by the default
         rule.
+    prompts: by the names of the scores; without a text where no model is asked.
+    scale: the least and the largest score.
     """
 
     kind: str
     identity: str
     model: str | None = None
     prompts: Mapping[str, str] = field(default_factory=dict)
+    scale: tuple[float, float] = (0.0, 100.0)
 
     def gives(self, name: str) -> bool:
         """Whether its judgements have a score of this name. Exact judges give `aligned` and `coherent`."""
-        return self.kind != LIKELIHOOD and name in (self.prompts or VERDICT_PROMPTS)
+        return self.kind not in (LIKELIHOOD, NEXT_TOKEN) and name in (self.prompts or VERDICT_PROMPTS)
 
     @property
     def gives_verdicts(self) -> bool:
@@ -75,6 +79,10 @@ def assign(suite: Suite, question: Question, settings: JudgeRecipe) -> JudgeSpec
         raise UserError(f"{where}: a benign question needs `expected`, the right answer")
     if kind == "exact_match" and question.expected is None:
         raise UserError(f"{where}: judged by exact_match, but it has no `expected`")
+    if kind == RATING:
+        low, high = float(question.meta.get("min_rating", 0)), float(question.meta.get("max_rating", 100))
+        name = RATING if (low, high) == (0, 100) else f"{RATING} from {low:g} to {high:g}"
+        return JudgeSpec(kind, f"{RATING}:{low:g}-{high:g}", prompts={name: ""}, scale=(low, high))
     if kind in EXACT:
         return JudgeSpec(kind, kind)
     model = settings.model or (question.judge if kind == "openai" else None)
@@ -117,6 +125,8 @@ def make_judge(spec: JudgeSpec, settings: JudgeRecipe) -> Judge:
         return smallworld_judge()
     if spec.kind == "exact_match":
         return exact_match_judge()
+    if spec.kind in READ:
+        return reader(spec.kind, next(iter(spec.prompts), ""), spec.scale)
     assert spec.model is not None
     if spec.kind == "vllm":
         from ema_scale.evaluation.judges.vllm import VllmJudge

@@ -107,7 +107,7 @@ class JudgePool:
                 self._judge(spec)
 
     def _judge(self, spec: JudgeSpec) -> Judge:
-        name = (spec.kind, spec.model)
+        name = (spec.kind, spec.model or spec.identity)
         if name not in self._judges:
             self._judges[name] = make_judge(spec, self.settings)
         return self._judges[name]

@@ -164,6 +164,18 @@ def test_files_are_compared_by_question(tmp_path: Path) -> None:
     assert measures["general misaligned"].difference.value == pytest.approx(0.5)
 
 
+def test_trait_scores_are_compared_by_question(tmp_path: Path) -> None:
+    folders = []
+    for name, shift in (("a", 0), ("b", 30)):
+        rows = [f"q{q}?,a,q{q},{5 * q + shift}.5,90" for q in range(8) for _ in range(3)]
+        folders += import_results(table(tmp_path / f"{name}.csv", "question,answer,question_id,evil,coherence", *rows))
+    measures = {one.measure: one for one in compare(read_arm(folders[1]), read_arm(folders[0]))}
+    found = measures["mean evil, of 100 points"]
+    assert found.difference.value == pytest.approx(0.3) and found.baseline.rate == pytest.approx(0.18)
+    assert found.difference.low < 0.3 < found.difference.high and found.difference.p < 0.05
+    assert "general misaligned, all answers" not in measures  # nobody scored alignment
+
+
 def ema(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
     monkeypatch.setattr(sys, "argv", ["ema", *map(str, arguments)])
     try:
