@@ -60,9 +60,10 @@ def describe_plan(targets: Sequence[EvalTarget], model: ModelRecipe, settings: E
         missing = sum(key not in there[g.target.name] for g, key in written)
         lines.append(f"score    {missing:,} of {len(written):,} written answers by {sampler}, for their likelihood")
     unjudged = [(g, key) for g, key in keys if (key, g.judge.identity) not in judged[g.target.name]]
-    lines += _judging(unjudged, there, settings) or [
-        f"judge    nothing: all {len(keys):,} judgements are there"
-    ] * bool(keys)
+    judging = _judging(unjudged, there, settings)
+    if keys and not judging:
+        judging = [f"judge    nothing: all {len(keys):,} judgements are there"]
+    lines += judging
     return "\n".join(lines)
 
 
