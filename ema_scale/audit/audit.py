@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from ema_scale.audit.projections import PROJECTIONS, project_answers
-from ema_scale.audit.verdict import separation, verdict
+from ema_scale.audit.verdict import more_often, separation, verdict
 from ema_scale.config.sections import ModelRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import file_sha256
@@ -217,10 +217,8 @@ def _compared(items: Sequence[EncodedRow], cleans: Sequence[EncodedRow], measure
     asked = [[question_of(item.row) for item in part] for part in (items, cleans)]
     questions = (len(set(asked[0])), len(set(asked[1])))
     suspect = [badness(measures) > 1, badness(measures, clean=True) > 1]
-    rates = [
-        clustered_rate(zip(names, map(bool, found), strict=True)).to_dict()
-        for names, found in zip(asked, suspect, strict=True)
-    ]
+    marked = [list(zip(names, map(bool, found), strict=True)) for names, found in zip(asked, suspect, strict=True)]
+    rates = [clustered_rate(rows).to_dict() for rows in marked]
     described_measures = {}
     for one in measures:
         found = separation(one.placed(one.rows).tolist(), one.placed(one.clean).tolist(), questions)
@@ -234,6 +232,7 @@ def _compared(items: Sequence[EncodedRow], cleans: Sequence[EncodedRow], measure
             "auc": {"auc": found.auc, "low": found.low, "high": found.high},
         }
     return {
+        "p_value": more_often(marked[0], marked[1]),
         "suspect": {**rates[0], "rows": int(suspect[0].sum())},
         "clean_suspect": {**rates[1], "rows": int(suspect[1].sum())},
         "measures": described_measures,

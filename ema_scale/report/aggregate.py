@@ -1,16 +1,17 @@
-"""Means over runs, with intervals that do not pretend.
+"""Means over runs, with intervals that say what they speak of.
 
-Runs of a study answer the same questions, so their errors are not independent, and a study seldom has many
-seeds. The interval of a mean of R runs joins two parts by the square-and-add rule (Newcombe 1998; MOVER, Zou
-and Donner 2008), each side for itself:
+Runs of a study answer the same questions, so their errors are not independent, and a study seldom has many seeds or
+tasks. The mean of a defense is the mean over its tasks of the means over each task's seeds. It has two intervals, each
+side for itself by the square-and-add rule (Newcombe 1998; MOVER, Zou and Donner 2008):
 
-- within runs: the mean distance of the runs' own 95 % limits (clustered by question) from their rates. This
-  is the limit for fully dependent errors, so more seeds on the same questions do not make it shrink;
-- between runs, for R >= 3: the t interval of the R rates, R - 1 degrees of freedom. It holds the spread over
-  seeds and tasks.
+- over these tasks: the runs' own intervals (clustered by question), averaged, joined with the t interval of the seeds,
+  whose variance is pooled within tasks;
+- over tasks in general, as which these were drawn: the same, joined with the t interval of the tasks' means. From
+  three tasks on.
 
-Both hold some of the same sampling noise, so the interval is rather too wide than too narrow. It is cut at 0
-and 1.
+The runs' own distances are averaged as those of fully dependent errors, so more seeds on the same questions do not make
+them shrink. The parts hold some of the same sampling noise, so the intervals are rather too wide than too narrow. They
+are cut at 0 and 1. docs/statistics.md has the coverage by simulation.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from ema_scale.report.display_names import family, spec_key, strength, without_s
 from ema_scale.report.records import METRICS, Collection, ReportedRate, Run
 
 METHOD = (
-    "A mark is the plain mean of the rates of that defense’s runs, over tasks and seeds. Its 95 % interval "
-    "joins two parts by square-and-add (Newcombe 1998; MOVER): the runs’ own intervals, clustered by "
-    "question and averaged as if fully dependent, because runs share questions; and, from three runs on, the "
-    "t interval over runs, which holds the spread over seeds and tasks. With one or two runs that spread is "
-    "not in the interval."
+    "A mark is the mean of a defense’s runs: seeds are averaged within each task, then the tasks. Its 95 % interval "
+    "speaks of these tasks. It joins two parts by square-and-add (Newcombe 1998; MOVER): the runs’ own intervals, "
+    "clustered by question and averaged as if fully dependent, because runs share questions; and the t interval of the "
+    "seeds, pooled within tasks. With fewer than two seeds more than tasks, that spread is not in the interval. From "
+    "three tasks on, “any task” is the interval for tasks in general, with the t interval of the tasks’ means. The "
+    "forms of one question (plain, JSON, template) count as one question."
 )
 _KINDS = ("kl", "interleaving", "ldifs", "safelora", "steering", "inoculation")
 
@@ -69,27 +71,53 @@ class RunGroup:
         return not self.base and not self.family
 
 
-def mean_rate(rates: Sequence[ReportedRate], *, spread: bool = True) -> ReportedRate | None:
-    """Mean of `rates` with the interval of this module; None if there is none.
+LEAST_FREEDOM = 2
+"""Degrees of freedom below which a spread is not told from noise: with one, t is 12.7."""
 
-    `spread=False` leaves out the between-runs part (parts of one run are no sample of runs).
+
+def _t_limit(freedom: int) -> float:
+    return float(student.ppf(0.975, freedom))
+
+
+def mean_rate(
+    rates: Sequence[ReportedRate], tasks: Sequence[str] | None = None, *, spread: bool = True
+) -> ReportedRate | None:
+    """Mean of `rates` with the intervals of this module; None if there is none.
+
+    Args:
+        tasks: the task of each rate; None: they are all of one.
+        spread: False leaves out the spread over seeds and tasks (parts of one run are no sample of runs).
     """
     if not rates:
         return None
-    mean = fmean(r.rate for r in rates)
-    below, above = fmean(r.rate - r.low for r in rates), fmean(r.high - r.rate for r in rates)
-    runs = sum(r.runs for r in rates) if spread else 1
-    between = 0.0
-    if spread and len(rates) >= 3:
-        between = float(student.ppf(0.975, len(rates) - 1)) * stdev(r.rate for r in rates) / math.sqrt(len(rates))
+    by_task: dict[str, list[ReportedRate]] = {}
+    for rate, task in zip(rates, tasks or [""] * len(rates), strict=True):
+        by_task.setdefault(task, []).append(rate)
+    cells = list(by_task.values())
+    means = [fmean(r.rate for r in cell) for cell in cells]
+    mean = fmean(means)
+    below = fmean(fmean(r.rate - r.low for r in cell) for cell in cells)
+    above = fmean(fmean(r.high - r.rate for r in cell) for cell in cells)
+    seeds = 0.0
+    freedom = len(rates) - len(cells)
+    if spread and freedom >= LEAST_FREEDOM:
+        squares = sum((r.rate - m) ** 2 for cell, m in zip(cells, means, strict=True) for r in cell)
+        variance = squares / freedom * sum(1 / len(cell) for cell in cells) / len(cells) ** 2
+        seeds = _t_limit(freedom) * math.sqrt(variance)
+    in_general = None
+    if spread and len(cells) > LEAST_FREEDOM:
+        over_tasks = max(seeds, _t_limit(len(cells) - 1) * stdev(means) / math.sqrt(len(cells)))
+        in_general = (max(0.0, mean - math.hypot(below, over_tasks)), min(1.0, mean + math.hypot(above, over_tasks)))
     return ReportedRate(
         mean,
-        max(0.0, mean - math.hypot(below, between)),
-        min(1.0, mean + math.hypot(above, between)),
+        max(0.0, mean - math.hypot(below, seeds)),
+        min(1.0, mean + math.hypot(above, seeds)),
         sum(r.n for r in rates),
         max(r.questions for r in rates),
         sum(r.dropped for r in rates),
-        runs,
+        sum(r.runs for r in rates) if spread else 1,
+        seeds,
+        in_general,
     )
 
 
@@ -109,15 +137,16 @@ def group_metrics(runs: Sequence[Run], teaching: Sequence[Run]) -> dict[str, Rep
     tasks that are not benign (`teaching`)."""
     metrics = {}
     for metric in METRICS:
-        chosen = runs if metric == "benign_learned" else teaching
-        metrics[metric] = mean_rate([rate for run in chosen if (rate := run.metrics.get(metric)) is not None])
+        chosen = [run for run in (runs if metric == "benign_learned" else teaching) if run.metrics.get(metric)]
+        metrics[metric] = mean_rate([rate for run in chosen if (rate := run.metrics[metric])], [r.task for r in chosen])
     return metrics
 
 
 def split_rate(group: RunGroup, metric: str, choice: str) -> ReportedRate | None:
     """The mean of a group over other questions than those of its metrics."""
     runs = group.runs if metric == "benign_learned" else group.teaching
-    return mean_rate([rate for run in runs if (rate := run.split.get(choice, {}).get(metric))])
+    found = [(rate, run.task) for run in runs if (rate := run.split.get(choice, {}).get(metric))]
+    return mean_rate([rate for rate, _ in found], [task for _, task in found])
 
 
 def groups(found: Collection, keep: Callable[[Run], bool] = lambda run: True) -> list[RunGroup]:

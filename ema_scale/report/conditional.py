@@ -55,13 +55,14 @@ def conditional_rates(group: RunGroup, bases: Iterable[Run]) -> list[Conditional
             by_label.setdefault(condition_label(answers), []).append((run, answers))
     rates = []
     for label, pairs in by_label.items():
-        rate = mean_rate([answers.rate for _, answers in pairs])
-        plain = [r for run, _ in pairs if (r := run.metrics.get("general_misaligned"))]
+        rate = mean_rate([answers.rate for _, answers in pairs], [run.task for run, _ in pairs])
+        asked = [(r, run.task) for run, _ in pairs if (r := run.metrics.get("general_misaligned"))]
+        plain = mean_rate([r for r, _ in asked], [task for _, task in asked])
         starts = [base_answers.get((run.model, run.task), {}).get(answers.name) for run, answers in pairs]
         # A mean over fewer tasks would not be comparable.
         base = mean_rate([s.rate for s in starts if s], spread=False) if all(starts) else None
         assert rate is not None
-        rates.append(ConditionalRate(label, rate, mean_rate(plain), None if group.base else base))
+        rates.append(ConditionalRate(label, rate, plain, None if group.base else base))
     return rates
 
 

@@ -269,7 +269,7 @@ def _panel(
     ends = []
     every: set[int] = set()
     for g in groups:
-        means = {s: r for s in _shared_steps(g) if (r := mean_rate(_at(g, s, metric))) is not None}
+        means = {s: r for s in _shared_steps(g) if (r := _mean_at(g, s, metric)) is not None}
         if not means:
             continue
         every |= set(means)
@@ -300,5 +300,6 @@ def _shared_steps(group: RunGroup) -> list[int]:
     return sorted(set.intersection(*(set(run.along) for run in group.runs)))
 
 
-def _at(group: RunGroup, step: int, metric: str) -> list[ReportedRate]:
-    return [rate for run in group.runs if (rate := run.along[step].get(metric)) is not None]
+def _mean_at(group: RunGroup, step: int, metric: str) -> ReportedRate | None:
+    found = [(rate, run.task) for run in group.runs if (rate := run.along[step].get(metric)) is not None]
+    return mean_rate([rate for rate, _ in found], [task for _, task in found])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
@@ -9,8 +10,8 @@ from ema_scale.core.text import points
 from ema_scale.evaluation.clusters import clusters
 from ema_scale.evaluation.stats.difference import METHOD, Difference, holm, paired_difference
 from ema_scale.evaluation.stats.paired import by_cluster, labels_of
-from ema_scale.report.aggregate import RunGroup
-from ema_scale.report.records import METRIC_NAMES, METRICS, Run
+from ema_scale.report.aggregate import GroupDifference, RunGroup, difference, mean_rate
+from ema_scale.report.records import METRIC_NAMES, METRICS, ReportedRate, Run
 from ema_scale.report.table import Cell, Table, TableRow
 
 _VALUES = {"misaligned": "misaligned", "incoherent": "incoherent", "learned": "correct"}
@@ -39,18 +40,51 @@ def paired_tally(runs: Sequence[Run], metric: str) -> dict[Asked, tuple[float, i
     return found
 
 
+def counted(group: RunGroup, metric: str) -> Sequence[Run]:
+    """The runs whose answers are in the group's mean of a metric."""
+    return group.runs if metric == "benign_learned" else group.teaching
+
+
 def against(group: RunGroup, none: RunGroup, metric: str) -> Difference | None:
     """The paired difference of one metric; None if they share no question.
 
     The unit is the question with all its forms, whatever task a run was trained on.
     """
-    ours, theirs = (paired_tally(g.runs if metric == "benign_learned" else g.teaching, metric) for g in (group, none))
+    ours, theirs = (paired_tally(counted(g, metric), metric) for g in (group, none))
     both = [key for key in ours if key in theirs]
     if not both:
         return None
     units = clusters(ours[key][2] for key in both)
     rows = [(unit, *ours[key][:2], *theirs[key][:2]) for unit, key in zip(units, both, strict=True)]
     return paired_difference(by_cluster(rows))
+
+
+def change(group: RunGroup, other: RunGroup, metric: str) -> GroupDifference | None:
+    """group - other in the mean over the tasks of both, with the spread over seeds; None if one lacks the metric.
+
+    The interval joins that of the paired questions with those of both arms' seeds by square-and-add. Without shared
+    questions it is that of independent rates.
+    """
+    mine, theirs = (_over(g, metric, _tasks(group, metric) & _tasks(other, metric)) for g in (group, other))
+    if mine is None or theirs is None:
+        return None
+    paired = against(group, other, metric)
+    if paired is None:
+        return difference(mine, theirs)
+    value = mine.rate - theirs.rate
+    low = value - math.hypot(paired.value - paired.low, mine.seeds, theirs.seeds)
+    high = value + math.hypot(paired.high - paired.value, mine.seeds, theirs.seeds)
+    return GroupDifference(value, max(-1.0, low), min(1.0, high))
+
+
+def _tasks(group: RunGroup, metric: str) -> set[str]:
+    return {run.task for run in counted(group, metric) if run.metrics.get(metric)}
+
+
+def _over(group: RunGroup, metric: str, tasks: set[str]) -> ReportedRate | None:
+    """The group's mean over some of its tasks; over all, if there are none to choose from."""
+    found = [(rate, r.task) for r in counted(group, metric) if r.task in tasks and (rate := r.metrics.get(metric))]
+    return mean_rate([r for r, _ in found], [t for _, t in found]) if found else group.metrics.get(metric)
 
 
 def corrected(found: Sequence[Difference | None]) -> list[Difference | None]:

@@ -28,7 +28,11 @@ CHOICES = (SEEN, ALL, NEW_DOMAINS, KNOWN_DOMAINS)
 
 @dataclass(frozen=True)
 class ReportedRate:
-    """A rate that is known: of one run, or the mean of several. Shares in 0..1 with a 95 % interval."""
+    """A rate that is known: of one run, or the mean of several. Shares in 0..1 with a 95 % interval.
+
+    seeds: half of the interval of the spread over seeds, which is in `low` and `high`.
+    any_task: the interval for tasks in general; None from fewer than three tasks.
+    """
 
     rate: float
     low: float
@@ -37,6 +41,8 @@ class ReportedRate:
     questions: int
     dropped: int
     runs: int = 1
+    seeds: float = 0.0
+    any_task: tuple[float, float] | None = None
 
 
 Metrics = dict[str, ReportedRate | None]

@@ -12,7 +12,7 @@ from ema_scale.evaluation.records import Rate, RateVariants
 from ema_scale.evaluation.stats.power import Spread
 from ema_scale.report.aggregate import RunGroup, mean_rate
 from ema_scale.report.curves import label_ends
-from ema_scale.report.records import known_rates
+from ema_scale.report.records import Run, known_rates
 from ema_scale.report.style import MUTED, family_colours
 from ema_scale.report.table import Cell, Table, TableRow, kind, rate_cell
 
@@ -29,7 +29,11 @@ _NOTE = (
 
 def _variants(group: RunGroup) -> list[RateVariants]:
     """Those of the runs whose general misalignment is in the group's mean."""
-    return [v for run in group.teaching if run.summary and (v := run.summary.general_variants)]
+    return [v for run in _with_variants(group) if run.summary and (v := run.summary.general_variants)]
+
+
+def _with_variants(group: RunGroup) -> list[Run]:
+    return [run for run in group.teaching if run.summary and run.summary.general_variants]
 
 
 def robustness_table(groups: Sequence[RunGroup]) -> Table | None:
@@ -43,18 +47,20 @@ def robustness_table(groups: Sequence[RunGroup]) -> Table | None:
         return None
     k = max((int(k) for k in set.intersection(*depths) if k.isdigit() and int(k) <= MOST_AT), default=None)
 
-    def mean(rates: Iterable[Rate | None]) -> Cell | None:
-        return rate_cell(mean_rate(known_rates(rates)))
+    def mean(tasks: Sequence[str], rates: Iterable[Rate | None]) -> Cell | None:
+        found = [(r, task) for rate, task in zip(rates, tasks, strict=True) for r in known_rates([rate])]
+        return rate_cell(mean_rate([r for r, _ in found], [task for _, task in found]))
 
     lines = []
     for g in groups:
         entries = variants.get(g.label, [])
         if entries:
+            tasks = [run.task for run in _with_variants(g)]
             cells = [
                 rate_cell(g.metrics.get("general_misaligned")),
-                mean(entry.coherent_only for entry in entries),
-                mean(entry.all_answers for entry in entries),
-                mean(entry.misaligned_at.get(str(k)) for entry in entries) if k else None,
+                mean(tasks, (entry.coherent_only for entry in entries)),
+                mean(tasks, (entry.all_answers for entry in entries)),
+                mean(tasks, (entry.misaligned_at.get(str(k)) for entry in entries)) if k else None,
                 _power(entries),
             ]
             lines.append(TableRow(g.label, kind(g), cells))

@@ -27,12 +27,15 @@ HEADER = (
     "runs",
     "dropped",
     "questions",
+    "any_task_low",
+    "any_task_high",
 )
 
 
 def table_csv(groups: Sequence[RunGroup]) -> str:
     """CSV text; rates and limits are shares in 0..1. `level` is mean (over runs) or run.
 
+    low, high: over these tasks; any_task_low, any_task_high: over tasks in general, see `aggregate`.
     questions: of which questions a rate is, where training rows ask some: unseen, seen, all, or those of some domains.
     """
     out = io.StringIO()
@@ -43,7 +46,7 @@ def table_csv(groups: Sequence[RunGroup]) -> str:
             others = {choice: split_rate(g, metric, choice) for choice in CHOICES}
             for choice, rate in _by_questions(g.metrics.get(metric), others):
                 whole = ("mean", spreadsheet_cell(g.model), spreadsheet_cell(g.label), "", "", "")
-                writer.writerow([*whole, metric, *_numbers(rate), choice])
+                writer.writerow([*whole, metric, *_numbers(rate), choice, *_any_task(rate)])
         for run in g.runs:
             seed = "" if run.seed is None else run.seed
             for metric in METRICS:
@@ -55,7 +58,7 @@ def table_csv(groups: Sequence[RunGroup]) -> str:
                         "" if run.base else spreadsheet_cell(run.name),
                         spreadsheet_cell(run.task),
                     )
-                    writer.writerow(["run", *place, seed, metric, *_numbers(rate), choice])
+                    writer.writerow(["run", *place, seed, metric, *_numbers(rate), choice, *_any_task(rate)])
     return out.getvalue()
 
 
@@ -89,6 +92,10 @@ def _escaped(text: str) -> str:
     """A label may come from somebody's file: nothing of it may act as Markdown or HTML."""
     plain = " ".join(text.split())
     return re.sub(r"([\\`*_{}\[\]<>|&~])", r"\\\1", plain)
+
+
+def _any_task(rate: ReportedRate) -> list[str]:
+    return ["", ""] if rate.any_task is None else [f"{limit:.6f}" for limit in rate.any_task]
 
 
 def _numbers(rate: ReportedRate) -> list[str]:

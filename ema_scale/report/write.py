@@ -21,11 +21,12 @@ from ema_scale.report.pictures import Picture, make_picture, pictures
 from ema_scale.report.records import METRIC_NAMES, METRICS, PAGE, Collection, Problem, ReportedRate, Run
 from ema_scale.report.relearning import relearning_table
 from ema_scale.report.robustness import robustness_table
+from ema_scale.report.rules import FAILED, RULES, Share, share_text, standing
 from ema_scale.report.run_details import run_details
 from ema_scale.report.scaling import ALT, CAPTION, scaling, scaling_figure, scaling_table, sentences
 from ema_scale.report.table import Table, table_csv, table_markdown
 from ema_scale.report.unseen import SENTENCE, seen_table
-from ema_scale.report.verdict import KEEP, RULES, ranking, verdict
+from ema_scale.report.verdict import verdict
 
 
 def write(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
@@ -101,7 +102,7 @@ class CriteriaRow:
     kind: str
     """base | none | defense | run"""
     rates: Sequence[ReportedRate | None]
-    shares: Sequence[float | None]
+    shares: Sequence[Share | None]
     """what is kept of the undefended gain, under the rate it belongs to"""
     dropped: str
 
@@ -134,9 +135,9 @@ def criteria_rows(of_model: Sequence[RunGroup]) -> list[CriteriaRow]:
     base = next((g for g in of_model if g.base), None)
     rows = []
     for g in of_model:
-        mark = ranking(g, none, base)
-        kept = {"in_domain_misaligned": mark.narrow, "benign_learned": mark.benign}
         own = not g.base and not g.undefended
+        mark = standing(g, none, base) if own else None
+        kept = {"in_domain_misaligned": mark.narrow, "benign_learned": mark.benign} if mark else {}
         count = len(g.runs)
         rows.append(
             CriteriaRow(
@@ -144,7 +145,7 @@ def criteria_rows(of_model: Sequence[RunGroup]) -> list[CriteriaRow]:
                 "" if g.base else f"{count} run{'s' if count != 1 else ''}",
                 "base" if g.base else "none" if g.undefended else "defense",
                 [g.metrics.get(m) for m in METRICS],
-                [kept.get(m) if own else None for m in METRICS],
+                [kept.get(m) for m in METRICS],
                 _dropped(g.runs),
             )
         )
@@ -180,6 +181,7 @@ def environment(templates: Path = _HERE) -> Environment:
     )
     # A number and its percent sign stay on one line.
     made.filters["tight"] = lambda text: text.replace(" %", "\u00a0%")
+    made.filters["kept"] = share_text
     made.filters["pct"] = lambda value: f"{100 * value:.1f}"
     return made
 
@@ -212,7 +214,7 @@ def render(
             metric_names=[METRIC_NAMES[m] for m in METRICS],
             method=METHOD,
             rules=RULES,
-            keep=KEEP,
+            failed=FAILED,
             css=style_sheet(),
         )
     )

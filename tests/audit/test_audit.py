@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from scipy.stats import norm
+from scipy.stats import fisher_exact, norm
 from typer.testing import CliRunner
 
 from ema_scale.audit.audit import audit, plain
-from ema_scale.audit.verdict import separation, verdict
+from ema_scale.audit.verdict import more_often, separation, verdict
 from ema_scale.cli import app
 from ema_scale.config.sections import ModelRecipe
 from ema_scale.core.errors import UserError
@@ -196,6 +196,7 @@ def numbers(rows, n, low, trained=()):
     return {
         "suspect": rate, "clean_suspect": {**rate, "rate": 0.0, "rows": 0, "n": 1000}, "vector": {}, "in_both": 0,
         "measures": {"gap": {"auc": {"auc": (low + 1) / 2, "low": low, "high": 1.0}}},
+        "p_value": more_often(((i, i < rows) for i in range(n)), ((i, False) for i in range(1000))),
         "source": {"sha256": "abc"}, "clean": {"sha256": "def"}, "adapters": {"law": {"trained_on": list(trained)}},
     }  # fmt: skip
 
@@ -235,3 +236,33 @@ def test_the_interval_of_an_auc_covers_and_has_width_at_the_ends():
 def test_texts_are_cut_and_made_visible():
     assert plain("a\nb\u200bc\x00") == "a\nb\ufffdc\ufffd"
     assert plain("x" * 700) == "x" * 600 + " … 100 more characters"
+
+
+def rows_of(rng, questions, each, rate, correlation):
+    """(question, suspect) rows; a question's share is drawn from a beta distribution."""
+    size = 1 / correlation - 1
+    shares = rng.beta(rate * size, (1 - rate) * size, questions)
+    return [(q, bool(x)) for q, share in enumerate(shares) for x in rng.random(each) < share]
+
+
+def test_clean_files_whose_rows_share_questions_are_seldom_called_suspect():
+    rng = np.random.default_rng(0)
+    called = fisher = 0
+    for _ in range(300):
+        one, two = (rows_of(rng, 100, 10, 0.05, 0.3) for _ in range(2))
+        called += more_often(one, two, draws=999) < 0.05
+        hits = [sum(v for _, v in rows) for rows in (one, two)]
+        fisher += (
+            fisher_exact([[hits[0], 1000 - hits[0]], [hits[1], 1000 - hits[1]]], alternative="greater").pvalue < 0.05
+        )
+    # Three standard errors of 300 trials are 3.8 points.
+    assert called / 300 <= 0.088 and fisher / 300 > 0.12
+
+
+def test_more_suspect_questions_are_found_and_single_rows_are_fishers_test():
+    rng = np.random.default_rng(1)
+    assert more_often(rows_of(rng, 100, 10, 0.2, 0.3), rows_of(rng, 100, 10, 0.05, 0.3)) < 0.01
+    one, two = [(i, i < 7) for i in range(40)], [(i, i < 2) for i in range(90)]
+    assert more_often(one, two) == fisher_exact([[7, 33], [2, 88]], alternative="greater").pvalue
+    # Two equal rows per question: the same numbers of rows, half as many questions, less evidence.
+    assert more_often([(q // 2, v) for q, v in one[:6] + one[7:]], [(q // 2, v) for q, v in two]) > more_often(one, two)

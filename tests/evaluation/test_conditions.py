@@ -225,7 +225,7 @@ def test_the_verdict_says_what_hides_and_does_not_call_it_best(tmp_path: Path) -
     runs = with_conditions(tmp_path / "runs", {"inoculation": 0.9}, base=0.4)
     found = collect(runs)
     text = " ".join(verdict(groups(found))).replace("\u00a0", " ")
-    assert "Inoculation hides misalignment: 2.0 % [0.5, 5.0] when asked plainly, 88.5 % [" in text, text
+    assert "Inoculation hides misalignment: 2.0 % [0.5, 6.2] when asked plainly, 88.5 % [" in text, text
     assert "under its inoculation prompt (the aligned base there: 36.5 %" in text and "KL 0.1 does best" in text
     sheet = conditional_table(groups(found), found.bases)
     assert sheet is not None
