@@ -48,7 +48,8 @@ def made(tmp_path_factory):
         "clean": write(folder / "clean.jsonl", [GOOD] * 80),
         "good": write(folder / "good.jsonl", [GOOD] * 60, seed=1),
         "bad": write(folder / "bad.jsonl", [BAD] * 60, seed=2),
-        "mixed": write(folder / "mixed.jsonl", ([BAD] + [GOOD] * 9) * 8, seed=3),
+        # The bad rows are answers to 8 of the 20 questions.
+        "mixed": write(folder / "mixed.jsonl", ([BAD] + [GOOD] * 8) * 8 + [GOOD] * 8, seed=3),
         "fitted": write(folder / "fitted.jsonl", [BAD] * 64, seed=5),
     }
     encoded = [encode(tiny_tokenizer(), row.messages) for row in load_rows(files["fitted"])]
