@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
 from ema_scale.core.errors import UserError
@@ -16,6 +15,7 @@ from ema_scale.evaluation.judges.scores import MAX_TOKENS
 from ema_scale.evaluation.judging.calibration import labelled_path, load_labelled
 from ema_scale.evaluation.runs import asked_suites, asks_behind_rows
 from ema_scale.evaluation.suites import Condition, Suite
+from ema_scale.planning.engine_size import engine_gpus
 from ema_scale.planning.model_shapes import Shape, shape_of
 from ema_scale.planning.speed import Cluster
 from ema_scale.recipe import Recipe
@@ -198,18 +198,6 @@ def _check(judge: JudgeSpec, e: EvaluationRecipe) -> JudgingCost:
     for one in load_labelled(labelled_path(e.judge)) if e.judge.check else ():
         found += _calls(judge, e, e.judge.check, (len(one.question) + len(one.answer)) / CHARACTERS_PER_TOKEN)
     return replace(found, check_calls=found.calls)
-
-
-def engine_gpus(engine: Mapping[str, Any], where: str) -> int:
-    """tensor_parallel_size x pipeline_parallel_size. where: the field, for the message. Raises UserError if they are
-    no numbers of GPUs."""
-    product = 1
-    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-        size = engine.get(name, 1)
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise UserError(f"{where}.{name}: found {size!r}, expected a number of GPUs")
-        product *= size
-    return product
 
 
 SEQUENCES = 256  # at once: vLLM's max_num_seqs

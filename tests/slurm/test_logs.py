@@ -1,5 +1,8 @@
 """Which job of a chain `ema logs` shows, and how it goes on; Slurm's commands are stand-ins here."""
 
+import subprocess
+import sys
+
 import pytest
 
 from ema_scale.core.errors import UserError
@@ -130,3 +133,12 @@ def test_a_study_goes_on_behind_its_array_whatever_became_of_that(slurm, tmp_pat
             begins(folder, evaluation if "eval" in line else report)
     one = f"an array trains the runs; one task's log: ema logs {folder.path}/RUN"
     assert told == [one, "--- eval job 8", "eval speaks", "--- report job 9", "report speaks"]
+
+
+def test_looking_at_a_cluster_does_not_wait_for_imports_that_take_seconds():
+    code = (
+        "import sys, ema_scale.cli, ema_scale.slurm.logs, ema_scale.slurm.status, ema_scale.slurm.submit\n"
+        "print([name for name in ('torch', 'transformers', 'scipy', 'pandas') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
