@@ -1,23 +1,16 @@
-"""The worker of `ema bench plan`: peak memory of a training step, in one process or in each of several.
-
-torchrun --nproc_per_node 2 -m benchmarks.allocated RESULT.json WAY TASK
-"""
+"""The worker of `ema bench plan`: peak memory of a training step, in one process or in each of several."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.harness import peak_rss, reset_peak_rss
 from benchmarks.training_variants import WARMUP, Task, train
-from ema_scale.core.io import atomic_write_json
-from ema_scale.training.distributed import is_main, prepare_environment
+from ema_scale.training.distributed import prepare_environment
 
 
 def allocated(variant: str, task: dict[str, Any], cache: str) -> dict[str, Any]:
@@ -87,14 +80,9 @@ def resident(variant: str, task: Task) -> dict[str, Any]:
     return {"bytes": held + peak_rss() - before, "seconds": done.seconds}
 
 
-def main(result: str, variant: str, given: str) -> None:
-    task = Task(**json.loads(given))
+def measure(variant: str, given: dict[str, Any]) -> dict[str, Any]:
+    """As `allocated`, in each of several processes: peak bytes of this one."""
+    task = Task(**given)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     prepare_environment(task.deepspeed, task.fsdp)
-    found = resident(variant, task)
-    if is_main():
-        atomic_write_json(Path(result), found)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return resident(variant, task)

@@ -1,17 +1,11 @@
-"""The worker of `ema bench reference`: trains one variant under ZeRO, FSDP2 or DDP and counts the bytes it moves.
-
-torchrun --nproc_per_node 2 -m benchmarks.gathered RESULT.json WAY TASK
-"""
+"""The worker of `ema bench reference`: trains one variant under ZeRO, FSDP2 or DDP and counts the bytes it moves."""
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +13,8 @@ from torch import Tensor
 
 from benchmarks.harness import peak_rss, reset_peak_rss
 from benchmarks.training_variants import WARMUP, Task, train
-from ema_scale.core.io import atomic_write_json
 from ema_scale.models.sharding import uses_fsdp
-from ema_scale.training.distributed import is_main, prepare_environment, uses_deepspeed
+from ema_scale.training.distributed import prepare_environment, uses_deepspeed
 
 
 @dataclass(frozen=True)
@@ -135,8 +128,9 @@ def _hook_ddp(reduces: Callable[[int], None]) -> None:
     DistributedDataParallel.__init__ = init  # type: ignore[method-assign]
 
 
-def main(result: str, variant: str, given: str) -> None:
-    task = Task(**json.loads(given))
+def measure(variant: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Train `variant` of the task in all processes; bytes, calls, losses and seconds of this one."""
+    task = Task(**given)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     prepare_environment(task.deepspeed, task.fsdp)
     traffic, cuda = Traffic(), task.device == "cuda"
@@ -155,10 +149,5 @@ def main(result: str, variant: str, given: str) -> None:
         before = peak_rss()
     done = train(variant, task, began, traffic.step)
     peak = torch.cuda.max_memory_allocated() if cuda else peak_rss() - before
-    if is_main():
-        found = {"seconds": done.seconds, "losses": done.losses, "reference": done.reference, "phases": done.phases}
-        atomic_write_json(Path(result), {**found, "peak_bytes": peak, **asdict(traffic.per_step())})
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    found = {"seconds": done.seconds, "losses": done.losses, "reference": done.reference, "phases": done.phases}
+    return {**found, "peak_bytes": peak, **asdict(traffic.per_step())}

@@ -91,7 +91,7 @@ def _on_several(variant: str, case: Task) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="ema-bench-") as folder:
         case = replace(case, saved=f"{folder}/model")
         random_base(case.fields, case.dtype, "cpu").save_pretrained(case.saved)
-        return launched("benchmarks.allocated", variant, case, PROCESSES, Path(folder))
+        return launched("benchmarks.allocated:measure", variant, case, PROCESSES, Path(folder))
 
 
 def setup_of_task(variant: str, task: Task) -> Setup:

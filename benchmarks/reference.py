@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +12,7 @@ from typing import Any
 from benchmarks.harness import Measured, Target, add_ratios
 from benchmarks.random_model import random_base
 from benchmarks.step import check_losses
+from benchmarks.together import together
 from benchmarks.training_variants import CACHED, FORWARDS, OFF, PLAIN, PLAIN_LOGITS, SECOND, TWO, Task
 from ema_scale.core.errors import UserError
 
@@ -39,7 +36,7 @@ def bench_reference(
         random_base(task.fields, task.dtype, "cpu").save_pretrained(task.saved)
         for variant in variants:
             log.info("%s", variant)
-            found = launched("benchmarks.gathered", variant, task, processes, Path(folder))
+            found = launched("benchmarks.gathered:measure", variant, task, processes, Path(folder))
             losses[variant] = found["losses"]
             figures = {name: found[name] for name in ("gathered", "calls", "reduced")}
             for name in found["phases"][0] if found["phases"] else ():
@@ -70,15 +67,9 @@ def bench_reference(
 
 
 def launched(worker: str, variant: str, task: Task, processes: int, folder: Path) -> dict[str, Any]:
-    """Run the module `worker` under torchrun; returns what its first process writes. Raises UserError if it fails."""
-    result = folder / "result.json"
-    result.unlink(missing_ok=True)
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
-        "-m", worker, str(result), variant, json.dumps(task.to_dict()),
-    ]  # fmt: skip
-    env = {"OMP_NUM_THREADS": "1", **os.environ, "EMA_CACHE": str(folder), "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    if done.returncode or not result.is_file():
-        raise UserError(f"{variant}: failed on {processes} processes:\n{(done.stdout + done.stderr)[-3000:]}")
-    return dict(json.loads(result.read_text()))
+    """What `worker` (module:function) returns in the first of several processes. Raises UserError if one fails."""
+    try:
+        returned, _ = together(worker, processes, variant, task.to_dict(), EMA_CACHE=str(folder))
+    except UserError as error:
+        raise UserError(f"{variant}: {error}") from error
+    return dict(returned[0])

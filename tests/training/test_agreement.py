@@ -1,16 +1,11 @@
 """Two processes that see different things take the same way, where each deciding for itself would hang: one launch."""
 
-import json
-import re
-import sys
-
 import pytest
 import torch
 
-from ema_scale.training.distributed import _free_port
+from benchmarks.together import together
 from tests.training import agreement_worker as worker
 from tests.training.helpers import adapter_weights
-from tests.training.test_zero import run_command
 
 pytestmark = [pytest.mark.zero3, pytest.mark.slow]
 
@@ -19,20 +14,13 @@ pytestmark = [pytest.mark.zero3, pytest.mark.slow]
 def found(tmp_path_factory):
     """Scenario -> what it came to, on both processes alike; and where it left its files."""
     folder = tmp_path_factory.mktemp("agreement")
-    output = run_command(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-            str(_free_port()), "-m", "tests.training.agreement_worker", str(folder),
-        ],
-        EMA_TIMEOUT_SECONDS="120",
-    )  # fmt: skip
+    (one, other), output = together(
+        "tests.training.agreement_worker:all_of_them", 2, str(folder), EMA_TIMEOUT_SECONDS="120"
+    )
     assert "using adapter_off" in output
-    results = {}
-    for name, rank, result in map(json.loads, re.findall(r"FOUND (\[.*\])", output)):
-        results.setdefault(name, [None, None])[rank] = result
-    assert results.keys() == {scenario.__name__ for scenario in worker.SCENARIOS}
-    assert all(one == other for one, other in results.values()), results
-    return {name: both[0] for name, both in results.items()}, folder
+    assert one.keys() == {scenario.__name__ for scenario in worker.SCENARIOS}
+    assert one == other
+    return one, folder
 
 
 def test_a_signal_inside_a_step_on_one_process_stops_both_at_the_same_step(found):

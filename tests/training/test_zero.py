@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.together import together
 from benchmarks.training_variants import Task
 from benchmarks.training_variants import train as bench_train
 from ema_scale.config.sections import SeparateReference
@@ -129,10 +130,10 @@ def assert_same_gradients(one, other):
     assert ours_row["kl"] > 1e-4 and ours_row["ldifs"] > 1e-4
 
 
-def run_command(command, **environment):
+def run_command(command, cwd=ROOT, **environment):
     done = subprocess.run(
         command,
-        cwd=ROOT,
+        cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
@@ -146,13 +147,8 @@ def run_workers(recipes, folder, **environment):
     """Train them one after another on two processes."""
     for recipe in recipes:
         (folder / f"{recipe.name}.yaml").write_text(recipe.to_yaml())
-    run_command(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-            str(_free_port()), "-m", "tests.training.zero_worker", *(str(folder / f"{r.name}.yaml") for r in recipes),
-        ],
-        **environment,
-    )  # fmt: skip
+    paths = [str(folder / f"{recipe.name}.yaml") for recipe in recipes]
+    together("tests.training.zero_worker:train_all", 2, *paths, **environment)
 
 
 def assert_same_run(one, other, tolerance=2e-5):
@@ -181,7 +177,8 @@ def continued(one, recipe):
 
 
 def test_zero3_on_two_processes_equals_one_process(world, one_process, tmp_path):
-    """Through `accelerate launch` and the command line; then one process goes on from its checkpoint."""
+    """Through `accelerate launch` and the command line, in a folder that is no checkout; then one process goes on from
+    its checkpoint."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -189,10 +186,13 @@ def test_zero3_on_two_processes_equals_one_process(world, one_process, tmp_path)
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     output = run_command(
         [
-            sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/zero3_cpu.yaml",
+            sys.executable, "-m", "accelerate.commands.launch",
+            "--config_file", str(ROOT / "launch" / "accelerate" / "zero3_cpu.yaml"),
             "--num_processes", "2", "--main_process_port", str(_free_port()),
             "-m", "ema_scale", "train", str(tmp_path / "recipe.yaml"),
-        ]
+        ],
+        tmp_path,
+        PYTHONPATH=str(ROOT),
     )  # fmt: skip
     run = RunDir(recipe.run_path)
     assert run.status().state == "finished" and run.status().processes == 2
@@ -238,33 +238,10 @@ def test_zero3_that_fetches_ahead_trains_on_the_same_losses(tmp_path):
         assert losses == pytest.approx(alone, rel=1e-5), way
 
 
-LOADED = """
-import json, sys
-from ema_scale.core.run_dir import RunDir
-from ema_scale.models.lora import build_model
-from ema_scale.recipe import load_recipe
-from ema_scale.training.arguments import training_arguments
-from ema_scale.training.distributed import prepare_environment
-
-recipe = load_recipe(sys.argv[1])
-prepare_environment(recipe.training.deepspeed)
-arguments = training_arguments(recipe, RunDir(recipe.run_path))
-base = build_model(recipe.model, recipe.adapter).get_base_model()
-parts = [p for name, p in base.named_parameters() if "lora_" not in name]
-whole, held = (sum(p.numel() for p in parts), sum(p.ds_tensor.numel() for p in parts))
-print("LOADED", json.dumps([whole, held, sum(p.ds_numel for p in parts)]), flush=True)
-"""
-
-
 def test_under_zero3_a_model_that_was_loaded_is_nowhere_whole(world, tmp_path):
     recipe = two_process_recipe(world, tmp_path, "loaded", "zero3_cpu.json")
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    (tmp_path / "load.py").write_text(LOADED)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
-    output = run_command(
-        [*launch, str(_free_port()), str(tmp_path / "load.py"), str(tmp_path / "recipe.yaml")], PYTHONPATH=str(ROOT)
-    )
-    found = [json.loads(line.split("LOADED ")[1]) for line in output.splitlines() if "LOADED" in line]
+    found, _ = together("tests.training.zero_worker:held", 2, str(tmp_path / "recipe.yaml"))
     assert len(found) == 2
     size = sum(t.numel() for t in load_file(world / "model" / "model.safetensors").values())
     for whole, held, all_of_it in found:
