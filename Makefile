@@ -14,8 +14,11 @@ export UV_FIND_LINKS := $(PIP_FIND_LINKS)
 INSTALL_ARGS := --override constraints-cpu-overrides.txt $(if $(LOCAL_TORCH),,--torch-backend=cpu)
 endif
 
+# Tests and commands start the package in hundreds of processes: they keep its bytecode, whatever the machine's habit.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format clean
+.PHONY: help setup demo test test-fast test-slow test-engines test-cluster lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -33,19 +36,25 @@ $(STAMP): pyproject.toml constraints.txt constraints-cpu-overrides.txt
 demo: setup ## see emergent misalignment appear and a defense prevent it; writes runs/demo/report/report.html
 	$(BIN)/ema demo
 
-# Those that start engines, several processes or a cluster have the machine to themselves; of the others two run at a time.
-ALONE := vllm or zero3 or slurm
-
 # CI sets this to --cov=ema_scale: the tests that take seconds are measured.
 COVERAGE ?=
+ENGINES := (vllm or zero3)
 
-test: setup ## all tests
-	$(BIN)/python -m pytest -q -n 2 -m "not (slow or $(ALONE))" $(COVERAGE)
-	$(BIN)/python -m pytest -q -n 2 -m "slow and not ($(ALONE))"
-	$(BIN)/python -m pytest -q -m "$(ALONE)"
+test: test-fast ## all tests
+	@# Slurm's tests wait for their cluster much of the time, and leave the cores to the others.
+	$(MAKE) --keep-going --jobs=3 --output-sync=target test-engines test-cluster test-slow
 
-test-fast: setup ## the tests that take seconds
-	$(BIN)/python -m pytest -q -n 2 -m "not (slow or $(ALONE))"
+test-fast: setup ## the tests that take seconds, two at a time
+	$(BIN)/python -m pytest -q -n 2 -m "not (slow or slurm or $(ENGINES))" $(COVERAGE)
+
+test-slow: setup ## those that take longer
+	$(BIN)/python -m pytest -q -m "slow and not (slurm or $(ENGINES))"
+
+test-engines: setup ## those that start vLLM, or several processes with DeepSpeed or FSDP2
+	$(BIN)/python -m pytest -q -m "$(ENGINES)"
+
+test-cluster: setup ## those that start a Slurm cluster
+	$(BIN)/python -m pytest -q -m slurm tests/slurm
 
 lint: setup ## ruff, mypy and the import table
 	$(BIN)/ruff check .
