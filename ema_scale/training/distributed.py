@@ -75,9 +75,13 @@ def prepare_environment(deepspeed: str | None = None, fsdp: bool = False) -> Non
         raise UserError("both FSDP and DeepSpeed were asked for; leave one out")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else every import of it warns
+    where = "training.deepspeed"
+    if deepspeed is None and uses_deepspeed():
+        # An accelerate config names its file relative to a folder, and may be used in another one.
+        where, deepspeed = "deepspeed_config_file", os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if deepspeed is not None:
         if not (config := find_file(deepspeed)).is_file():
-            raise UserError(f"training.deepspeed: no file {deepspeed!r}; expected a DeepSpeed JSON config")
+            raise UserError(f"{where}: no file {deepspeed!r} in {os.getcwd()}; expected a DeepSpeed JSON config")
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(config)
         os.environ.setdefault("ACCELERATE_DEEPSPEED_ZERO3_INIT", "true")

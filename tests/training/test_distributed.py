@@ -3,13 +3,17 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from ema_scale.core.errors import UserError
 from ema_scale.training.distributed import _enable, _free_port, check_world, prepare_environment
 from tests.training.helpers import make_trainer
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_accelerate_that_sees_other_processes_than_were_launched(monkeypatch):
@@ -57,6 +61,22 @@ def test_settings_of_fsdp_that_would_train_wrongly_are_refused(field, value, sai
 def test_missing_deepspeed_config(monkeypatch):
     with pytest.raises(UserError, match=r"training\.deepspeed: no file 'none\.json'"):
         prepare_environment("none.json")
+
+
+def test_the_file_that_an_accelerate_config_names_is_found_from_any_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    configs = [yaml.safe_load(path.read_text()) for path in (ROOT / "launch" / "accelerate").glob("*.yaml")]
+    named = [c["deepspeed_config"]["deepspeed_config_file"] for c in configs if "deepspeed_config" in c]
+    assert len(named) >= 5
+    for name in named:
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", name)
+        prepare_environment()
+        assert os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] == str(ROOT / name)
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none.json")
+    with pytest.raises(UserError, match=f"deepspeed_config_file: no file 'none.json' in {tmp_path}"):
+        prepare_environment()
 
 
 def test_processes_that_each_train_alone_are_refused(tmp_path):
