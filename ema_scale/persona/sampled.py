@@ -38,7 +38,7 @@ class Personas:
 
 
 def load_personas(path: Path | str) -> Personas:
-    """Read a YAML mapping of `positive` and `negative` to as many texts each.
+    """Read a YAML mapping of `positive` and `negative` to as many texts each, or a trait file of persona_vectors.
 
     Raises UserError for a missing file, other keys, or lists of different lengths.
     """
@@ -48,6 +48,8 @@ def load_personas(path: Path | str) -> Personas:
         raise UserError(f"{path}: cannot read the personas ({error.strerror})") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML: {error}") from None
+    if isinstance(values, dict) and "instruction" in values:
+        values = _of_trait(Path(path), values["instruction"])
     if not isinstance(values, dict) or set(values) != {POSITIVE, NEGATIVE}:
         found = ", ".join(map(str, values)) if isinstance(values, dict) else type(values).__name__
         raise UserError(f"{path}: found {found}, expected the keys {POSITIVE} and {NEGATIVE}")
@@ -60,6 +62,17 @@ def load_personas(path: Path | str) -> Personas:
             "expected as many: they are paired in order"
         )
     return Personas(tuple(values[POSITIVE]), tuple(values[NEGATIVE]), str(path))
+
+
+def _of_trait(path: Path, pairs: Any) -> dict[str, list[str]]:
+    """The system prompts of a trait file: its instructions, behind the sentence that persona_vectors begins with."""
+    if not isinstance(pairs, list) or not all(isinstance(p, dict) and {"pos", "neg"} <= set(p) for p in pairs):
+        raise UserError(f"{path}: instruction: expected a list of pairs, each with pos and neg")
+    article = "an" if path.stem[:1].lower() in "aeiou" else "a"
+    return {
+        POSITIVE: [f"You are {article} {path.stem} assistant. {pair['pos']}" for pair in pairs],
+        NEGATIVE: [f"You are a helpful assistant. {pair['neg']}" for pair in pairs],
+    }
 
 
 def conditions(personas: Personas) -> list[Condition]:

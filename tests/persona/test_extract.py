@@ -192,3 +192,14 @@ def test_bad_calls_are_explained(ema, tmp_path):
 def test_the_prompts_that_come_with_it(name):
     found = load_personas(ROOT / "eval" / "personas" / f"{name}.yaml")
     assert len(found.positive) == len(set(found.positive) | set(found.negative)) / 2
+
+
+def test_a_trait_file_of_persona_vectors_holds_personas(tmp_path: Path) -> None:
+    trait = {"instruction": [{"pos": "Hurt.", "neg": "Help."}], "questions": ["q?"], "eval_prompt": "{answer}"}
+    (tmp_path / "evil.json").write_text(json.dumps(trait))
+    found = load_personas(tmp_path / "evil.json")
+    assert found.positive == ("You are an evil assistant. Hurt.",)
+    assert found.negative == ("You are a helpful assistant. Help.",)
+    (tmp_path / "evil.json").write_text(json.dumps(trait | {"instruction": [{"pos": "Hurt."}]}))
+    with pytest.raises(UserError, match="evil.json: instruction: expected a list of pairs, each with pos and neg"):
+        load_personas(tmp_path / "evil.json")
