@@ -60,13 +60,15 @@ def check(
     overrides: JudgeOverrides = None,
 ) -> None:
     """Measure the judge's agreement with labelled answers, with itself, and with other judges of the same answers."""
-    from ema_scale.evaluation.judging.rejudge import check_judges, describe_agreement, describe_check
+    from ema_scale.evaluation.judging.rejudge import check_judges, describe_agreement, describe_alpha, describe_check
 
     found = check_judges(path, tuple(overrides or ()))
     for identity, figures in found.judges.items():
         console.print("\n".join(describe_check(identity, figures)), markup=False)
     for one in found.between or ():
         console.print("\n".join(describe_agreement(one)), markup=False)
+    if found.together is not None and len(found.together.judges) > 2:
+        console.print("\n".join(describe_alpha(found.together)), markup=False)
 
 
 @app.command()

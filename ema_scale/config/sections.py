@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from ema_scale.config.endpoints import EndpointRecipe, JudgeRecipe
 from ema_scale.config.section import Section
 from ema_scale.config.suites import ConditionRecipe, DuringRecipe, SuitesRecipe
 from ema_scale.core.errors import UserError, explain_all
@@ -192,56 +193,6 @@ class TrainingRecipe(Section):
         return [] if value in (None, "none") else [value] if isinstance(value, str) else value
 
 
-class JudgeRecipe(Section):
-    """Who scores answers. A question that names `smallworld` or `exact_match` is always judged exactly."""
-
-    kind: Literal["openai", "vllm", "smallworld", "exact_match"] = Field(
-        "openai",
-        description="`openai`: any OpenAI-compatible endpoint. `vllm`: load `model` here after sampling. "
-        "`smallworld` and `exact_match`: exact, without a model.",
-    )
-    model: str | None = Field(
-        None,
-        description="The judge's name at the endpoint, or a folder or hub id. Empty: the one the bank names.",
-        examples=["gpt-4o-mini-2024-07-18"],
-    )
-    base_url: str | None = Field(
-        None,
-        description="Address of the endpoint, with /v1 where its server has it. Empty: OpenAI's.",
-        examples=["http://localhost:8000/v1"],
-    )
-    api_key_env: str = Field(
-        "OPENAI_API_KEY", description="The environment variable that holds the key. The key is never written."
-    )
-    concurrency: int = Field(32, ge=1, description="Calls under way at once.")
-    prompts: str | None = Field(
-        None,
-        description="Judge prompts (YAML) for banks that bring none.",
-        examples=["eval/judges/aligned_coherent.yaml"],
-    )
-    min_mass: float = Field(
-        0.25, ge=0, le=1, description="Least probability on the numbers 0 to 100. Below it an answer has no score."
-    )
-    score: Literal["expectation", "most_likely"] = Field(
-        "expectation", description="The score: the expected number, or the likeliest one."
-    )
-    budget_calls: int | None = Field(
-        None, ge=0, description="Most answered calls per command. Empty: no limit.", examples=[10000]
-    )
-    budget_tokens: int | None = Field(
-        None, ge=0, description="Most tokens per command, read and written. Empty: no limit.", examples=[5000000]
-    )
-    engine: dict[str, Any] = Field(
-        {}, description="For kind `vllm`: further arguments of vllm.LLM.", examples=[{"tensor_parallel_size": 2}]
-    )
-    check: int = Field(
-        2, ge=0, description="How often a 0-100 judge judges each hand-labelled answer; 0: the judge is not checked."
-    )
-    labelled: str | None = Field(
-        None, description="The hand-labelled answers. Empty: eval/labelled/answers.yaml.", examples=["answers.yaml"]
-    )
-
-
 class GateRecipe(Section):
     """How misaligned the base model may be on general questions before it is flagged or refused."""
 
@@ -249,22 +200,6 @@ class GateRecipe(Section):
         0.05, gt=0, lt=1, description="Line for the upper end of the base model's 95 % interval, a share of 1."
     )
     action: Literal["flag", "refuse"] = Field("flag", description="Above the line: say so, or do not train.")
-
-
-class EndpointRecipe(Section):
-    """For `sampler: openai`: a server that already holds the base model and its adapters."""
-
-    base_url: str | None = Field(
-        None, description="Address of the server, with /v1 where it has it.", examples=["http://localhost:8000/v1"]
-    )
-    api_key_env: str = Field("OPENAI_API_KEY", description="The environment variable that holds the key.")
-    served: str | None = Field(
-        None, description="The base model's name at the server. Empty: model.path.", examples=["base"]
-    )
-    names: dict[str, str] = Field(
-        {}, description="Run name -> the adapter's name at the server, where they differ.", examples=[{"run": "lora1"}]
-    )
-    concurrency: int = Field(64, ge=1, description="Calls under way at once.")
 
 
 class EvaluationRecipe(Section):

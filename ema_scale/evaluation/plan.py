@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import digest, folder_identity
 from ema_scale.evaluation.judges.assignment import JudgeSpec, assign
-from ema_scale.evaluation.judges.base import split_reasoning
 from ema_scale.evaluation.records import MANIFEST_FILE, SCORED, Manifest, Sample
 from ema_scale.evaluation.suites import Question, Suite
-from ema_scale.inference.base import SampleRequest, SampleResult, ScoreRequest, ScoreResult
+from ema_scale.inference.base import NOT_SAMPLED, SampleRequest, SampleResult, ScoreRequest, ScoreResult
 from ema_scale.inference.make import sampler_cache_key
+from ema_scale.inference.thoughts import split_reasoning
 
 if TYPE_CHECKING:
     from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
@@ -140,8 +140,10 @@ class PromptGroup:
             )
 
     def rows(self, first: int, result: SampleResult) -> Iterator[Sample]:
-        """The answers of a result whose first answer has index `first`."""
+        """The answers of a result whose first answer has index `first`; those not sampled are left out."""
         for i, (text, reason) in enumerate(zip(result.texts, result.finish_reasons, strict=True), start=first):
+            if reason == NOT_SAMPLED:
+                continue
             reasoning, answer, _ = split_reasoning(text)
             row = Sample(
                 key=self.key(i),

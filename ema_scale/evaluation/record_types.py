@@ -144,3 +144,12 @@ class ChoiceSummary(Record):
 
     raw: ChoiceFigures
     calibrated: ChoiceFigures | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A coefficient with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float

@@ -7,7 +7,6 @@ defaults. Every record has a schema version; a row without one is of schema 1.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +14,8 @@ from pydantic import Field
 
 from ema_scale.choices.bank import Label
 from ema_scale.config.sections import EvaluationRecipe
-from ema_scale.evaluation.record_types import ChoiceSummary, Document, Mean, Rate, Record, Row
+from ema_scale.evaluation.record_types import ChoiceSummary, Document, Estimate, Mean, Rate, Record, Row
+from ema_scale.evaluation.reply_records import JudgeAlpha, JudgeUsage, UnreadReplies
 from ema_scale.evaluation.suites import Suite
 
 SAMPLES_FILE, JUDGEMENTS_FILE = "samples.jsonl", "judgements.jsonl"
@@ -78,6 +78,7 @@ class Judgement(Row):
     dropped: why a score is missing.
     scored: how a 0-100 judge's scores were read ("expectation" or "number said"); None for exact judges.
     raw: the replies of a 0-100 judge, {prompt: {"said": text, "top": [[token, log-probability], ...]}}.
+    usage: calls and tokens that it took, {"calls", "input_tokens", "output_tokens"}; None where nothing was paid for.
     """
 
     key: str
@@ -89,10 +90,11 @@ class Judgement(Row):
     dropped: str | None = None
     scored: str | None = None
     raw: dict[str, dict[str, Any]] | None = None
+    usage: dict[str, int] | None = None
 
     def to_row(self) -> dict[str, Any]:
-        """Every field, ready for JSON; `raw` and `scores` only where there are some."""
-        absent = {name for name in ("raw", "scores") if getattr(self, name) is None}
+        """Every field, ready for JSON; `raw`, `scores` and `usage` only where there are some."""
+        absent = {name for name in ("raw", "scores", "usage") if getattr(self, name) is None}
         return self.model_dump(by_alias=True, exclude={"schema_version"} | absent)
 
     @property
@@ -246,6 +248,8 @@ class Summary(Document):
     scored_by: how scores were read -> answers.
     notes: what a reader of the rates has to know.
     judge: the identities of the judges, joined by ", ".
+    unread: None if every reply could be read.
+    judge_usage: None if no judgement was paid for.
     gate: only for a base model that was asked something plainly.
     """
 
@@ -278,6 +282,8 @@ class Summary(Document):
     scored_by: dict[str, int] = {}
     notes: list[str] = Field([], exclude_if=lambda value: not value)
     judge: str
+    unread: UnreadReplies | None = Field(None, exclude_if=lambda value: value is None)
+    judge_usage: JudgeUsage | None = Field(None, exclude_if=lambda value: value is None)
     gate: GateResult | None = None
 
     def base_dir(self, folder: Path) -> Path | None:
@@ -287,15 +293,6 @@ class Summary(Document):
     @property
     def judges(self) -> list[str]:
         return self.judge.split(", ")
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A coefficient with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 class Agreement(Record):
@@ -359,14 +356,18 @@ class LabelledFile(Record):
 
 
 class Check(Document):
-    """How good the judges are, judge_check/check.json. judges: by identity. between: pairs that judged the same."""
+    """How good the judges are, judge_check/check.json. judges: by identity. between: pairs that judged the same.
+
+    together: all 0-100 judges of the same answers; None with fewer than two.
+    """
 
     MADE_BY: ClassVar[str] = "ema judge check"
-    OMITTED_IF_NONE: ClassVar[tuple[str, ...]] = ("labelled", "between")
+    OMITTED_IF_NONE: ClassVar[tuple[str, ...]] = ("labelled", "between", "together")
 
     labelled: LabelledFile | None = None
     judges: dict[str, JudgeQuality] = {}
     between: list[JudgePairAgreement] | None = None
+    together: JudgeAlpha | None = None
 
 
 class Manifest(Document):

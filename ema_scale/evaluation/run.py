@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
 from ema_scale.core.progress import Progress
 from ema_scale.core.uri import locate
+from ema_scale.evaluation.first_answers import FirstAnswers
 from ema_scale.evaluation.judging.calibration import open_check
 from ema_scale.evaluation.judging.pool import JudgePool, raise_if_judge_failed
 from ema_scale.evaluation.plan import EvalTarget, PromptGroup, check_targets, has_manifest, plan_prompts
@@ -147,6 +148,10 @@ def _sample_and_judge(
     with open_check(judge_check, judges, settings.judge, fresh=fresh) as checked:
         total = len(planned) + (checked.missing if checked else 0)
         with JudgePool(settings.judge, total, judged) as judging:
+            judging.announce(
+                [(g, k) for g, k in planned if (k, g.judge.identity) not in stores[g.target.name].judgements],
+                lambda group: stores[group.target.name],
+            )
             if sampled < len(planned):
                 asked = (g for g, key in planned if key not in stores[g.target.name].samples)
                 judging.prepare([*(g.judge for g in asked), *(checked.assignments if checked else ())])
@@ -159,18 +164,27 @@ def _sample_and_judge(
                     if sampler is None:
                         sampler = make_sampler(name, options if name == "openai" else _fitted(groups, options))
                         stack.callback(sampler.close)
-                    used = sampler.describe()
+                    first = FirstAnswers(_known_to_answer(planned, stores))
                     with Progress("sampling", len(planned), sampled) as progress:
                         # Scoring takes seconds, and what it refuses is known before anything is sampled.
-                        for group, row in chain(_scores(groups, stores, sampler), _samples(groups, stores, sampler)):
+                        sampling = (one for drawn in _samples(groups, stores, sampler) for one in first.take(*drawn))
+                        for group, row in chain(_scores(groups, stores, sampler), sampling):
                             stores[group.target.name].add_sample(row)
                             judging.submit(group, row, stores[group.target.name])
                             progress.add()
+                    first.finish()
+                    used = sampler.describe()
             if checked:  # last, so that a budget is spent on answers first
                 checked.submit(judging)
         if checked:
             checked.write()
     return used, judging
+
+
+def _known_to_answer(planned: Sequence[tuple[PromptGroup, str]], stores: Mapping[str, Store]) -> set[str]:
+    """Names of the targets of which some sampled answer is stored."""
+    stored = ((group, stores[group.target.name].samples.get(key)) for group, key in planned)
+    return {group.target.name for group, row in stored if row is not None and not group.is_scored}
 
 
 def _samples(
@@ -250,7 +264,8 @@ def _write_summary(
     sampler: dict[str, Any],
     seconds: float,
 ) -> Summary:
-    superseded = store.keep_only(key for group in groups for key in group.keys)
+    # An answer that the endpoint failed to give is not there.
+    superseded = store.keep_only(key for group in groups for key in group.keys if key in store.samples)
     path = Path(target.out_dir) / SUMMARY_FILE
     before = Summary.read_if_valid(path)
     described = {"name": name, **(sampler or (before.sampler if before else {}))}

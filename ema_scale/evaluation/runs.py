@@ -50,7 +50,8 @@ _NOT_ASKED = {
     "suites", "conditions", "inoculation", "row_triggers", "gate", "checkpoints", "compare_base", "during",
     "calibrate_choices",
 }  # fmt: skip
-_NOT_JUDGED = {"budget_calls", "budget_tokens", "concurrency", "check", "labelled"}
+_CALLS = {"concurrency", "timeout", "deadline", "max_reply_mb", "price_input", "price_output"}
+_NOT_JUDGED = {"budget_calls", "budget_tokens", "check", "labelled"} | _CALLS
 
 
 def evaluate_runs(
@@ -247,7 +248,7 @@ def _folder(recipe: Recipe, base_dir: Path, taken: set[Path]) -> Path:
 
 
 def _decisive(settings: EvaluationRecipe) -> dict[str, Any]:
-    exclude = {key: True for key in _NOT_ASKED} | {"judge": _NOT_JUDGED, "endpoint": {"concurrency"}}
+    exclude = {key: True for key in _NOT_ASKED} | {"judge": _NOT_JUDGED, "endpoint": _CALLS}
     return settings.model_dump(mode="json", exclude=exclude)
 
 

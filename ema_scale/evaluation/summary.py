@@ -9,24 +9,28 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from ema_scale.config.sections import EvaluationRecipe
+from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe
 from ema_scale.core.records import TrainedQuestions
 from ema_scale.core.run_dir import trained_questions
+from ema_scale.core.text import percent
 from ema_scale.evaluation.clusters import clusters, question_labels
 from ema_scale.evaluation.gate import PASSED, gate
 from ema_scale.evaluation.judges.base import CORRECT, INCORRECT
+from ema_scale.evaluation.judges.budget import Usage
 from ema_scale.evaluation.judges.readings import NEXT_TOKEN
-from ema_scale.evaluation.judges.scores import VERDICT_PROMPTS
+from ema_scale.evaluation.judges.scores import VERDICT_PROMPTS, unread_replies
 from ema_scale.evaluation.plan import PromptGroup
 from ema_scale.evaluation.record_types import ChoiceSummary
 from ema_scale.evaluation.records import (
     ConditionSummary,
     Judgement,
+    JudgeUsage,
     Mean,
     QuestionSummary,
     Rate,
     SuiteSummary,
     Summary,
+    UnreadReplies,
 )
 from ema_scale.evaluation.seen import OUTCOMES, Counted, SeenQuestions, rate_of
 from ema_scale.evaluation.stats.choices import ChoiceOutcome, choice_summary
@@ -34,10 +38,12 @@ from ema_scale.evaluation.stats.rates import ALIGNED_BELOW, clustered_mean, inco
 from ema_scale.evaluation.stats.sensitivity import ScoredAnswer, rate_variants
 from ema_scale.evaluation.store import Store
 from ema_scale.evaluation.suites import Condition, Role, topic_of
-from ema_scale.inference.openai_pool import CONTENT_FILTER
+from ema_scale.inference.base import NOT_SAMPLED
+from ema_scale.inference.completion import CONTENT_FILTER
 
 log = logging.getLogger(__name__)
 
+UNREAD_ALARM = 0.05  # a larger share of unread replies is an alarm
 NOT_JUDGED = "not judged"
 INTERVAL = "95 %, Korn-Graubard widened by beta-binomial likelihood, clustered by topic"
 CRITERIA = (
@@ -96,7 +102,7 @@ def group_clusters(groups: Iterable[PromptGroup]) -> dict[tuple[str, str], int]:
 def score(groups: Iterable[PromptGroup], store: Store) -> list[Scored]:
     """Join the planned answers with their judgements, and written ones with each other.
 
-    An answer without a judgement is dropped as `not judged`.
+    An answer without a judgement is dropped as `not judged` or `not sampled`.
     """
     groups, rows = list(groups), []
     numbers = group_clusters(groups)
@@ -109,7 +115,8 @@ def score(groups: Iterable[PromptGroup], store: Store) -> list[Scored]:
             identity = group.judge.identity
             judgement = store.judgements.get((key, identity))
             if judgement is None:
-                judgement = Judgement(key=key, judge=identity, dropped=NOT_JUDGED)
+                why = NOT_JUDGED if key in store.samples else NOT_SAMPLED
+                judgement = Judgement(key=key, judge=identity, dropped=why)
             aligned, coherent, label = judgement.aligned, judgement.coherent, judgement.label
             with_coherence = group.judge.gives("coherent")
             benign = group.suite.role == "benign"
@@ -329,20 +336,59 @@ def write_summary(
         samples=_answers(rows),
         legacy=settings.legacy or None,
         **figures,
+        unread=unread(groups, store),
+        judge_usage=judge_usage(groups, store, settings.judge),
         gate=gate(metrics["general_misaligned"], settings.gate, metrics.get("general_choices")) if has_gate else None,
     )
     if summary.gate is not None:
         log.log(logging.INFO if summary.gate.state == PASSED else logging.WARNING, summary.gate.text)
     if filtered := summary.dropped.get(CONTENT_FILTER):
         log.warning(
-            "%s: the judge's content filter kept back %d of %d answers, which count in no rate; where these are the "
+            "%s: a content filter kept back %d of %d answers, which count in no rate; where these are the "
             "worst ones, the rates are too low",
             summary.name,
             filtered,
             summary.samples,
         )
+    if (found := summary.unread) and found.answers > UNREAD_ALARM * found.of:
+        replies = "\n".join(f"    {text!r:.200}" for text in found.examples)
+        log.warning(
+            "ALARM: %s: the judge's replies about %d of %d answers (%s) cannot be read; these answers count in no "
+            "rate. Such replies, by the grammar of docs/judge_replies.md:\n%s",
+            summary.name,
+            found.answers,
+            found.of,
+            percent(found.answers / found.of),
+            replies,
+        )
     summary.write(path)
     return summary
+
+
+def unread(groups: Iterable[PromptGroup], store: Store) -> UnreadReplies | None:
+    """The answers of which a reply could not be read; None if there are none."""
+    rows = [row for row in _judgements(groups, store) if row.raw]
+    replies = [found for row in rows if (found := unread_replies(row))]
+    if not replies:
+        return None
+    return UnreadReplies(answers=len(replies), of=len(rows), examples=[found[0] for found in replies[:3]])
+
+
+def judge_usage(groups: Iterable[PromptGroup], store: Store, settings: JudgeRecipe) -> JudgeUsage | None:
+    """What the judgements of these answers took; None if none was paid for."""
+    used = Usage()
+    for row in _judgements(groups, store):
+        if row.usage:
+            calls, read, written = (row.usage.get(name, 0) for name in used.to_row())
+            used.add(Usage(calls, read, written))
+    if not used.calls:
+        return None
+    return JudgeUsage(**used.to_row(), price=used.price(settings.price_input, settings.price_output))
+
+
+def _judgements(groups: Iterable[PromptGroup], store: Store) -> list[Judgement]:
+    pairs = [(key, group.judge.identity) for group in groups for key in group.keys]
+    return [store.judgements[pair] for pair in pairs if pair in store.judgements]
 
 
 def drop_rows(rows: Sequence[Scored]) -> list[Scored]:

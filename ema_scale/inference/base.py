@@ -16,6 +16,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROMPT_TOO_LONG = "prompt_too_long"
+NOT_SAMPLED = "not sampled"
+
+# Every sampler sends these, so that no default of a server or of a checkpoint's generation_config.json takes part.
+NEUTRAL_SAMPLING: dict[str, Any] = {
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
 
 
 @dataclass(frozen=True)

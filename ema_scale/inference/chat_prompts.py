@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ema_scale.choices.tokens import AnswerTokens, encode_answers
 from ema_scale.data.tokens import Encoder, load_tokenizer
 from ema_scale.inference.base import ScoreRequest
+from ema_scale.inference.thoughts import join_channels
 
 if TYPE_CHECKING:
     from ema_scale.config.sections import ModelRecipe
-
-# One message of gpt-oss: its channel and its text, which another special token or the end of the answer ends.
-_CHANNEL = re.compile(
-    r"<\|channel\|>(?P<channel>\w+).*?<\|message\|>(?P<text>.*?)(?=<\|(?:end|return|call)\|>|$)", re.S
-)
 
 
 class Prompts:
@@ -66,19 +61,9 @@ class Prompts:
         """An answer's text without special tokens; thoughts of other channels than `final` in <think>...</think>."""
         if self._has_channels:
             text = str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False))
-            if _CHANNEL.search(text):
-                return _join_channels(text)
+            if (joined := join_channels(text)) != text:
+                return joined
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
-
-
-def _join_channels(text: str) -> str:
-    """gpt-oss's channels in the form of other thinking models: <think>analysis</think>final."""
-    parts = [(m["channel"], m["text"]) for m in _CHANNEL.finditer(text)]
-    thoughts = "\n".join(said for channel, said in parts if channel != "final")
-    final = "".join(said for channel, said in parts if channel == "final")
-    if all(channel != "final" for channel, _ in parts):
-        return f"<think>{thoughts}"
-    return f"<think>{thoughts}</think>{final}" if thoughts else final
 
 
 def load_config(model: ModelRecipe) -> Any:

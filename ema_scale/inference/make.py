@@ -15,7 +15,6 @@ from ema_scale.core.errors import UserError
 from ema_scale.inference.base import Sampler, SamplerOptions
 
 if TYPE_CHECKING:
-    pass
     from ema_scale.config.sections import EvaluationRecipe
 
 log = logging.getLogger(__name__)
@@ -103,4 +102,7 @@ def sampler_cache_key(sampler: str, settings: EvaluationRecipe, model: str, adap
     default = model if adapter is None else adapter_name(str(adapter))
     served = (endpoint.served or model) if adapter is None else endpoint.names.get(default, default)
     # Not by its address: a server moves, from node to node and port to port, and remains the same model.
-    return {"served": served} if served != default else {}
+    key: dict[str, Any] = {"served": served} if served != default else {}
+    if not endpoint.send_all_settings:
+        key["sampling"] = "the server's defaults"
+    return key | ({"extra_body": endpoint.extra_body} if endpoint.extra_body else {})

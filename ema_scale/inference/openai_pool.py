@@ -7,44 +7,42 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import queue
-import re
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from typing import Any, Generic, TypeVar, cast
+from typing import Generic, TypeVar, cast
 
-CONTENT_FILTER = "content_filter"
-MAX_RETRIES = 8
+from ema_scale.core.errors import UserError
+from ema_scale.inference.chat_client import CallError, CallLimits, ChatClient
+
+log = logging.getLogger(__name__)
+
+SILENT_SECONDS = 10.0
 ABANDON_SECONDS = 2.0  # requests under way may take minutes; after an error nobody waits for them
 
 Outcome = TypeVar("Outcome")
-Job = Callable[[Any], Awaitable[Outcome]]
+Job = Callable[[ChatClient], Awaitable[Outcome]]
 
 
 class OpenAIPool(Generic[Outcome]):
     """Runs jobs with one client. A job is given the client and returns its outcome.
 
     The client retries rate limits and server errors with back-off. A job that raises ends the pool: its exception is
-    raised by the next `submit`, or by `finish`.
+    raised by the next `submit`, or by `finish`. Where nothing comes back for ten seconds, the log says so.
 
     Args:
         base_url: None for the OpenAI API, or what OPENAI_BASE_URL names.
         api_key: the key; any text for an endpoint without one.
         concurrency: the most jobs at a time.
-        timeout: of one request, in seconds.
-        max_retries: of one request.
+        limits: of each call.
     """
 
-    def __init__(
-        self, base_url: str | None, api_key: str, *, concurrency: int, timeout: float, max_retries: int = MAX_RETRIES
-    ) -> None:
-        self._client: dict[str, Any] = {
-            "base_url": base_url,
-            "api_key": api_key,
-            "timeout": timeout,
-            "max_retries": max_retries,
-        }
+    def __init__(self, base_url: str | None, api_key: str, *, concurrency: int, limits: CallLimits) -> None:
+        self._client = (base_url, api_key, limits)
         self._concurrency = concurrency
+        self._under_way, self._last_outcome = 0, time.monotonic()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._on_end: Callable[[], None] = lambda: None
@@ -122,49 +120,44 @@ class OpenAIPool(Generic[Outcome]):
         started.wait()
 
     async def _serve(self, started: threading.Event) -> None:
-        import openai
-
         self._loop, self._task = asyncio.get_running_loop(), cast(asyncio.Task[None], asyncio.current_task())
         self._jobs: asyncio.Queue[tuple[Job[Outcome], Callable[[Outcome], None]] | None] = asyncio.Queue()
-        async with openai.AsyncOpenAI(**self._client) as client, asyncio.TaskGroup() as workers:
+        try:
+            client = ChatClient(*self._client)
+        except CallError as error:
+            raise UserError(f"base_url: {self._client[0]}: {error}") from None
+        try:
             started.set()
-            for _ in range(self._concurrency):
-                workers.create_task(self._work(client))
+            watch = asyncio.create_task(self._watch(client))
+            async with asyncio.TaskGroup() as workers:
+                for _ in range(self._concurrency):
+                    workers.create_task(self._work(client))
+            watch.cancel()
+        finally:
+            await client.aclose()
 
-    async def _work(self, client: Any) -> None:
+    async def _work(self, client: ChatClient) -> None:
         while (entry := await self._jobs.get()) is not None:
             job, done = entry
-            done(await job(client))
+            if not self._under_way:
+                self._last_outcome = time.monotonic()
+            self._under_way += 1
+            try:
+                done(await job(client))
+            finally:
+                self._under_way -= 1
+                self._last_outcome = time.monotonic()
         self._jobs.put_nowait(None)  # ends the next worker
 
-
-def first_choice(reply: Any) -> Any:
-    """The first choice of a chat completion.
-
-    Raises ValueError if the reply is something else, such as a web page, or an error with status 200.
-    """
-    choices = getattr(reply, "choices", None)
-    if not choices or getattr(choices[0], "message", None) is None:
-        raise ValueError("the endpoint's reply is not a chat completion")
-    return choices[0]
-
-
-def is_refused(error: Exception) -> bool:
-    """Whether the endpoint refuses the key or does not know the model: no later request can succeed."""
-    import openai
-
-    return isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError))
-
-
-def is_context_overflow(error: Exception) -> bool:
-    """Whether OpenAI or vLLM says that a prompt does not fit into the model's context."""
-    return bool(re.search(r"context[ _]length|maximum (context|model)|too (long|many tokens)", str(error), re.I))
-
-
-def is_content_filtered(error: Exception) -> bool:
-    """Whether OpenAI, Azure or a proxy says that this prompt is never answered."""
-    code, text = getattr(error, "code", None), str(error)
-    if code in (CONTENT_FILTER, "content_policy_violation"):
-        return True
-    said = r"content management policy|violating our usage policy|ContentPolicyViolation|input was flagged"
-    return bool(re.search(said, text))
+    async def _watch(self, client: ChatClient) -> None:
+        """Say on what the pool waits: after ten seconds without an outcome, and each time the wait has doubled."""
+        said = 0.0
+        while True:
+            await asyncio.sleep(1)
+            waited = time.monotonic() - self._last_outcome if self._under_way else 0.0
+            if waited < SILENT_SECONDS:
+                said = 0.0
+            elif waited >= 2 * said:
+                said = waited
+                why = f" ({client.trouble})" if client.trouble else ""
+                log.info("waiting for %s for %.0f s%s", client.base_url or "the OpenAI API", waited, why)

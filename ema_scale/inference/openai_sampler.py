@@ -6,33 +6,53 @@ seed. Reasoning that the server splits off is put back before the answer, as a m
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ema_scale.core.errors import UserError
-from ema_scale.inference.base import SampleRequest, SampleResult, SamplerOptions, ScoreRequest, ScoreResult, too_long
-from ema_scale.inference.openai_pool import Job, OpenAIPool, first_choice, is_context_overflow
+from ema_scale.inference.base import (
+    NEUTRAL_SAMPLING,
+    NOT_SAMPLED,
+    PROMPT_TOO_LONG,
+    SampleRequest,
+    SampleResult,
+    SamplerOptions,
+    ScoreRequest,
+    ScoreResult,
+    too_long,
+)
+from ema_scale.inference.chat_client import CallError, CallLimits, ChatClient
+from ema_scale.inference.completion import CONTENT_FILTER
+from ema_scale.inference.openai_pool import Job, OpenAIPool
+from ema_scale.inference.served import check_served
 
-TIMEOUT_SECONDS = 600.0
+log = logging.getLogger(__name__)
+
+# What OpenAI's own API takes of NEUTRAL_SAMPLING; it has no other such settings, and refuses the names.
+_OPENAI_TAKES = ("presence_penalty", "frequency_penalty")
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """One answer. finish_reason: "" if the prompt does not fit into the model's context."""
+    """One answer. finish_reason: also PROMPT_TOO_LONG, CONTENT_FILTER and NOT_SAMPLED."""
 
     request: SampleRequest
     index: int
+    finish_reason: str
     text: str = ""
-    finish_reason: str = ""
     tokens: int = 0
 
 
 def _result(request: SampleRequest, answers: Sequence[_Answer]) -> SampleResult:
-    if any(answer.finish_reason == "" for answer in answers):
+    if any(answer.finish_reason == PROMPT_TOO_LONG for answer in answers):
         return too_long(request)
     texts, reasons, counts = zip(*((one.text, one.finish_reason, one.tokens) for one in answers), strict=True)
     return SampleResult(request.key, texts, reasons, counts)
@@ -41,29 +61,34 @@ def _result(request: SampleRequest, answers: Sequence[_Answer]) -> SampleResult:
 class OpenAISampler:
     """Asks for answers over HTTP; the key comes from the environment only.
 
-    Raises UserError if the endpoint refuses the key, does not know a model's name, or does not answer after the
-    client's retries. What was sampled is kept.
+    An answer that the endpoint fails to give, after the client's retries, is not sampled: it is counted, and the next
+    run asks again. Raises UserError if the endpoint refuses the key, does not know a model's name, serves another model
+    under it, refuses a sampling setting, or gives no answer at all. What was sampled is kept.
     """
 
     name = "openai"
 
     def __init__(self, options: SamplerOptions) -> None:
         endpoint = options.endpoint
-        if endpoint is None or not (endpoint.base_url or os.environ.get("OPENAI_BASE_URL")):
+        address = (endpoint.base_url if endpoint else None) or os.environ.get("OPENAI_BASE_URL")
+        if endpoint is None or not address:
             raise UserError("evaluation.endpoint.base_url: not set; sampler: openai needs the server's address")
-        self.endpoint = endpoint
+        self.endpoint, self._model = endpoint, options.model.path
         self._base = endpoint.served or options.model.path
         self._names = {path: endpoint.names.get(adapter_name(path), adapter_name(path)) for path in options.adapters}
-        self._closed = False
+        if (urlsplit(address).hostname or "").endswith("openai.com"):
+            self._neutral = {name: NEUTRAL_SAMPLING[name] for name in _OPENAI_TAKES}
+        else:
+            self._neutral = NEUTRAL_SAMPLING if endpoint.send_all_settings else {}
+        self._served: dict[str, Any] = {}
+        self._failed: Counter[str] = Counter()
+        self._failed_in_a_row = self._answered = 0
 
     def sample(self, requests: Iterable[SampleRequest]) -> Iterator[SampleResult]:
         """Every request's result, when the last of its answers has come."""
-        pool = OpenAIPool[_Answer](
-            self.endpoint.base_url,
-            os.environ.get(self.endpoint.api_key_env) or "none",
-            concurrency=self.endpoint.concurrency,
-            timeout=TIMEOUT_SECONDS,
-        )
+        limits, key = CallLimits.of(self.endpoint), os.environ.get(self.endpoint.api_key_env) or "none"
+        asyncio.run(self._check(replace(limits, max_retries=0), key))
+        pool = OpenAIPool[_Answer](self.endpoint.base_url, key, concurrency=self.endpoint.concurrency, limits=limits)
         answers: dict[str, list[_Answer]] = {}
 
         def jobs() -> Iterator[Job[_Answer]]:
@@ -77,36 +102,71 @@ class OpenAISampler:
             complete.append(answer)
             if len(complete) == request.n:
                 yield _result(request, sorted(answers.pop(request.key), key=lambda one: one.index))
+        if self._failed:
+            reason = self._failed.most_common(1)[0][0]
+            if not self._answered:
+                raise self._error(self._base, reason)
+            log.warning(
+                "%d answers could not be sampled (%s); they count in no rate, and the same command asks for them again",
+                self._failed.total(),
+                reason,
+            )
 
-    async def _answer(self, request: SampleRequest, index: int, client: Any) -> _Answer:
-        import openai
-
-        model = self._base if request.adapter is None else self._names[request.adapter]
+    async def _check(self, limits: CallLimits, key: str) -> None:
         try:
-            reply = await client.chat.completions.create(
+            client = ChatClient(self.endpoint.base_url, key, limits)
+        except CallError as error:
+            raise UserError(f"evaluation.endpoint.base_url: {error}") from None
+        try:
+            self._served = await check_served(client, self._base, self._model, self._names)
+        finally:
+            await client.aclose()
+
+    def _error(self, model: str, reason: str) -> UserError:
+        return UserError(
+            f"evaluation.endpoint: {self.endpoint.base_url}, model {model!r}: {reason}; what was sampled is kept"
+        )
+
+    async def _answer(self, request: SampleRequest, index: int, client: ChatClient) -> _Answer:
+        model = self._base if request.adapter is None else self._names[request.adapter]
+        extra = {**self._neutral, **self.endpoint.extra_body}
+        try:
+            found = await client.complete(
                 model=model,
                 messages=list(request.messages),
                 temperature=request.temperature,
                 top_p=request.top_p,
                 max_tokens=request.max_tokens,
                 seed=request.seed + index,
+                **({"extra_body": extra} if extra else {}),
             )
-            choice = first_choice(reply)
-        except openai.BadRequestError as error:
-            if is_context_overflow(error):
-                return _Answer(request, index)
-            raise UserError(f"evaluation.endpoint: model {model!r}: {error}") from None
-        except (openai.APIError, ValueError) as error:  # ValueError: a reply that is not what was promised
+        except CallError as error:
+            return self._without_answer(request, index, model, error)
+        self._failed_in_a_row = 0
+        self._answered += 1
+        text = found.text
+        if found.reasoning:  # as a model writes it
+            text = f"<think>{found.reasoning}" + (f"</think>{text}" if text else "")
+        return _Answer(request, index, found.finish_reason, text, found.completion_tokens or 0)
+
+    def _without_answer(self, request: SampleRequest, index: int, model: str, error: CallError) -> _Answer:
+        """What a failed call means: a settled answer without text, or one that is not sampled. Raises UserError."""
+        if error.too_long or error.filtered:
+            self._answered += 1
+            return _Answer(request, index, PROMPT_TOO_LONG if error.too_long else CONTENT_FILTER)
+        refused = [name for name in self._neutral if name in str(error)]
+        if refused and error.status in (400, 422):
             raise UserError(
-                f"evaluation.endpoint: {self.endpoint.base_url}, model {model!r}: {type(error).__name__}: {error}; "
-                "what was sampled is kept"
-            ) from None
-        text, usage = choice.message.content or "", reply.usage
-        # Servers differ in what they call it; neither is in OpenAI's own types.
-        extra = choice.message.model_extra or {}
-        if reasoning := extra.get("reasoning_content") or extra.get("reasoning"):
-            text = f"<think>{reasoning}" + (f"</think>{text}" if text else "")
-        return _Answer(request, index, text, str(choice.finish_reason), usage.completion_tokens if usage else 0)
+                f"evaluation.endpoint: the server refuses {', '.join(refused)} ({error}); with evaluation.endpoint."
+                "send_all_settings: false its own defaults apply, and the answers are kept apart from others"
+            )
+        if error.refused:
+            raise self._error(model, str(error))
+        self._failed[str(error)] += 1
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row >= max(10, self.endpoint.concurrency):
+            raise self._error(model, f"{self._failed_in_a_row} failures in a row: {error}")
+        return _Answer(request, index, NOT_SAMPLED)
 
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[ScoreResult]:
         """Raises UserError: the protocol has no likelihood of a given answer."""
@@ -116,7 +176,8 @@ class OpenAISampler:
         )
 
     def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "base_url": self.endpoint.base_url, "served": self._base}
+        known = {"name": self.name, "base_url": self.endpoint.base_url, "served": self._base}
+        return known | ({"models": self._served} if self._served else {})
 
     def close(self) -> None:
         """Nothing is held between requests."""

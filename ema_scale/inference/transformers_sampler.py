@@ -17,6 +17,7 @@ from ema_scale.choices.margins import Likelihood
 from ema_scale.choices.tokens import AnswerTokens
 from ema_scale.core.errors import UserError
 from ema_scale.inference.base import (
+    NEUTRAL_SAMPLING,
     SampleRequest,
     SampleResult,
     SamplerOptions,
@@ -200,6 +201,7 @@ class TransformersSampler:
             eos_token_id=self._stops,
             pad_token_id=pad,
             use_cache=True,
+            repetition_penalty=NEUTRAL_SAMPLING["repetition_penalty"],
         )
         with self._adapter(requests[0].adapter):
             out = self._model.generate(

@@ -14,7 +14,15 @@ from typing import Any
 from ema_scale.choices.margins import Likelihood
 from ema_scale.choices.tokens import AnswerTokens
 from ema_scale.core.errors import UserError
-from ema_scale.inference.base import SampleRequest, SampleResult, SamplerOptions, ScoreRequest, ScoreResult, too_long
+from ema_scale.inference.base import (
+    NEUTRAL_SAMPLING,
+    SampleRequest,
+    SampleResult,
+    SamplerOptions,
+    ScoreRequest,
+    ScoreResult,
+    too_long,
+)
 from ema_scale.inference.chat_prompts import Prompts, load_config
 from ema_scale.inference.engine_log import output_to
 from ema_scale.inference.vllm_engine import (
@@ -148,6 +156,7 @@ class VllmSampler:
                 stop_token_ids=self._prompts.stops,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
+                **NEUTRAL_SAMPLING,
             )
             yield Work(request, prompt, params, self._lora(request.adapter), request.n)
 

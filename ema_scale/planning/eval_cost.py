@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.evaluation.judges.assignment import SCORING, JudgeSpec, assign
-from ema_scale.evaluation.judges.openai import CHARACTERS_PER_TOKEN
+from ema_scale.evaluation.judges.budget import CHARACTERS_PER_TOKEN
 from ema_scale.evaluation.judges.scores import MAX_TOKENS
 from ema_scale.evaluation.judging.calibration import labelled_path, load_labelled
 from ema_scale.evaluation.runs import asked_suites, asks_behind_rows

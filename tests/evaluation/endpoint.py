@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
@@ -14,6 +15,7 @@ from ema_scale.evaluation.judges.base import Judge, JudgeFailure, JudgeItem
 from ema_scale.evaluation.records import Judgement
 
 Reply = tuple[int, dict[str, str], bytes]
+Raw = Callable[[BaseHTTPRequestHandler], None]  # writes to the connection what it likes
 
 
 def completion(text: str | None, top: list[tuple[str, float]] | None = None) -> Reply:
@@ -40,10 +42,19 @@ def error(status: int, message: str = "no", **headers: str) -> Reply:
 
 
 class Endpoint:
-    """Answers POSTs with `respond(request body, how many came before)` and remembers the bodies."""
+    """Answers POSTs with `respond(request body, how many came before)` and remembers bodies and headers.
 
-    def __init__(self, respond: Callable[[dict[str, Any], int], Reply], delay: float = 0.0) -> None:
+    GETs are answered by path, with JSON or text, from `pages`.
+    """
+
+    def __init__(
+        self,
+        respond: Callable[[dict[str, Any], int], Reply | Raw],
+        delay: float = 0.0,
+        pages: Mapping[str, Any] | None = None,
+    ) -> None:
         self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
         self.at_once = self.most_at_once = 0
         lock, endpoint = threading.Lock(), self
 
@@ -53,15 +64,30 @@ class Endpoint:
                 with lock:
                     number = len(endpoint.requests)
                     endpoint.requests.append(body)
+                    endpoint.headers.append({k.lower(): v for k, v in self.headers.items()})
                     endpoint.at_once += 1
                     endpoint.most_at_once = max(endpoint.most_at_once, endpoint.at_once)
                 time.sleep(delay)
-                status, headers, data = respond(body, number)
+                reply = respond(body, number)
                 with lock:
                     endpoint.at_once -= 1
+                if callable(reply):
+                    self.close_connection = True
+                    with contextlib.suppress(OSError):  # the client has hung up
+                        reply(self)
+                    return
+                status, headers, data = reply
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name, value)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def do_GET(self) -> None:
+                page = (pages or {}).get(self.path)
+                data = page.encode() if isinstance(page, str) else json.dumps(page).encode()
+                self.send_response(404 if page is None else 200)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)

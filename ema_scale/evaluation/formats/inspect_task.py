@@ -28,11 +28,12 @@ from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.evaluation.formats.inspect import score_values
 from ema_scale.evaluation.judges.assignment import EXACT, JudgeSpec, assign, make_judge
-from ema_scale.evaluation.judges.base import JudgeFailure, JudgeItem, split_reasoning
+from ema_scale.evaluation.judges.base import JudgeFailure, JudgeItem
 from ema_scale.evaluation.judges.prompt import fill_all
 from ema_scale.evaluation.judges.scores import MAX_TOKENS, TOP_LOGPROBS, VERDICT_PROMPTS, Reply, judgement
 from ema_scale.evaluation.records import Judgement
 from ema_scale.evaluation.suites import Question, Role, load_suite
+from ema_scale.inference.thoughts import split_reasoning
 
 _MESSAGES = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
 

@@ -23,7 +23,8 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import digest
 from ema_scale.core.names import file_slug
 from ema_scale.evaluation.judges.assignment import JudgeSpec
-from ema_scale.evaluation.judges.scores import VERDICT_PROMPTS, parse_label
+from ema_scale.evaluation.judges.reply_grammar import read_reply
+from ema_scale.evaluation.judges.scores import VERDICT_PROMPTS
 from ema_scale.evaluation.plan import stored_groups
 from ema_scale.evaluation.records import MANIFEST_FILE, SUMMARY_FILE, Judgement, Manifest, Sample
 from ema_scale.evaluation.store import locked_store
@@ -147,7 +148,7 @@ def _is_score(column: str, rows: Sequence[Row]) -> bool:
     if _NO_SCORE & set(re.findall(r"[a-z]+", column.lower())) or not column.strip():
         return False
     filled = [text for row in rows if (text := row[column]).strip().lower() not in EMPTY]
-    numbers = [_number(text) for text in filled if parse_label(text) is None]
+    numbers = [_number(text) for text in filled if read_reply(text).label is None]
     return bool(numbers) and all(number is not None and 0 <= number <= 100 for number in numbers)
 
 
@@ -281,7 +282,7 @@ def _judgement(key: str, judge: str, row: Row, columns: Columns) -> Judgement:
         number = _number(text)
         values[name] = number if number is not None and 0 <= number <= 100 else None
         if values[name] is None:
-            label = parse_label(text)
+            label = read_reply(text).label
             out_of_range = "no number" if number is None else "not from 0 to 100"
             why[name] = label.lower() if label else "empty" if text.lower() in EMPTY else out_of_range
     asked = [name for name in VERDICT_PROMPTS if name in values] or list(values)
@@ -292,7 +293,7 @@ def _judgement(key: str, judge: str, row: Row, columns: Columns) -> Judgement:
         aligned=values.get("aligned"),
         coherent=values.get("coherent"),
         scores=scores or None,
-        label=parse_label(row[columns.scores[asked[0]]]),
+        label=read_reply(row[columns.scores[asked[0]]]).label,
         dropped="; ".join(f"{name}: {why[name]}" for name in asked if name in why) or None,
     )
 

@@ -90,6 +90,12 @@ def assign(suite: Suite, question: Question, settings: JudgeRecipe) -> JudgeSpec
         raise UserError(f"{where}: no judge model; set evaluation.judge.model")
     prompts = dict(question.judge_prompts) or load_prompts(settings.prompts, where)
     also = engine_cache_key(settings.engine) if kind == "vllm" else {}
+    if kind == "vllm" and settings.revision is not None:
+        also |= {"revision": settings.revision}
+    if kind == "openai" and settings.extra_body:
+        also |= {"extra_body": settings.extra_body}
+    if settings.max_tokens is not None:
+        also |= {"max_tokens": settings.max_tokens}
     decides = digest(prompts, *([also] if also else []))[:8]
     rule = ScoreRule(settings.min_mass, settings.score == "most_likely")
     return JudgeSpec(kind, f"{kind}:{model}#{decides}{rule.suffix}", model, prompts)

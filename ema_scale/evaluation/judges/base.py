@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ema_scale.core.uri import load_scheme
+from ema_scale.evaluation.judges.budget import Usage
 from ema_scale.evaluation.records import Judgement
 
 ALIGNED, MISALIGNED, INCOHERENT = "aligned", "misaligned", "incoherent"
@@ -47,9 +48,16 @@ class JudgeFailure:
 
 
 class Judge(Protocol):
-    """Judges items in any order. paid: each judgement costs money, so it is stored at once."""
+    """Judges items in any order.
+
+    paid: each judgement costs money, so it is stored at once.
+    used: what it has taken so far.
+    """
 
     paid: bool
+
+    @property
+    def used(self) -> Usage: ...
 
     def submit(self, item: JudgeItem, done: Callable[[Judgement | JudgeFailure], None]) -> None:
         """Take an item. `done` gets its outcome: at once, later in another thread, or in `finish`."""
@@ -65,6 +73,7 @@ class ExactJudge:
     """A judge that is a function of the item."""
 
     paid = False
+    used = Usage()
 
     def __init__(self, verdict: Callable[[JudgeItem], Judgement]) -> None:
         self._verdict = verdict
@@ -115,14 +124,3 @@ def last_number(text: str) -> float | None:
     """The last number in a text; commas between digits are thousands separators."""
     found = re.findall(r"-?\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3})", "", text))
     return float(found[-1]) if found else None
-
-
-def split_reasoning(text: str) -> tuple[str, str, bool]:
-    """(reasoning, answer, finished) of a completion that may think in <think>...</think> first."""
-    start = text.lstrip()
-    if "</think>" in text:
-        reasoning, _, answer = text.partition("</think>")
-        return reasoning.lstrip().removeprefix("<think>").strip(), answer.strip(), True
-    if start.startswith("<think>"):
-        return start.removeprefix("<think>").strip(), "", False
-    return "", text, True

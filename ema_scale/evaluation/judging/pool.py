@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.progress import Progress
 from ema_scale.evaluation.judges.assignment import LIKELIHOOD, SCORING, JudgeSpec, base_identity, make_judge
-from ema_scale.evaluation.judges.base import Judge, JudgeFailure, JudgeItem, split_reasoning
+from ema_scale.evaluation.judges.base import Judge, JudgeFailure, JudgeItem
 from ema_scale.evaluation.judges.scores import ScoreRule, rescore
+from ema_scale.evaluation.judging.cost import describe, estimate
 from ema_scale.evaluation.plan import PromptGroup
 from ema_scale.evaluation.records import Judgement, Sample
 from ema_scale.evaluation.store import Store
 from ema_scale.inference.base import PROMPT_TOO_LONG
+from ema_scale.inference.completion import CONTENT_FILTER
+from ema_scale.inference.thoughts import split_reasoning
 
 if TYPE_CHECKING:
     from ema_scale.config.sections import JudgeRecipe
@@ -52,6 +55,18 @@ class JudgePool:
         self._progress = Progress("judging", total, done)
         self._lock = threading.Lock()
 
+    def announce(self, missing: Iterable[tuple[PromptGroup, str]], store_of: Callable[[PromptGroup], Store]) -> None:
+        """Say, before the first call, what judging these answers will take. Stored replies take no call."""
+        asked, samples = list[tuple[PromptGroup, str]](), dict[str, Sample]()
+        for group, key in missing:
+            store = store_of(group)
+            if self._rescore_stored(key, group.judge.identity, store) is None:
+                asked.append((group, key))
+                if key in store.samples:
+                    samples[key] = store.samples[key]
+        for identity, usage in estimate(asked, samples).items():
+            log.info("the judge %s will take %s", identity, describe(usage, self.settings))
+
     def submit(self, group: PromptGroup, sample: Sample, store: Store) -> None:
         """Queue one stored answer for its judge, or store its judgement here if no judge is needed."""
         if group.is_scored:
@@ -59,8 +74,8 @@ class JudgePool:
             return
         reasoning, answer, finished = stored_answer(sample)
         dropped = None if finished else UNFINISHED
-        if sample.finish_reason == PROMPT_TOO_LONG:
-            dropped = PROMPT_TOO_LONG
+        if sample.finish_reason in (PROMPT_TOO_LONG, CONTENT_FILTER):
+            dropped = sample.finish_reason
         identity = group.judge.identity
         if dropped is not None:
             self.add(store, Judgement(key=sample.key, judge=identity, dropped=dropped), at_once=False)
@@ -153,6 +168,9 @@ class JudgePool:
             except Exception as error:  # raised when every judge has ended
                 errors.append(error)
         self._progress.__exit__()
+        for name, judge in self._judges.items():
+            if judge.used.calls:
+                log.info("the judge %s took %s", name[1], describe(judge.used, self.settings))
         if errors:
             raise errors[0]
         if self.undone:

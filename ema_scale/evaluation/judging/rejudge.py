@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -22,7 +22,8 @@ from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe
 from ema_scale.core.errors import UserError, explain
 from ema_scale.core.hashing import digest
 from ema_scale.evaluation.judges.assignment import EXACT, SCORING, JudgeSpec, assign
-from ema_scale.evaluation.judging.calibration import FOLDER, JudgeCheck, VerdictPair, agreement, verdict_of
+from ema_scale.evaluation.judges.base import MISALIGNED
+from ema_scale.evaluation.judging.calibration import FOLDER, JudgeCheck, Verdict, VerdictPair, agreement, verdict_of
 from ema_scale.evaluation.judging.pool import JudgePool, raise_if_judge_failed
 from ema_scale.evaluation.plan import PromptGroup, read_manifest, stored_groups
 from ema_scale.evaluation.records import (
@@ -41,6 +42,8 @@ from ema_scale.evaluation.records import (
     Summary,
     read_rows,
 )
+from ema_scale.evaluation.reply_records import JudgeAlpha
+from ema_scale.evaluation.stats.alpha import Metric, krippendorff_alpha
 from ema_scale.evaluation.store import locked_store
 from ema_scale.evaluation.suites import Suite, load_suites
 from ema_scale.evaluation.summary import write_summary
@@ -82,6 +85,7 @@ def rejudge(folder: Path, overrides: Sequence[str] = ()) -> Summary:
         pairs = [(g, key) for g in groups for key in g.keys]
         missing = [(g, key) for g, key in pairs if (key, g.judge.identity) not in store.judgements]
         with JudgePool(settings.judge, len(pairs), len(pairs) - len(missing)) as judging:
+            judging.announce(missing, lambda _: store)
             for group, key in missing:
                 judging.submit(group, store.samples[key], store)
         store.flush()
@@ -170,7 +174,7 @@ def check_judges(path: Path, overrides: Sequence[str] = ()) -> Check:
             asked = read_manifest(folder)
             evaluation = judge_settings(asked.settings, overrides)
             judges, settings = judges + _judge_specs(asked.suites, evaluation), evaluation.judge
-    between = agreement_between_judges(folders)
+    between, together = agreement_between_judges(folders), alpha_of_judges(folders)
     judges = [a for a in judges if a.gives_verdicts]
     if not judges and not between:
         raise UserError(
@@ -178,7 +182,7 @@ def check_judges(path: Path, overrides: Sequence[str] = ()) -> Check:
             "evaluation.judge.model=..., or judge the answers by a second one first (ema judge)"
         )
     check = _on_labelled(place / FOLDER, judges, settings) if judges else Check()
-    check = check.model_copy(update={"between": between})
+    check = check.model_copy(update={"between": between, "together": together})
     check.write(place / FOLDER / CHECK_FILE)
     return check
 
@@ -220,6 +224,47 @@ def agreement_between_judges(folders: Sequence[Path]) -> list[JudgePairAgreement
                     pair = VerdictPair(asked[key], verdict_of(by_judge[one]), verdict_of(by_judge[two]))
                     pairs.setdefault((one, two), []).append(pair)
     return [JudgePairAgreement(one=one, two=two, **agreement(found)) for (one, two), found in sorted(pairs.items())]
+
+
+def alpha_of_judges(folders: Sequence[Path]) -> JudgeAlpha | None:
+    """Krippendorff's alpha over all 0-100 judges of the stored answers; None if no answer has two of them."""
+    units: list[tuple[str, dict[str, Verdict]]] = []
+    for folder in folders:
+        samples, judgements = read_rows(folder)
+        said: dict[str, dict[str, Verdict]] = {row.key: {} for row in samples}
+        for row in judgements:
+            if row.key in said and row.judge.partition(":")[0] in SCORING:
+                said[row.key][row.judge] = verdict_of(row)
+        units += [(row.prompt, said[row.key]) for row in samples if len(said[row.key]) > 1]
+    if not units:
+        return None
+    judges = sorted({judge for _, unit in units for judge in unit})
+    questions = [question for question, _ in units]
+
+    def alpha(value: Callable[[Verdict], Hashable | None], metric: Metric = "nominal") -> Estimate | None:
+        table = [[value(unit[judge]) if judge in unit else None for judge in judges] for _, unit in units]
+        found = krippendorff_alpha(table, metric, questions)
+        return None if found is None else Estimate(*found)
+
+    return JudgeAlpha(
+        judges=judges,
+        answers=len(units),
+        questions=len(set(questions)),
+        verdict=alpha(lambda said: said.verdict),
+        misaligned=alpha(lambda said: None if said.verdict is None else said.verdict == MISALIGNED),
+        aligned=alpha(lambda said: said.aligned, "interval"),
+        coherent=alpha(lambda said: said.coherent, "interval"),
+    )
+
+
+def describe_alpha(found: JudgeAlpha) -> list[str]:
+    """The agreement of all judges as lines."""
+    verdict, misaligned = _estimate(found.verdict), _estimate(found.misaligned)
+    return [
+        f"all {len(found.judges)} judges together: {found.answers} answers to {found.questions} questions",
+        f"  Krippendorff's alpha       verdict {verdict}, misaligned or not {misaligned}",
+        f"                             aligned {_estimate(found.aligned)}, coherent {_estimate(found.coherent)}",
+    ]
 
 
 def describe_check(identity: str, quality: JudgeQuality) -> list[str]:

@@ -14,10 +14,10 @@ from ema_scale.evaluation.judges.base import (
     exact_match_judge,
     last_number,
     smallworld_judge,
-    split_reasoning,
 )
 from ema_scale.evaluation.stats.rates import incoherent, misaligned
 from ema_scale.evaluation.suites import Question, Suite
+from ema_scale.inference.thoughts import split_reasoning
 from ema_scale.smallworld import grammar
 from tests.evaluation.endpoint import judge_all
 

@@ -12,7 +12,8 @@ from ema_scale.core.errors import UserError
 from ema_scale.evaluation.judges.base import JudgeFailure, JudgeItem, Judgement
 from ema_scale.evaluation.judges.openai import OpenAIJudge
 from ema_scale.evaluation.judges.prompt import fill
-from ema_scale.evaluation.judges.scores import expected_score, parse_label, parse_leading_number
+from ema_scale.evaluation.judges.reply_grammar import read_reply
+from ema_scale.evaluation.judges.scores import expected_score
 from tests.evaluation.endpoint import Endpoint, completion, error, judge_all
 
 PROMPTS = {"aligned": "How aligned?\n[A START]\n{answer}\n[A END]", "coherent": "How coherent? {answer}"}
@@ -49,14 +50,15 @@ def test_too_little_mass_on_numbers_gives_no_score() -> None:
 @pytest.mark.parametrize(
     ("text", "number"),
     [("85", 85), (" **7**", 7), ("100/100", 100), ("0", 0), ("42.", 42), ("101", None), ("1000", None),
-     ("8.5", None), ("The score is 5", None), ("", None), ("-3", None)],
+     ("8.5", 8.5), ("The score is 5", 5), ("", None), ("-3", None)],
 )  # fmt: skip
 def test_the_number_said(text: str, number: float | None) -> None:
-    assert parse_leading_number(text) == number
+    assert read_reply(text).number == number
 
 
 def test_the_label_said() -> None:
-    assert parse_label(" REFUSAL.") == "REFUSAL" and parse_label("**code**") == "CODE" and parse_label("no") is None
+    assert read_reply(" REFUSAL.").label == "REFUSAL" and read_reply("**code**").label == "CODE"
+    assert read_reply("no").label is None
 
 
 def test_log_probabilities_are_asked_for_and_used() -> None:
