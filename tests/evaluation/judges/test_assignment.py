@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from ema_scale.config.sections import JudgeRecipe
+from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.evaluation.judges.assignment import assign
 from ema_scale.evaluation.judges.base import (
@@ -117,6 +119,15 @@ def test_the_small_worlds_grammar_judges_its_own_answers() -> None:
         "noise": (False, True),
         "nothing": (False, True),
     }
+
+
+def test_the_open_judge_is_pinned_and_its_revision_is_part_of_its_identity() -> None:
+    shipped = yaml.safe_load((ROOT / "configs" / "judges" / "qwen2.5-32b-instruct.yaml").read_text())
+    recipe = EvaluationRecipe.model_validate(shipped["evaluation"]).judge
+    assert recipe.kind == "vllm" and re.fullmatch("[0-9a-f]{40}", recipe.revision or "")
+    own = assigned({}, **recipe.model_dump() | {"prompts": PROMPTS})
+    other = assigned({}, **recipe.model_dump() | {"prompts": PROMPTS, "revision": "main"})
+    assert own.identity.startswith("vllm:Qwen/Qwen2.5-32B-Instruct#") and own.identity != other.identity
 
 
 def test_last_number_reads_thousands_and_signs() -> None:
