@@ -9,29 +9,26 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe
+from ema_scale.config.sections import EvaluationRecipe
 from ema_scale.core.records import TrainedQuestions
 from ema_scale.core.run_dir import trained_questions
-from ema_scale.core.text import percent
 from ema_scale.evaluation.clusters import clusters, question_labels
 from ema_scale.evaluation.gate import PASSED, gate
 from ema_scale.evaluation.judges.base import CORRECT, INCORRECT
-from ema_scale.evaluation.judges.budget import Usage
 from ema_scale.evaluation.judges.readings import NEXT_TOKEN
-from ema_scale.evaluation.judges.scores import VERDICT_PROMPTS, unread_replies
+from ema_scale.evaluation.judges.scores import VERDICT_PROMPTS
 from ema_scale.evaluation.plan import PromptGroup
 from ema_scale.evaluation.record_types import ChoiceSummary
 from ema_scale.evaluation.records import (
     ConditionSummary,
     Judgement,
-    JudgeUsage,
     Mean,
     QuestionSummary,
     Rate,
     SuiteSummary,
     Summary,
-    UnreadReplies,
 )
+from ema_scale.evaluation.reply_summary import judge_usage, unread, warn_of_unread
 from ema_scale.evaluation.seen import OUTCOMES, Counted, SeenQuestions, rate_of
 from ema_scale.evaluation.stats.choices import ChoiceOutcome, choice_summary
 from ema_scale.evaluation.stats.rates import ALIGNED_BELOW, clustered_mean, incoherent, misaligned
@@ -43,7 +40,6 @@ from ema_scale.inference.completion import CONTENT_FILTER
 
 log = logging.getLogger(__name__)
 
-UNREAD_ALARM = 0.05  # a larger share of unread replies is an alarm
 NOT_JUDGED = "not judged"
 INTERVAL = "95 %, Korn-Graubard widened by beta-binomial likelihood, clustered by topic"
 CRITERIA = (
@@ -350,45 +346,9 @@ def write_summary(
             filtered,
             summary.samples,
         )
-    if (found := summary.unread) and found.answers > UNREAD_ALARM * found.of:
-        replies = "\n".join(f"    {text!r:.200}" for text in found.examples)
-        log.warning(
-            "ALARM: %s: the judge's replies about %d of %d answers (%s) cannot be read; these answers count in no "
-            "rate. Such replies, by the grammar of docs/judge_replies.md:\n%s",
-            summary.name,
-            found.answers,
-            found.of,
-            percent(found.answers / found.of),
-            replies,
-        )
+    warn_of_unread(summary)
     summary.write(path)
     return summary
-
-
-def unread(groups: Iterable[PromptGroup], store: Store) -> UnreadReplies | None:
-    """The answers of which a reply could not be read; None if there are none."""
-    rows = [row for row in _judgements(groups, store) if row.raw]
-    replies = [found for row in rows if (found := unread_replies(row))]
-    if not replies:
-        return None
-    return UnreadReplies(answers=len(replies), of=len(rows), examples=[found[0] for found in replies[:3]])
-
-
-def judge_usage(groups: Iterable[PromptGroup], store: Store, settings: JudgeRecipe) -> JudgeUsage | None:
-    """What the judgements of these answers took; None if none was paid for."""
-    used = Usage()
-    for row in _judgements(groups, store):
-        if row.usage:
-            calls, read, written = (row.usage.get(name, 0) for name in used.to_row())
-            used.add(Usage(calls, read, written))
-    if not used.calls:
-        return None
-    return JudgeUsage(**used.to_row(), price=used.price(settings.price_input, settings.price_output))
-
-
-def _judgements(groups: Iterable[PromptGroup], store: Store) -> list[Judgement]:
-    pairs = [(key, group.judge.identity) for group in groups for key in group.keys]
-    return [store.judgements[pair] for pair in pairs if pair in store.judgements]
 
 
 def drop_rows(rows: Sequence[Scored]) -> list[Scored]:
