@@ -6,7 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ema_scale.core.text import limits, spreadsheet_cell
 from ema_scale.report.aggregate import RunGroup, split_rate
@@ -136,6 +136,13 @@ class Table:
     lines: Sequence[TableRow]
     after: str = ""
     terms: Sequence[tuple[str, str]] = ()
+
+
+def filled(table: Table) -> Table:
+    """The table without the columns in which no line has anything."""
+    used = [i for i in range(len(table.columns)) if any(line.cells[i] for line in table.lines)]
+    lines = [replace(line, cells=[line.cells[i] for i in used]) for line in table.lines]
+    return replace(table, columns=[table.columns[i] for i in used], lines=lines)
 
 
 def kind(group: RunGroup) -> str:

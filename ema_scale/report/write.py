@@ -15,6 +15,7 @@ from ema_scale.core.text import percent
 from ema_scale.report.aggregate import METHOD, RunGroup, groups
 from ema_scale.report.collect import collect
 from ema_scale.report.conditional import conditional_table
+from ema_scale.report.display_names import without_strength
 from ema_scale.report.examples import Example, examples
 from ema_scale.report.paired import paired_table
 from ema_scale.report.pictures import Picture, make_picture, pictures
@@ -24,7 +25,7 @@ from ema_scale.report.robustness import robustness_table
 from ema_scale.report.rules import FAILED, RULES, Share, share_text, standing
 from ema_scale.report.run_details import run_details
 from ema_scale.report.scaling import ALT, CAPTION, scaling, scaling_figure, scaling_table, sentences
-from ema_scale.report.table import Table, table_csv, table_markdown
+from ema_scale.report.table import Table, filled, table_csv, table_markdown
 from ema_scale.report.unseen import SENTENCE, seen_table
 from ema_scale.report.verdict import verdict
 
@@ -83,11 +84,15 @@ def _byline(found: Collection) -> list[str]:
         (len(runs), "run"),
         (len(found.models), "model"),
         (len(found.tasks), "task"),
-        (len({run.label for run in runs if run.specs}), "defense"),
+        (len({tuple(map(without_strength, run.specs)) for run in runs if run.specs}), "defense"),
         (len(seeds), "seed"),
         (samples, "answer"),
     ]
-    return [f"{count:,} {noun}{'s' if count != 1 else ''}" for count, noun in counts]
+    said = {noun: f"{count:,} {noun}{'s' if count != 1 else ''}" for count, noun in counts}
+    settings = len({run.label for run in runs if run.specs})
+    if settings > counts[3][0]:
+        said["defense"] += f" in {settings} settings"
+    return list(said.values())
 
 
 _HERE = Path(__file__).resolve().parent
@@ -181,9 +186,16 @@ def environment(templates: Path = _HERE) -> Environment:
     )
     # A number and its percent sign stay on one line.
     made.filters["tight"] = lambda text: text.replace(" %", "\u00a0%")
+    made.filters["used"] = _used
+    made.filters["filled"] = filled
     made.filters["kept"] = share_text
     made.filters["pct"] = lambda value: f"{100 * value:.1f}"
     return made
+
+
+def _used(rows: Sequence[CriteriaRow]) -> list[int]:
+    """The metrics that some row has."""
+    return [i for i in range(len(METRICS)) if any(row.rates[i] for row in rows)]
 
 
 def style_sheet() -> Markup:

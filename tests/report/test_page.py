@@ -1,0 +1,53 @@
+"""Tables of the page: no columns without a value, labels for narrow screens, and a header that counts defenses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ema_scale.evaluation.records import Summary
+from ema_scale.report.records import METRIC_NAMES, METRICS, Collection, ReportedRate, Run
+from ema_scale.report.table import Cell, Table, TableRow, filled
+from ema_scale.report.write import CriteriaRow, Section, _byline, render
+
+RATE = ReportedRate(0.2, 0.1, 0.35, 100, 10, 0, any_task=(0.0, 0.7))
+
+
+def page(rates: list[ReportedRate | None]) -> str:
+    row = CriteriaRow("KL 0.1", "2 runs", "defense", rates, [None] * len(METRICS), "0.8 %")
+    return render("A study", [], [Section("m", ["Said."], {}, [row], [row], [])], [], [])
+
+
+def test_a_metric_that_nothing_has_gets_no_column() -> None:
+    first, second, *others = METRIC_NAMES.values()
+    text = page([RATE, None, None, None, None])
+    assert f'<th scope="col">{first}</th>' in text and f'data-label="{first}"' in text
+    assert not any(f'<th scope="col">{name}</th>' in text for name in (second, *others))
+    assert all(f'<th scope="col">{name}</th>' in page([RATE] * 5) for name in METRIC_NAMES.values())
+
+
+def test_both_readings_of_an_interval_and_what_dropped_means_are_on_the_page() -> None:
+    text = page([RATE] * 5)
+    assert "[10.0, 35.0]" in text and "any task [0.0, 70.0]" in text
+    assert "Dropped: answers that count in no rate, because the judge gave no score." in text
+
+
+def test_a_table_loses_the_columns_that_hold_only_dashes() -> None:
+    lines = [TableRow("a", "defense", [Cell("1"), None, None]), TableRow("b", "defense", [None, None, Cell("2")])]
+    found = filled(Table("Heading", "Note.", ["x", "y", "z"], lines))
+    assert found.columns == ["x", "z"] and [line.cells for line in found.lines] == [
+        [Cell("1"), None],
+        [None, Cell("2")],
+    ]
+
+
+def run(label: str, *specs: dict[str, object]) -> Run:
+    summary = Summary(name=label, model="m", adapter="a", sampler={}, samples=10, metrics={}, per_suite={}, judge="j")
+    return Run(Path(label), label, "m", "t", 0, specs, label, "narrow", summary=summary)
+
+
+def test_two_strengths_are_one_defense() -> None:
+    kl = [run(f"KL {s}", {"kind": "kl", "strength": s}) for s in (0.1, 0.3)]
+    other = run("LDIFS 1", {"kind": "ldifs", "strength": 1.0})
+    assert "1 defense in 2 settings" in _byline(Collection(runs=[run("No defense"), *kl]))
+    assert "2 defenses in 3 settings" in _byline(Collection(runs=[*kl, other]))
+    assert "1 defense" in _byline(Collection(runs=[other]))
