@@ -10,7 +10,8 @@ from typing import TypeVar
 from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
 from ema_scale.core.uri import locate
 from ema_scale.evaluation.judges.assignment import SCORING
-from ema_scale.evaluation.judges.budget import CHARACTERS_PER_TOKEN, missing_judge_key
+from ema_scale.evaluation.judges.budget import CHARACTERS_PER_TOKEN
+from ema_scale.evaluation.judges.openai import missing_judge_key
 from ema_scale.evaluation.judges.scores import MAX_TOKENS
 from ema_scale.evaluation.judging.calibration import labelled_path, load_labelled
 from ema_scale.evaluation.plan import EvalTarget, PromptGroup, check_targets, plan_prompts
