@@ -10,10 +10,11 @@ from typing import TypeVar
 from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
 from ema_scale.core.uri import locate
 from ema_scale.evaluation.judges.assignment import SCORING
-from ema_scale.evaluation.judges.budget import CHARACTERS_PER_TOKEN
+from ema_scale.evaluation.judges.budget import CHARACTERS_PER_TOKEN, Usage
 from ema_scale.evaluation.judges.openai import missing_judge_key
 from ema_scale.evaluation.judges.scores import MAX_TOKENS
 from ema_scale.evaluation.judging.calibration import labelled_path, load_labelled
+from ema_scale.evaluation.judging.cost import describe
 from ema_scale.evaluation.plan import EvalTarget, PromptGroup, check_targets, plan_prompts
 from ema_scale.evaluation.records import JUDGEMENTS_FILE, SAMPLES_FILE, SUMMARY_FILE, Judgement, Sample, Summary
 from ema_scale.inference.base import SamplerOptions
@@ -107,7 +108,7 @@ def _suite(groups: Sequence[PromptGroup], there: dict[str, Sample], judged: set[
 def _judging(
     unjudged: Sequence[tuple[PromptGroup, str]], there: dict[str, dict[str, Sample]], settings: EvaluationRecipe
 ) -> list[str]:
-    """A line per judge: its calls, and their tokens as guessed from characters."""
+    """A line per judge: its calls, their tokens as guessed from characters, and their price if the recipe has one."""
     lines = []
     for identity in dict.fromkeys(g.judge.identity for g, _ in unjudged):
         own = [(g, key) for g, key in unjudged if g.judge.identity == identity]
@@ -123,11 +124,9 @@ def _judging(
         asked += [(len(one.question), len(one.answer)) for one in labelled for _ in range(settings.judge.check)]
         calls = len(asked) * len(judge.prompts)
         characters = sum(len(p) + q + a for p in judge.prompts.values() for q, a in asked)
+        usage = Usage(calls, characters // CHARACTERS_PER_TOKEN, calls * MAX_TOKENS, guessed=True)
         also = f" and {len(labelled)} hand-labelled ones, {settings.judge.check} times each" if labelled else ""
-        lines.append(
-            f"judge    {len(own):,} answers{also} by {identity}: {calls:,} calls, about "
-            f"{characters / CHARACTERS_PER_TOKEN:,.0f} tokens read and {calls * MAX_TOKENS:,} written"
-        )
+        lines.append(f"judge    {len(own):,} answers{also} by {identity}: {describe(usage, settings.judge)}")
         missing = missing_judge_key(settings.judge) if judge.kind == "openai" else None
         if missing is not None:
             lines.append(f"judge    the environment variable {missing} is not set: it holds the key")

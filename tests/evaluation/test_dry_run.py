@@ -75,6 +75,10 @@ def test_a_dry_run_counts_and_writes_nothing(
     asked = ("evaluation.samples_per_question=50", "evaluation.judge.check=2")
     more = "\n".join(dry_run(recipe, monkeypatch, capsys, *asked))
     assert "100 answers; 0 are there" in more and "and 52 hand-labelled ones, 2 times each" in more
+    priced = dry_run(
+        recipe, monkeypatch, capsys, "evaluation.judge.price_input=1000", "evaluation.judge.price_output=0"
+    )
+    assert any("at the recipe's prices" in line and "20 calls" in line for line in priced)
 
 
 def test_a_dry_run_counts_written_answers_apart(
