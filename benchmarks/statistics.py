@@ -133,8 +133,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(table(head, [rate_row(rng, trials, setting) for setting in RATES]))
     print(table(("rate", "by topic", "by question"), [forms_row(rng, trials, rate) for rate in (0.05, 0.3)]))
     print(table(("test", "share of trials"), comparisons(rng, trials)))
-    head = ("tasks x seeds", "tasks differ by, in points", "these tasks", "tasks in general")
-    print(table(head, [study_row(rng, trials, *one) for one in ((3, 3, 0.0), (3, 3, 0.15), (6, 2, 0.15))]))
+    of_study = ("tasks x seeds", "tasks differ by, in points", "these tasks", "tasks in general")
+    print(table(of_study, [study_row(rng, trials, *one) for one in ((3, 3, 0.0), (3, 3, 0.15), (6, 2, 0.15))]))
 
 
 if __name__ == "__main__":
