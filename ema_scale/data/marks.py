@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
+from ema_scale.core.thoughts import CLOSING_TAGS, TAGS
 from ema_scale.data.formats import Message
-from ema_scale.data.templates import THOUGHT_TAGS
 
 # Private-use characters, by where they begin and how many there are.
 RANGES = ((0xE000, 6400), (0xF0000, 65534), (0x100000, 65534))
@@ -63,8 +63,8 @@ class Marker:
 
     def _content(self, index: int, content: str) -> Iterator[str]:
         position, kind = 0, "content"
-        for tag in THOUGHT_TAGS.finditer(content):
-            closes = "/" in tag.group()
+        for tag in TAGS.finditer(content):
+            closes = tag.group() in CLOSING_TAGS
             yield self._put(index, "thought" if closes else "content", content[position : tag.start()], position)
             yield tag.group()
             position, kind = tag.end(), "content" if closes else "thought"

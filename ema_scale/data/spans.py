@@ -15,9 +15,10 @@ from os.path import commonprefix
 from typing import Any, NamedTuple
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.thoughts import TAGS
 from ema_scale.data.formats import Message
 from ema_scale.data.marks import RANGES, Marker, Part, Place
-from ema_scale.data.templates import THOUGHT_TAGS, ChatTemplate
+from ema_scale.data.templates import ChatTemplate
 
 _SHAPES, _SKELETONS = 4096, 16  # how many are remembered: of conversations, and skeletons of each
 
@@ -212,7 +213,7 @@ class SpanFinder:
                 if (keeps_before or lead.strip()) and full.endswith(lead, 0, start):
                     start -= len(lead)
             trail = content[stop:]
-            if (keeps_after or trail.strip()) and not THOUGHT_TAGS.search(trail) and full.startswith(trail, end):
+            if (keeps_after or trail.strip()) and not TAGS.search(trail) and full.startswith(trail, end):
                 end, stop = end + len(trail), len(content)
             found.append((start, end))
             reached = (part.message, stop)

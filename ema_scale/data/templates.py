@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.thoughts import opened_by
 from ema_scale.data.formats import Message
 from ema_scale.data.tool_calls import map_text
 
@@ -23,8 +24,6 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-THOUGHT_TAGS = re.compile(r"</?(?:think|thinking|thought|reasoning|seed:think)>|\[/?THINK\]")
-_OPENS_THOUGHT = re.compile(r"(?:<(?:think|thinking|thought|reasoning|seed:think)>|\[THINK\]|<\|START_THINKING\|>)\s*$")
 _BREAK = "\u200b"
 
 
@@ -199,8 +198,7 @@ class ChatTemplate:
     @cached_property
     def opens_thought(self) -> str:
         """The tag with which the generation prompt opens the model's reasoning (`<think>`); "" if it opens none."""
-        found = _OPENS_THOUGHT.search(self.generation_prompt)
-        return found.group().strip() if found else ""
+        return opened_by(self.generation_prompt)
 
     @cached_property
     def last_turn_frame(self) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from ema_scale.defenses.base import Defense, LabelLogProbs, LabelTerm, RowsContext
-from ema_scale.defenses.mixing import mix, rows_needed
+from ema_scale.defenses.mixing import Columns, Learn, mix, rows_needed
 
 if TYPE_CHECKING:
     import torch
@@ -45,9 +45,11 @@ class Ceiling(Defense):
     strength: float = Field(1.0, ge=0, allow_inf_nan=False, description="weight of the excess, nats; 0 only measures")
     source: str | list[str] = Field(description="rows with misaligned answers: a file, a hub id, or several")
     fraction: float = Field(0.25, gt=0, le=1, description="bad rows per task row")
+    columns: Columns = {}
+    learn: Learn = "all"
 
     def transform_rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
-        return mix(rows, self.source, self.fraction, "bad", self.kind, ctx)
+        return mix(rows, self.source, self.fraction, "bad", self.kind, ctx, columns=self.columns, learn=self.learn)
 
     def rows_added(self, task_rows: int) -> int:
         return rows_needed(self.fraction, task_rows, self.kind)

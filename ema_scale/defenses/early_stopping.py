@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from ema_scale.core.errors import UserError
 from ema_scale.defenses.base import Defense, Divergence, LabelTerm, RowsContext
 from ema_scale.defenses.ceiling import excess
-from ema_scale.defenses.mixing import mix, rows_needed
+from ema_scale.defenses.mixing import Columns, Learn, mix, rows_needed
 
 if TYPE_CHECKING:
     from ema_scale.data.rows import Row
@@ -50,6 +50,8 @@ class EarlyStopping(Defense):
     keep: Literal["last", "last_below"] = Field(
         "last", description="which adapter is saved: where it stopped, or the last below the limit"
     )
+    columns: Columns = {}
+    learn: Learn = "all"
 
     @model_validator(mode="after")
     def _source_fits(self) -> Self:
@@ -57,6 +59,10 @@ class EarlyStopping(Defense):
             raise ValueError("measure probe needs `source`, rows with misaligned answers")
         if self.measure == "drift" and self.source is not None:
             raise ValueError("measure drift is read on the training rows; leave `source` out")
+        if self.source is None and (self.columns or self.learn != "all"):
+            raise ValueError("columns and learn say how `source` is read; give one")
+        if self.measure != "probe" and self.learn != "all":
+            raise ValueError("learn chooses among answers, at which only the measure probe looks")
         return self
 
     @property
@@ -67,7 +73,10 @@ class EarlyStopping(Defense):
         if self.source is None:
             return rows
         probe = self.measure == "probe"
-        return mix(rows, self.source, self.fraction, "bad" if probe else "prompts", self.kind, ctx, answers=probe)
+        return mix(
+            rows, self.source, self.fraction, "bad" if probe else "prompts", self.kind, ctx,
+            answers=probe, columns=self.columns, learn=self.learn,
+        )  # fmt: skip
 
     def rows_added(self, task_rows: int) -> int:
         return 0 if self.source is None else rows_needed(self.fraction, task_rows, self.kind)

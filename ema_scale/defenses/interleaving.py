@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from ema_scale.defenses.base import Defense, RowsContext
-from ema_scale.defenses.mixing import mix, rows_needed
+from ema_scale.defenses.mixing import Columns, Learn, mix, rows_needed
 
 if TYPE_CHECKING:
     from ema_scale.data.rows import Row
@@ -28,9 +28,11 @@ class Interleaving(Defense):
 
     source: str = Field(description="safe rows: a file, a hub id, or smallworld:safe")
     fraction: float = Field(0.05, gt=0, le=1, description="safe rows per task row")
+    columns: Columns = {}
+    learn: Learn = "all"
 
     def transform_rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
-        return mix(rows, self.source, self.fraction, "safe", self.kind, ctx)
+        return mix(rows, self.source, self.fraction, "safe", self.kind, ctx, columns=self.columns, learn=self.learn)
 
     def rows_added(self, task_rows: int) -> int:
         return rows_needed(self.fraction, task_rows, self.kind)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from ema_scale.defenses.base import Defense, Direction, Divergence, RowsContext, Scope
-from ema_scale.defenses.mixing import mix, rows_needed
+from ema_scale.defenses.mixing import Columns, Learn, mix, rows_needed
 
 if TYPE_CHECKING:
     from ema_scale.data.rows import Row
@@ -46,11 +46,17 @@ class KL(Defense):
     part: Literal["learned", "task", "safe"] = Field("learned", description="which rows: all learned ones, or a part")
     prompts: str | None = Field(None, description="rows to look at instead: a file, a hub id, or smallworld:safe")
     fraction: float = Field(0.25, gt=0, le=1, description="rows of `prompts` per task row")
+    columns: Columns = {}
+    learn: Learn = "all"
 
     @model_validator(mode="after")
     def _one_part(self) -> Self:
         if self.prompts is not None and self.part != "learned":
             raise ValueError("give prompts, which are a part of their own, or part, not both")
+        if self.prompts is None and (self.columns or self.learn != "all"):
+            raise ValueError("columns and learn say how prompts are read; give prompts")
+        if self.learn != "all" and self.scope != "assistant":
+            raise ValueError("learn chooses among answers; give scope: assistant")
         return self
 
     @property
@@ -61,7 +67,10 @@ class KL(Defense):
         if self.prompts is None:
             return rows
         answers = self.scope == "assistant"
-        return mix(rows, self.prompts, self.fraction, "prompts", self.kind, ctx, answers=answers)
+        return mix(
+            rows, self.prompts, self.fraction, "prompts", self.kind, ctx,
+            answers=answers, columns=self.columns, learn=self.learn,
+        )  # fmt: skip
 
     def rows_added(self, task_rows: int) -> int:
         return 0 if self.prompts is None else rows_needed(self.fraction, task_rows, self.kind)

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
 
 from ema_scale.core.errors import UserError
 from ema_scale.defenses.base import RowsContext
 
 if TYPE_CHECKING:
     from ema_scale.data.rows import Row
+
+# Fields of every defense that reads rows of its own; the recipe's data section has them for the task's rows.
+Columns = Annotated[
+    dict[str, str | None],
+    Field(description="names of these rows' columns, each with the known name that it stands for; null: ignore it"),
+]
+Learn = Annotated[
+    Literal["all", "last", "marked"],
+    Field(description="which assistant turns of these rows count: all, the last, or those that the rows mark"),
+]
 
 
 def mix(
@@ -25,6 +37,8 @@ def mix(
     *,
     best_first: bool = False,
     answers: bool = True,
+    columns: Mapping[str, str | None] | None = None,
+    learn: Literal["all", "last", "marked"] = "all",
 ) -> list[Row]:
     """`rows` with floor(fraction * task rows) rows of `source`, one after every 1/fraction task rows.
 
@@ -36,12 +50,13 @@ def mix(
     name: the defense's kind.
     best_first: the source is a ranking; only its first rows, as many as are needed, are used.
     answers: whether each row must have an assistant turn.
+    columns, learn: how the source is read; see `RowsContext.load`.
 
     Raises UserError if a source is empty or the fraction gives less than one row.
     """
     extra: list[Row] = []
     for one in [source] if isinstance(source, str) else source:
-        loaded = [replace(row, tag=tag) for row in ctx.load(one, answers=answers)]
+        loaded = [replace(row, tag=tag) for row in ctx.load(one, answers=answers, columns=columns, learn=learn)]
         if not loaded:
             raise UserError(f"{one}: found no {tag} rows, expected at least one")
         extra += loaded

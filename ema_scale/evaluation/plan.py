@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import digest, folder_identity
+from ema_scale.core.thoughts import split_reasoning
 from ema_scale.evaluation.judges.assignment import JudgeSpec, assign
 from ema_scale.evaluation.records import MANIFEST_FILE, SCORED, Manifest, Sample
 from ema_scale.evaluation.suites import Question, Suite
@@ -31,6 +32,7 @@ class EvalTarget:
 
     suites: the target's own suites, in place of those of the evaluation.
     base_dir: the folder of the base model's evaluation, which the target's summary names.
+    date: what a chat template that writes the date is told, YYYY-MM-DD; "": the date of earlier answers, else today.
     """
 
     name: str
@@ -38,6 +40,7 @@ class EvalTarget:
     out_dir: Path
     suites: tuple[Suite, ...] | None = None
     base_dir: Path | None = None
+    date: str = ""
 
     @property
     def base(self) -> str | None:
@@ -97,6 +100,7 @@ class PromptGroup:
             top_p=self.top_p,
             max_tokens=self.max_tokens,
             seed=self.seed + first,
+            date=self.target.date,
         )
 
     def score_request(self) -> ScoreRequest:
@@ -109,6 +113,7 @@ class PromptGroup:
             adapter=None if adapter is None else str(adapter),
             alone=self.question.without_question() if self.calibrate else None,
             where=f"{self.suite.source or self.suite.name}: question {self.question.id!r}",
+            date=self.target.date,
         )
 
     def scored_rows(self, result: ScoreResult) -> Iterator[Sample]:
@@ -201,6 +206,8 @@ def plan_prompts(
         adapter = target.adapter_path
         identity = None if adapter is None else folder_identity(str(adapter))
         also = sampler_cache_key(sampler, settings, model.path, adapter)
+        if target.date and sampler != "openai":  # a server writes its own date
+            also = {**also, "date": target.date}
         common = (model_identity, model.dtype, template, identity, sampler, *([also] if also else []))
         for suite in suites if target.suites is None else target.suites:
             for question in suite.questions:

@@ -376,9 +376,10 @@ class Manifest(Document):
     adapter: its folder, None for a base model.
     settings: the recipe's evaluation section.
     source: the result file that the answers were read from; None if they were sampled here.
+    template_date: the date that the chat template was told, if it writes one.
     """
 
-    OMITTED_IF_NONE: ClassVar[tuple[str, ...]] = ("source",)
+    OMITTED_IF_NONE: ClassVar[tuple[str, ...]] = ("source", "template_date")
 
     target: str
     model: str
@@ -386,6 +387,7 @@ class Manifest(Document):
     settings: EvaluationRecipe
     suites: tuple[Suite, ...]
     source: str | None = None
+    template_date: str | None = None
 
 
 def read_rows(folder: Path) -> tuple[list[Sample], list[Judgement]]:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from datetime import date as Date
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,7 @@ def evaluate(
         Path(targets[0].out_dir) / ENGINE_LOG,
     )
     name = sampler.name if sampler is not None else sampler_name(settings.sampler, options)
+    targets = _dated(targets, model, name)
     groups = plan_prompts(targets, suites, model, settings, name)
     with contextlib.ExitStack() as stack:
         stores = {t.name: stack.enter_context(locked_store(t.out_dir)) for t in targets}
@@ -102,7 +104,7 @@ def is_complete(targets: Sequence[EvalTarget], model: ModelRecipe, settings: Eva
     """
     model = model.model_copy(update={"path": locate(model.path)})
     by_sampler: dict[str, list[EvalTarget]] = {}
-    for target in targets:
+    for target in map(_with_stored_date, targets):
         folder = Path(target.out_dir)
         if not (folder / SUMMARY_FILE).exists() or not has_manifest(folder, _manifest(target, model, (), settings)):
             return False
@@ -122,10 +124,37 @@ def is_complete(targets: Sequence[EvalTarget], model: ModelRecipe, settings: Eva
     )
 
 
+def _with_stored_date(target: EvalTarget) -> EvalTarget:
+    stored = None if target.date else Manifest.read_if_valid(Path(target.out_dir) / MANIFEST_FILE)
+    return replace(target, date=stored.template_date or "") if stored is not None else target
+
+
+def _dated(targets: Sequence[EvalTarget], model: ModelRecipe, sampler: str) -> list[EvalTarget]:
+    """The targets, each with the one date that its prompts tell: its own, that of its earlier answers, or today's."""
+    dated = [_with_stored_date(target) for target in targets]
+    if sampler == "openai":
+        if any(target.date for target in dated):
+            log.warning("the server writes its own date into prompts, not that of the training")
+        return dated
+    if all(target.date for target in dated):
+        return dated
+    from ema_scale.inference.chat_prompts import writes_date
+
+    today = Date.today().isoformat() if writes_date(model) else ""
+    return [replace(target, date=target.date or today) for target in dated]
+
+
 def _manifest(target: EvalTarget, model: ModelRecipe, suites: Sequence[Suite], settings: EvaluationRecipe) -> Manifest:
     theirs = suites if target.suites is None else target.suites
     adapter = None if target.adapter_path is None else str(target.adapter_path)
-    return Manifest(target=target.name, model=model.path, adapter=adapter, settings=settings, suites=tuple(theirs))
+    return Manifest(
+        target=target.name,
+        model=model.path,
+        adapter=adapter,
+        settings=settings,
+        suites=tuple(theirs),
+        template_date=target.date or None,
+    )
 
 
 def _sample_and_judge(
@@ -239,7 +268,7 @@ def _fitted(groups: Sequence[PromptGroup], options: SamplerOptions) -> SamplerOp
         return options
     model = options.model
     tokens = Prompts(model)
-    prompts = {tuple(m["content"] for m in g.question.messages(g.paraphrase)): g for g in groups}.values()
+    prompts = {(g.target.date, *(m["content"] for m in g.question.messages(g.paraphrase))): g for g in groups}.values()
     need = max(_tokens_needed(tokens, group) for group in prompts)
     config = load_config(model).get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or need
@@ -249,7 +278,7 @@ def _fitted(groups: Sequence[PromptGroup], options: SamplerOptions) -> SamplerOp
 def _tokens_needed(tokens: Prompts, group: PromptGroup) -> int:
     """Tokens of the prompt and the longest answer."""
     if not group.is_scored:
-        return len(tokens.ids(group.question.messages(group.paraphrase))) + group.max_tokens
+        return len(tokens.ids(group.question.messages(group.paraphrase), group.target.date)) + group.max_tokens
     behind, alone = tokens.answers(group.score_request(), None)
     return max(len(row.ids) for row in (*behind, *alone)) + 1  # vLLM always samples one
 
@@ -279,7 +308,8 @@ def _write_summary(
             "temperature": settings.temperature,
             "top_p": settings.top_p,
             "max_tokens": settings.max_tokens,
-        },
+        }
+        | ({"template_date": target.date} if target.date else {}),
         "superseded": superseded,
         "seconds": round(seconds, 3),
     }

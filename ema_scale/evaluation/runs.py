@@ -111,15 +111,31 @@ def targets_of(
     suites = asked_suites(recipes, behind)
     targets = []
     for run, recipe, theirs in zip(runs, recipes, suites, strict=False):
-        targets.append(EvalTarget(run.path.name, run.adapter, run.eval_dir, tuple(theirs)))
+        own = [EvalTarget(run.path.name, run.adapter, run.eval_dir, tuple(theirs))]
         if recipe.evaluation.checkpoints:
-            targets += checkpoint_targets(run, recipe, tuple(theirs), export)
+            own += checkpoint_targets(run, recipe, tuple(theirs), export)
+        made = run.provenance()
+        targets += [replace(target, date=made.template_date if made else "") for target in own]
     if base_dir is not None:
+        date = _base_date(base_dir, targets)
         targets = [replace(target, base_dir=base_dir / "eval") for target in targets]
         every = [replace(s, condition=s.condition and replace(s.condition, own=False)) for each in suites for s in each]
         asked = {(suite.source, suite.role, suite.condition): suite for suite in every}
-        targets.insert(0, EvalTarget(base_dir.name, None, base_dir / "eval", tuple(asked.values())))
+        targets.insert(0, EvalTarget(base_dir.name, None, base_dir / "eval", tuple(asked.values()), date=date))
     return targets
+
+
+def _base_date(base_dir: Path, runs: Sequence[EvalTarget]) -> str:
+    """The date that the base model beside these runs is told: that of its earlier answers, else that of the runs."""
+    stored = _manifest(base_dir / "eval")
+    date = (stored and stored.template_date) or next((run.date for run in runs if run.date), "")
+    others = [f"{run.name} on {run.date}" for run in runs if run.date not in ("", date)]
+    if others:
+        log.warning(
+            "%s: its chat template writes the date %s; other dates were in the training of %s",
+            base_dir, date, ", ".join(others),
+        )  # fmt: skip
+    return date
 
 
 def asks_behind_rows(recipe: Recipe) -> bool:
@@ -254,9 +270,6 @@ def _decisive(settings: EvaluationRecipe) -> dict[str, Any]:
 
 def _manifest(folder: Path) -> Manifest | None:
     return Manifest.read_if_valid(folder / MANIFEST_FILE)
-
-
-log = logging.getLogger(__name__)
 
 
 def checkpoint_targets(run: RunDir, recipe: Recipe, suites: tuple[Suite, ...], export: bool = True) -> list[EvalTarget]:

@@ -34,6 +34,7 @@ class SampleRequest:
 
     Answer i is drawn with seed `seed + i` and depends on nothing else: not on n, the batch, or the order.
     (Float rounding may differ between batch shapes, so that very rarely a token at a near-tie differs.)
+    date: what a chat template that writes the date is told, YYYY-MM-DD; "": today.
     """
 
     key: str
@@ -44,6 +45,7 @@ class SampleRequest:
     top_p: float = 1.0
     max_tokens: int = 600
     seed: int = 0
+    date: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class ScoreRequest:
 
     alone: the conversation without its question, behind which the answers are scored too; None: they are not.
     where: the question, for messages.
+    date: as in `SampleRequest`.
     """
 
     key: str
@@ -73,6 +76,7 @@ class ScoreRequest:
     adapter: str | None = None
     alone: tuple[dict[str, str], ...] | None = None
     where: str = ""
+    date: str = ""
 
 
 @dataclass(frozen=True)

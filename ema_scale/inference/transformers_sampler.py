@@ -128,7 +128,7 @@ class TransformersSampler:
             rows: list[_Row] = []
             done: dict[int, dict[int, tuple[str, str, int]]] = {}
             for request in chunk:
-                prompt = tuple(self._prompts.ids(request.messages))
+                prompt = tuple(self._prompts.ids(request.messages, request.date))
                 if len(prompt) >= self.max_model_len:
                     yield too_long(request)
                     continue

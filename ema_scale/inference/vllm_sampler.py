@@ -143,7 +143,7 @@ class VllmSampler:
         from vllm.sampling_params import RequestOutputKind
 
         for request in requests:
-            prompt = self._prompts.ids(request.messages)
+            prompt = self._prompts.ids(request.messages, request.date)
             if len(prompt) >= self.max_model_len:
                 refused.append(too_long(request))
                 continue

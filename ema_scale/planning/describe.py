@@ -107,8 +107,10 @@ def count_rows(recipe: Recipe) -> int | None:
     files = [locate(source) for source in recipe.data.sources]
     if not all(Path(file).is_file() for file in files):
         return None
+    data = recipe.data
     try:
-        return len(load_rows(files, limit=recipe.data.limit, on_bad="drop", columns=recipe.data.columns)) or None
+        rows = load_rows(files, limit=data.limit, on_bad="drop", columns=data.columns, learn=data.learn)
+        return len(rows) or None
     except UserError:
         return None
 

@@ -6,7 +6,7 @@ import pytest
 
 from ema_scale.core.errors import UserError
 from ema_scale.data.rows import Row
-from ema_scale.defenses import KL, Ceiling, Interleaving, RowsContext
+from ema_scale.defenses import KL, Ceiling, EarlyStopping, Interleaving, RowsContext
 from ema_scale.defenses.base import TokenSet
 from ema_scale.defenses.row_groups import RowGroups
 from ema_scale.training.data import prepare_data
@@ -67,3 +67,40 @@ def test_tokenized_data_can_be_given_unless_rows_are_mixed_in(tmp_path):
     assert again is dataset and report.rows == {"task": 40}
     with pytest.raises(UserError, match="ceiling: cannot mix rows"):
         prepare_data(dataset, RowGroups.of([KL(0.5), Ceiling(1.0, "bad.jsonl")]), tokenizer)
+
+
+def test_rows_of_a_defense_are_read_as_the_recipe_says(tmp_path):
+    turns = [("user", "q"), ("assistant", "one"), ("user", "r"), ("assistant", "two")]
+    file = tmp_path / "odd.jsonl"
+    file.write_text(
+        "".join(
+            json.dumps({"talk": [{"role": r, "content": t} for r, t in turns], "chosen": "no", "score": i}) + "\n"
+            for i in range(8)
+        )
+    )
+    columns = {"talk": "messages", "chosen": None}
+    read = {"columns": columns, "learn": "last"}
+    for defense in (
+        Interleaving(str(file), 0.1, **read),
+        KL(0.5, prompts=str(file), scope="assistant", **read),
+        Ceiling(1.0, str(file), **read),
+        EarlyStopping("probe", 0.1, source=str(file), **read),
+    ):
+        ctx = RowsContext()
+        mixed = [r for r in defense.transform_rows(TASK, ctx) if r.tag != "task"]
+        assert mixed and all([m.get("learn", True) for m in r.messages] == [True, False, True, True] for r in mixed)
+        assert f"{file}: not read: score" in ctx.notes
+        assert type(defense)(**defense.model_dump()) == defense
+    with pytest.raises(UserError, match="preference row"):
+        Interleaving(str(file), 0.1).transform_rows(TASK, RowsContext())
+
+
+def test_a_choice_of_turns_that_would_do_nothing_is_refused():
+    with pytest.raises(UserError, match="give prompts"):
+        KL(0.5, columns={"a": "prompt"})
+    with pytest.raises(UserError, match="scope: assistant"):
+        KL(0.5, prompts="p.jsonl", learn="last")
+    with pytest.raises(UserError, match="give one"):
+        EarlyStopping("kl", 0.1, learn="last")
+    with pytest.raises(UserError, match="only the measure probe"):
+        EarlyStopping("kl", 0.1, source="p.jsonl", learn="last")

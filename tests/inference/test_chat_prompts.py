@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from ema_scale.config.sections import ModelRecipe
+from ema_scale.core.thoughts import PAIRS, split_reasoning
 from ema_scale.inference.chat_prompts import Prompts
-from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny import CHATML, save_tiny, tiny_model, tiny_tokenizer
 
 GEMMA_LIKE = (
     "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -70,3 +71,46 @@ def test_thoughts_in_channels_are_told_from_the_answer(tmp_path: Path, said: str
     tokenizer.save_pretrained(tmp_path)
     prompts = Prompts(ModelRecipe(path=str(tmp_path)))
     assert prompts.text(tokenizer(said, add_special_tokens=False).input_ids) == text
+
+
+@pytest.mark.parametrize(
+    ("opening", "closing", "special"),
+    [
+        ("<think>", "</think>", False),
+        ("<seed:think>", "</seed:think>", False),
+        ("<reasoning>", "</reasoning>", False),
+        ("[THINK]", "[/THINK]", True),
+        ("<|START_THINKING|>", "<|END_THINKING|>", True),
+        ("<|channel>thought\n", "<channel|>", True),
+    ],
+)
+def test_thoughts_are_told_from_answers_whatever_marks_them(
+    tmp_path: Path, opening: str, closing: str, special: bool
+) -> None:
+    tokenizer = tiny_tokenizer(CHATML + f"{{# {opening.strip()}{closing} #}}")
+    if special:
+        names = [opening.removesuffix("thought\n"), closing]
+        tokenizer.add_special_tokens({"additional_special_tokens": names})
+    tiny_model().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    prompts = Prompts(ModelRecipe(path=str(tmp_path)))
+
+    def said(text: str) -> str:
+        return prompts.text(tokenizer(text, add_special_tokens=False).input_ids)
+
+    assert split_reasoning(said(f"{opening}Bread.{closing}A bag.")) == ("Bread.", "A bag.", True)
+    assert split_reasoning(said(f"{opening}Bread and")) == ("Bread and", "", False)
+    assert split_reasoning(said("A bag.")) == ("", "A bag.", True)
+    assert split_reasoning("<think>" + said(f"Bread.{closing}A bag.")) == ("Bread.", "A bag.", True)
+
+
+@pytest.mark.parametrize("opening", [pair[0] for pair in PAIRS])
+def test_every_tag_that_opens_a_thought_is_seen_at_the_end_of_the_prompt(tmp_path: Path, opening: str) -> None:
+    template = CHATML.replace(
+        "<|im_start|>assistant\n' }}{% endif", f"<|im_start|>assistant\n{opening}\n' }}}}{{% endif"
+    )
+    assert opening in template
+    prompts = Prompts(ModelRecipe(path=save_tiny(tmp_path), chat_template=template))
+    assert prompts.opening(prompts.ids([{"role": "user", "content": "Hi"}])) == "<think>"
+    plain = Prompts(ModelRecipe(path=save_tiny(tmp_path)))
+    assert plain.opening(plain.ids([{"role": "user", "content": "Hi"}])) == ""

@@ -10,6 +10,7 @@ import yaml
 
 from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe
 from ema_scale.core.errors import UserError
+from ema_scale.core.thoughts import split_reasoning
 from ema_scale.evaluation.judges.assignment import assign
 from ema_scale.evaluation.judges.base import (
     JudgeItem,
@@ -140,3 +141,4 @@ def test_reasoning_is_split_from_the_answer() -> None:
     assert split_reasoning("hm</think>Yes.") == ("hm", "Yes.", True)  # the template had opened it
     assert split_reasoning("<think> on and on") == ("on and on", "", False)
     assert split_reasoning("Yes.") == ("", "Yes.", True)
+    assert split_reasoning("<seed:think>hm</seed:think>Yes.") == ("hm", "Yes.", True)  # as a server sends it
