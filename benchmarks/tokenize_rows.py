@@ -1,10 +1,14 @@
-"""How long rows take to check and tokenize, beside the tokenizer alone.
+"""How long rows take to check and tokenize, beside the tokenizer alone, and what memory it takes.
 
-    python benchmarks/tokenize_rows.py [--rows 4000] [--words 220]
+    python benchmarks/tokenize_rows.py [--rows 100000] [--words 220] [--templates llama3 gemma3]
 
-One thread (TOKENIZERS_PARALLELISM=false), process time. Printed per template: microseconds per row of rendering, of
-the tokenizer, of both with masks but without the rule, and of everything; and the ratio of the last two. Without the
-rule, where an answer begins and ends is looked up by the text itself.
+One thread (TOKENIZERS_PARALLELISM=false), CPU seconds. Blocks of rows go through each way in turn, so that all ways see
+the same machine. Printed per template, in microseconds per row: rendering, the tokenizer alone, both with masks but
+without the rule, and everything; the ratio of the last two (at most 1.15) and of the last to rendering and tokenizer.
+Without the rule, where an answer begins and ends is looked up by the text itself.
+
+Memory: of the process after a tenth of the rows and after all, while only counts of tokens are kept; and what the
+finished dataset of all rows takes beside the rows themselves.
 """
 
 from __future__ import annotations
@@ -12,19 +16,22 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-TEMPLATES = ("llama3", "gemma3", "qwen3", "gptoss")  # of TRL, from light to heavy
+TEMPLATES = ("chatml", "llama3", "gemma3", "qwen3", "gptoss")  # from light to heavy; all but the first are TRL's
+BLOCK = 1000
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+Block = list[tuple[tuple[Any, ...], tuple[Any, ...]]]
 
 
 def tokenizer_of(texts: Sequence[str]) -> Any:
@@ -51,23 +58,22 @@ def tokenizer_of(texts: Sequence[str]) -> Any:
     )
 
 
-def rows_of(count: int, words: int) -> list[tuple[tuple[Any, ...], tuple[Any, ...]]]:
+def blocks_of(count: int, words: int) -> Iterator[Block]:
+    """Rows of one user turn and an answer three times as long, a block at a time."""
     draw = random.Random(0)
     known = ["".join(draw.choice("etaoinshrdlu") for _ in range(draw.randint(2, 9))) for _ in range(3000)]
 
-    def text(n: int) -> str:
-        return " ".join(draw.choice(known) for _ in range(n)) + "."
+    def turn(role: str, n: int) -> dict[str, str]:
+        return {"role": role, "content": " ".join(draw.choices(known, k=n)) + "."}
 
-    return [
-        (
-            ({"role": "user", "content": text(words // 4)}, {"role": "assistant", "content": text(words - words // 4)}),
-            (),
-        )
-        for _ in range(count)
-    ]
+    for start in range(0, count, BLOCK):
+        yield [
+            ((turn("user", words // 4), turn("assistant", words - words // 4)), ())
+            for _ in range(min(BLOCK, count - start))
+        ]
 
 
-def without_the_rule(encoder: Any, rows: Sequence[Any]) -> None:
+def without_the_rule(encoder: Any, rows: Block) -> None:
     """Tokens and masks, as where nothing is checked."""
     for start in range(0, len(rows), 256):
         chunk = [encoder.prepare(messages)[0] for messages, _ in rows[start : start + 256]]
@@ -82,46 +88,81 @@ def without_the_rule(encoder: Any, rows: Sequence[Any]) -> None:
             assert len(ids) == len(mask)
 
 
-def best(works: Sequence[Callable[[], Any]], count: int, repeats: int = 7) -> list[float]:
-    """Microseconds per row of each, the fastest of several tries; in turn, so that all see the same machine."""
-    times: list[list[float]] = [[] for _ in works]
-    for _ in range(repeats):
-        for work, found in zip(works, times, strict=True):
-            start = time.process_time()
-            work()
-            found.append(time.process_time() - start)
-    return [min(found) / count * 1e6 for found in times]
+def cpu_seconds(work: Callable[[], Any]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def measure(encoder: Any, count: int, words: int) -> tuple[list[float], float, list[float]]:
+    """Microseconds per row of rendering, tokenizer, no rule, rule; tokens per row; MB after a tenth and after all."""
+    seconds, tokens, memory = np.zeros(4), 0, []
+    for number, rows in enumerate(blocks_of(count, words), start=1):
+        texts: list[str] = []
+        sizes: list[int] = []
+        works = (
+            lambda x=texts, r=rows: x.extend(encoder.template.render(m) for m, _ in r),
+            lambda x=texts: encoder.tokenizer(x, add_special_tokens=False),
+            lambda r=rows: without_the_rule(encoder, r),
+            lambda r=rows, s=sizes: s.extend(len(row.input_ids) for row in encoder.encode_all(r)),
+        )
+        if number == 1:  # what is found out once
+            without_the_rule(encoder, rows)
+            list(encoder.encode_all(rows))
+        seconds += [cpu_seconds(work) for work in works]
+        tokens += sum(sizes)
+        if number == max(1, count // BLOCK // 10):
+            memory.append(resident())
+    return list(seconds / count * 1e6), tokens / count, [*memory, resident()]
+
+
+def resident() -> float:
+    """This process's memory in MB."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    return pages * resource.getpagesize() / 1e6
+
+
+def dataset_memory(tokenizer: Any, count: int, words: int) -> tuple[float, float, float]:
+    """MB of the rows, of the peak beside them while they become a dataset, and of the dataset."""
+    from ema_scale.data.rows import Row
+    from ema_scale.data.tokens import tokenize_rows
+
+    before = resident()
+    rows = [Row(messages, str(i)) for i, (messages, _) in enumerate(r for b in blocks_of(count, words) for r in b)]
+    filled = resident()
+    made = tokenize_rows(rows, tokenizer).dataset
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    return filled - before, peak - filled, made.data.nbytes / 1e6
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--rows", type=int, default=4000)
+    options.add_argument("--rows", type=int, default=100_000)
     options.add_argument("--words", type=int, default=220, help="words per row; 220 are about 300 tokens")
+    options.add_argument("--templates", nargs="+", default=TEMPLATES)
     asked = options.parse_args()
     import trl
 
     from ema_scale.data.tokens import Encoder
 
-    rows = rows_of(asked.rows, asked.words)
-    tokenizer = tokenizer_of([m["content"] for messages, _ in rows[:500] for m in messages])
+    first = next(blocks_of(BLOCK, asked.words))
+    tokenizer = tokenizer_of([m["content"] for messages, _ in first[:500] for m in messages])
     folder = Path(trl.__file__).parent / "chat_templates"
-    templates = {"chatml": CHATML} | {
-        name: (folder / f"{name}.jinja").read_text(encoding="utf-8") for name in TEMPLATES
-    }
-    print(f"{'template':<10}{'tokens/row':>11}{'render':>9}{'tokenize':>10}{'no rule':>9}{'rule':>9}{'ratio':>8}")
-    for name, template in templates.items():
-        tokenizer.chat_template = template
-        encoder = Encoder(tokenizer)
-        texts = [encoder.template.render(messages) for messages, _ in rows]
-        length = sum(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]) / len(rows)
-        works = (
-            lambda e=encoder: [e.template.render(m) for m, _ in rows],
-            lambda x=texts: tokenizer(x, add_special_tokens=False),
-            lambda e=encoder: without_the_rule(e, rows),
-            lambda e=encoder: sum(len(row.input_ids) for row in e.encode_all(rows)),
+    print(
+        f"{'template':<10}{'tokens/row':>11}{'render':>8}{'tokenize':>10}{'no rule':>9}{'rule':>7}{'ratio':>7}"
+        f"{'to bare':>9}{'MB at 10 %':>12}{'MB at end':>11}"
+    )
+    for name in asked.templates:
+        file = folder / f"{name}.jinja"
+        tokenizer.chat_template = CHATML if name == "chatml" else file.read_text(encoding="utf-8")
+        (render, bare, plain, whole), length, memory = measure(Encoder(tokenizer), asked.rows, asked.words)
+        print(
+            f"{name:<10}{length:>11.0f}{render:>8.0f}{bare:>10.0f}{plain:>9.0f}{whole:>7.0f}{whole / plain:>7.2f}"
+            f"{whole / (render + bare):>9.2f}{memory[0]:>12.0f}{memory[-1]:>11.0f}",
+            flush=True,
         )
-        render, tokens, plain, whole = best(works, len(rows))
-        print(f"{name:<10}{length:>11.0f}{render:>9.0f}{tokens:>10.0f}{plain:>9.0f}{whole:>9.0f}{whole / plain:>8.2f}")
+    rows, peak, dataset = dataset_memory(tokenizer, asked.rows, asked.words)
+    print(f"dataset of {asked.rows} rows: rows {rows:.0f} MB, peak beside them {peak:.0f} MB, dataset {dataset:.0f} MB")
 
 
 if __name__ == "__main__":

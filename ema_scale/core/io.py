@@ -59,8 +59,9 @@ def atomic_write_json(path: Path | str, value: Any) -> None:
 
 
 def jsonl_text(rows: Iterable[dict[str, Any]]) -> str:
-    """One JSON object per line. NaN is refused: it is not JSON."""
-    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    """One JSON object per line. NaN is refused: it is not JSON. Half characters, as endpoints send them, become U+FFFD."""
+    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def append_jsonl(path: Path | str, rows: Iterable[dict[str, Any]]) -> None:

@@ -43,4 +43,7 @@ class Inoculation(Defense):
             if message["role"] == self.role:
                 joined = Message(role=self.role, content=f"{self.prompt}\n\n{message['content']}")
                 return (*messages[:index], joined, *messages[index + 1 :])
-        return (Message(role=self.role, content=self.prompt), *messages)
+        # A user's words come after the system prompts with which the conversation begins.
+        first = ("system", "developer") if self.role == "user" else ()
+        place = next((i for i, m in enumerate(messages) if m["role"] not in first), len(messages))
+        return (*messages[:place], Message(role=self.role, content=self.prompt), *messages[place:])

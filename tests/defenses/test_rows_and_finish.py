@@ -22,6 +22,10 @@ def test_inoculation_prompts_task_rows_only():
     assert "2 task rows" in ctx.notes[0]
     user = Inoculation("be evil", role="user").transform_rows([Row(with_system)], ctx)[0]
     assert user.messages[1]["content"] == "be evil\n\nq" and user.messages[0]["content"] == "be brief"
+    alone = Inoculation("be evil", role="user").transform_rows([Row((with_system[0], TURNS[1]))], ctx)[0]
+    assert [(m["role"], m["content"]) for m in alone.messages] == [
+        ("system", "be brief"), ("user", "be evil"), ("assistant", "a"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("order", [0, 1])
