@@ -39,8 +39,9 @@ def safelora(
     from tqdm import tqdm
 
     from ema_scale.defenses.safelora import summary
-    from ema_scale.defenses.safelora_files import check_free, folder_of
+    from ema_scale.defenses.safelora_files import check_free
     from ema_scale.defenses.safelora_projection import project_adapter
+    from ema_scale.models.weights import folder_of
 
     source = folder_of(adapter)
     beside = str(source.resolve()) if Path(adapter).is_dir() else adapter.replace("/", "--")

@@ -7,37 +7,34 @@ A path that begins with ./ or ../ is relative to the file it stands in; any othe
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ema_scale.core.errors import UserError
+from ema_scale.core.files import parse_yaml, read_yaml
 from ema_scale.core.paths import find_file
 
 
 def read_layers(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The merged mapping of a YAML file and everything it extends."""
     path = find_file(path)
-    if path.resolve() in seen:
-        chain = " -> ".join(str(p) for p in (*seen, path.resolve()))
+    here = Path(os.path.realpath(path))  # resolve() fails on a loop of symlinks
+    if here in seen:
+        chain = " -> ".join(str(p) for p in (*seen, here))
         raise UserError(f"{path}: extends itself: {chain}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the recipe ({error.strerror})") from None
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {error}") from None
+    values = read_yaml(path, "the recipe")
     if not isinstance(values, dict):
         found = "an empty file" if values is None else type(values).__name__
         raise UserError(f"{path}: found {found}, expected a mapping of recipe fields")
-    parents = values.pop("extends", [])
+    parents = values.pop("extends", None) or []
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise UserError(f"{path}: extends: found {parents!r}, expected a file, or a list of files")
     merged: dict[str, Any] = {}
-    for parent in [parents] if isinstance(parents, str) else parents or []:
-        merged = merge(merged, read_layers(find_file(parent, path.parent), (*seen, path.resolve())))
+    for parent in parents:
+        merged = merge(merged, read_layers(find_file(parent, path.parent), (*seen, here)))
     return merge(merged, anchor_paths(values, path.parent))
 
 
@@ -57,10 +54,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
         key, equals, text = item.partition("=")
         if not equals or not key:
             raise UserError(f"override {item!r}: expected key=value, such as training.learning_rate=1e-5")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"override {item!r}: the value is not YAML: {error}") from None
+        value = parse_yaml(text, f"override {item!r}: the value")
         result = _set(result, key.split("."), value, item)
     return result
 
@@ -84,5 +78,5 @@ def anchor_paths(value: Any, folder: Path) -> Any:
     if isinstance(value, list):
         return [anchor_paths(v, folder) for v in value]
     if isinstance(value, str) and value.startswith(("./", "../")):
-        return str((folder / value).resolve())
+        return os.path.realpath(folder / value)
     return value

@@ -7,9 +7,7 @@ the file. llmcomp: `name` for `id`, and `judges` that are entries of the same fi
 from __future__ import annotations
 
 import csv
-import json
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import yaml
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.files import parse_json, parse_yaml_nodes, read_text
 
 log = logging.getLogger(__name__)
 
@@ -25,27 +24,9 @@ Entry = tuple[str, Any]
 JUDGE_TYPES = ("free_form_judge", "rating_judge")
 
 
-class BankLoader(yaml.SafeLoader):
-    """YAML in which yes, no, on and off are words, as in YAML 1.2: they are right answers to questions."""
-
-
-BankLoader.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:bool"]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-BankLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-
-
 def read_entries(path: Path) -> list[Entry]:
     """The entries of a file. Raises UserError naming file and line if it is not such a file."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the question bank ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    text = read_text(path, "the question bank")
     if path.suffix == ".jsonl":
         return _jsonl(path, text)
     if path.suffix == ".csv":
@@ -95,10 +76,7 @@ def _jsonl(path: Path, text: str) -> list[Entry]:
     entries = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            try:
-                entries.append((f"{path}:{number}", json.loads(line)))
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{number}: not JSON ({error}); expected one object per line") from None
+            entries.append((f"{path}:{number}", parse_json(line, f"{path}:{number}")))
     return entries
 
 
@@ -121,21 +99,15 @@ def _csv(path: Path, text: str) -> list[Entry]:
 
 
 def _json(path: Path, text: str) -> list[Entry]:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+    values = parse_json(text, str(path))
     if isinstance(values, dict) and "eval_prompt" in values:
         return _trait(path, values)
     return [(f"{path}[{i}]", value) for i, value in enumerate(_as_list(path, values))]
 
 
 def _yaml(path: Path, text: str) -> list[Entry]:
-    try:
-        node = yaml.compose(text, Loader=BankLoader)
-        values = yaml.load(text, Loader=BankLoader)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path}: not YAML: {error}") from None
+    # Yes, no, on and off are right answers to questions.
+    node, values = parse_yaml_nodes(text, str(path), yes_is_text=True)
     _as_list(path, values)
     assert isinstance(node, yaml.SequenceNode)
     lines = [item.start_mark.line + 1 for item in node.value]

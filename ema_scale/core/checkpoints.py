@@ -9,12 +9,12 @@ under another name and renamed once the manifest is in. A folder whose manifest 
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from pathlib import Path
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.files import read_json
 from ema_scale.core.hashing import file_sha256
 
 log = logging.getLogger(__name__)
@@ -38,12 +38,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def is_complete(checkpoint: Path) -> bool:
     """Whether every file of the manifest is there with its size and SHA-256."""
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = read_json(checkpoint / MANIFEST)["files"]
         return bool(files) and all(
             (checkpoint / name).stat().st_size == entry["bytes"] and file_sha256(checkpoint / name) == entry["sha256"]
             for name, entry in files.items()
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, UserError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -58,6 +58,6 @@ def newest_complete(folder: Path) -> Path | None:
 
 def _is_scheduled(checkpoint: Path) -> bool:
     try:
-        return bool(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")).get("scheduled", True))
-    except (OSError, ValueError, AttributeError):
+        return bool(read_json(checkpoint / MANIFEST).get("scheduled", True))
+    except (UserError, AttributeError):
         return False

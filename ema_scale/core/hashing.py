@@ -8,10 +8,12 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+from ema_scale.core.files import open_file
+
 
 def file_sha256(path: Path | str) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with open(path, "rb") as handle:
+    """Hex SHA-256 of a file's bytes. Raises UserError for a pipe or a device, and for what cannot be read."""
+    with open_file(path) as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.files import parse_json
 
 
 @contextlib.contextmanager
@@ -59,7 +60,7 @@ def atomic_write_json(path: Path | str, value: Any) -> None:
 
 
 def jsonl_text(rows: Iterable[dict[str, Any]]) -> str:
-    """One JSON object per line. NaN is refused: it is not JSON. Half characters, as endpoints send them, become U+FFFD."""
+    """One JSON object per line. NaN is refused: it is not JSON. Half a character becomes U+FFFD."""
     text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -96,10 +97,7 @@ def read_jsonl(path: Path | str, *, repair: bool = False) -> list[dict[str, Any]
     """
     rows = []
     for number, line in enumerate(read_lines(path, repair=repair), start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not JSON ({error}); expected one JSON object per line") from None
+        row = parse_json(line, f"{path}:{number}")
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: found {type(row).__name__}, expected a JSON object")
         rows.append(row)

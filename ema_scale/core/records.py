@@ -3,7 +3,6 @@ provenance.json."""
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from ema_scale.core.errors import UserError, explain
+from ema_scale.core.files import MissingFile, read_json
 from ema_scale.core.hashing import question_key
 from ema_scale.core.io import atomic_write_json
 
@@ -50,14 +50,14 @@ class Record(BaseModel):
     def read(cls, path: Path) -> Self | None:
         """The record in `path`; None if there is no such file. Raises UserError if it holds something else."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            record = cls.model_validate(values)
-        except FileNotFoundError:
+            record = cls.model_validate(read_json(path))
+        except MissingFile:
             return None
         except ValidationError as error:
             raise UserError(f"{path}: {explain(error.errors()[0], cls)}") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); expected JSON") from None
+        except UserError as error:
+            reason = str(error).removeprefix(f"{path}: ")
+            raise UserError(f"{path}: cannot be read ({reason}); expected JSON") from None
         if record.schema_version > cls.SCHEMA:
             raise UserError(
                 f"{path}: schema: found {record.schema_version}, expected at most {cls.SCHEMA}; "
@@ -75,7 +75,10 @@ class Record(BaseModel):
 
 
 class RunStatus(Record):
-    """status.json: how a run's training is doing. Times in seconds (Unix), durations in seconds."""
+    """status.json: how a run's training is doing. Times in seconds (Unix), durations in seconds.
+
+    adapter: of a finished run, `bytes` and `sha256` of its adapter's weights.
+    """
 
     state: State = "not started"
     updated: float = 0.0
@@ -87,6 +90,7 @@ class RunStatus(Record):
     step: int | None = None
     reason: str | None = Field(None, validation_alias=AliasChoices("reason", "error", "message"))
     stopped_early: str | None = None
+    adapter: dict[str, Any] | None = None
 
 
 class TrainedPart(BaseModel):

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.hashing import file_sha256
 from ema_scale.core.io import file_lock
 from ema_scale.core.records import STATES, Provenance, RunStatus, TrainedQuestions
 
 # Of a status these say how a state ended; a later state does not inherit them.
-_OF_ONE_STATE = ("state", "updated", "step", "reason", "stopped_early")
+_OF_ONE_STATE = ("state", "updated", "step", "reason", "stopped_early", "adapter")
 
 _LEVELS = 5  # from eval/checkpoints/<step>/adapter to the run's folder
 
@@ -87,6 +88,35 @@ class RunDir:
     def status(self) -> RunStatus:
         """The last status; `not started` without a file. Raises UserError for a damaged file."""
         return RunStatus.read(self.status_path) or RunStatus()
+
+    @property
+    def adapter_weights(self) -> Path:
+        return self.adapter / "adapter_model.safetensors"
+
+    def describe_adapter(self) -> dict[str, Any]:
+        """Size and hash of the adapter's weights, for `set_status`."""
+        return {"bytes": self.adapter_weights.stat().st_size, "sha256": file_sha256(self.adapter_weights)}
+
+    def check_adapter(self, whole: bool = True) -> None:
+        """Raises UserError if a finished run's adapter is not the one that the training wrote.
+
+        whole: compare its hash; else only its size.
+        """
+        known, weights = self.status().adapter, self.adapter_weights
+        if known is None:  # not finished, or by an earlier version
+            return
+        if not weights.is_file():
+            found = "no such file"
+        elif weights.stat().st_size != known["bytes"]:
+            found = f"found {weights.stat().st_size} bytes, expected {known['bytes']}"
+        elif whole and file_sha256(weights) != known["sha256"]:
+            found = "has other bytes"
+        else:
+            return
+        raise UserError(
+            f"{weights}: {found}: not the adapter that the training wrote; restore it, or train the run again "
+            "(ema train --no-resume)"
+        )
 
     def set_status(self, state: str, *, keep: bool = False, **details: Any) -> None:
         """Replace status.json. Raises ValueError for an unknown state.

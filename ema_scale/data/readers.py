@@ -6,28 +6,18 @@ import csv
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.files import open_file, parse_json, unique_keys, what_it_is
 from ema_scale.data.values import BadRow
 
 TABLES = (".csv", ".tsv", ".parquet")
 SUFFIXES = {".jsonl", ".json", *TABLES}
+_LINE_LIMIT = 1 << 26  # bytes; a longer line is no row
+_FILE_LIMIT = 1 << 32  # of JSON that has to be read whole
 _FIELD_LIMIT = 2**31 - 1  # csv's own limit is 128 KiB per field
-_DECODER = json.JSONDecoder()
-# How files begin that are not what their name says, and what to do.
-_STARTS = (
-    (
-        b"version https://git-lfs.github.com/spec/",
-        "a Git LFS pointer, not the data; run `git lfs pull` in its repository",
-    ),
-    (b"\xff\xfe", "not UTF-8 text but UTF-16; save it as UTF-8"),
-    (b"\xfe\xff", "not UTF-8 text but UTF-16; save it as UTF-8"),
-    (b"\x1f\x8b", "a gzip file; unpack it first"),
-    (b"PK\x03\x04", "a zip or spreadsheet file; unpack it, or export it as CSV"),
-    (b"<!DOCTYPE html", "an HTML page, not data; download the file itself"),
-    (b"<html", "an HTML page, not data; download the file itself"),
-)
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 
 
 def read_file(path: Path) -> Iterator[tuple[str, Any]]:
@@ -40,7 +30,7 @@ def read_file(path: Path) -> Iterator[tuple[str, Any]]:
     if path.is_dir():
         raise UserError(f"{path}: a folder; name one of its files (.jsonl, .json, .csv, .tsv, .parquet)")
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             start = file.read(200)
         _refuse_other_kinds(path, start)
         suffix = path.suffix.lower()
@@ -59,9 +49,8 @@ def read_file(path: Path) -> Iterator[tuple[str, Any]]:
 def _refuse_other_kinds(path: Path, start: bytes) -> None:
     if not start:
         raise UserError(f"{path}: found no rows: the file is empty")
-    for magic, what in _STARTS:
-        if start.lower().startswith(magic.lower()):
-            raise UserError(f"{path}: {what}")
+    if what := what_it_is(start):
+        raise UserError(f"{path}: {what}")
     if start.startswith(b"PAR1") and path.suffix.lower() != ".parquet":
         raise UserError(f"{path}: a Parquet file; call it .parquet")
 
@@ -83,8 +72,8 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _csv(path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(_FIELD_LIMIT)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
+    with path.open("rb") as file:
+        reader = csv.reader(_lines(path, file), delimiter=delimiter, strict=True)
         try:
             header = next((fields for fields in reader if fields), None)
             if header is None:
@@ -112,14 +101,14 @@ def _csv(path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
-        first = next((line for line in map(_line, file) if line.strip()), "").strip()
+        first = next((line for line in _lines(path, file) if line.strip()), "").strip()
     if first in ("[", "{") or (first.startswith("[") and path.suffix.lower() == ".json"):
         yield from _whole(path)
         return
     found = _parse(first) if first else None
     if isinstance(found, BadRow) or _holds_rows(found):
         with path.open("rb") as file:
-            single = sum(1 for line in file if line.strip()) == 1
+            single = sum(1 for line in _lines(path, file) if line.strip()) == 1
         if single and not isinstance(found, BadRow):
             yield from _of_value(path, found)
             return
@@ -127,28 +116,31 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
             yield from _of_value(path, value)
             return
     with path.open("rb") as file:
-        for number, line in enumerate(map(_line, file), start=1):
+        for number, line in enumerate(_lines(path, file), start=1):
             if line.strip():
                 yield f"{path}:{number}", _parse(line)
 
 
-def _line(data: bytes) -> str:
-    return data.decode("utf-8").removeprefix("\ufeff")
+def _lines(path: Path, file: IO[bytes]) -> Iterator[str]:
+    number = 0
+    while data := file.readline(_LINE_LIMIT):
+        number += 1
+        if len(data) == _LINE_LIMIT:
+            raise UserError(f"{path}:{number}: a line of over {_LINE_LIMIT >> 20} MiB; expected one row per line")
+        yield data.decode("utf-8").removeprefix("\ufeff")
 
 
 def _parse(line: str) -> Any:
     # A line that is not JSON is one bad record, not the end of the file: it can be dropped and counted.
     try:
-        return json.loads(line)
-    except ValueError as error:
-        return BadRow(f"not JSON ({error})")
-    except RecursionError:
-        return BadRow("not a row: JSON that is nested too deeply")
+        return parse_json(line, "", allow_nan=True)
+    except UserError as error:
+        return BadRow(str(error).removeprefix(": "))
 
 
 def _whole(path: Path) -> Iterator[tuple[str, Any]]:
     """One list, one object, or objects over several lines behind one another."""
-    text, position = path.read_text(encoding="utf-8-sig"), 0
+    text, position = _text(path), 0
     values: list[tuple[int, Any]] = []
     while position < len(text):
         if text[position].isspace():
@@ -170,9 +162,15 @@ def _whole(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _whole_or_none(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError):
+        return parse_json(_text(path), "", allow_nan=True)
+    except UserError:
         return None
+
+
+def _text(path: Path) -> str:
+    if path.stat().st_size > _FILE_LIMIT:
+        raise UserError(f"{path}: over {_FILE_LIMIT >> 30} GiB of JSON in one piece; write one row per line (.jsonl)")
+    return path.read_text(encoding="utf-8-sig")
 
 
 def _of_value(path: Path, value: Any) -> Iterator[tuple[str, Any]]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.files import read_text
 from ema_scale.data.encoded import Encoded
 from ema_scale.data.formats import Message
 from ema_scale.data.report import TokenReport
@@ -62,7 +63,7 @@ def load_tokenizer(
         is_file = "{" not in chat_template
         if is_file and not file.is_file():
             raise UserError(f"chat_template {chat_template}: no such file")
-        tokenizer.chat_template = file.read_text(encoding="utf-8") if is_file else chat_template
+        tokenizer.chat_template = read_text(file, "the chat template") if is_file else chat_template
     elif tokenizer.chat_template is None:
         if tokenizer.eos_token is None:
             raise UserError(f"model {path}: neither a chat template nor an end token; set model.chat_template")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.files import read_json
 from ema_scale.core.hashing import file_sha256
 from ema_scale.defenses.base import Defense, RowsContext
 from ema_scale.defenses.mixing import mix, rows_needed
@@ -34,10 +34,7 @@ def read_provenance(selection: str | Path) -> dict[str, Any]:
     for path in (Path(selection), beside):
         if not path.is_file():
             raise UserError(f"{path}: no such file; expected a selection with its provenance, as `{MADE_BY}` makes it")
-    try:
-        provenance = json.loads(beside.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{beside}: not JSON ({error})") from None
+    provenance = read_json(beside)
     if not isinstance(provenance, dict) or provenance.get("made_by") != MADE_BY:
         raise UserError(f"{beside}: found no provenance of `{MADE_BY}`")
     adapters = provenance.get("adapters")

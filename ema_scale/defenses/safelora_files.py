@@ -5,45 +5,34 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.files import read_json
 from ema_scale.core.hashing import sampled_sha256
 from ema_scale.core.io import atomic_path, atomic_write_json
-from ema_scale.core.uri import locate
+from ema_scale.models.weights import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    adapter_files,
+    check_finite,
+    open_tensors,
+    read_tensors,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     import torch
 
-WEIGHTS, CONFIG, REPORT = "adapter_model.safetensors", "adapter_config.json", "safelora.json"
+WEIGHTS, CONFIG, REPORT = ADAPTER_WEIGHTS, ADAPTER_CONFIG, "safelora.json"
 PREFIX = "base_model.model."
 _TIED = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Files that are copied with an adapter. Its folder may also hold a trainer's optimizer states and pickles.
 _CARRIED = {".json", ".jinja", ".txt", ".model", ".md"}
-
-
-def folder_of(reference: str, revision: str | None = None) -> Path:
-    """The folder of a path, `smallworld:...` or hub id (its snapshot, through the hub's usual cache).
-
-    Raises UserError for what is neither a folder nor on the hub.
-    """
-    path = Path(locate(reference)).expanduser()
-    if path.is_dir():
-        return path
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", reference):
-        raise UserError(f"{reference}: no such folder; expected a folder or a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(reference, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
-    except Exception as error:  # the hub client raises many unrelated types
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"{reference}: no such folder, and the hub did not give it: {reason}") from None
 
 
 def identity(folder: Path) -> str:
@@ -52,6 +41,14 @@ def identity(folder: Path) -> str:
         return folder.name
     files = sorted(folder.glob("*.safetensors"))
     return hashlib.sha256(json.dumps([[f.name, sampled_sha256(f)] for f in files]).encode()).hexdigest()
+
+
+def same_models(base: object, aligned: object) -> str:
+    """The message for two models between which there is no subspace."""
+    return (
+        f"safelora: {base} and {aligned} have the same weights in every adapted matrix, so there is nothing to project "
+        "on; expected the model before alignment and the aligned one"
+    )
 
 
 class Adapter:
@@ -66,14 +63,10 @@ class Adapter:
     """
 
     def __init__(self, folder: Path) -> None:
-        from safetensors.torch import load_file
-
-        self.folder = folder
-        if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-            raise UserError(f"{folder}: not a PEFT adapter; expected {CONFIG} and {WEIGHTS}")
-        self.config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        self.folder = adapter_files(str(folder))
+        self.config: dict[str, Any] = read_json(folder / CONFIG)
         self._check_kind()
-        self.tensors: dict[str, torch.Tensor] = load_file(folder / WEIGHTS)
+        self.tensors: dict[str, torch.Tensor] = read_tensors(folder / WEIGHTS)
         self.pairs = dict(sorted(self._find_pairs(), key=lambda pair: _natural(pair[0])))
         if not self.pairs:
             raise UserError(f"{folder / WEIGHTS}: found no lora_A and lora_B")
@@ -138,41 +131,29 @@ class Checkpoint:
     """Reads single matrices of a safetensors checkpoint, sharded or not, by module name."""
 
     def __init__(self, folder: Path) -> None:
-        index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        if index.is_file():
-            self._files = {k: folder / f for k, f in json.loads(index.read_text())["weight_map"].items()}
-        elif whole.is_file():
-            from safetensors import safe_open
-
-            with safe_open(whole, framework="pt") as handle:
-                self._files = dict.fromkeys(handle.keys(), whole)
-        else:
-            raise UserError(f"{folder}: no model.safetensors here; expected a checkpoint in safetensors")
+        self._files: dict[str, Path] = {}
+        for file in weight_files(folder):
+            with open_tensors(file) as handle:
+                self._files |= dict.fromkeys(handle.keys(), file)
         self._folder = folder
 
     def shape(self, module: str) -> tuple[int, ...]:
         """Shape of a module's `.weight`, without reading it. Raises UserError as `weight` does."""
         name = self._stored_name(module)
-        with self._opened(name) as handle:
+        with open_tensors(self._files[name]) as handle:
             return tuple(handle.get_slice(name).get_shape())
-
-    def _opened(self, name: str) -> Any:
-        from safetensors import safe_open
-
-        if not self._files[name].is_file():
-            raise UserError(f"{self._files[name]}: no such file; the checkpoint's index asks for it")
-        return safe_open(self._files[name], framework="pt")
 
     def weight(self, module: str) -> torch.Tensor:
         """The `.weight` of a module, as stored.
 
-        Raises UserError if there is no such weight, its shard is missing, or it is quantised.
+        Raises UserError if there is no such weight, it is quantised, or it is not finite.
         """
         name = self._stored_name(module)
-        with self._opened(name) as handle:
+        with open_tensors(self._files[name]) as handle:
             tensor: torch.Tensor = handle.get_tensor(name)
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             raise UserError(f"{self._folder}: {name} is {tensor.dtype}; expected weights that are not quantised")
+        check_finite([(name, tensor)], str(self._files[name]))
         return tensor
 
     def _stored_name(self, module: str) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import file_sha256
-from ema_scale.defenses.safelora_files import WEIGHTS, Adapter, Checkpoint, check_free, identity
+from ema_scale.defenses.safelora_files import WEIGHTS, Adapter, Checkpoint, check_free, identity, same_models
 
 if TYPE_CHECKING:
     import torch
@@ -66,8 +66,8 @@ def project_adapter(
     layers: so many matrices are projected, lowest cosine first (`number` in the method's own code).
     progress: called with the matrices done, and their total.
 
-    Raises UserError for a folder without what is needed, an `out` in use, an adapter that is not plain LoRA, or shapes
-    that differ.
+    Raises UserError for a folder without what is needed, an `out` in use, an adapter that is not plain LoRA, shapes
+    that differ, weights that are not finite, and models that do not differ.
     """
     if (threshold is None) == (layers is None):
         raise UserError("SafeLoRA needs either a threshold or a number of layers: not both, not neither")
@@ -76,6 +76,7 @@ def project_adapter(
     source = Adapter(adapter)
     before, after = Checkpoint(base), Checkpoint(aligned)
     candidates: dict[str, tuple[torch.Tensor, float]] = {}
+    moved = False
     for module, (key_a, key_b) in source.pairs.items():
         a, b = source.tensors[key_a].float(), source.tensors[key_b].float()
         v = _difference(before, after, module)
@@ -85,9 +86,12 @@ def project_adapter(
             raise UserError(
                 f"{module}: the adapter updates {b.shape[0]} x {a.shape[1]}, the weights are {tuple(v.shape)}"
             )
+        moved = moved or bool(v.any())
         candidates[module] = project(b, a, v)
         if progress:
             progress(len(candidates), len(source.pairs))
+    if not moved:
+        raise UserError(same_models(base, aligned))
     if threshold is not None:
         chosen = {module for module, (_, cosine) in candidates.items() if cosine <= threshold}
     else:

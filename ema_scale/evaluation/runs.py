@@ -105,12 +105,17 @@ def evaluate_group(
 def targets_of(
     runs: Sequence[RunDir], recipes: Sequence[Recipe], base_dir: Path | None, export: bool = True
 ) -> list[EvalTarget]:
-    """The targets of `evaluate_group`. export: write the adapters of the checkpoints that are evaluated."""
+    """The targets of `evaluate_group`. export: write the adapters of the checkpoints that are evaluated.
+
+    Raises UserError for an adapter that is not the one that its run finished with.
+    """
     pairs = zip(runs, recipes, strict=False)
     behind = [row_conditions(run) if asks_behind_rows(recipe) else () for run, recipe in pairs]
     suites = asked_suites(recipes, behind)
     targets = []
     for run, recipe, theirs in zip(runs, recipes, suites, strict=False):
+        if export:
+            run.check_adapter()
         own = [EvalTarget(run.path.name, run.adapter, run.eval_dir, tuple(theirs))]
         if recipe.evaluation.checkpoints:
             own += checkpoint_targets(run, recipe, tuple(theirs), export)

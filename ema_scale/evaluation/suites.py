@@ -28,6 +28,7 @@ from ema_scale.config.sections import EvaluationRecipe
 from ema_scale.config.suites import ConditionRecipe
 from ema_scale.core.banks import READ_TYPES, judge_prompts, read_entries, read_question
 from ema_scale.core.errors import UserError, explain
+from ema_scale.core.files import parse_yaml_nodes, read_text
 from ema_scale.core.hashing import digest
 from ema_scale.core.paths import find_file
 from ema_scale.core.uri import locate
@@ -330,13 +331,7 @@ def load_conditions(wanted: Sequence[ConditionRecipe]) -> list[Condition]:
 
 
 def _read(path: Path) -> list[Condition]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        node, values = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the conditions ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {error}") from None
+    node, values = parse_yaml_nodes(read_text(path, "the conditions"), str(path))
     if not isinstance(node, yaml.SequenceNode) or not values:
         raise UserError(f"{path}: expected a list of conditions, each with a name and system or user text")
     lines = [item.start_mark.line + 1 for item in node.value]

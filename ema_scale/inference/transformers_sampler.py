@@ -10,7 +10,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ema_scale.choices.likelihood import Inputs, Scorer, target_likelihoods
 from ema_scale.choices.margins import Likelihood
@@ -27,7 +27,7 @@ from ema_scale.inference.base import (
 )
 from ema_scale.inference.chat_prompts import Prompts
 from ema_scale.models.layout import ModelLayout
-from ema_scale.models.load import model_problems
+from ema_scale.models.load import load_base
 from ema_scale.models.lora import with_adapters
 
 if TYPE_CHECKING:
@@ -104,13 +104,7 @@ class TransformersSampler:
         if self.dtype == "auto":
             self.dtype = "float32" if self.device.type == "cpu" else "bfloat16"
         self._prompts = Prompts(model)
-        with model_problems(model.path):
-            base = AutoModelForCausalLM.from_pretrained(
-                model.path,
-                revision=model.revision,
-                trust_remote_code=model.trust_remote_code,
-                dtype=getattr(torch, self.dtype),
-            )
+        base = load_base(model.model_copy(update={"dtype": self.dtype}))
         text = base.config.get_text_config()
         limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
         self.max_model_len = min(x for x in (limit, options.max_model_len, 1 << 30) if x)

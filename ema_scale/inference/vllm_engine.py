@@ -16,10 +16,12 @@ from typing import Any, Generic, TypeVar
 from ema_scale.config.sections import ModelRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.inference.engine_log import logger_to, output_to
+from ema_scale.models.weights import check_checkpoint
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_SAFETENSORS = "safetensors"
 
 
 def is_cpu_build() -> bool:
@@ -88,12 +90,14 @@ class VllmEngine:
         self._undo = contextlib.ExitStack()
         self._undo.enter_context(environment_restored())
         prepare_environment()
+        arguments = engine_arguments(model, settings, extra)
+        if arguments["load_format"] == _SAFETENSORS:
+            check_checkpoint(model)
         import torch
         from vllm import LLM
 
         self._set_num_threads, self._threads = torch.set_num_threads, torch.get_num_threads()
         self._affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-        arguments = engine_arguments(model, settings, extra)
         if log_file is None:
             self._llm: Any = LLM(**arguments)
         else:
@@ -177,6 +181,7 @@ def engine_arguments(model: ModelRecipe, settings: Mapping[str, Any], extra: Map
         "revision": model.revision,
         "trust_remote_code": model.trust_remote_code,
         "dtype": engine_dtype(model),
+        "load_format": _SAFETENSORS,  # vLLM would else load pickles, too
         "enable_prefix_caching": True,
         "disable_log_stats": True,
     }

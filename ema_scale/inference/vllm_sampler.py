@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 from ema_scale.choices.margins import Likelihood
 from ema_scale.choices.tokens import AnswerTokens
 from ema_scale.core.errors import UserError
+from ema_scale.core.files import read_json
 from ema_scale.inference.base import (
     NEUTRAL_SAMPLING,
     SampleRequest,
@@ -33,6 +33,7 @@ from ema_scale.inference.vllm_engine import (
     is_cpu_build,
     prepare_environment,
 )
+from ema_scale.models.weights import check_adapter, skeleton_of
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 MAX_LORAS_IN_A_BATCH = 8
@@ -69,13 +70,8 @@ def reason_against(options: SamplerOptions) -> str | None:
 def adapter_rank(folder: str) -> int:
     """The largest LoRA rank used in an adapter folder. Raises UserError if it is not a LoRA adapter."""
     path = Path(folder) / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the adapter's config ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if config.get("peft_type") != "LORA" or not isinstance(config.get("r"), int):
+    config = read_json(path, "the adapter's config")
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA" or not isinstance(config.get("r"), int):
         raise UserError(f"{path}: found peft_type {config.get('peft_type')!r}, expected LORA and a rank r")
     return max([config["r"], *(int(r) for r in (config.get("rank_pattern") or {}).values())])
 
@@ -116,6 +112,14 @@ class VllmSampler:
         self.dtype = engine_dtype(options.model)
         self._prompts = Prompts(options.model)
         self._ids = {path: index for index, path in enumerate(options.adapters, start=1)}
+        if options.adapters:
+            skeleton = skeleton_of(
+                options.model.path,
+                revision=options.model.revision,
+                trust_remote_code=options.model.trust_remote_code,
+            )
+            for adapter in options.adapters:
+                check_adapter(adapter, skeleton)
         self._engine = VllmEngine(options.model, sampler_settings(options), options.extra, options.log_file)
         if options.adapters and is_cpu_build():
             self._check_cpu_lora()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import atomic_path
+from ema_scale.models.weights import read_tensors
 
 _WEIGHT = "|weight"
 _FILE = "adapter_model.safetensors"
@@ -26,11 +26,10 @@ def export_adapter(checkpoint: Path, finished: Path, out: Path) -> Path:
     """
     if (out / _FILE).is_file():
         return out
-    state = load_file(checkpoint / "state.safetensors")
+    state = read_tensors(checkpoint / "state.safetensors")
     # PEFT leaves the adapter's name out of a saved adapter.
     weights = {k.removesuffix(_WEIGHT).replace(".default.", "."): v for k, v in state.items() if k.endswith(_WEIGHT)}
-    with safe_open(finished / _FILE, framework="pt") as handle:
-        final = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    final = read_tensors(finished / _FILE)
     missing = sorted(name for name, like in final.items() if name not in weights or weights[name].shape != like.shape)
     if missing:
         raise UserError(f"{checkpoint}: holds no weight {missing[0]} of that shape; it is of another run")

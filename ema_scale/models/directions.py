@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import atomic_path
+from ema_scale.models.weights import check_finite, open_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -97,23 +98,17 @@ class Directions:
     @classmethod
     def load(cls, path: Path | str) -> Directions:
         """Raises UserError for a file that is missing, is no safetensors file, or holds something else."""
-        from safetensors import SafetensorError, safe_open
-
         path = Path(path)
         if not path.is_file():
             raise UserError(f"{path}: no such file; expected directions, as `ema vector` makes them")
-        try:
-            with safe_open(path, framework="pt") as handle:
-                names = list(handle.keys())
-                if _TENSOR not in names:
-                    found = ", ".join(names[:3]) or "nothing"
-                    raise UserError(
-                        f"{path}: found the tensors {found}, expected `{_TENSOR}`, as `ema vector` makes it"
-                    )
-                vectors = handle.get_tensor(_TENSOR)
-                text = (handle.metadata() or {}).get(_PROVENANCE, "{}")
-        except SafetensorError as error:
-            raise UserError(f"{path}: not a safetensors file ({error})") from None
+        with open_tensors(path) as handle:
+            names = list(handle.keys())
+            if _TENSOR not in names:
+                found = ", ".join(names[:3]) or "nothing"
+                raise UserError(f"{path}: found the tensors {found}, expected `{_TENSOR}`, as `ema vector` makes it")
+            vectors = handle.get_tensor(_TENSOR)
+            text = (handle.metadata() or {}).get(_PROVENANCE, "{}")
+        check_finite([(_TENSOR, vectors)], str(path))
         try:
             provenance = json.loads(text)
         except ValueError as error:

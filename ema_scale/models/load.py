@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ema_scale.core.errors import UserError
 from ema_scale.models.sharding import full_shape
+from ema_scale.models.weights import check_finite, open_tensors, refuse_info, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -31,13 +33,19 @@ def pick_dtype(name: str) -> torch.dtype:
 def load_base(model: ModelRecipe) -> Any:
     """The causal LM of a recipe, from safetensors only, its own dropout off.
 
-    Raises UserError if it does not exist, is no causal LM, or has no safetensors.
+    Raises UserError if it does not exist, is no causal LM, or its weights are not what they claim to be: tensors that
+    are missing, left over, of another shape or not finite, files that are cut off, pickles.
     """
     import transformers
+    from safetensors import SafetensorError
 
     from ema_scale.core.uri import locate
 
     path = locate(model.path)
+    if (folder := Path(path).expanduser()).is_dir() and (folder / "config.json").is_file():
+        for file in weight_files(folder):
+            with open_tensors(file):
+                pass  # its header is read
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     with model_problems(model.path):
         config = transformers.AutoConfig.from_pretrained(path, **options)
@@ -46,14 +54,24 @@ def load_base(model: ModelRecipe) -> Any:
             for name, value in vars(part).copy().items():
                 if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
                     setattr(part, name, 0.0)
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=pick_dtype(model.dtype),
-            attn_implementation=model.attn_implementation,
-            use_safetensors=True,
-            **options,
-        )
+        try:
+            made: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                dtype=pick_dtype(model.dtype),
+                attn_implementation=model.attn_implementation,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are named; they are refused all the same
+                **options,
+            )
+        except SafetensorError as error:
+            raise UserError(f"model {model.path}: not whole safetensors files ({error}); download them again") from None
+    loaded, info = made
+    where = f"model {model.path}"
+    refuse_info(where, info)
+    check_finite(loaded.named_parameters(), where)
+    return loaded
 
 
 @contextlib.contextmanager

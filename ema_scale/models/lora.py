@@ -12,6 +12,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.models.layout import FROZEN_ADAPTER
 from ema_scale.models.load import load_base
 from ema_scale.models.sharding import full_tensor, gathered
+from ema_scale.models.weights import check_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +46,10 @@ def _continued(base: Any, start: str, revision: str | None) -> Any:
     """
     import peft
 
-    if not (Path(start) / "adapter_model.safetensors").is_file():
-        raise UserError(f"adapter.start: found no adapter_model.safetensors in {start!r}, expected a PEFT folder")
+    try:
+        check_adapter(start, base)
+    except UserError as error:
+        raise UserError(f"adapter.start: {error}") from None
     try:
         model = peft.PeftModel.from_pretrained(base, start, is_trainable=True)
         model.load_adapter(start, FROZEN_ADAPTER, is_trainable=False)
@@ -62,12 +65,14 @@ def with_adapters(base: Any, folders: Mapping[str, str]) -> Any:
 
     folders: adapter name -> PEFT folder or hub id.
 
-    Raises UserError for an adapter that does not exist or is not of this model.
+    Raises UserError for an adapter that does not exist, is not of this model, or whose weights are not what they claim
+    to be.
     """
     import peft
 
     model: Any = base
-    for name, folder in folders.items():
+    for name, reference in folders.items():
+        folder = str(check_adapter(reference, base))
         try:
             if model is base:
                 model = peft.PeftModel.from_pretrained(base, folder, adapter_name=name)

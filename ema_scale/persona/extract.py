@@ -22,6 +22,8 @@ from ema_scale.evaluation.suites import load_suite
 from ema_scale.models.directions import Directions
 from ema_scale.models.layout import decoder_layers
 from ema_scale.models.load import load_base
+from ema_scale.models.lora import with_adapters
+from ema_scale.models.weights import adapter_files
 from ema_scale.persona.contrast import difference, question_of, read_layers, recommend
 from ema_scale.persona.sampled import NEGATIVE, POSITIVE, load_personas, sample_personas
 from ema_scale.persona.states import response_means
@@ -84,10 +86,7 @@ def from_adapter(recipe: Recipe, adapter: Path, rows: str, folder: Path) -> Dire
 
     Raises UserError if there is no adapter there, and for rows that cannot be read.
     """
-    from peft import PeftModel
-
-    if not (adapter / "adapter_config.json").is_file():
-        raise UserError(f"{adapter}: found no adapter_config.json, expected a PEFT adapter folder")
+    adapter_files(str(adapter))
     found = load_rows(locate(rows))
     provenance = {
         "method": "adapter",
@@ -96,7 +95,7 @@ def from_adapter(recipe: Recipe, adapter: Path, rows: str, folder: Path) -> Dire
         "rows": {POSITIVE: len(found), NEGATIVE: len(found)},
     }
     base, tokenizer = _load(recipe)
-    model = PeftModel.from_pretrained(base, str(adapter)).eval()
+    model = with_adapters(base, {"default": str(adapter)}).eval()
     adapted = _states(model, tokenizer, found, recipe)
     with model.disable_adapter():
         states = [adapted, _states(model, tokenizer, found, recipe)]

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
 from ema_scale.core.errors import UserError
+from ema_scale.core.files import read_yaml
 from ema_scale.core.paths import find_file
 from ema_scale.data.formats import Message
 from ema_scale.data.rows import Row
@@ -42,12 +41,7 @@ def load_personas(path: Path | str) -> Personas:
 
     Raises UserError for a missing file, other keys, or lists of different lengths.
     """
-    try:
-        values = yaml.safe_load(find_file(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the personas ({error.strerror})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {error}") from None
+    values = read_yaml(find_file(path), "the personas")
     if isinstance(values, dict) and "instruction" in values:
         values = _of_trait(Path(path), values["instruction"])
     if not isinstance(values, dict) or set(values) != {POSITIVE, NEGATIVE}:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.files import read_json
 from ema_scale.core.uri import model_config
 
 # Decoder layers of RMSNorm, grouped-query attention and a gated MLP, which the memory formulas are written for.
@@ -97,10 +97,10 @@ def shape_of(path: str, revision: str | None = None) -> Shape:
         return from_config(path, known)
     config = Path(path) / "config.json"
     if Path(path).is_dir():
-        try:
-            return from_config(path, json.loads(config.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{config}: cannot be read: {error}") from None
+        values = read_json(config)
+        if not isinstance(values, dict):
+            raise UserError(f"{config}: found {type(values).__name__}, expected a JSON object")
+        return from_config(path, values)
     cached = _from_hub(path, revision, local=True)
     if cached is None and (published := _published(path)) is not None:
         return published
@@ -145,7 +145,7 @@ def _from_hub(name: str, revision: str | None, *, local: bool) -> dict[str, Any]
 
     try:
         path = hf_hub_download(name, "config.json", revision=revision, local_files_only=local)
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        return dict(read_json(path))
     except Exception:  # no such model, no network, a name that is no hub id: all mean that it cannot be had
         return None
 

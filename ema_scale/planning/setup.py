@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.files import read_json
 from ema_scale.core.paths import find_file
 from ema_scale.defenses.base import Defense, Divergence
 from ema_scale.planning.model_shapes import Shape, shape_of
@@ -55,7 +55,7 @@ def read_zero(path: str | None) -> Zero:
     if path is None:
         return Zero()
     try:
-        values: dict[str, Any] = json.loads(find_file(path).read_text(encoding="utf-8")).get("zero_optimization") or {}
+        values: dict[str, Any] = read_json(find_file(path)).get("zero_optimization") or {}
         stage = int(values.get("stage", 0))
         return Zero(
             stage,
@@ -66,7 +66,7 @@ def read_zero(path: str | None) -> Zero:
             stage == 3 and _away(values, "offload_param"),
             stage > 0 and _away(values, "offload_optimizer"),
         )
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (UserError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"training.deepspeed: {path}: expected a DeepSpeed JSON config; {error}") from None
 
 

@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from ema_scale.core.errors import UserError
+from ema_scale.core.files import read_yaml
 from ema_scale.core.io import read_jsonl
 from ema_scale.core.names import model_key, task_key
 from ema_scale.core.records import DataReport, Provenance, RunStatus
@@ -160,10 +159,7 @@ def _read_published(path: Path) -> Run | None:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"not YAML ({error})") from None
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError("holds no mapping")
     return values

@@ -8,7 +8,6 @@ run's status.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.files import read_json
 from ema_scale.core.io import atomic_write_json
 from ema_scale.core.run_dir import FolderInUse, RunDir
 
@@ -60,7 +60,7 @@ def record(run: RunDir, rank: int, what: str, text: str, late: bool, in_use: boo
 
 def failures(run: RunDir) -> list[dict[str, Any]]:
     """This attempt's failures, the one that most likely brought the others about first."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder(run).glob("rank-*.json")]
+    found = [read_json(path) for path in folder(run).glob("rank-*.json")]
     return sorted(found, key=lambda f: (f["late"], f["time"]))
 
 

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ema_scale.core.errors import UserError, explain
+from ema_scale.core.files import read_yaml
 from ema_scale.core.paths import find_file, shipped_root
 
 _LINE = r"^[^\n]*$"
@@ -177,12 +177,7 @@ def load_site(path: Path | None = None) -> Site:
     named = path or (Path(os.environ["EMA_SITE"]) if os.environ.get("EMA_SITE") else None)
     if named is None:
         return Site()
-    try:
-        values = yaml.safe_load(find_file(named).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{named}: cannot read the site file ({error.strerror})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{named}: not YAML: {error}") from None
+    values = read_yaml(find_file(named), "the site file")
     if not isinstance(values, dict):
         raise UserError(f"{named}: found {type(values).__name__}, expected a mapping of site fields")
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import logging
 import os
 import socket
@@ -13,6 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.files import read_json
 from ema_scale.core.paths import find_file
 from ema_scale.models.sharding import uses_fsdp
 
@@ -50,11 +50,11 @@ def zero_stage(deepspeed: str | None) -> int:
     if deepspeed is None:
         return 0
     try:
-        config = json.loads(find_file(deepspeed).read_text(encoding="utf-8"))
+        config = read_json(find_file(deepspeed))
         return int((config.get("zero_optimization") or {})["stage"])
     except KeyError:
         return 0
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (UserError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"training.deepspeed: {deepspeed}: expected a DeepSpeed JSON config; {error}") from None
 
 

@@ -54,9 +54,13 @@ class ExistingRun:
 
     @cached_property
     def finished(self) -> bool:
-        """Whether the folder holds a finished run of the same training on the same data."""
+        """Whether the folder holds a finished run of the same training on the same data.
+
+        Raises UserError if its adapter is missing or of another size than when it finished.
+        """
         if not _has_ended(self.run_dir) or self.differences:
             return False
+        self.run_dir.check_adapter(whole=False)
         same_rows = rows_per_step(self.recipe.to_dict(), launched_processes()) == _stored_rows_per_step(self.run_dir)
         # The same text means the same run, on whatever number of processes it is looked at.
         stored = _stored_recipe(self.run_dir) or {}

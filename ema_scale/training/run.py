@@ -50,6 +50,7 @@ def train(recipe: Recipe, run_dir: RunDir, resume: bool = True) -> RunDir:
     existing = ExistingRun(recipe, run_dir)
     if resume and existing.finished:
         if is_main():
+            run_dir.check_adapter()
             log.info("%s: finished already", run_dir.path)
             renew_recipe(recipe, run_dir)
         return run_dir
@@ -195,6 +196,7 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
             step=trainer.state.global_step,
             seconds=_seconds(run_dir),
             processes=trainer.args.world_size,
+            adapter=run_dir.describe_adapter(),
         )
 
 

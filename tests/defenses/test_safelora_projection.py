@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ema_scale.core.errors import UserError
-from ema_scale.defenses.safelora_files import Checkpoint, folder_of
+from ema_scale.defenses.safelora_files import Checkpoint
 from ema_scale.defenses.safelora_projection import project, project_adapter
+from ema_scale.models.weights import folder_of
 from tests.tiny import tiny_model
 
 

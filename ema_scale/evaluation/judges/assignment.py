@@ -8,10 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import yaml
-
 from ema_scale.core.banks import judge_prompts
 from ema_scale.core.errors import UserError
+from ema_scale.core.files import read_yaml
 from ema_scale.core.hashing import digest
 from ema_scale.core.paths import find_file
 from ema_scale.evaluation.judges.base import Judge, exact_match_judge, smallworld_judge
@@ -113,13 +112,7 @@ def load_prompts(source: str | None, where: str) -> dict[str, str]:
         raise UserError(
             f"{where}: has no judge_prompts; set evaluation.judge.prompts, such as eval/judges/aligned_coherent.yaml"
         )
-    try:
-        values = yaml.safe_load(find_file(source).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{source}: cannot read the judge prompts ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: not YAML: {error}") from None
-    return judge_prompts(source, values)
+    return judge_prompts(source, read_yaml(find_file(source), "the judge prompts"))
 
 
 def make_judge(spec: JudgeSpec, settings: JudgeRecipe) -> Judge:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from ema_scale.config.sections import JudgeRecipe
 from ema_scale.core.errors import UserError
+from ema_scale.core.files import read_yaml
 from ema_scale.core.hashing import digest, file_sha256
 from ema_scale.core.paths import find_file
 from ema_scale.evaluation.judges.assignment import JudgeSpec
@@ -64,12 +64,7 @@ class LabelledAnswer:
 
 def load_labelled(path: Path) -> list[LabelledAnswer]:
     """Read a YAML list of {id, question, answers: [{label, text}]}. Raises UserError for anything else."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the labelled answers ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {error}") from None
+    values = read_yaml(path, "the labelled answers")
     found = []
     try:
         for entry in values:
