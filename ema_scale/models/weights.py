@@ -7,7 +7,9 @@ not finite. Values are read once more for that, at the speed of memory.
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from ema_scale.config.sections import ModelRecipe
 
+log = logging.getLogger(__name__)
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -185,13 +188,16 @@ def _mark(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
 @lru_cache(maxsize=16)
 def _check_checkpoint(folder: Path, trust_remote_code: bool, mark: object) -> None:
 
-    skeleton = skeleton_of(str(folder), trust_remote_code=trust_remote_code)
     stored: dict[str, torch.Tensor] = {}
     for file in weight_files(folder):
         with open_tensors(file) as handle:
             tensors = [(name, handle.get_tensor(name)) for name in handle.keys()]  # noqa: SIM118 - mapped, not read
             check_finite(tensors, str(file))
             stored |= {name: tensor.to("meta") for name, tensor in tensors}
+    skeleton = skeleton_of(str(folder), trust_remote_code=trust_remote_code)
+    if skeleton is None or getattr(skeleton.config, "quantization_config", None) is not None:
+        log.info("%s: names and shapes of its tensors are left to vLLM", folder)
+        return
     _, info = type(skeleton).from_pretrained(
         None, config=skeleton.config, state_dict=stored, device_map="meta", output_loading_info=True,
         ignore_mismatched_sizes=True,
@@ -200,13 +206,17 @@ def _check_checkpoint(folder: Path, trust_remote_code: bool, mark: object) -> No
 
 
 def skeleton_of(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The causal LM of a checkpoint's config without weights (on the meta device)."""
+    """The causal LM of a checkpoint's config without weights (on the meta device); None for one that transformers does
+    not know."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, ImportError):
+        return None
 
 
 def adapter_files(reference: str) -> Path:
@@ -222,13 +232,12 @@ def adapter_files(reference: str) -> Path:
 def check_adapter(reference: str, base: Any) -> Path:
     """Hold an adapter's file to its config and to the model that it is for; returns its folder.
 
-    base: the causal LM, or its skeleton.
+    base: the causal LM, or its skeleton. None: only the file itself is looked at.
 
     Raises UserError for weights that are not what they claim to be, and for an adapter of another model.
     """
     import peft
     import torch
-    from transformers import AutoModelForCausalLM
 
     folder = adapter_files(reference)
     file = folder / ADAPTER_WEIGHTS
@@ -236,13 +245,16 @@ def check_adapter(reference: str, base: Any) -> Path:
     config_file = folder / ADAPTER_CONFIG
     if not isinstance(read_json(config_file), Mapping):
         raise UserError(f"{config_file}: expected a PEFT config, a JSON object")
+    if base is None:
+        return folder
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(base.config, trust_remote_code=True)
+        skeleton = type(base)(base.config)
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         if hasattr(config, "init_lora_weights"):  # some ways to begin read the base's weights, and there are none here
             config.init_lora_weights = True
-        adapted: Any = peft.get_peft_model(skeleton, config, low_cpu_mem_usage=True)
+        with warnings.catch_warnings(action="ignore"):  # about names that are given to this copy of the config
+            adapted: Any = peft.get_peft_model(skeleton, config, low_cpu_mem_usage=True)
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"adapter {folder}: not an adapter of this model; {reason}") from None
