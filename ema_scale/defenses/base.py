@@ -206,25 +206,15 @@ class RowsContext:
     hashes: dict[str, str] = field(default_factory=dict)
     dropped: list[Any] = field(default_factory=list)
 
-    def load(
-        self,
-        source: str,
-        *,
-        answers: bool = True,
-        columns: Mapping[str, str | None] | None = None,
-        learn: Literal["all", "last", "marked"] = "all",
-    ) -> Sequence[Row]:
+    def load(self, source: str, **read: Any) -> Sequence[Row]:
         """Rows of a file, hub id or `smallworld:` reference. Raises UserError as `load_rows` does.
 
-        Args:
-            answers: whether each row must have an assistant turn.
-            columns: the rows' own names of columns -> the known ones, as in the recipe's data section.
-            learn: which assistant turns count as answers.
+        read: answers, columns and learn, as `load_rows` takes them.
         """
         from ema_scale.core.uri import locate
         from ema_scale.data.rows import load_rows
 
-        rows = load_rows(locate(source), on_bad=self.on_bad, answers=answers, columns=columns, learn=learn)
+        rows = load_rows(locate(source), on_bad=self.on_bad, **read)
         self.hashes[source] = rows.sha256
         self.dropped.extend(rows.dropped)
         if rows.unread:

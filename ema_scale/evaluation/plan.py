@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.files import read_text
 from ema_scale.core.hashing import digest, folder_identity
 from ema_scale.core.thoughts import split_reasoning
 from ema_scale.evaluation.judges.assignment import JudgeSpec, assign
@@ -200,7 +201,7 @@ def plan_prompts(
     model_identity = folder_identity(model.path, model.revision)
     template = model.chat_template
     if template is not None and Path(template).is_file():
-        template = Path(template).read_text(encoding="utf-8")
+        template = read_text(template, "the chat template")
     groups = []
     for target in targets:
         adapter = target.adapter_path

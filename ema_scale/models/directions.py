@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.files import parse_json
 from ema_scale.core.io import atomic_path
 from ema_scale.models.weights import check_finite, open_tensors
 
@@ -109,10 +110,7 @@ class Directions:
             vectors = handle.get_tensor(_TENSOR)
             text = (handle.metadata() or {}).get(_PROVENANCE, "{}")
         check_finite([(_TENSOR, vectors)], str(path))
-        try:
-            provenance = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{path}: its provenance is not JSON ({error})") from None
+        provenance = parse_json(text, f"{path}: its provenance")
         if not isinstance(provenance, dict):
             raise UserError(f"{path}: its provenance is {type(provenance).__name__}, expected a JSON object")
         return cls(vectors, provenance, str(path))
