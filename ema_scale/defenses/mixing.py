@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 # Fields of every defense that reads rows of its own; the recipe's data section has them for the task's rows.
 Columns = Annotated[
     dict[str, str | None],
-    Field(description="names of these rows' columns, each with the known name that it stands for; null: ignore it"),
+    Field(
+        description="names of these rows' columns, each with the known name that it stands for; null: ignore it",
+        examples=[{"ask": "prompt", "reply": "completion"}],
+    ),
 ]
 Learn = Annotated[
     Literal["all", "last", "marked"],

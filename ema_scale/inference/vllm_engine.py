@@ -92,7 +92,7 @@ class VllmEngine:
         prepare_environment()
         arguments = engine_arguments(model, settings, extra)
         if arguments["load_format"] == _SAFETENSORS:
-            check_checkpoint(model)
+            check_checkpoint(model, arguments.get("download_dir"))
         import torch
         from vllm import LLM
 

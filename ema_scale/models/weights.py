@@ -32,8 +32,8 @@ _DOWNLOADED = ["*.safetensors", "*.json"]
 _SHOWN = 3
 
 
-def folder_of(reference: str, revision: str | None = None) -> Path:
-    """The folder of a path, `smallworld:...` or hub id (its snapshot, through the hub's usual cache).
+def folder_of(reference: str, revision: str | None = None, cache: str | None = None) -> Path:
+    """The folder of a path, `smallworld:...` or hub id (its snapshot; None: in the hub's usual cache).
 
     Raises UserError for what is neither a folder nor on the hub.
     """
@@ -45,10 +45,11 @@ def folder_of(reference: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(reference, revision=revision, allow_patterns=_DOWNLOADED))
+        found = snapshot_download(reference, revision=revision, cache_dir=cache, allow_patterns=_DOWNLOADED)
     except Exception as error:  # the hub client raises many unrelated types
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"{reference}: no such folder, and the hub did not give it: {reason}") from None
+    return Path(found)
 
 
 @contextlib.contextmanager
@@ -74,7 +75,7 @@ def _instead(path: Path, error: Exception) -> str:
         return "a pickle (torch.save), which may run code; expected tensors in safetensors"
     if known := what_it_is(start):
         return f"{known}; expected tensors in safetensors"
-    return f"not a whole safetensors file ({error}); it may be cut off: copy or download it again"
+    return f"not a safetensors file, or not a whole one ({error}); copy or download it again"
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -127,7 +128,7 @@ def weight_files(folder: Path) -> list[Path]:
 def _pickles_in(folder: Path) -> str:
     found = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
     if not found:
-        return "; expected a checkpoint in safetensors"
+        return "; expected weights in safetensors"
     return (
         f", only {found[0]}: pickles may run code and are not loaded; save the weights as safetensors "
         "(model.save_pretrained)"
@@ -171,12 +172,14 @@ def refuse_info(where: str, info: Mapping[str, Any]) -> None:
     refuse_unfit(where, info["missing_keys"], info["unexpected_keys"], [tuple(m) for m in info["mismatched_keys"]])
 
 
-def check_checkpoint(model: ModelRecipe) -> None:
+def check_checkpoint(model: ModelRecipe, cache: str | None = None) -> None:
     """Hold a checkpoint's files to its config, for engines that load it themselves. The model is not built.
+
+    cache: where checkpoints of the hub lie; None: in the hub's usual cache.
 
     Raises UserError for weights that are not what they claim to be.
     """
-    folder = folder_of(model.path, model.revision)
+    folder = folder_of(model.path, model.revision, cache)
     _check_checkpoint(folder, model.trust_remote_code, _mark(folder))
 
 
@@ -222,10 +225,9 @@ def skeleton_of(path: str, *, revision: str | None = None, trust_remote_code: bo
 def adapter_files(reference: str) -> Path:
     """An adapter's folder with its config and weights. Raises UserError if they are not there, or are a pickle."""
     folder = folder_of(reference)
-    if not (folder / ADAPTER_CONFIG).is_file():
-        raise UserError(f"{folder}: found no {ADAPTER_CONFIG}, expected a PEFT adapter folder")
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise UserError(f"{folder}: no {ADAPTER_WEIGHTS} in there{_pickles_in(folder)}")
+    missing = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder}: not a PEFT adapter: found no {' and no '.join(missing)}{_pickles_in(folder)}")
     return folder
 
 

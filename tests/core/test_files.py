@@ -12,6 +12,7 @@ from ema_scale.config.sections import ConditionRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.core.files import parse_json, parse_yaml, read_json, read_text, read_yaml
 from ema_scale.core.hashing import file_sha256
+from ema_scale.core.io import append_jsonl, read_jsonl
 from ema_scale.data.rows import load_rows
 from ema_scale.evaluation.judges.assignment import load_prompts
 from ema_scale.evaluation.judging.calibration import load_labelled
@@ -187,3 +188,9 @@ def test_a_byte_order_mark_and_an_extends_that_is_no_file(tmp_path):
     (tmp_path / "r.yaml").write_bytes(b"\xef\xbb\xbfextends: 5\nname: a\n")
     with pytest.raises(UserError, match="extends: found 5, expected a file"):
         load_recipe(tmp_path / "r.yaml")
+
+
+def test_half_a_character_in_an_answer_is_kept_as_a_replacement(tmp_path):
+    append_jsonl(tmp_path / "rows.jsonl", [{"key": "1", "answer": "a\ud800b\udfff \U0001f600"}])
+    append_jsonl(tmp_path / "rows.jsonl", [{"key": "2", "answer": "c"}])
+    assert [row["answer"] for row in read_jsonl(tmp_path / "rows.jsonl")] == ["a\ufffdb\ufffd \U0001f600", "c"]

@@ -66,12 +66,12 @@ def fake(file: Path) -> None:
 
 
 FILES = {
-    "cut": (cut, "not a whole safetensors file"),
-    "empty": (content(b""), "not a whole safetensors file"),
+    "cut": (cut, "not a safetensors file, or not a whole one"),
+    "empty": (content(b""), "not a safetensors file, or not a whole one"),
     "LFS pointer": (content(LFS), "a Git LFS pointer.*git lfs pull"),
     "pickle beside": (pickled, "pickles may run code"),
     "pickle by that name": (fake, r"a pickle \(torch.save\)"),
-    "gone": (Path.unlink, "no (model|adapter_model).safetensors"),
+    "gone": (Path.unlink, "no .*model.safetensors"),
 }
 MODELS = FILES | {
     "missing": (tensors(lambda t: t.pop(MATRIX)), f"{MATRIX} is missing"),

@@ -220,9 +220,9 @@ def test_only_the_trained_copy_is_trained_and_saved(tmp_path, base, tuned):
 
 
 def test_an_adapter_that_is_not_there_or_of_another_model(tmp_path, base, tuned):
-    with pytest.raises(UserError, match=r"adapter.start: found no adapter_model.safetensors"):
+    with pytest.raises(UserError, match=r"adapter.start: .*found no .*adapter_model.safetensors"):
         continued(base, tmp_path)
-    with pytest.raises(UserError, match=r"adapter.start: .* is no LoRA adapter of this model"):
+    with pytest.raises(UserError, match=r"adapter.start: .*not the weights of this model: .* has the shape"):
         continued(save_tiny(tmp_path / "other", hidden=32), tuned)
 
 
