@@ -9,6 +9,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.io import atomic_path
 from ema_scale.core.uri import locate
 from ema_scale.models.load import load_base, model_problems
+from ema_scale.models.lora import with_adapters
 
 
 def merge_adapter(model: ModelRecipe, adapter: Path, out: Path) -> Path:
@@ -20,7 +21,6 @@ def merge_adapter(model: ModelRecipe, adapter: Path, out: Path) -> Path:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: holds files already; expected a new or an empty folder")
-    from peft import PeftModel
     from transformers import AutoConfig, AutoTokenizer
 
     source = locate(model.path)
@@ -31,7 +31,7 @@ def merge_adapter(model: ModelRecipe, adapter: Path, out: Path) -> Path:
         dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
         base = load_base(model.model_copy(update={"dtype": dtype}))
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    merged = with_adapters(base, {"default": str(adapter)}).merge_and_unload()
     merged.config = config
     with atomic_path(out) as unfinished:
         merged.save_pretrained(str(unfinished), safe_serialization=True)

@@ -35,6 +35,7 @@ from ema_scale.core.hashing import file_sha256
 from ema_scale.core.io import atomic_write_json
 from ema_scale.models.lora import write_adapter
 from ema_scale.models.sharding import full_shape, full_tensor, gathered, shard_like, under_zero3
+from ema_scale.models.weights import read_tensors
 
 _LORA_WEIGHT = "weight"
 _SEPARATOR = "|"
@@ -43,7 +44,7 @@ _SEPARATOR = "|"
 def _read_state(checkpoint: Path) -> dict[str, Any]:
     if not is_complete(checkpoint):
         raise UserError(f"{checkpoint}: incomplete or damaged; expected a folder with a matching {MANIFEST}")
-    return load_file(checkpoint / "state.safetensors")
+    return dict(read_tensors(checkpoint / "state.safetensors"))
 
 
 class Observer(Protocol):
