@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ema_scale.core.errors import UserError
 from ema_scale.models.sharding import full_shape
-from ema_scale.models.weights import check_finite, open_tensors, refuse_info, weight_files
+from ema_scale.models.weights import check_finite, check_headers, refuse_info
 
 if TYPE_CHECKING:
     import torch
@@ -41,11 +41,9 @@ def load_base(model: ModelRecipe) -> Any:
 
     from ema_scale.core.uri import locate
 
-    path = locate(model.path)
+    path, where = locate(model.path), f"model.path: {model.path}"
     if (folder := Path(path).expanduser()).is_dir() and (folder / "config.json").is_file():
-        for file in weight_files(folder):
-            with open_tensors(file):
-                pass  # its header is read
+        check_headers(folder)
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     with model_problems(model.path):
         config = transformers.AutoConfig.from_pretrained(path, **options)
@@ -66,9 +64,8 @@ def load_base(model: ModelRecipe) -> Any:
                 **options,
             )
         except SafetensorError as error:
-            raise UserError(f"model {model.path}: not whole safetensors files ({error}); download them again") from None
+            raise UserError(f"{where}: not whole safetensors files ({error}); download them again") from None
     loaded, info = made
-    where = f"model {model.path}"
     refuse_info(where, info)
     check_finite(loaded.named_parameters(), where)
     return loaded

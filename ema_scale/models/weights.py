@@ -135,6 +135,16 @@ def _pickles_in(folder: Path) -> str:
     )
 
 
+def check_headers(folder: Path) -> None:
+    """Raises UserError unless a checkpoint's files are there, and are whole."""
+    try:
+        for file in weight_files(folder):
+            with open_tensors(file):
+                pass  # safetensors compares the header with the file's size
+    except UserError as error:
+        raise UserError(f"model.path: {error}") from None
+
+
 def refuse_unfit(
     where: str,
     missing: Collection[str] = (),
