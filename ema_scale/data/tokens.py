@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -325,4 +326,9 @@ def _dataset(kept: Sequence[tuple[Encoded, str]], template: bool) -> Dataset:
     rest = {"length": pyarrow.array(lengths), "tag": pyarrow.array([tag for _, tag in kept], pyarrow.string())}
     order = ["input_ids", "labels", "length", "tag", *(["template"] if template else [])]
     columns = lists | rest
-    return Dataset(pyarrow.table({name: columns[name] for name in order}))
+    # Without a fingerprint of its own, `datasets` pickles the whole table for one.
+    made = hashlib.sha256(repr(order).encode())
+    for values in (lengths, ids, *flat.values()):
+        made.update(values.data)
+    made.update("".join(tag for _, tag in kept).encode())
+    return Dataset(pyarrow.table({name: columns[name] for name in order}), fingerprint=made.hexdigest()[:16])
