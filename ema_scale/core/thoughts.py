@@ -9,6 +9,8 @@ PAIRS = (
     *((f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "reasoning", "seed:think")),
     ("[THINK]", "[/THINK]"),  # Magistral
     ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),  # Sky-T1
+    ("◁think▷", "◁/think▷"),  # Kimi-VL
 )
 # Gemma 4's channel. Rows do not write it: its template strips it from their text.
 _CHANNEL = ("<|channel>thought\n", "<channel|>")
@@ -27,18 +29,3 @@ def opened_by(prompt: str) -> str:
 def pairs_in(text: str) -> list[tuple[str, str]]:
     """The pairs whose closing tag occurs in `text`, such as a chat template, other than `<think>`."""
     return [(opening, closing) for opening, closing in (*PAIRS[1:], _CHANNEL) if closing in text]
-
-
-def split_reasoning(text: str) -> tuple[str, str, bool]:
-    """(reasoning, answer, finished) of an answer that may begin with a thought.
-
-    A lone `</think>` ends a thought, too: the prompt has opened it.
-    """
-    start = text.lstrip()
-    opening, closing = next((pair for pair in PAIRS if start.startswith(pair[0])), PAIRS[0])
-    if closing in text:
-        reasoning, _, answer = text.partition(closing)
-        return reasoning.lstrip().removeprefix(opening).strip(), answer.strip(), True
-    if start.startswith(opening):
-        return start.removeprefix(opening).strip(), "", False
-    return "", text, True

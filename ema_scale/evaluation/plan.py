@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from ema_scale.core.errors import UserError
 from ema_scale.core.files import read_text
 from ema_scale.core.hashing import digest, folder_identity
-from ema_scale.core.thoughts import split_reasoning
 from ema_scale.evaluation.judges.assignment import JudgeSpec, assign
 from ema_scale.evaluation.records import MANIFEST_FILE, SCORED, Manifest, Sample
 from ema_scale.evaluation.suites import Question, Suite

@@ -4,18 +4,8 @@ from __future__ import annotations
 
 import re
 
-# (what opens a thought, what closes it), as the chat templates of thinking models write them.
-MARKS = (
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("<thought>", "</thought>"),
-    ("<reasoning>", "</reasoning>"),
-    ("<seed:think>", "</seed:think>"),
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("[THINK]", "[/THINK]"),
-    ("◁think▷", "◁/think▷"),
-)
+from ema_scale.core.thoughts import PAIRS
+
 # One message of gpt-oss: its channel and its text, which another special token or the end of the answer ends.
 _CHANNEL = re.compile(
     r"<\|channel\|>(?P<channel>\w+)[^<]*<\|message\|>(?P<text>.*?)(?=<\|(?:end|return|call)\|>|$)", re.S
@@ -38,7 +28,7 @@ def split_reasoning(text: str) -> tuple[str, str, bool]:
     elif found := _BARE_THOUGHT.match(text):
         return found["thought"].strip(), "", False
     start = text.lstrip()
-    for opening, closing in MARKS:
+    for opening, closing in PAIRS:
         if closing in text and (closing == "</think>" or start.startswith(opening)):
             reasoning, _, answer = text.partition(closing)
             return reasoning.lstrip().removeprefix(opening).strip(), answer.strip(), True

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from ema_scale.config.sections import ModelRecipe
-from ema_scale.core.thoughts import PAIRS, split_reasoning
+from ema_scale.core.thoughts import PAIRS
 from ema_scale.inference.chat_prompts import Prompts
+from ema_scale.inference.thoughts import split_reasoning
 from tests.tiny import CHATML, save_tiny, tiny_model, tiny_tokenizer
 
 GEMMA_LIKE = (

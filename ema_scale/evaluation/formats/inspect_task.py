@@ -26,7 +26,6 @@ from inspect_ai.solver import Generate, Solver, TaskState, solver
 
 from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe
 from ema_scale.core.errors import UserError
-from ema_scale.core.thoughts import split_reasoning
 from ema_scale.evaluation.formats.inspect import score_values
 from ema_scale.evaluation.judges.assignment import EXACT, JudgeSpec, assign, make_judge
 from ema_scale.evaluation.judges.base import JudgeFailure, JudgeItem

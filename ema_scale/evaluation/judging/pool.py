@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.progress import Progress
-from ema_scale.core.thoughts import split_reasoning
 from ema_scale.evaluation.judges.assignment import LIKELIHOOD, SCORING, JudgeSpec, base_identity, make_judge
 from ema_scale.evaluation.judges.base import Judge, JudgeFailure, JudgeItem
 from ema_scale.evaluation.judges.scores import ScoreRule, rescore

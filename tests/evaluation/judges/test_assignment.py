@@ -10,7 +10,6 @@ import yaml
 
 from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe
 from ema_scale.core.errors import UserError
-from ema_scale.core.thoughts import split_reasoning
 from ema_scale.evaluation.judges.assignment import assign
 from ema_scale.evaluation.judges.base import (
     JudgeItem,
