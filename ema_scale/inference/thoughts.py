@@ -8,7 +8,9 @@ from ema_scale.core.thoughts import PAIRS
 
 # One message of gpt-oss: its channel and its text, which another special token or the end of the answer ends.
 _CHANNEL = re.compile(
-    r"<\|channel\|>(?P<channel>\w+)[^<]*<\|message\|>(?P<text>.*?)(?=<\|(?:end|return|call)\|>|$)", re.S
+    r"<\|channel\|>(?P<channel>\w+)[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>"
+    r"(?P<text>.*?)(?=<\|(?:end|return|call)\|>|$)",
+    re.S,
 )
 # The same where a server has left out the special tokens: analysis...assistantfinal...
 _BARE_FINAL = re.compile(r"(?:^|assistant)(?:analysis|commentary)(?P<thought>.*?)assistantfinal(?P<answer>.*)\Z", re.S)
