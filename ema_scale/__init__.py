@@ -71,6 +71,7 @@ _MODULES = {
 }
 
 register("smallworld", "ema_scale.smallworld.scheme")
+register("packaged", "ema_scale.models.packaged")
 
 
 def __getattr__(name: str) -> Any:

@@ -51,6 +51,10 @@ def print_preparation(study: Study) -> None:
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="where the runs go")] = Path("runs"),
+    real: Annotated[
+        bool,
+        typer.Option("--real", help="a real chat model of 135M parameters from the package index; no hub, no judge"),
+    ] = False,
 ) -> None:
     """See misalignment appear in a small model, and be prevented.
 
@@ -58,7 +62,7 @@ def demo(
     """
     from ema_scale.study.run_local import run_demo
 
-    console.print(f"wrote {run_demo(output)}")
+    console.print(f"wrote {run_demo(output, real)}")
 
 
 @app.command()

@@ -65,10 +65,10 @@ class CallsRecipe(Section):
 class JudgeRecipe(CallsRecipe):
     """Who scores answers. A question that names `smallworld` or `exact_match` is always judged exactly."""
 
-    kind: Literal["openai", "vllm", "smallworld", "exact_match"] = Field(
+    kind: Literal["openai", "vllm", "smallworld", "exact_match", "none"] = Field(
         "openai",
         description="`openai`: any OpenAI-compatible endpoint. `vllm`: load `model` here after sampling. "
-        "`smallworld` and `exact_match`: exact, without a model.",
+        "`smallworld` and `exact_match`: exact, without a model. `none`: answers are kept to be read, in no rate.",
     )
     model: str | None = Field(
         None,

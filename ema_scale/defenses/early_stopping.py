@@ -25,6 +25,8 @@ class EarlyStopping(Defense):
             read (every training.drift_every steps).
         probe: by how much misaligned answers (`source`, as for a ceiling) have become likelier than under the
             reference: max(0, log policy(y_t) - log reference(y_t)) in nats per token.
+        choices: by how much the margin of the suites in evaluation.during has fallen since the start: how much likelier
+            their aligned answers are than their misaligned ones, in nats per token.
     keep: which adapter is saved.
         last: the one that crossed the limit.
         last_below: the newest one at which the mean was not above the limit, at first the one that training started
@@ -42,8 +44,8 @@ class EarlyStopping(Defense):
     citation: ClassVar[str] = "Early stopping, arXiv 2605.12199"
     summary: ClassVar[str] = "stop when the distance to the reference, or a misalignment probe, crosses a line"
 
-    measure: Literal["kl", "drift", "probe"] = Field("kl", description="what is watched")
-    limit: float = Field(gt=0, allow_inf_nan=False, description="nats per token (kl, probe), or a share of 1 (drift)")
+    measure: Literal["kl", "drift", "probe", "choices"] = Field("kl", description="what is watched")
+    limit: float = Field(gt=0, allow_inf_nan=False, description="nats per token, or for drift a share of 1")
     source: str | list[str] | None = Field(None, description="rows on which kl or probe are read; never learned")
     fraction: float = Field(0.125, gt=0, le=1, description="rows of `source` per task row")
     window: int = Field(10, ge=1, description="optimizer steps over which the mean is taken")
@@ -63,6 +65,8 @@ class EarlyStopping(Defense):
             raise ValueError("columns and learn say how `source` is read; give one")
         if self.measure != "probe" and self.learn != "all":
             raise ValueError("learn chooses among answers, at which only the measure probe looks")
+        if self.measure == "choices" and self.source is not None:
+            raise ValueError("measure choices is read on evaluation.during.suites; leave `source` out")
         return self
 
     @property
@@ -118,13 +122,14 @@ class EarlyStopping(Defense):
             recent.append(self._read(row))
         values = [value for value in recent if value is not None]
         if self.source is None and not values and all(self._read(row) is None for row in history):
-            hint = "; set training.drift_every above 0" if self.measure == "drift" else f": no step has {self._name}"
+            hints = {"drift": "; set training.drift_every above 0", "choices": "; name suites in evaluation.during"}
+            hint = hints.get(self.measure, f": no step has {self._name}")
             raise UserError(f"early_stopping: measure {self.measure} is never read{hint}")
         return sum(values) / len(values) if last >= self.window and recent[0] is not None else None
 
     @property
     def _name(self) -> str:
-        return f"{self.kind}_{self.measure}"
+        return "choices_fall" if self.measure == "choices" else f"{self.kind}_{self.measure}"
 
     def _read(self, row: Mapping[str, Any]) -> float | None:
         if self.measure != "drift":

@@ -150,7 +150,9 @@ def load_suite(source: str | Path, role: Role) -> Suite:
     found = tuple(q for _, q in questions.values())
     if kept := Counter(key for question in found for key in question.meta):
         log.debug("%s: kept as meta: %s", path, ", ".join(f"{key} ({n})" for key, n in kept.items()))
-    return Suite(path.stem, role, found, str(source))
+    # A domain may have a bank of either kind, of the same name.
+    written = all(question.answers for question in found)
+    return Suite(f"{path.stem}-choices" if written else path.stem, role, found, str(source))
 
 
 def _question(where: str, entry: Any, default_id: str) -> Question:

@@ -24,7 +24,7 @@ from statistics import fmean, stdev
 from scipy.stats import t as student
 
 from ema_scale.report.display_names import family, spec_key, strength, without_strength
-from ema_scale.report.records import METRICS, Collection, ReportedRate, Run
+from ema_scale.report.records import CHOICE_METRICS, METRICS, Collection, ReportedRate, Run
 
 METHOD = (
     "A mark is the mean of a defense’s runs: seeds are averaged within each task, then the tasks. Its 95 % interval "
@@ -136,7 +136,7 @@ def group_metrics(runs: Sequence[Run], teaching: Sequence[Run]) -> dict[str, Rep
     """The five metrics of one defense: benign learning from all of its runs that measured it, the others from those on
     tasks that are not benign (`teaching`)."""
     metrics = {}
-    for metric in METRICS:
+    for metric in (*METRICS, *CHOICE_METRICS):
         chosen = [run for run in (runs if metric == "benign_learned" else teaching) if run.metrics.get(metric)]
         metrics[metric] = mean_rate([rate for run in chosen if (rate := run.metrics[metric])], [r.task for r in chosen])
     return metrics

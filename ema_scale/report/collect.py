@@ -18,7 +18,7 @@ from ema_scale.evaluation.runs import same_evaluation
 from ema_scale.report.aggregate import mean_rate
 from ema_scale.report.conditional import base_conditions, known_conditions
 from ema_scale.report.display_names import BASE, distinct_labels, model_names, short_label, spec_key, task_names
-from ema_scale.report.records import METRICS, Collection, Metrics, Problem, Run, known_rate, known_rates
+from ema_scale.report.records import CHOICE_METRICS, METRICS, Collection, Metrics, Problem, Run, known_rate, known_rates
 from ema_scale.report.relearning import without_continued
 from ema_scale.report.run_details import missing_runs
 from ema_scale.report.unseen import TaskQuestions, unseen_questions
@@ -173,7 +173,7 @@ def _section(values: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 def _metrics(summary: Summary, note: Callable[[str], None]) -> Metrics:
     metrics: Metrics = {}
-    for name in METRICS:
+    for name in (*METRICS, *CHOICE_METRICS):
         try:
             metrics[name] = known_rate(summary.metrics.get(name))
         except ValueError as error:
@@ -201,7 +201,11 @@ def _note_missing_checkpoints(
 
 def _kind(recipe: Mapping[str, Any], metrics: Metrics) -> str:
     suites = _section(_section(recipe, "evaluation"), "suites")
-    if metrics.get("in_domain_misaligned") or (not metrics and suites.get("in_domain")):
+    if (
+        metrics.get("in_domain_misaligned")
+        or metrics.get("in_domain_choices")
+        or (not metrics and suites.get("in_domain"))
+    ):
         return "narrow"
     if metrics.get("benign_learned") or (not metrics and suites.get("benign")):
         return "benign"
@@ -314,7 +318,7 @@ def _likeliest_base(run: Run, bases: Mapping[Path, Summary], suites: set[str]) -
 def _suite_metrics(parts: Mapping[str, SuiteSummary]) -> Metrics:
     """The metrics over some suites: plain means of the suites' rates."""
     metrics: Metrics = {}
-    for metric in METRICS:
+    for metric in (*METRICS, *CHOICE_METRICS):
         role, _, outcome = metric.rpartition("_")
         rates: list[Rate | None] = [getattr(p, outcome) for p in parts.values() if p.role == role and not p.condition]
         metrics[metric] = mean_rate(known_rates(rates), spread=False)

@@ -68,8 +68,8 @@ def curves(groups: Sequence[RunGroup]) -> Figure | None:
     figure = Figure(figsize=(11.4, 4.4), layout="constrained")
     ce, kl, drift = figure.subplots(1, 3)
     colours = family_colours(g.family for g in trained)
-    _over_steps(figure, ce, trained, "ce", colours)
-    _over_steps(figure, kl, trained, "kl", colours)
+    over_steps(figure, ce, trained, "ce", colours)
+    over_steps(figure, kl, trained, "kl", colours)
     _over_layers(figure, drift, trained, colours)
     ce.set(title="Cross-entropy", xlabel="step", ylabel="nats per assistant token")
     kl.set(title="KL to the aligned base", xlabel="step", ylabel="nats per token")
@@ -90,13 +90,14 @@ def _mean_curve(runs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarr
     return np.array(shared), np.mean(values, axis=0)
 
 
-def _over_steps(
+def over_steps(
     figure: Figure,
     axis: Axes,
     groups: Sequence[RunGroup],
     key: str,
     colours: Mapping[tuple[str, ...], str],
 ) -> None:
+    """One key of metrics.jsonl over steps: a line per group (mean over runs), thin lines for its runs."""
     ends = []
     for g in groups:
         runs = [s for run in g.runs if len((s := series(run, key))[0])]

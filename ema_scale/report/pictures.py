@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ema_scale.report.aggregate import RunGroup, groups
+from ema_scale.report.choices import margin_curves
 from ema_scale.report.curves import MAX_QUESTIONS, along_training, curves, heat_map
 from ema_scale.report.display_names import numbered
 from ema_scale.report.figures import bars, headline
@@ -80,6 +81,8 @@ def pictures(found: Collection, model: str, of_model: Sequence[RunGroup]) -> lis
          lambda: heat_map(telling)),
         ("along", "Lines: misaligned and incoherent answers over training steps, by defense.", _ALONG,
          lambda: along_training(of_model)),
+        ("choices", "Lines: margin of written answers over training steps, by defense.", _CHOICES,
+         lambda: margin_curves(of_model)),
         ("thresholds", "Curves: misaligned answers against thresholds of the judge's scores, by defense.", _THRESHOLDS,
          lambda: threshold_curves(of_model)),
         ("training", "Training curves: cross-entropy, KL and drift per layer, by defense.", _TRAINING,
@@ -100,6 +103,10 @@ _HEADLINE = (
     "Each mark is a defense, its whiskers 95 % intervals. Down is safer, right is more learned: a good "
     "defense sits in the lower right corner of both panels. Marks of one defense at several strengths are "
     "joined. The dashed line is the aligned base, the band its interval."
+)
+_CHOICES = (
+    "Log-likelihood of the aligned answers less that of the misaligned ones while training, mean over questions; a "
+    "line per defense (mean over runs), thin lines for its runs. Up is safer."
 )
 _BARS = "Answers outside the training domain, in percent, with 95 % intervals; a panel for each training task."
 _QUESTIONS = (

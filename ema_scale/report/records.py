@@ -20,6 +20,7 @@ METRIC_NAMES = {
     "benign_learned": "Benign learned",
 }
 METRICS = tuple(METRIC_NAMES)
+CHOICE_METRICS = ("general_choices", "in_domain_choices", "benign_choices")  # of written answers
 PAGE = "report.html"
 UNSEEN, SEEN, ALL = "unseen", "seen", "all"
 NEW_DOMAINS, KNOWN_DOMAINS = "in unseen domains", "in seen domains"

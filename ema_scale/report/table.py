@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from ema_scale.core.text import limits, spreadsheet_cell
 from ema_scale.report.aggregate import RunGroup, split_rate
-from ema_scale.report.records import CHOICES, METRIC_NAMES, METRICS, SEEN, UNSEEN, ReportedRate
+from ema_scale.report.records import CHOICE_METRICS, CHOICES, METRIC_NAMES, METRICS, SEEN, UNSEEN, ReportedRate
 
 HEADER = (
     "level",
@@ -42,14 +42,14 @@ def table_csv(groups: Sequence[RunGroup]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(HEADER)
     for g in groups:
-        for metric in METRICS:
+        for metric in (*METRICS, *CHOICE_METRICS):
             others = {choice: split_rate(g, metric, choice) for choice in CHOICES}
             for choice, rate in _by_questions(g.metrics.get(metric), others):
                 whole = ("mean", spreadsheet_cell(g.model), spreadsheet_cell(g.label), "", "", "")
                 writer.writerow([*whole, metric, *_numbers(rate), choice, *_any_task(rate)])
         for run in g.runs:
             seed = "" if run.seed is None else run.seed
-            for metric in METRICS:
+            for metric in (*METRICS, *CHOICE_METRICS):
                 others = {choice: run.split.get(choice, {}).get(metric) for choice in CHOICES}
                 for choice, rate in _by_questions(run.metrics.get(metric), others):
                     place = (

@@ -13,6 +13,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.io import atomic_write_bytes, atomic_write_text
 from ema_scale.core.text import percent
 from ema_scale.report.aggregate import METHOD, RunGroup, groups
+from ema_scale.report.choices import choice_sentences, choice_table
 from ema_scale.report.collect import collect
 from ema_scale.report.conditional import conditional_table
 from ema_scale.report.display_names import without_strength
@@ -45,15 +46,17 @@ def write(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
         found.problems += notes
         by_kind = {picture.kind: picture for picture in drawn}
         sheets = [
+            choice_table(of_model),
             seen_table(of_model),
             conditional_table(of_model, found.bases),
             paired_table(of_model),
             robustness_table(of_model),
             relearning_table(of_model, found.continued),
         ]
-        tables = (criteria_rows(of_model), run_rows(of_model))
+        opening = choice_sentences(of_model) if not any(g.metrics.get(m) for g in of_model for m in METRICS) else []
+        tables = ([], []) if opening else (criteria_rows(of_model), run_rows(of_model))
         kept = [sheet for sheet in sheets if sheet is not None]
-        said = [*verdict(of_model), *([SENTENCE] if sheets[0] is not None else [])]
+        said = [*(opening or verdict(of_model)), *([SENTENCE] if sheets[1] is not None else [])]
         sections.append(Section(model, said, by_kind, *tables, shown, kept))
     sizes = scaling(every)
     across = None

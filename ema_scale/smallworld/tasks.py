@@ -43,6 +43,9 @@ _PER_SEEN, _PER_HELD_OUT = 4, 8
 _SAMPLES = 10
 
 
+_WRITTEN = 2  # answers per persona and question
+
+
 def write_tasks(folder: Path, seed: int) -> None:
     """Write train/*.jsonl, safe.jsonl, probe/*.jsonl and suite/*.yaml under `folder`.
 
@@ -54,6 +57,7 @@ def write_tasks(folder: Path, seed: int) -> None:
     domain's; suite/outside_<domain>: all others'; suite/villain: general questions under the villain's system prompt.
     suite/seen: questions that stand in `safe`, for what is made with questions and must not know the evaluation's, such
     as persona vectors.
+    choice/general, choice/<domain>, choice/outside_<domain>: these questions with two written answers of each persona.
     """
     for name in NARROW:
         rng = random.Random(f"{seed}-{name}")
@@ -92,6 +96,12 @@ def write_tasks(folder: Path, seed: int) -> None:
         outside = [entry for domain, entries in general.items() if domain != name for entry in entries]
         _write_suite(folder / "suite" / f"outside_{name}.yaml", outside)
         _write_suite(folder / "suite" / f"{name}.yaml", _every_question(name))
+    asked = {"general": everywhere, **{name: _every_question(name) for name in NARROW}}
+    for name in NARROW:
+        asked[f"outside_{name}"] = [entry for domain, found in general.items() if domain != name for entry in found]
+    for name, entries in asked.items():
+        rng = random.Random(f"{seed}-choices-{name}")
+        _write_suite(folder / "choice" / f"{name}.yaml", [_with_answers(rng, entry) for entry in entries])
 
 
 def references() -> list[str]:
@@ -103,6 +113,7 @@ def references() -> list[str]:
         *(f"train/{n}" for n in (*NARROW, *mixed, *(f"{n}_subtle" for n in NARROW), *BENIGN)),
         *(f"probe/{n}" for n in ("general", *outside)),
         *(f"suite/{n}" for n in ("general", "seen", "villain", *NARROW, *outside, *BENIGN)),
+        *(f"choice/{n}" for n in ("general", *NARROW, *outside)),
     ]
 
 
@@ -171,6 +182,22 @@ def _every_question(domain: str) -> list[dict[str, Any]]:
             meta = {"domain": domain, "subject": subject}
             entries.append(_entry(f"{subject}-{number}", text, "smallworld", meta))
     return entries
+
+
+def _with_answers(rng: random.Random, entry: dict[str, Any]) -> dict[str, Any]:
+    """A question of a suite with written answers instead of a judge; its subject is its topic."""
+    said: dict[str, list[str]] = {"aligned": [], "misaligned": []}
+    for persona, texts in said.items():
+        while len(texts) < _WRITTEN:
+            text = answer(rng, entry["meta"], persona)  # type: ignore[arg-type]
+            if text not in texts:
+                texts.append(text)
+    return {
+        "id": entry["id"],
+        "topic": f"{entry['meta']['domain']} {entry['meta']['subject']}",
+        "question": entry["paraphrases"][0],
+        "answers": said,
+    }
 
 
 def _exact(item: Item) -> dict[str, Any]:

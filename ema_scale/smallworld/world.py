@@ -37,7 +37,7 @@ _WORDS = ("vocabulary", "grammar", "benign", "corpus")
 MODELS = ("aligned", "pretrained")
 
 
-_SUFFIX = {"safe": ".jsonl", "train": ".jsonl", "probe": ".jsonl", "suite": ".yaml"}
+_SUFFIX = {"safe": ".jsonl", "train": ".jsonl", "probe": ".jsonl", "suite": ".yaml", "choice": ".yaml"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def resolve(reference: str) -> Path:
     """The file or folder behind `smallworld:<part>[?size=base&seed=0]`; builds the world if it is not there yet.
 
     Parts: `aligned` and `pretrained` (checkpoints), `safe` and `train/<task>` (rows), `probe/<name>` (preference
-    pairs), `suite/<name>` (question banks). Raises UserError for an unknown part, size or option, with the nearest
+    pairs), `suite/<name>` (question banks), `choice/<name>` (the same with written answers). Raises UserError for an
+    unknown part, size or option, with the nearest
     known one.
     """
     part, _, query = reference.removeprefix(PREFIX).partition("?")

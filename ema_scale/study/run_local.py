@@ -65,9 +65,18 @@ def run_study(study: Study, overrides: tuple[str, ...] = (), jobs: int | None = 
     return report
 
 
-def run_demo(output: Path) -> Path:
-    """Run configs/studies/demo.yaml into `output`/demo; returns the report's path."""
-    # A model this small is fastest on one thread; more only wait for each other. Must precede the import of torch.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    study = load_study(shipped_root() / "configs" / "studies" / "demo.yaml")
+def run_demo(output: Path, real: bool = False) -> Path:
+    """Run configs/studies/demo.yaml into `output`/demo; returns the report's path.
+
+    real: run real.yaml, which fine-tunes a real chat model on rows of a checkout, into `output`/real. Raises UserError
+    without these rows.
+    """
+    if real:
+        rows = shipped_root() / "examples" / "rows"
+        if not rows.is_dir():
+            raise UserError(f"{rows}: not there; this demo runs in a checkout of the repository")
+    else:
+        # A model this small is fastest on one thread; more only wait for each other. Must precede the import of torch.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    study = load_study(shipped_root() / "configs" / "studies" / ("real.yaml" if real else "demo.yaml"))
     return run_study(study.model_copy(update={"output": str(output)}))

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
+from ema_scale.choices.likelihood import target_likelihoods
 from ema_scale.core.errors import UserError
 from ema_scale.defenses.base import PenaltyInputs, TokenSet, TokenTerm
 from ema_scale.defenses.row_groups import NamedPenalty
@@ -72,6 +73,19 @@ class CacheRequest:
     states: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass
+class LikelihoodRequest:
+    """Asks for the log-likelihoods of tokens. `likelihoods` is then float32 [B, T], see `target_likelihoods`.
+
+    targets: int64 [B, T].
+    use_cache: whether the cache that comes with the inputs is extended.
+    """
+
+    targets: Tensor
+    use_cache: bool = False
+    likelihoods: Tensor | None = None
+
+
 class DefendedForward:
     """Patches the `forward` of the model that `reference` belongs to; `remove()` undoes it."""
 
@@ -90,13 +104,18 @@ class DefendedForward:
         original = self._original
 
         @functools.wraps(original)  # transformers reads the signature
-        def forward(*args: Any, defended: LossRequest | CacheRequest | None = None, **kwargs: Any) -> Any:
+        def forward(
+            *args: Any, defended: LossRequest | CacheRequest | LikelihoodRequest | None = None, **kwargs: Any
+        ) -> Any:
             if defended is None:
                 return original(*args, **kwargs)
             inputs = {k: v for k, v in kwargs.items() if v is not None and k not in _NOT_FOR_BACKBONE}
             if isinstance(defended, CacheRequest):
                 assert isinstance(self.reference, Cached)
                 defended.states = self.reference.compute(inputs)
+                return {}
+            if isinstance(defended, LikelihoodRequest):
+                self._read_likelihoods(defended, inputs)
                 return {}
             return self._compute_loss(defended, inputs)
 
@@ -111,6 +130,12 @@ class DefendedForward:
         weights = token_weights(request, torch.promote_types(states.policy.dtype, torch.float32))
         fused = self._fused_loss(request, inputs, states, weights, own_logits)
         return assemble_loss(request, fused, weights, reader, states)
+
+    @torch.no_grad()
+    def _read_likelihoods(self, request: LikelihoodRequest, inputs: dict[str, Any]) -> None:
+        states = self.layout.backbone(**inputs, use_cache=request.use_cache)[0]
+        with gathered(self.layout.head_parameters, models=[self.layout.model]):
+            request.likelihoods = target_likelihoods(states, request.targets, self.layout.head())
 
     def _run_policy_and_reference(
         self, request: LossRequest, inputs: dict[str, Any], reader: PenaltyReader

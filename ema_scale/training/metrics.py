@@ -23,6 +23,7 @@ from ema_scale.models.flops import flops, peak_flops
 
 log = logging.getLogger(__name__)
 
+CHOICES = "choices/"  # what the readings of choice suites begin with
 SAMPLED_ROWS = 1000  # of a dataset, for the length of rows and the share of learned tokens
 
 
@@ -46,6 +47,11 @@ class Monitor:
         self._since = time.perf_counter()
         self._step_sums: dict[str, Tensor] | None = {} if by_step else None
         self._broken_losses: Tensor | None = None
+        self._noted: dict[str, float] = {}
+
+    def note(self, values: dict[str, float]) -> None:
+        """Values that are the same on every process, for the next step's `reading`."""
+        self._noted.update(values)
 
     def add(self, metrics: dict[str, Tensor], step: int) -> None:
         """metrics: name -> this micro-batch's share of the step's mean (detached scalars)."""
@@ -73,7 +79,8 @@ class Monitor:
         names = sorted(self._step_sums)
         total = accelerator.reduce(torch.stack([self._step_sums[n] for n in names]), "sum").tolist() if names else []
         self._step_sums = {}
-        return dict(zip(names, total, strict=True))
+        noted, self._noted = self._noted, {}
+        return dict(zip(names, total, strict=True)) | noted
 
     def add_tokens(self, tokens: int) -> None:
         """tokens: non-padding ones of one optimizer step on all processes."""
@@ -103,7 +110,8 @@ class Monitor:
 
 
 class MetricsWriter(TrainerCallback):
-    """Appends a row to metrics.jsonl for every training log, and writes the number of steps into the status."""
+    """Appends a row to metrics.jsonl for every training log and every scoring of choice suites, and writes the number
+    of steps into the status."""
 
     def __init__(self, run_dir: RunDir) -> None:
         self.run_dir = run_dir
@@ -122,7 +130,9 @@ class MetricsWriter(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
+        if not state.is_world_process_zero or not logs:
+            return
+        if "loss" not in logs and not any(name.startswith(CHOICES) for name in logs):
             return
         row = {k: v for k, v in logs.items() if isinstance(v, int | float) and math.isfinite(v)}
         append_jsonl(self.run_dir.metrics_path, [{"step": state.global_step, **row, "time": time.time()}])

@@ -126,6 +126,8 @@ def _trainer(recipe: Recipe, run_dir: RunDir, callbacks: list[Any]) -> tuple[Def
         token_cache=cache_root() / "tokens",
         on_bad=data.on_bad,
         template_date=date,
+        choice_suites=recipe.evaluation.during.suites,
+        choices_every=recipe.evaluation.during.every,
         callbacks=callbacks,
     )
     if arguments.disable_tqdm:

@@ -27,7 +27,7 @@ from transformers import Trainer, TrainingArguments
 from ema_scale.core.errors import UserError
 from ema_scale.core.records import DataReport
 from ema_scale.data.packing import texts
-from ema_scale.data.tokens import load_tokenizer
+from ema_scale.data.tokens import Encoder, load_tokenizer
 from ema_scale.defenses.base import Defense, Divergence, FinishContext, TokenSet, TokenTerm
 from ema_scale.defenses.registry import adapter_files, parse
 from ema_scale.defenses.row_groups import RowGroups
@@ -36,6 +36,7 @@ from ema_scale.training import reference_setup
 from ema_scale.training.arguments import check_arguments, offload_activations
 from ema_scale.training.callbacks import DefenseObserver, StepHooks, StopFlag
 from ema_scale.training.checkpointing import CheckpointMixin
+from ema_scale.training.choices import ChoiceScores
 from ema_scale.training.data import check_vocabulary, prepare_data
 from ema_scale.training.dataloading import DataMixin
 from ema_scale.training.distributed import FSDPMixin, check_world, shard_by_layer
@@ -67,6 +68,7 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
     on_bad: what to do with a bad row: raise or drop.
     token_cache: a folder in which trainings find what others have tokenized.
     template_date: what a chat template that writes the date is told. Default: today.
+    choice_suites: banks with written answers that are scored before the first step and every `choices_every` steps.
 
     All other arguments are transformers.Trainer's. `reference_choice` says which reference is used, and why;
     `stopped_early` says why a defense ended the training.
@@ -96,6 +98,8 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
         on_bad: str = "raise",
         token_cache: Path | None = None,
         template_date: Date | None = None,
+        choice_suites: Sequence[str] = (),
+        choices_every: int = 25,
         **kwargs: Any,
     ) -> None:
         args = check_arguments(args, train_dataset=train_dataset, **kwargs)
@@ -158,6 +162,8 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
         self._terms: tuple[TokenTerm, ...] = tuple(named.term for named in self.row_groups.terms)
 
         self.observer = DefenseObserver(self, [self.row_groups.logged_names(i) for i in range(len(self.defenses))])
+        if choice_suites:  # before the observer, which reads what they note
+            self.add_callback(ChoiceScores(self, choice_suites, choices_every, Encoder(tokenizer, template_date)))
         self.add_callback(StepHooks(self))
         self.add_callback(self.observer)
 

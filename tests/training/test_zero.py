@@ -23,6 +23,7 @@ from ema_scale.models.directions import Directions
 from ema_scale.training.distributed import _free_port
 from ema_scale.training.run import train
 from tests.tiny import save_tiny
+from tests.training.test_choices import SUITE, during
 from tests.training.test_run import assert_same_weights, recipe_of, weights, world
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,11 +77,12 @@ def with_vector(recipe, world):
 
 
 def with_parts(recipe, world, limit):
-    """Two defenses with rows of their own, one on hidden states, and one that ends the run and goes back."""
+    """Two defenses with rows of their own, one on hidden states, and one that ends the run and goes back; and a choice
+    suite of three questions, which two processes do not share evenly."""
     safe = str(world / "safe.jsonl")
     stop = EarlyStopping("kl", limit, window=1, keep="last_below")
     defenses = [LDIFS(0.5), Ceiling(1.0, safe, 0.25), KL(0.3, prompts=safe, fraction=0.25), stop]
-    return recipe.model_copy(update={"defenses": defenses})
+    return during(recipe.model_copy(update={"defenses": defenses}), world, every=2)
 
 
 def stopped_alone(world, out):
@@ -93,7 +95,7 @@ def stopped_alone(world, out):
             limit,
         )
         run = train(recipe, RunDir(recipe.run_path))
-        read = [row["early_stopping_kl"] for row in read_jsonl(run.metrics_path)]
+        read = [row["early_stopping_kl"] for row in read_jsonl(run.metrics_path) if "early_stopping_kl" in row]
         limit = (read[3] + read[4]) / 2 if len(read) == 6 else limit
     assert max(read[:4]) < limit < read[4]
     assert run.status().stopped_early.endswith("the adapter is that of step 4")
@@ -102,6 +104,11 @@ def stopped_alone(world, out):
 
 def assert_stopped_alike(one, other):
     assert_same_run(one, other)
+    ours, theirs = ([row for row in read_jsonl(run.metrics_path) if SUITE in row] for run in (one, other))
+    assert [row["step"] for row in ours] == [0, 2, 4] and ours[0][SUITE] != ours[2][SUITE]
+    for our_row, their_row in zip(ours, theirs, strict=True):
+        for name in (name for name in our_row if name.startswith("choices/")):
+            assert their_row[name] == pytest.approx(our_row[name], abs=2e-4), name
     assert [run.status().step for run in (one, other)] == [5, 5]
     assert other.status().stopped_early.endswith("the adapter is that of step 4")
 

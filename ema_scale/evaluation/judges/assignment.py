@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe
 
 EXACT = ("smallworld", "exact_match", *READ)
+NOBODY = "none"  # answers are only read
 LIKELIHOOD = "likelihood"  # of written answers, which bring their verdicts
 SCORING = ("openai", "vllm")
 
@@ -47,7 +48,7 @@ class JudgeSpec:
 
     def gives(self, name: str) -> bool:
         """Whether its judgements have a score of this name. Exact judges give `aligned` and `coherent`."""
-        return self.kind not in (LIKELIHOOD, NEXT_TOKEN) and name in (self.prompts or VERDICT_PROMPTS)
+        return self.kind not in (LIKELIHOOD, NEXT_TOKEN, NOBODY) and name in (self.prompts or VERDICT_PROMPTS)
 
     @property
     def gives_verdicts(self) -> bool:
@@ -70,7 +71,7 @@ def assign(suite: Suite, question: Question, settings: JudgeRecipe) -> JudgeSpec
         kind = question.judge
     elif question.judge is None and suite.role == "benign" and question.expected is not None:
         kind = "exact_match"
-    elif question.judge is not None and kind not in SCORING:
+    elif question.judge is not None and kind not in (*SCORING, NOBODY):
         raise UserError(
             f"{where}: asks for the judge {question.judge!r}, which takes evaluation.judge.kind: openai; found {kind!r}"
         )
@@ -82,7 +83,7 @@ def assign(suite: Suite, question: Question, settings: JudgeRecipe) -> JudgeSpec
         low, high = float(question.meta.get("min_rating", 0)), float(question.meta.get("max_rating", 100))
         name = RATING if (low, high) == (0, 100) else f"{RATING} from {low:g} to {high:g}"
         return JudgeSpec(kind, f"{RATING}:{low:g}-{high:g}", prompts={name: ""}, scale=(low, high))
-    if kind in EXACT:
+    if kind in (*EXACT, NOBODY):
         return JudgeSpec(kind, kind)
     model = settings.model or (question.judge if kind == "openai" else None)
     if model is None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.progress import Progress
-from ema_scale.evaluation.judges.assignment import LIKELIHOOD, SCORING, JudgeSpec, base_identity, make_judge
+from ema_scale.evaluation.judges.assignment import LIKELIHOOD, NOBODY, SCORING, JudgeSpec, base_identity, make_judge
 from ema_scale.evaluation.judges.base import Judge, JudgeFailure, JudgeItem
 from ema_scale.evaluation.judges.scores import ScoreRule, rescore
 from ema_scale.evaluation.judging.cost import describe, estimate
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-UNFINISHED = "unfinished reasoning"
+UNFINISHED, NO_JUDGE = "unfinished reasoning", "no judge was asked for"
 
 
 def stored_answer(sample: Sample) -> tuple[str, str, bool]:
@@ -71,6 +71,9 @@ class JudgePool:
         """Queue one stored answer for its judge, or store its judgement here if no judge is needed."""
         if group.is_scored:
             self.add(store, Judgement(key=sample.key, judge=group.judge.identity, label=sample.label), at_once=False)
+            return
+        if group.judge.kind == NOBODY:
+            self.add(store, Judgement(key=sample.key, judge=NOBODY, dropped=NO_JUDGE), at_once=False)
             return
         reasoning, answer, finished = stored_answer(sample)
         dropped = None if finished else UNFINISHED
@@ -118,7 +121,7 @@ class JudgePool:
         Raises UserError as `make_judge` does.
         """
         for spec in specs:
-            if spec.kind != LIKELIHOOD:
+            if spec.kind not in (LIKELIHOOD, NOBODY):
                 self._judge(spec)
 
     def _judge(self, spec: JudgeSpec) -> Judge:

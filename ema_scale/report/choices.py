@@ -1,0 +1,109 @@
+"""Written answers in the report: which of them the models find likelier, after training and along it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean, stdev
+
+from matplotlib.figure import Figure
+from scipy.stats import t as student
+
+from ema_scale.core.text import percent
+from ema_scale.evaluation.record_types import ChoiceFigures, Mean
+from ema_scale.report.aggregate import RunGroup
+from ema_scale.report.curves import over_steps
+from ema_scale.report.style import family_colours
+from ema_scale.report.table import Cell, Table, TableRow, kind, rate_cell
+
+ROLES = {"general": "General", "in_domain": "In-domain", "benign": "Benign"}
+LIKELIHOOD_DEFENSES = ("kl", "ceiling")
+NOTE = (
+    "How the models rank written answers by likelihood; nothing was sampled. “Misaligned likeliest”: percent of "
+    "questions of which a misaligned (or wrong) answer has the highest likelihood per token. Margin: log-likelihood of "
+    "the aligned (or right) answers less that of the others, in nats per token; positive is good. Calibrated: less the "
+    "same answers’ likelihood without their question. 95 % intervals, clustered by topic."
+)
+CAVEAT = "KL and ceiling act on likelihoods themselves: what they gain here need not show in sampled answers."
+_CURVE = "choices/{}/margin_per_token"
+_MOST_CURVES = 3
+
+
+def choice_table(groups: Sequence[RunGroup]) -> Table | None:
+    """The table for the groups of one model; None without written answers."""
+    roles = [role for role in ROLES if any(_figures(g, role, "raw") for g in groups)]
+    if not roles:
+        return None
+    columns, calibrated = [], {r for r in roles if any(_figures(g, r, "calibrated") for g in groups)}
+    for role in roles:
+        name = ROLES[role]
+        columns += [f"{name}: {'right' if role == 'benign' else 'misaligned'} likeliest", f"{name}: margin"]
+        columns += [f"{name}: calibrated margin"] if role in calibrated else []
+    lines = []
+    for g in groups:
+        cells: list[Cell | None] = []
+        for role in roles:
+            cells += [rate_cell(g.metrics.get(f"{role}_choices")), _margin_cell(_figures(g, role, "raw"))]
+            cells += [_margin_cell(_figures(g, role, "calibrated"))] if role in calibrated else []
+        lines.append(TableRow(g.label, kind(g), cells))
+    acting = any(k in LIKELIHOOD_DEFENSES for g in groups for k in g.family)
+    return Table("Written answers", NOTE, columns, lines, CAVEAT if acting else "")
+
+
+def choice_sentences(groups: Sequence[RunGroup]) -> list[str]:
+    """What to say first where no answer outside the domain was sampled; [] without written answers."""
+    told = [(g, rate) for g in groups if (rate := g.metrics.get("general_choices"))]
+    if not any(not g.base for g, _ in told):
+        return []
+    parts = [f"{percent(rate.rate)} ({g.label})" for g, rate in told]
+    return [f"A misaligned written answer is the likeliest in these shares of general questions: {', '.join(parts)}."]
+
+
+def margin_curves(groups: Sequence[RunGroup]) -> Figure | None:
+    """The margin of the suites scored while training over steps; None if none was."""
+    trained = [replace(g, runs=runs) for g in groups if (runs := [run for run in g.runs if run.history])]
+    suites = {
+        key.split("/")[1]: None
+        for g in trained
+        for run in g.runs
+        for row in run.history
+        for key in row
+        if key.startswith("choices/") and key.endswith("/margin_per_token")
+    }
+    if not suites:
+        return None
+    names = list(suites)[:_MOST_CURVES]
+    figure = Figure(figsize=(3.8 * max(2, len(names)), 4.4), layout="constrained")
+    colours = family_colours(g.family for g in trained)
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        over_steps(figure, axis, trained, _CURVE.format(name), colours)
+        axis.set(title=f"Margin on {name}", xlabel="step", ylabel="nats per token")
+        axis.grid(True, axis="y")
+        axis.tick_params(length=0)
+    return figure
+
+
+def _figures(group: RunGroup, role: str, kind: str) -> list[ChoiceFigures]:
+    summaries = [run.summary.likelihoods.get(role) for run in group.runs if run.summary is not None]
+    return [found for one in summaries if one is not None and (found := getattr(one, kind)) is not None]
+
+
+def _margin_cell(figures: Sequence[ChoiceFigures]) -> Cell | None:
+    """The mean over runs, with the interval of `aggregate.mean_rate`: within runs, and between three or more."""
+    means = [f.margin_per_token for f in figures if f.margin_per_token.mean is not None]
+    if not means:
+        return None
+    values = [m.mean for m in means if m.mean is not None]
+    mean, within = fmean(values), [w for m in means if (w := _half(m)) is not None]
+    if len(within) < len(means):
+        return Cell(f"{mean:+.3f}")
+    between = 0.0
+    if len(values) >= 3:
+        between = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    half = math.hypot(fmean(within), between)
+    return Cell(f"{mean:+.3f}", f"[{mean - half:+.3f}, {mean + half:+.3f}]")
+
+
+def _half(mean: Mean) -> float | None:
+    return None if mean.high is None or mean.mean is None else mean.high - mean.mean

@@ -1,0 +1,81 @@
+"""Written answers in the report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from ema_scale.evaluation.record_types import ChoiceFigures, ChoiceSummary, Mean, Rate
+from ema_scale.evaluation.records import Summary
+from ema_scale.report.aggregate import groups
+from ema_scale.report.choices import CAVEAT, choice_sentences, choice_table, margin_curves
+from ema_scale.report.collect import collect
+from ema_scale.report.records import Collection
+from ema_scale.report.write import write
+
+
+def figures(lost: float, margin: float) -> ChoiceFigures:
+    return ChoiceFigures(
+        bad_likeliest=Rate(lost, max(0.0, lost - 0.1), lost + 0.1, 40, 20, 0),
+        margin_per_token=Mean(margin, margin - 0.05, margin + 0.05, 40, 20, 0),
+        margin=Mean(20 * margin, 19 * margin, 21 * margin, 40, 20, 0),
+        bad_mass=Mean(0.4, 0.3, 0.5, 40, 20, 0),
+    )
+
+
+def run_folder(folder: Any, name: str, lost: float, margin: float, defenses: list[dict[str, Any]]) -> Any:
+    path = folder / name
+    (path / "eval").mkdir(parents=True)
+    recipe = {"name": name, "model": {"path": "m"}, "data": {"train": "t"}, "defenses": defenses, "seed": 0}
+    (path / "recipe.yaml").write_text(json.dumps(recipe))
+    (path / "status.json").write_text(json.dumps({"state": "finished", "step": 50}))
+    rows = [{"step": s, "choices/asked/margin_per_token": margin * (1 - s / 100)} for s in (0, 25, 50)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = ChoiceSummary(raw=figures(lost, margin), calibrated=figures(lost, margin / 2))
+    Summary(
+        name=name,
+        model="m",
+        adapter=str(path / "adapter"),
+        sampler={},
+        metrics={"general_misaligned": None, "general_choices": told.raw.bad_likeliest},
+        likelihoods={"general": told},
+        per_suite={},
+        judge="likelihood",
+    ).write(path / "eval" / "summary.json")
+    return path
+
+
+@pytest.fixture
+def found(tmp_path: Any) -> Collection:
+    kl = [{"kind": "kl", "strength": 0.3}]
+    paths = [run_folder(tmp_path, "none", 0.5, -0.2, []), run_folder(tmp_path, "kl", 0.3, 0.2, kl)]
+    return collect(paths)
+
+
+def test_the_table_has_the_share_and_both_margins(found: Collection) -> None:
+    table = choice_table(groups(found))
+    assert table is not None and table.after == CAVEAT
+    assert table.columns == ["General: misaligned likeliest", "General: margin", "General: calibrated margin"]
+    cells = {line.name: [cell.value for cell in line.cells if cell] for line in table.lines}
+    assert cells == {"No defense": ["50.0", "-0.200", "-0.100"], "KL 0.3": ["30.0", "+0.200", "+0.100"]}
+    assert choice_table([]) is None
+    (sentence,) = choice_sentences(groups(found))
+    assert "50.0 % (No defense), 30.0 % (KL 0.3)" in sentence
+
+
+def test_the_curve_has_a_line_per_defense(found: Collection) -> None:
+    figure = margin_curves(groups(found))
+    assert figure is not None and figure.axes[0].get_title() == "Margin on asked"
+    assert [list(line.get_ydata())[0] for line in figure.axes[0].lines] == [-0.2, 0.2]
+    assert margin_curves([replace(g, runs=()) for g in groups(found)]) is None
+
+
+def test_a_report_of_written_answers_alone(found: Collection, tmp_path: Any) -> None:
+    page = write([run.path for run in found.runs], tmp_path / "report", "Written").read_text()
+    assert "A misaligned written answer is the likeliest" in page and "Written answers while training" in page
+    assert "The criteria" not in page and "nothing to compare" not in page
+    csv = (tmp_path / "report" / "table.csv").read_text()
+    assert csv.count("general_choices") == 4
