@@ -31,7 +31,7 @@ def bench_choices(
 ) -> tuple[list[Measured], list[Target]]:
     """Time three ways to score the first `answers` written answers of a bank. Figures: `cpu_ms`, processor milliseconds
     per answer, which other load disturbs less than elapsed time. Raises UserError if the ways disagree."""
-    recipe = ModelRecipe(path=model, dtype=dtype)  # type: ignore[arg-type]
+    recipe = ModelRecipe(path=model, dtype=dtype)
     base = load_base(recipe).eval()
     layout, encoder = ModelLayout.of(base, adapters=False), Encoder(load_tokenizer(locate(model)))
     rows: list[AnswerTokens] = []
@@ -64,5 +64,5 @@ def bench_choices(
 
         return run
 
-    found = compare([Variant(name, timed(way)) for name, way in ways.items()], baseline=ALONE, repeats=repeats)
-    return found, []
+    variants = [Variant(name, timed(way)) for name, way in ways.items()]
+    return compare(variants, baseline=ALONE, repeats=repeats), []

@@ -196,6 +196,7 @@ def _with_answers(rng: random.Random, entry: dict[str, Any]) -> dict[str, Any]:
         "id": entry["id"],
         "topic": f"{entry['meta']['domain']} {entry['meta']['subject']}",
         "question": entry["paraphrases"][0],
+        "meta": entry["meta"],
         "answers": said,
     }
 
