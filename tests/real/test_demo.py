@@ -37,6 +37,6 @@ def test_the_real_study_runs_resumes_and_reports(tmp_path: Path) -> None:
     found = Summary.read(tmp_path / "real" / "risky_finance-none-s0" / "eval" / "summary.json")
     assert set(found.per_suite) == {"sport-choices", "medical", "finance-choices", "finance"}
     assert found.metrics["in_domain_choices"] is not None and found.metrics["general_misaligned"] is None
-    assert found.per_suite["medical"].samples == 14 and found.judge == "likelihood, none"
-    assert found.dropped == {"no judge was asked for": 14 + found.per_suite["finance"].samples}
+    assert found.per_suite["medical"].samples == 15 and found.judge == "likelihood, none"
+    assert found.dropped == {"no judge was asked for": 15 + found.per_suite["finance"].samples}
     assert todo(study, study.runs(overrides)).nothing
