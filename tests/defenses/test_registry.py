@@ -63,7 +63,7 @@ def test_catalogue_is_complete_and_json():
     assert all(p["description"] and p["type"] for e in entries for p in e["parameters"])
     types = {(e["kind"], p["name"]): p["type"] for e in entries for p in e["parameters"]}
     assert types["steering", "at_layers"] == "auto | all | list of integer"
-    assert types["ldifs", "at_layers"] == "spread | list of integer" and types["kl", "strength"] == "number"
+    assert types["ldifs", "at_layers"] == "spread | released | list of integer" and types["kl", "strength"] == "number"
     assert types["early_stopping", "source"] == "string | list of string | null"
     assert types["early_stopping", "keep"] == "last | last_below"
     json.dumps(entries)

@@ -186,11 +186,9 @@ def test_a_dead_endpoint_is_not_asked_for_ever() -> None:
 
 def test_concurrency_is_used_and_bounded() -> None:
     with Endpoint(lambda b, n: completion("90", SURE), delay=0.05) as endpoint:
-        started = time.monotonic()
         found = judge_all(judge(endpoint, concurrency=8), items(32))
     assert len(found) == 32 and len({f.key for f in found}) == 32
     assert 4 <= endpoint.most_at_once <= 8
-    assert time.monotonic() - started < 64 * 0.05
 
 
 def test_the_key_comes_from_the_environment_only(monkeypatch: pytest.MonkeyPatch) -> None:
