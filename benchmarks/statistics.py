@@ -6,7 +6,7 @@ Prints the tables of docs/statistics.md. --trials sets the size; a share of 1,00
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import special
@@ -119,7 +119,7 @@ def study_row(rng: np.random.Generator, trials: int, tasks: int, seeds: int, bet
     return (f"{tasks} x {seeds}", f"{100 * between:.0f}", *(f"{one / trials:.1%}" for one in covered))
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
