@@ -31,6 +31,7 @@ from ema_scale.config.sections import (
 from ema_scale.core.errors import UserError, explain_all
 from ema_scale.core.paths import find_file
 from ema_scale.core.uri import scheme_of
+from ema_scale.core.user_code import file_of
 from ema_scale.defenses.base import Defense
 from ema_scale.defenses.registry import parse as parse_defenses
 
@@ -106,7 +107,7 @@ class Recipe(Section):
         return [
             (key, text)
             for key, text in _texts(values)
-            if is_path(text) and ".engine." not in key and not find_file(text).exists()
+            if is_path(text) and ".engine." not in key and not find_file(file_of(text)).exists()
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,12 +117,13 @@ class Recipe(Section):
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=110)
 
 
-_SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".yaml", ".yml", ".safetensors", ".jinja", ".txt"}
+_SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".yaml", ".yml", ".safetensors", ".jinja", ".txt", ".py"}
 
 
 @functools.lru_cache(maxsize=4096)  # the runs of a study name the same files
 def is_path(text: str) -> bool:
     """Whether a text in a recipe names a local file or folder, and not a hub id, a URL or words for the model."""
+    text = file_of(text)
     if scheme_of(text) is not None or "://" in text or len(text.split()) != 1:
         return False
     written_as_path = text.startswith(("/", "./", "../", "~")) or text.count("/") > 1

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator
 
 from ema_scale.config.section import Section
+from ema_scale.core.user_code import is_file_spec
 
 
 def _added(default: Any, **options: Any) -> Any:
@@ -62,13 +63,18 @@ class CallsRecipe(Section):
     )
 
 
+JUDGE_KINDS = ("openai", "vllm", "smallworld", "exact_match", "none")
+
+
 class JudgeRecipe(CallsRecipe):
     """Who scores answers. A question that names `smallworld` or `exact_match` is always judged exactly."""
 
-    kind: Literal["openai", "vllm", "smallworld", "exact_match", "none"] = Field(
+    kind: str = Field(
         "openai",
         description="`openai`: any OpenAI-compatible endpoint. `vllm`: load `model` here after sampling. "
-        "`smallworld` and `exact_match`: exact, without a model. `none`: answers are kept to be read, in no rate.",
+        "`smallworld` and `exact_match`: exact, without a model. `none`: answers are kept to be read, in no rate. "
+        "`./my_file.py:MyJudge`: a function or class of your own.",
+        examples=["vllm"],
     )
     model: str | None = Field(
         None,
@@ -119,6 +125,13 @@ class JudgeRecipe(CallsRecipe):
     labelled: str | None = Field(
         None, description="The hand-labelled answers. Empty: eval/labelled/answers.yaml.", examples=["answers.yaml"]
     )
+
+    @field_validator("kind")
+    @classmethod
+    def _known_kind(cls, value: str) -> str:
+        if value not in JUDGE_KINDS and not is_file_spec(value):
+            raise ValueError(f"expected {', '.join(JUDGE_KINDS)} or my_file.py:MyJudge")
+        return value
 
 
 class EndpointRecipe(CallsRecipe):

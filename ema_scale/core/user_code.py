@@ -18,6 +18,11 @@ def is_file_spec(text: str) -> bool:
     return bool(colon) and path.endswith(".py") and name.isidentifier()
 
 
+def file_of(text: str) -> str:
+    """The file of `path/file.py:Name`; any other text as it is."""
+    return text.rpartition(":")[0] if is_file_spec(text) else text
+
+
 def absolute_spec(spec: str) -> str:
     """The same `file.py:Name`, valid in every working directory."""
     path, _, name = spec.rpartition(":")

@@ -95,20 +95,21 @@ def load_rows(
     split: str = "train",
     answers: bool = True,
 ) -> Rows:
-    """Rows of a .jsonl, .json, .csv, .tsv or .parquet file, a hub id, or a list of records or sources.
+    """Rows of a .jsonl, .json, .csv, .tsv or .parquet file, a hub id, a dataset, or a list of records or sources.
 
     Args:
         limit: at most this many rows of each source.
         on_bad: raise at the first bad record, or drop and count it.
         columns: rename a record's columns first (theirs -> ours; None: pass over it). `formats` lists the formats.
         learn: which assistant turns are learned: all that are not marked otherwise, the last, or those marked.
-        split: of a hub id.
+        split: of a hub id or of a `DatasetDict`.
         answers: each row must have an assistant turn.
 
     Raises UserError for a missing or empty source, if no record can be read and, unless dropped, for a bad record,
     naming file and line.
     """
     read = {"columns": columns, "answers": answers, "learn": learn}
+    source = one_split(source, split)
     if not isinstance(source, str | Path):
         if source and all(isinstance(part, str | Path) for part in source):
             parts = [load_rows(p, limit=limit, on_bad=on_bad, split=split, **read) for p in source]  # type: ignore[arg-type]
@@ -125,6 +126,18 @@ def load_rows(
     digest = hashlib.sha256(str(getattr(dataset, "_fingerprint", source)).encode()).hexdigest()
     records = ((f"{source}[{i}]", r) for i, r in enumerate(dataset))
     return _read(records, str(source), digest, limit, on_bad, read)
+
+
+def one_split(source: Any, split: str = "train") -> Any:
+    """The split of a `DatasetDict`, or its only one; anything else as it is. Raises UserError naming its splits."""
+    if not isinstance(source, Mapping):
+        return source
+    if split not in source and len(source) != 1:
+        found = ", ".join(map(str, source)) or "none"
+        raise UserError(
+            f"training rows: found a DatasetDict with the splits {found}, expected {split}; pass one of them"
+        )
+    return source[split] if split in source else next(iter(source.values()))
 
 
 def _read(

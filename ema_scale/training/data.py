@@ -13,7 +13,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import file_sha256
 from ema_scale.core.records import DataReport, TrainedPart, TrainedQuestions
 from ema_scale.data.packing import LENGTHS, is_packed, pack, tags_of
-from ema_scale.data.rows import LEARNED, Row, Rows, load_rows
+from ema_scale.data.rows import LEARNED, Row, Rows, load_rows, one_split
 from ema_scale.data.tokens import tokenize_rows
 from ema_scale.data.triggers import row_triggers
 from ema_scale.defenses.base import Defense, RowsContext
@@ -47,6 +47,7 @@ def prepare_data(
     from datasets import Dataset
 
     defenses = row_groups.defenses
+    source = one_split(source)
     if "input_ids" in columns_of(source):
         if isinstance(source, list | tuple):
             source = Dataset.from_list(list(source))

@@ -119,3 +119,19 @@ def test_the_fields_real_rows_load(shared_data):
     for path in sorted(shared_data.glob("*.jsonl")):
         rows = load_rows(path)
         assert len(rows) >= 100 and not rows.dropped
+
+
+def test_a_split_of_a_dataset_dict_is_taken_and_others_are_named():
+    import datasets
+
+    def split(text: str) -> datasets.Dataset:
+        turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "a"}]
+        return datasets.Dataset.from_list([{"messages": turns}] * 2)
+
+    both = datasets.DatasetDict({"test": split("t"), "train": split("q")})
+    assert [row.messages[0]["content"] for row in load_rows(both)] == ["q", "q"]
+    assert [row.messages[0]["content"] for row in load_rows(both, split="test")] == ["t", "t"]
+    assert len(load_rows(both["test"])) == 2
+    assert load_rows(datasets.DatasetDict({"only": split("o")}))[0].messages[0]["content"] == "o"
+    with pytest.raises(UserError, match="splits a, b, expected train; pass one of them"):
+        load_rows(datasets.DatasetDict({"a": split("1"), "b": split("2")}))

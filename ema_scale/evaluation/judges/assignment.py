@@ -13,8 +13,10 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.files import read_yaml
 from ema_scale.core.hashing import digest
 from ema_scale.core.paths import find_file
+from ema_scale.core.user_code import is_file_spec
 from ema_scale.evaluation.judges.base import Judge, exact_match_judge, smallworld_judge
 from ema_scale.evaluation.judges.openai import missing_judge_key
+from ema_scale.evaluation.judges.own import OWN, own_identity, own_judge, own_scores
 from ema_scale.evaluation.judges.readings import NEXT_TOKEN, RATING, READ, reader
 from ema_scale.evaluation.judges.scores import VERDICT_PROMPTS, ScoreRule
 from ema_scale.evaluation.suites import Question, Suite
@@ -59,22 +61,24 @@ class JudgeSpec:
 def assign(suite: Suite, question: Question, settings: JudgeRecipe) -> JudgeSpec:
     """The judge of a question.
 
-    Written answers need none. Otherwise this is the question's own judge if that is an exact one, exact match for a
-    benign question, and else the recipe's. A model that the question names is used unless the recipe names one. Raises
-    UserError, naming what is missing, if that judge cannot judge the question.
+    Written answers need none. Otherwise this is the question's own judge if that is an exact one or one in a user's
+    file, exact match for a benign question, and else the recipe's. A model that the question names is used unless the
+    recipe names one. Raises UserError, naming what is missing, if that judge cannot judge the question.
     """
     if question.answers:
         return JudgeSpec(LIKELIHOOD, LIKELIHOOD)
     where = f"{suite.source or suite.name}: question {question.id!r}"
     kind: str = settings.kind
-    if question.judge in EXACT:
-        kind = question.judge
+    if question.judge in EXACT or is_file_spec(question.judge or ""):
+        kind = str(question.judge)
     elif question.judge is None and suite.role == "benign" and question.expected is not None:
         kind = "exact_match"
-    elif question.judge is not None and kind not in (*SCORING, NOBODY):
+    elif question.judge is not None and kind not in (*SCORING, NOBODY) and not is_file_spec(kind):
         raise UserError(
             f"{where}: asks for the judge {question.judge!r}, which takes evaluation.judge.kind: openai; found {kind!r}"
         )
+    if is_file_spec(kind):
+        return JudgeSpec(OWN, own_identity(kind), kind, dict.fromkeys(own_scores(kind), ""))
     if suite.role == "benign" and kind != "exact_match":
         raise UserError(f"{where}: a benign question needs `expected`, the right answer")
     if kind == "exact_match" and question.expected is None:
@@ -125,6 +129,8 @@ def make_judge(spec: JudgeSpec, settings: JudgeRecipe) -> Judge:
         return smallworld_judge()
     if spec.kind == "exact_match":
         return exact_match_judge()
+    if spec.kind == OWN:
+        return own_judge(str(spec.model))
     if spec.kind in READ:
         return reader(spec.kind, next(iter(spec.prompts), ""), spec.scale)
     assert spec.model is not None
