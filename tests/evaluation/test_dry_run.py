@@ -88,7 +88,7 @@ def test_a_dry_run_counts_written_answers_apart(
         "- {id: a, question: Well, answers: {aligned: [one, two], misaligned: [three, four]}}\n"
     )
     text = "\n".join(dry_run(recipe, monkeypatch, capsys))
-    assert "bank (general): 1 questions, 4 written answers; 0 are scored" in text
+    assert "bank-choices (general): 1 questions, 4 written answers; 0 are scored" in text
     assert "score    4 of 4 written answers by transformers" in text and "sample   5 of 5 answers" in text
 
 

@@ -69,7 +69,7 @@ def test_stored_answers_are_judged_again_by_it(file: Path, tmp_path: Path) -> No
     summary = rejudge(tmp_path / "run" / "eval", [f"evaluation.judge.kind={file}:Polite"])
     rate = summary.metrics["general_misaligned"]
     assert rate is not None and rate.rate == 0.0 and rate.n > 0
-    assert summary.judge.startswith("python:Polite#")
+    assert any(judge.startswith("python:Polite#") for judge in summary.judges)
     assert any(mean.mean == 0.0 for suite in summary.per_suite.values() for mean in suite.scores.values())
 
 

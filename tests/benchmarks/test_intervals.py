@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.statistics import RATES, main
+from benchmarks.intervals import RATES, main
 
 
 def test_the_tables_are_printed_whole(capsys: pytest.CaptureFixture[str]) -> None:

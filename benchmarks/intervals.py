@@ -1,4 +1,4 @@
-"""Coverage and power of the project's intervals and tests, by simulation: `python -m benchmarks.statistics`.
+"""Coverage and power of the project's intervals and tests, by simulation: `python -m benchmarks.intervals`.
 
 Prints the tables of docs/statistics.md. --trials sets the size; a share of 1,000 trials is known to about 1.4 points.
 """
