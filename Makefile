@@ -39,7 +39,7 @@ demo: setup ## see emergent misalignment appear and a defense prevent it; writes
 real: setup ## the same on a real chat model from the package index, without a hub and a judge; writes runs/real/report/report.html
 	$(BIN)/ema demo --real
 
-# CI sets this to --cov=ema_scale: the tests that take seconds are measured.
+# .ci/run sets this to --cov=ema_scale if EMA_COVERAGE is set: the tests that take seconds are measured.
 COVERAGE ?=
 ENGINES := (vllm or zero3)
 
