@@ -56,7 +56,7 @@ def demo(
         typer.Option("--real", help="a real chat model of 135M parameters from the package index; no hub, no judge"),
     ] = False,
 ) -> None:
-    """See misalignment appear in a small model, and be prevented.
+    """See misalignment appear in a small world, and be prevented.
 
     No GPU, no downloads.
     """
