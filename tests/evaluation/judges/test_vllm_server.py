@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from ema_scale.config.sections import EndpointRecipe, JudgeRecipe, ModelRecipe
 from ema_scale.evaluation.judges.base import JudgeItem, Judgement
@@ -60,7 +61,16 @@ def save_judge_model(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def judge_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_judge_model(tmp_path_factory.mktemp("judge_model"))
+    folder = save_judge_model(tmp_path_factory.mktemp("judge_model"))
+    # Defaults that `vllm serve` uses for whatever a request leaves open: none of them may take part.
+    defaults = {
+        "repetition_penalty": 1.8,
+        "top_k": 5,
+        "temperature": 0.7,
+        "eos_token_id": tiny_tokenizer().eos_token_id,
+    }
+    GenerationConfig(do_sample=True, **defaults).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +140,7 @@ def test_scores_equal_those_computed_with_transformers(server: str, judge_model:
 
 
 def test_the_server_samples_too(server: str, judge_model: str) -> None:
-    """A running server as sampler: greedy answers equal those of transformers, sampled ones depend on their seed."""
+    """Greedy answers of a server, of vLLM here and of transformers are the same, whatever the server's defaults."""
     endpoint = EndpointRecipe(base_url=server, served="judge", concurrency=8)
     sampler = make_sampler("openai", SamplerOptions(ModelRecipe(path=judge_model), endpoint=endpoint))
     greedy = [
@@ -141,6 +151,17 @@ def test_the_server_samples_too(server: str, judge_model: str) -> None:
     options = SamplerOptions(ModelRecipe(path=judge_model), max_model_len=256)
     with make_sampler("transformers", options) as reference:  # type: ignore[attr-defined]
         assert found == {r.key: r.texts for r in reference.sample(greedy)}
+    with make_sampler("vllm", options) as here:  # type: ignore[attr-defined]
+        assert found == {r.key: r.texts for r in here.sample(greedy)}
+    root = {"root": judge_model, "parent": None}
+    assert sampler.describe()["models"] == {"judge": root}
+    open_to_defaults = make_sampler(
+        "openai",
+        SamplerOptions(
+            ModelRecipe(path=judge_model), endpoint=endpoint.model_copy(update={"send_all_settings": False})
+        ),
+    )
+    assert found != {r.key: r.texts for r in open_to_defaults.sample(greedy)}  # so they would have mattered
     drawn = SampleRequest("d", greedy[0].messages, n=6, seed=5, max_tokens=6)
     [first], [again] = sampler.sample([drawn]), sampler.sample([drawn])
     assert first == again and len(set(first.texts)) == 6
