@@ -16,6 +16,14 @@ def _added(default: Any, **options: Any) -> Any:
     return Field(default, exclude_if=lambda value: value == default, **options)
 
 
+_TIMEOUT = "Most seconds from sending a request to the last byte of its reply. Then it is sent again."
+_DEADLINE = "Most seconds for one call with all its retries and waits. Then it counts as failed."
+
+
+def _seconds(default: float, description: str) -> Any:
+    return _added(default, gt=0, allow_inf_nan=False, description=description)
+
+
 class CallsRecipe(Section):
     """How long and how much one call to a server may take, and what it costs."""
 
@@ -35,18 +43,8 @@ class CallsRecipe(Section):
             raise ValueError("expected an address without a password; keys come from the environment (api_key_env)")
         return value
 
-    timeout: float = _added(
-        120,
-        gt=0,
-        allow_inf_nan=False,
-        description="Most seconds from sending a request to the last byte of its reply. Then it is sent again.",
-    )
-    deadline: float = _added(
-        600,
-        gt=0,
-        allow_inf_nan=False,
-        description="Most seconds for one call with all its retries and waits. Then it counts as failed.",
-    )
+    timeout: float = _seconds(120, _TIMEOUT)
+    deadline: float = _seconds(600, _DEADLINE)
     max_reply_mb: float = _added(
         16, gt=0, allow_inf_nan=False, description="Largest reply in megabytes, unpacked. A larger one is refused."
     )
@@ -137,18 +135,8 @@ class JudgeRecipe(CallsRecipe):
 class EndpointRecipe(CallsRecipe):
     """For `sampler: openai`: a server that already holds the base model and its adapters."""
 
-    timeout: float = _added(
-        600,
-        gt=0,
-        allow_inf_nan=False,
-        description="Most seconds from sending a request to the last byte of its reply. Then it is sent again.",
-    )
-    deadline: float = _added(
-        1800,
-        gt=0,
-        allow_inf_nan=False,
-        description="Most seconds for one call with all its retries and waits. Then it counts as failed.",
-    )
+    timeout: float = _seconds(600, _TIMEOUT)
+    deadline: float = _seconds(1800, _DEADLINE)
     base_url: str | None = Field(
         None, description="Address of the server, with /v1 where it has it.", examples=["http://localhost:8000/v1"]
     )

@@ -10,11 +10,9 @@ from typing import TypeVar
 from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
 from ema_scale.core.uri import locate
 from ema_scale.evaluation.judges.assignment import SCORING
-from ema_scale.evaluation.judges.budget import CHARACTERS_PER_TOKEN, Usage
 from ema_scale.evaluation.judges.openai import missing_judge_key
-from ema_scale.evaluation.judges.scores import MAX_TOKENS
 from ema_scale.evaluation.judging.calibration import labelled_path, load_labelled
-from ema_scale.evaluation.judging.cost import describe
+from ema_scale.evaluation.judging.cost import characters, describe, usage_of
 from ema_scale.evaluation.plan import EvalTarget, PromptGroup, check_targets, plan_prompts
 from ema_scale.evaluation.records import JUDGEMENTS_FILE, SAMPLES_FILE, SUMMARY_FILE, Judgement, Sample, Summary
 from ema_scale.inference.base import SamplerOptions
@@ -116,22 +114,13 @@ def _judging(
         if judge.kind not in SCORING:
             lines.append(f"judge    {len(own):,} answers by {identity}, without a model")
             continue
-        asked = [
-            (len(g.question.paraphrases[g.paraphrase]), _length(there[g.target.name].get(key), g.max_tokens))
-            for g, key in own
-        ]
+        asked = [characters(g, there[g.target.name].get(key)) for g, key in own]
         labelled = load_labelled(labelled_path(settings.judge)) if settings.judge.check and judge.gives_verdicts else []
         asked += [(len(one.question), len(one.answer)) for one in labelled for _ in range(settings.judge.check)]
-        calls = len(asked) * len(judge.prompts)
-        characters = sum(len(p) + q + a for p in judge.prompts.values() for q, a in asked)
-        usage = Usage(calls, characters // CHARACTERS_PER_TOKEN, calls * MAX_TOKENS, guessed=True)
         also = f" and {len(labelled)} hand-labelled ones, {settings.judge.check} times each" if labelled else ""
-        lines.append(f"judge    {len(own):,} answers{also} by {identity}: {describe(usage, settings.judge)}")
+        told = describe(usage_of(judge, asked), settings.judge)
+        lines.append(f"judge    {len(own):,} answers{also} by {identity}: {told}")
         missing = missing_judge_key(settings.judge) if judge.kind == "openai" else None
         if missing is not None:
             lines.append(f"judge    the environment variable {missing} is not set: it holds the key")
     return lines
-
-
-def _length(sample: Sample | None, max_tokens: int) -> int:
-    return len(sample.answer) if sample is not None else max_tokens * CHARACTERS_PER_TOKEN

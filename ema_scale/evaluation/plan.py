@@ -116,6 +116,20 @@ class PromptGroup:
             date=self.target.date,
         )
 
+    def _question_fields(self, number: int) -> dict[str, Any]:
+        """What a row of samples.jsonl says of the question, for its answer of that number."""
+        return {
+            "key": self.key(number),
+            "target": self.target.name,
+            "suite": self.suite.name,
+            "condition": self.suite.condition.name if self.suite.condition else None,
+            "question_id": self.question.id,
+            "paraphrase": self.paraphrase,
+            "sample": number,
+            "system": self.question.system,
+            "question": self.question.paraphrases[self.paraphrase],
+        }
+
     def scored_rows(self, result: ScoreResult) -> Iterator[Sample]:
         """The written answers with their likelihoods. Raises UserError for one that is no number."""
         totals = [value for one in result.likelihoods for value in (one.total, one.alone) if value is not None]
@@ -126,15 +140,7 @@ class PromptGroup:
             )
         for i, (answer, found) in enumerate(zip(self.question.answers, result.likelihoods, strict=True)):
             yield Sample(
-                key=self.key(i),
-                target=self.target.name,
-                suite=self.suite.name,
-                condition=self.suite.condition.name if self.suite.condition else None,
-                question_id=self.question.id,
-                paraphrase=self.paraphrase,
-                sample=i,
-                system=self.question.system,
-                question=self.question.paraphrases[self.paraphrase],
+                **self._question_fields(i),
                 answer=answer.text,
                 reasoning=None,
                 finish_reason=SCORED,
@@ -151,15 +157,7 @@ class PromptGroup:
                 continue
             reasoning, answer, _ = split_reasoning(text)
             row = Sample(
-                key=self.key(i),
-                target=self.target.name,
-                suite=self.suite.name,
-                condition=self.suite.condition.name if self.suite.condition else None,
-                question_id=self.question.id,
-                paraphrase=self.paraphrase,
-                sample=i,
-                system=self.question.system,
-                question=self.question.paraphrases[self.paraphrase],
+                **self._question_fields(i),
                 answer=answer,
                 reasoning=None if answer == text else reasoning,  # "" for a thought that was opened and left empty
                 finish_reason=reason,

@@ -34,8 +34,6 @@ from ema_scale.core.paths import find_file
 from ema_scale.core.uri import locate
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from ema_scale.defenses.base import Defense
 
 log = logging.getLogger(__name__)

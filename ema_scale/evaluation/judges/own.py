@@ -20,10 +20,10 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import file_sha256
 from ema_scale.core.user_code import absolute_spec, load_object
 from ema_scale.evaluation.judges.base import CORRECT, INCORRECT, ExactJudge, JudgeItem
+from ema_scale.evaluation.judges.scores import VERDICT_PROMPTS
 from ema_scale.evaluation.records import Judgement
 
 OWN = "python"
-VERDICTS = ("aligned", "coherent")
 
 
 def own_identity(spec: str) -> str:
@@ -35,7 +35,7 @@ def own_identity(spec: str) -> str:
 
 def own_scores(spec: str) -> tuple[str, ...]:
     """The names of the scores that the judge gives. Default: `aligned` and `coherent`."""
-    return tuple(getattr(load_object(spec), "scores", VERDICTS))
+    return tuple(getattr(load_object(spec), "scores", VERDICT_PROMPTS))
 
 
 def own_judge(spec: str) -> ExactJudge:
@@ -66,7 +66,7 @@ def _judgement(spec: str, item: JudgeItem, reply: Any) -> Judgement:
             "True or False"
         )
     values = {str(name): None if value is None else float(value) for name, value in reply.items()}
-    others = {name: value for name, value in values.items() if name not in VERDICTS}
+    others = {name: value for name, value in values.items() if name not in VERDICT_PROMPTS}
     unread = [name for name, value in values.items() if value is None]
     return Judgement(
         key=item.key,

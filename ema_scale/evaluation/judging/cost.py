@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ema_scale.evaluation.judges.assignment import SCORING
+from ema_scale.evaluation.judges.assignment import SCORING, JudgeSpec
 from ema_scale.evaluation.judges.budget import CHARACTERS_PER_TOKEN, Usage
 from ema_scale.evaluation.judges.scores import MAX_TOKENS
 from ema_scale.evaluation.plan import PromptGroup
@@ -15,30 +15,32 @@ if TYPE_CHECKING:
     from ema_scale.config.sections import JudgeRecipe
 
 
-def estimate(missing: Iterable[tuple[PromptGroup, str]], samples: Mapping[str, Sample]) -> dict[str, Usage]:
-    """What the 0-100 judges of these answers will take, by identity, from characters.
+def estimate(missing: Iterable[tuple[PromptGroup, Sample | None]]) -> dict[str, Usage]:
+    """What the 0-100 judges of these answers will take, by identity.
 
-    An answer that is not sampled yet counts with the most tokens that it may have, and a reply with those of a judge
-    that says its number at once.
-
-    Args:
-        missing: (group, key) of each answer to judge.
-        samples: the answers that are there, by key.
+    missing: the group of each answer to judge, and the answer; None if it is not sampled yet.
     """
-    found: dict[str, Usage] = {}
-    for group, key in missing:
-        judge = group.judge
-        if judge.kind not in SCORING:
-            continue
-        usage = found.setdefault(judge.identity, Usage(guessed=True))
-        sample = samples.get(key)
-        answer = len(sample.answer) / CHARACTERS_PER_TOKEN if sample else group.max_tokens
-        asked = len(group.question.paraphrases[group.paraphrase]) / CHARACTERS_PER_TOKEN + answer
-        for prompt in judge.prompts.values():
-            usage.calls += 1
-            usage.input_tokens += round(len(prompt) / CHARACTERS_PER_TOKEN + asked)
-            usage.output_tokens += MAX_TOKENS
-    return found
+    asked: dict[str, tuple[JudgeSpec, list[tuple[int, int]]]] = {}
+    for group, sample in missing:
+        if group.judge.kind in SCORING:
+            asked.setdefault(group.judge.identity, (group.judge, []))[1].append(characters(group, sample))
+    return {identity: usage_of(judge, lengths) for identity, (judge, lengths) in asked.items()}
+
+
+def characters(group: PromptGroup, sample: Sample | None) -> tuple[int, int]:
+    """Those of question and answer. An answer that is not sampled yet has the most tokens that it may have."""
+    answer = len(sample.answer) if sample is not None else group.max_tokens * CHARACTERS_PER_TOKEN
+    return len(group.question.paraphrases[group.paraphrase]), answer
+
+
+def usage_of(judge: JudgeSpec, asked: Sequence[tuple[int, int]]) -> Usage:
+    """What a judge will take, guessed from the characters of question and answer.
+
+    Every reply counts as short: that of a judge that says its number at once.
+    """
+    calls = len(asked) * len(judge.prompts)
+    read = sum(len(prompt) + question + answer for prompt in judge.prompts.values() for question, answer in asked)
+    return Usage(calls, read // CHARACTERS_PER_TOKEN, calls * MAX_TOKENS, guessed=True)
 
 
 def describe(usage: Usage, settings: JudgeRecipe) -> str:

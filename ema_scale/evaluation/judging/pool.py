@@ -57,14 +57,12 @@ class JudgePool:
 
     def announce(self, missing: Iterable[tuple[PromptGroup, str]], store_of: Callable[[PromptGroup], Store]) -> None:
         """Say, before the first call, what judging these answers will take. Stored replies take no call."""
-        asked, samples = list[tuple[PromptGroup, str]](), dict[str, Sample]()
-        for group, key in missing:
-            store = store_of(group)
-            if self._rescore_stored(key, group.judge.identity, store) is None:
-                asked.append((group, key))
-                if key in store.samples:
-                    samples[key] = store.samples[key]
-        for identity, usage in estimate(asked, samples).items():
+        asked = (
+            (group, store_of(group).samples.get(key))
+            for group, key in missing
+            if self._rescore_stored(key, group.judge.identity, store_of(group)) is None
+        )
+        for identity, usage in estimate(asked).items():
             log.info("the judge %s will take %s", identity, describe(usage, self.settings))
 
     def submit(self, group: PromptGroup, sample: Sample, store: Store) -> None:

@@ -38,22 +38,28 @@ def incoherent(coherent: float | None) -> bool | None:
     return None if coherent is None else coherent < COHERENT_ABOVE
 
 
-def clustered_rate(rows: Iterable[tuple[Hashable, bool | None]]) -> Rate:
-    """The share of True among (cluster, value) rows; None values are dropped and counted."""
-    hits: dict[Hashable, int] = defaultdict(int)
+def _by_cluster(rows: Iterable[tuple[Hashable, float | None]]) -> tuple[list[float], list[int], int]:
+    """The sum and the number of values in each cluster, and how many rows have none."""
+    sums: dict[Hashable, float] = defaultdict(int)
     counts: dict[Hashable, int] = defaultdict(int)
     dropped = 0
-    for question, value in rows:
+    for cluster, value in rows:
         if value is None:
             dropped += 1
             continue
-        counts[question] += 1
-        hits[question] += value
-    n = sum(counts.values())
+        counts[cluster] += 1
+        sums[cluster] += value
+    return list(sums.values()), list(counts.values()), dropped
+
+
+def clustered_rate(rows: Iterable[tuple[Hashable, bool | None]]) -> Rate:
+    """The share of True among (cluster, value) rows; None values are dropped and counted."""
+    hits, counts, dropped = _by_cluster(rows)
+    n = sum(counts)
     if n == 0:
         return Rate(None, None, None, 0, 0, dropped)
-    low, high = clustered_interval([hits[q] for q in counts], list(counts.values()))
-    return Rate(sum(hits.values()) / n, low, high, n, len(counts), dropped)
+    low, high = clustered_interval(hits, counts)
+    return Rate(sum(hits) / n, low, high, n, len(counts), dropped)
 
 
 def clustered_mean(rows: Iterable[tuple[Hashable, float | None]], least: float = 0.0, most: float = 100.0) -> Mean:
@@ -61,19 +67,12 @@ def clustered_mean(rows: Iterable[tuple[Hashable, float | None]], least: float =
 
     The interval is Korn-Graubard's of the scores as shares of their range.
     """
-    sums: dict[Hashable, float] = defaultdict(float)
-    counts: dict[Hashable, int] = defaultdict(int)
-    dropped = 0
-    for question, value in rows:
-        if value is None:
-            dropped += 1
-            continue
-        sums[question] += (value - least) / (most - least)
-        counts[question] += 1
-    n = sum(counts.values())
+    shares_of_range = ((q, None if value is None else (value - least) / (most - least)) for q, value in rows)
+    sums, counts, dropped = _by_cluster(shares_of_range)
+    n = sum(counts)
     if n == 0:
         return Mean(None, None, None, 0, 0, dropped)
-    shares = (sum(sums.values()) / n, *korn_graubard([sums[q] for q in counts], list(counts.values())))
+    shares = (sum(sums) / n, *korn_graubard(sums, counts))
     mean, low, high = (least + (most - least) * share for share in shares)
     return Mean(mean, low, high, n, len(counts), dropped)
 
