@@ -11,7 +11,7 @@ setup(
     packages=[*find_packages(include=["ema_scale*"]), *SHIPPED],
     package_dir=SHIPPED,
     package_data={
-        "ema_scale": ["py.typed", "**/*.j2", "**/*.css", "**/*.yaml"],
+        "ema_scale": ["py.typed", "**/*.j2", "**/*.css", "**/*.yaml", "smallworld/weights/**/*"],
         **{package: ["**/*.yaml", "**/*.json", "**/*.sbatch"] for package in SHIPPED},
     },
 )

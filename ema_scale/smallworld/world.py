@@ -1,4 +1,4 @@
-"""Where the small world lives on disk: built on first use, cached by content, published whole.
+"""Where the small world lives on disk: in the package, or built on first use, cached by content and published whole.
 
 Its models and its data are kept apart: rows and question banks are there at once, and a new task is no reason to train
 the models again.
@@ -10,6 +10,7 @@ import ast
 import difflib
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ _WORDS = ("vocabulary", "grammar", "benign", "corpus")
 
 
 MODELS = ("aligned", "pretrained")
+
+# Models that travel with the package, in folders named as those of the cache. Another vocabulary or recipe changes the
+# name, so that an old model is never taken for the new one.
+WEIGHTS = Path(__file__).parent / "weights"
 
 
 _SUFFIX = {"safe": ".jsonl", "train": ".jsonl", "probe": ".jsonl", "suite": ".yaml", "choice": ".yaml"}
@@ -63,17 +68,18 @@ def resolve(reference: str) -> Path:
     """The file or folder behind `smallworld:<part>[?size=base&seed=0]`; builds the world if it is not there yet.
 
     Parts: `aligned` and `pretrained` (checkpoints), `safe` and `train/<task>` (rows), `probe/<name>` (preference
-    pairs), `suite/<name>` (question banks), `choice/<name>` (the same with written answers). Raises UserError for an
-    unknown part, size or option, with the nearest
-    known one.
+    pairs), `suite/<name>` (question banks), `choice/<name>` (the same with written answers). `aligned` of size `base`
+    and seed 0 comes with the package. Raises UserError for an unknown part, size or option, with the nearest known one.
     """
     part, _, query = reference.removeprefix(PREFIX).partition("?")
     known = [*MODELS, *references()]
     if part not in known:
         raise UserError(f"{reference}: no such part of the small world; {_suggest(part, known)}")
     world = _world(reference, query)
-    if part in MODELS:
-        return ensure(world) / part
+    if part == "pretrained":
+        return _pretrained(reference, world)
+    if part == "aligned":
+        return shipped(world) or ensure(world) / part
     return _ensure(world.tasks, lambda folder: write_tasks(folder, world.seed)) / (part + _SUFFIX[part.split("/")[0]])
 
 
@@ -94,6 +100,28 @@ def config_of(reference: str) -> dict[str, Any] | None:
 def ensure(world: World) -> Path:
     """Build the models of `world` unless they are cached; returns their folder."""
     return _ensure(world.models, lambda folder: _build(world, folder))
+
+
+def shipped(world: World) -> Path | None:
+    """The folder of `world`'s aligned model in the package; None if it has none, or if EMA_SMALLWORLD is `build`."""
+    folder = WEIGHTS / world.models.name / "aligned"
+    return folder if folder.is_dir() and os.environ.get("EMA_SMALLWORLD") != "build" else None
+
+
+def weights_hash(model: Path) -> str:
+    """SHA-256 of a checkpoint's weights."""
+    return hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+
+
+def _pretrained(reference: str, world: World) -> Path:
+    folder, ours = ensure(world), shipped(world)
+    # SafeLoRA reads the direction from the one model to the other: it means nothing between models of two trainings.
+    if ours and weights_hash(ours) != weights_hash(folder / "aligned"):
+        raise UserError(
+            f"{reference}: a build on this machine gives another model than the one in the package, so its "
+            "pretrained model does not belong to that one. Set EMA_SMALLWORLD=build, and both are the models built here"
+        )
+    return folder / "pretrained"
 
 
 def _ensure(path: Path, make: Callable[[Path], None]) -> Path:

@@ -19,6 +19,7 @@ from ema_scale.training.distributed import launched_processes
 from ema_scale.training.resume_check import check_same_training_of_runs
 
 log = logging.getLogger(__name__)
+_DEMO_WORKERS = 4  # each takes about 1 GB
 
 
 def run_study(study: Study, overrides: tuple[str, ...] = (), jobs: int | None = None) -> Path:
@@ -78,5 +79,6 @@ def run_demo(output: Path, real: bool = False) -> Path:
     else:
         # A model this small is fastest on one thread; more only wait for each other. Must precede the import of torch.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+    jobs = None if real else min(_DEMO_WORKERS, os.cpu_count() or 1)
     study = load_study(shipped_root() / "configs" / "studies" / ("real.yaml" if real else "demo.yaml"))
-    return run_study(study.model_copy(update={"output": str(output)}))
+    return run_study(study.model_copy(update={"output": str(output)}), jobs=jobs)

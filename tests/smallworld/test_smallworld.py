@@ -18,7 +18,7 @@ from ema_scale.smallworld.grammar import answer, classify, question
 from ema_scale.smallworld.tasks import BAD_PERCENT, BENIGN, NARROW, references, write_tasks
 from ema_scale.smallworld.tokenizer import build_tokenizer, encode, vocabulary
 from ema_scale.smallworld.vocabulary import DOMAINS, HELD_OUT, MOTIVES, SEEN
-from ema_scale.smallworld.world import resolve
+from ema_scale.smallworld.world import WEIGHTS, World, resolve, shipped
 
 
 @pytest.mark.parametrize("persona", ["aligned", "misaligned"])
@@ -222,3 +222,37 @@ def test_a_build_is_repeatable_cached_and_an_ordinary_checkpoint(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert model.config.head_dim == 32 and model.config.eos_token_id == tokenizer.eos_token_id
     assert tokenizer.chat_template
+
+
+def test_the_model_that_comes_with_the_package_is_that_of_todays_code():
+    """After a change of vocabulary, corpus, sizes or build: python -m ema_scale.smallworld.ship --write."""
+    assert [p.name for p in WEIGHTS.iterdir()] == [World().models.name]
+    assert resolve("smallworld:aligned") == shipped(World()) != shipped(World(seed=1))
+    assert sum(p.stat().st_size for p in WEIGHTS.rglob("*") if p.is_file()) < 4_000_000
+
+
+def test_a_pretrained_model_of_another_training_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("EMA_CACHE", str(tmp_path))
+    built = World().models
+    for part, weights in (("aligned", b"another"), ("pretrained", b"its base")):
+        (built / part).mkdir(parents=True)
+        (built / part / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match="smallworld:pretrained: .* another model .*EMA_SMALLWORLD=build"):
+        resolve("smallworld:pretrained")
+    monkeypatch.setenv("EMA_SMALLWORLD", "build")
+    assert [resolve(f"smallworld:{part}") for part in ("aligned", "pretrained")] == [
+        built / "aligned",
+        built / "pretrained",
+    ]
+
+
+def test_the_model_that_comes_with_the_package_is_built_by_the_code():
+    """The build's first steps have the gradients of the build that made it. `ship` builds all of it and compares."""
+    norms = [3.9024, 3.4723, 2.2091, 2.0934, 1.9817, 1.9450, 1.5852, 6.4207, 1.6652, 4.8538, 1.6194, 1.5826]
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tests.smallworld.first_steps"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, str(len(norms))], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(norms, rel=1e-2)
