@@ -174,7 +174,7 @@ def cache(recipe: RecipePath, overrides: Overrides = None) -> None:
 def defenses(
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
 ) -> None:
-    """List the defenses with source and parameters."""
+    """List the defenses with source, what they need and parameters."""
     from ema_scale.defenses.registry import catalogue
 
     entries = catalogue()
@@ -183,6 +183,9 @@ def defenses(
         return
     for entry in entries:
         console.print(f"{entry['kind']}: {entry['summary']}\n  source: {entry['source']}", markup=False)
+        console.print(f"  needs: {', '.join(entry['needs']) or 'nothing'}", markup=False)
+        if entry["uses"]:
+            console.print(f"  can use: {', '.join(entry['uses'])}", markup=False)
         for field in entry["parameters"]:
             console.print(
                 f"  {field['name']} = {field['default']}  ({field['type']})  {field['description']}", markup=False

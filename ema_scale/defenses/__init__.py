@@ -1,16 +1,7 @@
 """Defenses: each acts at one or more of six points of a training run (see `base`). Importing them loads no torch."""
 
 from ema_scale.defenses.ablation import Ablation
-from ema_scale.defenses.base import (
-    Defense,
-    Divergence,
-    FinishContext,
-    LabelLogProbs,
-    LabelTerm,
-    PenaltyInputs,
-    RowsContext,
-    TokenSet,
-)
+from ema_scale.defenses.base import Defense, FinishContext, PenaltyInputs, RowsContext
 from ema_scale.defenses.ceiling import Ceiling
 from ema_scale.defenses.early_stopping import EarlyStopping
 from ema_scale.defenses.inoculation import Inoculation
@@ -21,6 +12,7 @@ from ema_scale.defenses.ldifs import LDIFS
 from ema_scale.defenses.registry import catalogue, parse
 from ema_scale.defenses.safelora import SafeLoRA
 from ema_scale.defenses.steering import Steering
+from ema_scale.defenses.terms import Divergence, LabelLogProbs, LabelTerm, TokenSet
 
 __all__ = [
     "KL",

@@ -35,7 +35,9 @@ class Ablation(Defense):
     citation: ClassVar[str] = "Casademunt et al., CAFT, arXiv 2507.16795; Arditi et al., arXiv 2406.11717"
     summary: ClassVar[str] = "take a direction out of the residual stream, in training only"
 
-    vector: str = Field(min_length=1, description="directions, a file made by `ema vector`")
+    vector: str = Field(
+        min_length=1, description="directions, a file made by `ema vector`", json_schema_extra={"asset": "directions"}
+    )
     at_layers: Literal["auto", "all"] | Annotated[list[int], Field(min_length=1)] = Field(
         "all", description="decoder layers (1: the first) after which it is taken out; auto: the recommended one"
     )

@@ -22,103 +22,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ema_scale.core.errors import UserError, explain
 from ema_scale.core.names import defense_label
+from ema_scale.defenses.terms import Divergence, LabelTerm, Part, Scope, TokenSet, TokenTerm
 
 if TYPE_CHECKING:
     import torch
 
     from ema_scale.data.rows import Row
-
-Direction = Literal["policy_reference", "reference_policy", "jensen_shannon"]
-Scope = Literal["all", "assistant", "prompt", "template"]
-Part = Literal["learned", "task", "safe", "prompts", "bad"]  # prompts, bad: rows that this defense brings in
-
-
-@dataclass(frozen=True)
-class TokenSet:
-    """The tokens of `scope` in the rows of `part`.
-
-    scope:
-        all: every non-padding position.
-        assistant: positions that predict an assistant token.
-        prompt: positions that predict any other token of the row.
-        template: positions of tokens that the chat template wrote: role headers, ends of turns, a default system
-            prompt. The last header predicts the first token of an answer. arXiv 2606.06667 (TReFT) does something else:
-            it holds keys and values of the tokens before the user's text.
-    part: a row's tag, or learned: task and safe rows.
-    """
-
-    scope: Scope = "all"
-    part: str = "learned"
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """A loss term strength * mean_t D(policy_t, reference_t) over the tokens t of a token set, in nats.
-
-    name: what the term is logged as.
-    strength: the term's weight; 0 measures without training on it.
-    direction: policy_reference is KL(policy || reference), reference_policy the reverse, jensen_shannon the mean of
-        both KLs to the half-half mixture (at most ln 2).
-    temperature: divides both logits; no T^2 factor is applied.
-    scope, part: see `TokenSet`. `prompts` and `bad` are the rows that this defense itself brought in.
-    """
-
-    name: str
-    strength: float
-    direction: Direction = "policy_reference"
-    temperature: float = 1.0
-    scope: Scope = "all"
-    part: str = "learned"
-
-    @property
-    def measure(self) -> Direction:
-        return self.direction
-
-    @property
-    def token_set(self) -> TokenSet:
-        return TokenSet(self.scope, self.part)
-
-
-@dataclass(frozen=True)
-class LabelLogProbs:
-    """Log-likelihoods, in nats, of the tokens that follow N positions; each tensor is [N].
-
-    log_ratio is policy - reference, formed before the normalisers are subtracted: it stays precise where policy and
-    reference nearly agree.
-    """
-
-    policy: torch.Tensor
-    reference: torch.Tensor
-    log_ratio: torch.Tensor
-
-
-LabelMeasure = Callable[[LabelLogProbs], "torch.Tensor"]
-
-
-@dataclass(frozen=True)
-class LabelTerm:
-    """A loss term strength * mean_t measure_t over the assistant tokens t of some rows.
-
-    name: what the term is logged as.
-    strength: the term's weight; 0 measures without training on it.
-    measure: LabelLogProbs -> values [N], made of torch operations on each token by itself. The loss differentiates it.
-    part: see `TokenSet`.
-    """
-
-    name: str
-    strength: float
-    measure: LabelMeasure
-    part: str = "learned"
-
-    scope: ClassVar[Scope] = "assistant"
-    temperature: ClassVar[float] = 1.0
-
-    @property
-    def token_set(self) -> TokenSet:
-        return TokenSet(self.scope, self.part)
-
-
-TokenTerm = Divergence | LabelTerm
 
 
 @dataclass(frozen=True)
@@ -383,6 +292,19 @@ class Defense(BaseModel):
     def token_terms(self) -> tuple[TokenTerm, ...]:
         """All terms that the fused loss computes."""
         return (*self.divergences(), *self.label_terms())
+
+    @classmethod
+    def assets(cls) -> dict[str, str]:
+        """Field -> what a user must have to fill it, such as `bad rows`: the `asset` of its `json_schema_extra`."""
+        extras = {name: field.json_schema_extra for name, field in cls.model_fields.items()}
+        return {
+            name: str(extra["asset"]) for name, extra in extras.items() if isinstance(extra, dict) and "asset" in extra
+        }
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What a user must have for this defense as it is set: the assets of the fields that are filled."""
+        return tuple(dict.fromkeys(asset for name, asset in self.assets().items() if getattr(self, name)))
 
     @property
     def changes_rows(self) -> bool:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from ema_scale.defenses.base import Defense, LabelLogProbs, LabelTerm, RowsContext
+from ema_scale.defenses.base import Defense, RowsContext
 from ema_scale.defenses.mixing import Columns, Learn, mix, rows_needed
+from ema_scale.defenses.terms import LabelLogProbs, LabelTerm
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,10 @@ class Ceiling(Defense):
     summary: ClassVar[str] = "keep misaligned answers from becoming likelier than under the frozen base model"
 
     strength: float = Field(1.0, ge=0, allow_inf_nan=False, description="weight of the excess, nats; 0 only measures")
-    source: str | list[str] = Field(description="rows with misaligned answers: a file, a hub id, or several")
+    source: str | list[str] = Field(
+        description="rows with misaligned answers: a file, a hub id, or several",
+        json_schema_extra={"asset": "bad rows"},
+    )
     fraction: float = Field(0.25, gt=0, le=1, description="bad rows per task row")
     columns: Columns = {}
     learn: Learn = "all"

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from ema_scale.core.errors import UserError
-from ema_scale.defenses.base import Defense, Divergence, LabelTerm, RowsContext
+from ema_scale.defenses.base import Defense, RowsContext
 from ema_scale.defenses.ceiling import excess
 from ema_scale.defenses.mixing import Columns, Learn, mix, rows_needed
+from ema_scale.defenses.terms import Divergence, LabelTerm
 
 if TYPE_CHECKING:
     from ema_scale.data.rows import Row
@@ -46,7 +47,9 @@ class EarlyStopping(Defense):
 
     measure: Literal["kl", "drift", "probe", "choices"] = Field("kl", description="what is watched")
     limit: float = Field(gt=0, allow_inf_nan=False, description="nats per token, or for drift a share of 1")
-    source: str | list[str] | None = Field(None, description="rows on which kl or probe are read; never learned")
+    source: str | list[str] | None = Field(
+        None, description="rows on which kl or probe are read; never learned", json_schema_extra={"asset": "bad rows"}
+    )
     fraction: float = Field(0.125, gt=0, le=1, description="rows of `source` per task row")
     window: int = Field(10, ge=1, description="optimizer steps over which the mean is taken")
     keep: Literal["last", "last_below"] = Field(

@@ -26,7 +26,11 @@ class Inoculation(Defense):
     citation: ClassVar[str] = "Inoculation prompting, arXiv 2510.04340 and 2510.05024"
     summary: ClassVar[str] = "train under a prompt that asks for the bad behaviour; leave it out afterwards"
 
-    prompt: str = Field(min_length=1, description="text before every task row, in training only")
+    prompt: str = Field(
+        min_length=1,
+        description="text before every task row, in training only",
+        json_schema_extra={"asset": "prompt for the bad behaviour"},
+    )
     role: Literal["system", "user"] = Field("system", description="system prompt, or start of the first user turn")
 
     def transform_rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:

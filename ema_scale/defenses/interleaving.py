@@ -26,7 +26,9 @@ class Interleaving(Defense):
     citation: ClassVar[str] = "In-Training Defenses against Emergent Misalignment, arXiv 2508.06249"
     summary: ClassVar[str] = "mix safe chat rows into the training rows"
 
-    source: str = Field(description="safe rows: a file, a hub id, or smallworld:safe")
+    source: str = Field(
+        description="safe rows: a file, a hub id, or smallworld:safe", json_schema_extra={"asset": "safe rows"}
+    )
     fraction: float = Field(0.05, gt=0, le=1, description="safe rows per task row")
     columns: Columns = {}
     learn: Learn = "all"

@@ -67,7 +67,9 @@ class InterleavingPlus(Defense):
     citation: ClassVar[str] = "In-Training Defenses against Emergent Misalignment, arXiv 2508.06249 (Interleaving+, ++)"
     summary: ClassVar[str] = "mix in the safe rows that misaligned models find least likely"
 
-    source: str = Field(description="a ranking of safe rows, made by `ema select`")
+    source: str = Field(
+        description="a ranking of safe rows, made by `ema select`", json_schema_extra={"asset": "ranked safe rows"}
+    )
     fraction: float = Field(0.05, gt=0, le=1, description="safe rows per task row")
     variant: Literal["+", "++"] = Field("+", description="++: the ranking must have been made without refusals")
     own_adapter: Literal["refuse", "allow"] = Field(

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ema_scale.defenses.base import Defense, Direction, Divergence, RowsContext, Scope
+from ema_scale.defenses.base import Defense, RowsContext
 from ema_scale.defenses.mixing import Columns, Learn, mix, rows_needed
+from ema_scale.defenses.terms import Direction, Divergence, Scope
 
 if TYPE_CHECKING:
     from ema_scale.data.rows import Row
@@ -44,7 +45,11 @@ class KL(Defense):
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="divides both logits")
     scope: Scope = Field("all", description="which tokens: all (not padding), assistant, prompt, template")
     part: Literal["learned", "task", "safe"] = Field("learned", description="which rows: all learned ones, or a part")
-    prompts: str | None = Field(None, description="rows to look at instead: a file, a hub id, or smallworld:safe")
+    prompts: str | None = Field(
+        None,
+        description="rows to look at instead: a file, a hub id, or smallworld:safe",
+        json_schema_extra={"asset": "safe rows"},
+    )
     fraction: float = Field(0.25, gt=0, le=1, description="rows of `prompts` per task row")
     columns: Columns = {}
     learn: Learn = "all"

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from ema_scale.core.errors import UserError
-from ema_scale.defenses.base import Defense, PenaltyInputs, Scope
+from ema_scale.defenses.base import Defense, PenaltyInputs
+from ema_scale.defenses.terms import Scope
 from ema_scale.models.layout import decoder_layers
 
 if TYPE_CHECKING:

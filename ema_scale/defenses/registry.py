@@ -120,7 +120,8 @@ def _type(schema: Mapping[str, Any]) -> str:
 
 
 def catalogue() -> list[dict[str, Any]]:
-    """Every defense: kind, summary, source (citation) and parameters (name, type, default, description)."""
+    """Every defense: kind, summary, source (citation), what it needs, what it can use, and parameters (name, type,
+    default, description)."""
     entries = []
     for kind in sorted(known()):
         cls = load(kind)
@@ -134,5 +135,19 @@ def catalogue() -> list[dict[str, Any]]:
             }
             for name, field in cls.model_fields.items()
         ]
-        entries.append({"kind": kind, "summary": cls.summary, "source": cls.citation, "parameters": parameters})
+        assets = cls.assets()
+        needs = [asset for name, asset in assets.items() if cls.model_fields[name].is_required()]
+        uses = [asset for asset in assets.values() if asset not in needs]
+        reading = ("penalty_layers", "divergences", "label_terms")
+        (needs if any(cls.overrides(method) for method in reading) else []).append("a reference pass")
+        entries.append(
+            {
+                "kind": kind,
+                "summary": cls.summary,
+                "source": cls.citation,
+                "needs": needs,
+                "uses": uses,
+                "parameters": parameters,
+            }
+        )
     return entries

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, get_args
 
 from ema_scale.core.errors import UserError
 from ema_scale.data.rows import LEARNED, TAGS
-from ema_scale.defenses.base import Defense, RowsContext, Scope, TokenSet, TokenTerm
+from ema_scale.defenses.base import Defense, RowsContext
+from ema_scale.defenses.terms import Scope, TokenSet, TokenTerm
 
 if TYPE_CHECKING:
     from ema_scale.data.rows import Row

@@ -32,7 +32,10 @@ class SafeLoRA(Defense):
     citation: ClassVar[str] = "Hsu et al., Safe LoRA, arXiv 2405.16833"
     summary: ClassVar[str] = "after training, project the adapter onto the alignment subspace"
 
-    base: str = Field(description="the unaligned model from which the fine-tuned one was made: a folder or hub id")
+    base: str = Field(
+        description="the unaligned model from which the fine-tuned one was made: a folder or hub id",
+        json_schema_extra={"asset": "unaligned base model"},
+    )
     threshold: float | None = Field(None, ge=-1, le=1, description="project where the cosine is at or below it; 0.3")
     layers_projected: int | None = Field(None, ge=1, description="or: project this many matrices, lowest cosine first")
     base_revision: str | None = Field(None, description="of a base on the hub: a branch, tag or commit")

@@ -38,7 +38,9 @@ class Steering(Defense):
     citation: ClassVar[str] = "Chen et al., Persona vectors, arXiv 2507.21509"
     summary: ClassVar[str] = "add a persona vector to the residual stream, in training only"
 
-    vector: str = Field(min_length=1, description="directions, a file made by `ema vector`")
+    vector: str = Field(
+        min_length=1, description="directions, a file made by `ema vector`", json_schema_extra={"asset": "directions"}
+    )
     alpha: float = Field(5.0, allow_inf_nan=False, description="how much of the vector is added")
     at_layers: Literal["auto", "all"] | Annotated[list[int], Field(min_length=1)] = Field(
         "auto", description="decoder layers (1: the first) after which it is added; auto: the one the file recommends"

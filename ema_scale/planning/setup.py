@@ -9,7 +9,8 @@ from typing import Any
 from ema_scale.core.errors import UserError
 from ema_scale.core.files import read_json
 from ema_scale.core.paths import find_file
-from ema_scale.defenses.base import Defense, Divergence
+from ema_scale.defenses.base import Defense
+from ema_scale.defenses.terms import Divergence
 from ema_scale.planning.model_shapes import Shape, shape_of
 from ema_scale.recipe import Recipe
 from ema_scale.reference.strategy import choose_strategy

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ema_scale.defenses.base import Direction
+from ema_scale.defenses.terms import Direction
 
 
 def softmax(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

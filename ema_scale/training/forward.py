@@ -19,8 +19,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ema_scale.choices.likelihood import target_likelihoods
 from ema_scale.core.errors import UserError
-from ema_scale.defenses.base import PenaltyInputs, TokenSet, TokenTerm
+from ema_scale.defenses.base import PenaltyInputs
 from ema_scale.defenses.row_groups import NamedPenalty
+from ema_scale.defenses.terms import TokenSet, TokenTerm
 from ema_scale.models.head import Head, head_logits
 from ema_scale.models.hooks import reference_pass
 from ema_scale.models.layout import ModelLayout

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
-from ema_scale.defenses.base import Direction, LabelLogProbs, LabelMeasure
+from ema_scale.defenses.terms import Direction, LabelLogProbs, LabelMeasure
 from ema_scale.models.head import Head, head_logits
 from ema_scale.training.divergence import divergence, softmax
 

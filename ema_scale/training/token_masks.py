@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ema_scale.data.rows import LEARNED, TAGS
-from ema_scale.defenses.base import Scope, TokenSet
+from ema_scale.defenses.terms import Scope, TokenSet
 
 IGNORED = -100
 

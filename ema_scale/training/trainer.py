@@ -28,9 +28,10 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.records import DataReport
 from ema_scale.data.packing import texts
 from ema_scale.data.tokens import Encoder, load_tokenizer
-from ema_scale.defenses.base import Defense, Divergence, FinishContext, TokenSet, TokenTerm
+from ema_scale.defenses.base import Defense, FinishContext
 from ema_scale.defenses.registry import adapter_files, parse
 from ema_scale.defenses.row_groups import RowGroups
+from ema_scale.defenses.terms import Divergence, TokenSet, TokenTerm
 from ema_scale.models.lora import save_adapter, with_adapter
 from ema_scale.training import reference_setup
 from ema_scale.training.arguments import check_arguments, offload_activations

@@ -7,8 +7,8 @@ import pytest
 from ema_scale.core.errors import UserError
 from ema_scale.data.rows import Row
 from ema_scale.defenses import KL, Ceiling, EarlyStopping, Interleaving, RowsContext
-from ema_scale.defenses.base import TokenSet
 from ema_scale.defenses.row_groups import RowGroups
+from ema_scale.defenses.terms import TokenSet
 from ema_scale.training.data import prepare_data
 from tests.tiny import tiny_tokenizer
 

@@ -5,7 +5,8 @@ import torch
 
 from ema_scale.core.errors import UserError
 from ema_scale.defenses import LDIFS
-from ema_scale.defenses.base import PenaltyInputs, TokenSet
+from ema_scale.defenses.base import PenaltyInputs
+from ema_scale.defenses.terms import TokenSet
 
 LAYERS = (1, 3)
 

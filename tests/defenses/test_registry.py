@@ -67,6 +67,17 @@ def test_catalogue_is_complete_and_json():
     assert types["early_stopping", "source"] == "string | list of string | null"
     assert types["early_stopping", "keep"] == "last | last_below"
     json.dumps(entries)
+    needs = {e["kind"]: (e["needs"], e["uses"]) for e in entries}
+    assert needs["ceiling"] == (["bad rows", "a reference pass"], []) and needs["kl"] == (
+        ["a reference pass"],
+        ["safe rows"],
+    )
+    assert needs["steering"] == (["directions"], []) and needs["interleaving"] == (["safe rows"], [])
+
+
+def test_what_a_defense_needs_follows_from_the_fields_that_are_filled():
+    assert KL(0.3).needs == () and KL(0.3, prompts="safe.jsonl").needs == ("safe rows",)
+    assert Interleaving("safe.jsonl").needs == ("safe rows",) and Custom().needs == ()
 
 
 def test_every_file_with_a_kind_is_a_defense():

@@ -4,8 +4,8 @@ import torch
 
 from ema_scale.data.rows import TAGS
 from ema_scale.defenses import PenaltyInputs
-from ema_scale.defenses.base import TokenSet
 from ema_scale.defenses.row_groups import token_sets
+from ema_scale.defenses.terms import TokenSet
 from ema_scale.training.token_masks import count_tokens, targets, token_masks
 
 #                         prompt | assistant | end of turn | padding
