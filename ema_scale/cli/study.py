@@ -75,7 +75,9 @@ def sweep(
     gpus_per_node: Annotated[int | None, typer.Option(min=0, help="default: as in the site file; 0: CPU nodes")] = None,
     processes_per_node: Annotated[int | None, typer.Option(min=1, help="default: one per GPU")] = None,
     time: Annotated[str | None, typer.Option(help="time limit per run; default: as in the site file")] = None,
-    max_parallel: Annotated[int | None, typer.Option(min=1, help="runs that train at once; default: no limit")] = None,
+    max_parallel: Annotated[
+        int | None, typer.Option(min=1, help="runs that train at once; default: the site's")
+    ] = None,
     jobs: Jobs = None,
     dry_run: DryRun = False,
 ) -> None:

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.files import parse_json
+from ema_scale.core.waiting import waiting
 
 
 @contextlib.contextmanager
@@ -105,16 +106,17 @@ def read_jsonl(path: Path | str, *, repair: bool = False) -> list[dict[str, Any]
 
 
 @contextlib.contextmanager
-def file_lock(path: Path | str, busy: UserError, timeout: float = 0.0) -> Iterator[None]:
+def file_lock(path: Path | str, busy: UserError, timeout: float = 0.0, what: str = "") -> Iterator[None]:
     """Hold the lock file `path` for this process.
 
-    Raises `busy` if another process still holds it after `timeout` seconds.
+    Raises `busy` if another process still holds it after `timeout` seconds. what: is waited for, in the log's words.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=timeout)
+        with waiting(what or f"another process to release {path}") if timeout else contextlib.nullcontext():
+            lock.acquire(timeout=timeout)
     except Timeout:
         raise busy from None
     try:

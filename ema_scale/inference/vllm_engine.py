@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 from ema_scale.config.sections import ModelRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.inference.engine_log import logger_to, output_to
+from ema_scale.models.staging import staged
 from ema_scale.models.weights import check_checkpoint
 
 log = logging.getLogger(__name__)
@@ -91,8 +92,11 @@ class VllmEngine:
         self._undo.enter_context(environment_restored())
         prepare_environment()
         arguments = engine_arguments(model, settings, extra)
+        cache = arguments.get("download_dir")
+        if (weights := staged(model.path, model.revision, cache)) != model.path:
+            arguments = {"tokenizer": model.path, **arguments, "model": weights}
         if arguments["load_format"] == _SAFETENSORS:
-            check_checkpoint(model, arguments.get("download_dir"))
+            check_checkpoint(model.model_copy(update={"path": weights}), cache)
         import torch
         from vllm import LLM
 

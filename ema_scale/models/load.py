@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ema_scale.core.errors import UserError
 from ema_scale.models.sharding import full_shape
+from ema_scale.models.staging import staged
 from ema_scale.models.weights import check_finite, check_headers, refuse_info
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def load_base(model: ModelRecipe) -> Any:
     from ema_scale.core.uri import locate
 
     path, where = locate(model.path), f"model.path: {model.path}"
+    weights = staged(path, model.revision)
     if (folder := Path(path).expanduser()).is_dir() and (folder / "config.json").is_file():
         check_headers(folder)
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
@@ -54,7 +56,7 @@ def load_base(model: ModelRecipe) -> Any:
                     setattr(part, name, 0.0)
         try:
             made: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                path,
+                weights,
                 config=config,
                 dtype=pick_dtype(model.dtype),
                 attn_implementation=model.attn_implementation,
@@ -66,6 +68,7 @@ def load_base(model: ModelRecipe) -> Any:
         except SafetensorError as error:
             raise UserError(f"{where}: not whole safetensors files ({error}); download them again") from None
     loaded, info = made
+    loaded.name_or_path = loaded.config._name_or_path = path  # an adapter names its base by it
     refuse_info(where, info)
     check_finite(loaded.named_parameters(), where)
     return loaded

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import shutil
 import subprocess
@@ -11,14 +13,20 @@ from pathlib import Path
 
 from ema_scale.core.errors import UserError
 
-# Slurm's names for jobs that will run on, or run again.
+log = logging.getLogger(__name__)
+# Slurm's names for jobs that will run on, or run again. A preempted job that is still in the queue is about to be
+# requeued; sacct's word for one that has left it is an end.
 ACTIVE = frozenset(
     (
-        "PENDING CONFIGURING RUNNING COMPLETING REQUEUED REQUEUE_HOLD REQUEUE_FED RESIZING SIGNALING STAGE_OUT "
-        "STOPPED SUSPENDED"
+        "PENDING CONFIGURING RUNNING COMPLETING PREEMPTED REQUEUED REQUEUE_HOLD REQUEUE_FED RESIZING SIGNALING "
+        "STAGE_OUT STOPPED SUSPENDED"
     ).split()
 )
 UNKNOWN = "UNKNOWN"
+_ENDED_PREEMPTED = "PREEMPTED, not requeued"
+# Slurm's commands take options from these, before those of a script. A job around this one sets the first for itself.
+_OF_SLURM = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SALLOC_", "SQUEUE_", "SACCT_")
+_WHERE_SLURM_IS = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
 _FORGOTTEN = "Invalid job id"
 
 
@@ -38,6 +46,8 @@ class JobState:
 
 def submit(script: Path, arguments: Sequence[str] = (), options: Sequence[str] = ()) -> str:
     """`sbatch [options] script [arguments]`; the job's id. Raises UserError with Slurm's own words."""
+    if ignored := sorted(name for name in os.environ if name.startswith("SBATCH_")):
+        log.info("%s: ignored; name such options in the site file", ", ".join(ignored))
     done = _ask(["sbatch", "--parsable", *options, str(script), *arguments])
     if done.returncode:
         raise UserError(f"sbatch refused {script}: {done.stderr.strip() or done.stdout.strip()}")
@@ -74,13 +84,19 @@ def job_states(jobs: Iterable[str]) -> dict[str, JobState]:
         for line in kept.stdout.splitlines():
             job, _, state = line.partition("|")
             if state:
-                found[job] = JobState(job, re.split(r"[ +]", state)[0])
+                word = re.split(r"[ +]", state)[0]
+                found[job] = JobState(job, _ENDED_PREEMPTED if word == "PREEMPTED" else word)
     return {job: found.get(job, JobState(job, UNKNOWN)) for job in asked}
+
+
+def _environment() -> dict[str, str]:
+    """This process's, without an outer job's settings and options; the submitted job inherits it."""
+    return {k: v for k, v in os.environ.items() if k in _WHERE_SLURM_IS or not k.startswith(_OF_SLURM)}
 
 
 def _ask(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=_environment())
     except FileNotFoundError:
         raise UserError(
             f"no {command[0]} here: run this on a machine of the cluster, where Slurm's commands are"

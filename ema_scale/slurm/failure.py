@@ -1,8 +1,8 @@
 """Which process failed first, and why: each one that fails writes it down beside the run before it dies.
 
 When a rank fails, the others fail a moment later, with messages about a lost connection; a log of 512 processes
-hides the one that matters. `python -m ema_scale.slurm.failure RECIPE` puts it on top of the job's log and into the
-run's status.
+hides the one that matters. `python -m ema_scale.slurm.failure BAD_NODES RECIPE` puts it on top of the job's log and
+into the run's status, and a node that looks broken into the file BAD_NODES.
 """
 
 from __future__ import annotations
@@ -23,6 +23,17 @@ from ema_scale.core.run_dir import FolderInUse, RunDir
 
 # What a process says that only waited for another one. Words of torch, gloo and NCCL.
 _OF_OTHERS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe", "tcpstore")
+# What is said where the machine is at fault, not the run: words of CUDA, of the kernel, and of `torchrun.py`.
+_OF_THE_NODE = (
+    "killed by", "uncorrectable", "ecc error", "cuda error: unspecified launch failure", "cuda error: unknown error",
+    "no cuda-capable device", "cuda driver", "fallen off the bus", "nvlink", "cublas_status_not_initialized",
+    "input/output error", "stale file handle", "no space left on device", "cannot allocate memory",
+)  # fmt: skip
+
+
+def node_name() -> str:
+    """This node, as Slurm calls it: its host name may be another one."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def folder(run: RunDir) -> Path:
@@ -50,7 +61,7 @@ def record(run: RunDir, rank: int, what: str, text: str, late: bool, in_use: boo
     run folder. Never raises."""
     path = folder(run) / f"rank-{rank}.json"
     found = {
-        "rank": rank, "host": socket.gethostname(), "time": time.time(), "error": what, "text": text, "late": late,
+        "rank": rank, "host": node_name(), "time": time.time(), "error": what, "text": text, "late": late,
         "in_use": in_use,
     }  # fmt: skip
     with contextlib.suppress(OSError, UserError):
@@ -90,12 +101,26 @@ def _mark_failed(run: RunDir, reason: str) -> None:
             run.set_status("failed", keep=True, reason=reason)
 
 
+def bad_node(run: RunDir) -> str | None:
+    """The node whose own fault the first failure of this attempt looks like; None if it is the run's."""
+    first = next(iter(failures(run)), None)
+    if first is None or first["late"] or not any(word in first["error"].lower() for word in _OF_THE_NODE):
+        return None
+    return str(first["host"])
+
+
 def main(arguments: list[str]) -> None:
+    """arguments: a file that takes the name of a bad node, the recipe, and its overrides."""
     from ema_scale.recipe import load_recipe
 
+    bad_nodes, recipe, *overrides = arguments
     try:
-        print(explain(RunDir(load_recipe(arguments[0], arguments[1:]).run_path)), end="")
-    except UserError as error:
+        run = RunDir(load_recipe(recipe, overrides).run_path)
+        print(explain(run), end="")
+        if (node := bad_node(run)) is not None:
+            with open(bad_nodes, "a", encoding="utf-8") as file:
+                file.write(f"{node}\n")
+    except (UserError, OSError) as error:
         print(f"FAILED: {error}")
 
 

@@ -9,7 +9,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -70,19 +70,36 @@ class Site(_Section):
     exclusive: bool = Field(False, description="Take whole nodes.")
     sbatch: list[str] = Field([], description="Further sbatch options.", examples=[["--nice=100"]])
     srun: list[str] = Field([], description="Further srun options.", examples=[["--cpu-bind=cores"]])
-    container: str | None = Field(None, description="Image for srun --container-image (pyxis).", examples=["ema.sqsh"])
-    container_mounts: str | None = Field(None, description="srun --container-mounts.", examples=["/shared:/shared"])
-    wrap: list[str] = Field(
-        [], description="A command that Python runs in.", examples=[["apptainer", "exec", "--nv", "image.sif"]]
+    mail: str | None = Field(None, pattern=_LINE, description="sbatch --mail-user.", examples=["me@example.org"])
+    mail_type: str = Field("END,FAIL", pattern=_LINE, description="sbatch --mail-type, if `mail` is set.")
+    max_parallel: int | None = Field(
+        None, ge=1, description="Runs of a sweep that train at once. Empty: no limit.", examples=[4]
     )
+    container: str | None = Field(None, description="Image that Python runs in.", examples=["ema.sqsh"])
+    container_runtime: Literal["pyxis", "apptainer"] = Field("pyxis", description="What starts the container.")
+    container_mounts: str | None = Field(
+        None, description="What the container sees, as from:to, with commas between.", examples=["/shared:/shared"]
+    )
+    wrap: list[str] = Field([], description="A command that Python runs in.", examples=[["numactl", "--localalloc"]])
     python: str | None = Field(
-        None, description="A Python that has ema_scale. Empty: the one that submits.", examples=["python"]
+        None,
+        description="A Python that has ema_scale. Empty: that of the container or conda environment, else the one that "
+        "submits.",
+        examples=["python"],
     )
+    modules: list[str] = Field([], description="What `module load` loads first.", examples=[["cuda/12.8"]])
+    conda: str | None = Field(None, description="A conda environment, by name or path.", examples=["ema"])
     setup: list[str] = Field(
         [], description="Shell lines that run first on the first node.", examples=[["module load cuda/12.8"]]
     )
     environment: dict[str, str] = Field(
         {}, description="Variables for every process.", examples=[{"HF_HUB_OFFLINE": "1"}]
+    )
+    scratch: str | None = Field(
+        None,
+        pattern=_LINE,
+        description="A folder on each node's own disk. Base models are copied there once and loaded from there.",
+        examples=["$TMPDIR"],
     )
     warning_seconds: int = Field(
         120, ge=1, description="Seconds before the time limit at which a checkpoint is saved and the job requeues."
@@ -108,13 +125,21 @@ class Site(_Section):
         return {k: str(v) for k, v in value.items()} if isinstance(value, dict) else value
 
     def srun_options(self) -> list[str]:
-        """Options of every srun: the site's own and the container's."""
+        """Options of every srun: the site's own and pyxis' for the container."""
         options = list(self.srun)
-        if self.container:
+        if self.container and self.container_runtime == "pyxis":
             options.append(f"--container-image={self.container}")
-        if self.container_mounts:
-            options.append(f"--container-mounts={self.container_mounts}")
+            if self.container_mounts:
+                options.append(f"--container-mounts={self.container_mounts}")
         return options
+
+    def python_wrap(self) -> list[str]:
+        """The command that Python runs in: the site's own, in it apptainer's."""
+        if not self.container or self.container_runtime == "pyxis":
+            return self.wrap
+        mounts = ["--bind", self.container_mounts] if self.container_mounts else []
+        gpus = ["--nv"] if self.gpus_per_node else []
+        return [*self.wrap, "apptainer", "exec", *gpus, *mounts, self.container]
 
     def where_training_takes(self, gpus: int | None) -> Site:
         """This site for jobs of a run that trains on `gpus` GPUs of a node (None: all that the site says). What a node
@@ -190,6 +215,7 @@ log = logging.getLogger(__name__)
 FOLDER = shipped_root() / "launch" / "slurm"
 _CPUS_A_GPU = 4  # where the site does not say; one of Slurm's own for a node's eight processes would starve them
 _BEGIN, _END = "# >>> settings", "# <<< settings"
+_NAME_BYTES, _PATH_BYTES = 255, 4000  # of file systems; a path leaves room for a log's name
 
 
 def fill_script(name: str, options: Sequence[str], settings: Sequence[str]) -> str:
@@ -211,8 +237,16 @@ def fill_script(name: str, options: Sequence[str], settings: Sequence[str]) -> s
 def sbatch_options(
     site: Site, name: str, log: Path, *, nodes: int = 1, gpus: int = 0, processes: int = 1, time: str | None = None
 ) -> list[str]:
-    """What #SBATCH lines say for one job; `log` takes Slurm's %-patterns, such as %j for the job's id. gpus, processes:
-    of a node."""
+    """What #SBATCH lines say for one job.
+
+    Args:
+        log: its name takes Slurm's %-patterns, such as %j for the job's id; its folder is taken as it is.
+        gpus: of a node.
+        processes: of a node.
+
+    Raises UserError for a log that Slurm or a file system cannot name.
+    """
+    _check_log(log)
     given = {
         "partition": site.partition,
         "account": site.account,
@@ -221,6 +255,8 @@ def sbatch_options(
         "reservation": site.reservation,
         "cpus-per-task": _cpus(site, gpus, processes),
         "mem": site.memory,
+        "mail-user": site.mail,
+        "mail-type": site.mail_type if site.mail else None,
     }
     return [
         f"--job-name={name}",
@@ -234,9 +270,23 @@ def sbatch_options(
         "--requeue",
         "--open-mode=append",
         f"--chdir={shlex.quote(str(Path.cwd()))}",
-        f"--output={shlex.quote(str(log))}",
+        f"--output={shlex.quote(str(log.parent).replace('%', '%%') + '/' + log.name)}",
         *site.sbatch,
     ]
+
+
+def _check_log(log: Path) -> None:
+    """Raises UserError if no job can write there: every limit is met here and not on a node, hours later."""
+    if "\\" in str(log.parent):
+        raise UserError(f"{log.parent}: found a backslash, which Slurm does not take in a path; rename the folder")
+    whole = os.fsencode(log.absolute())
+    longest = max(whole.split(b"/"), key=len)
+    if len(longest) > _NAME_BYTES or len(whole) > _PATH_BYTES:
+        name = f"{os.fsdecode(longest)[:40]}..."
+        raise UserError(
+            f"{name}: found a name of {len(longest)} bytes in a path of {len(whole)}, expected at most {_NAME_BYTES} "
+            f"and {_PATH_BYTES}; choose a shorter name or output"
+        )
 
 
 def _cpus(site: Site, gpus: int, processes: int) -> int | None:
@@ -248,13 +298,39 @@ def _cpus(site: Site, gpus: int, processes: int) -> int | None:
 
 
 def settings(site: Site, python: str, logs: Path, more: Mapping[str, object] | None = None) -> list[str]:
-    """Shell lines for the settings block."""
-    values = {"PYTHON": site.python or python, **(more or {}), "LOGS": logs, "MAX_REQUEUES": site.max_requeues}
+    """Shell lines for the settings block. python: the one that submits."""
+    here = "python" if site.container or site.conda else python
+    values = {"PYTHON": site.python or here, **(more or {}), "LOGS": logs, "MAX_REQUEUES": site.max_requeues}
     exported = {**site.environment, "EMA_TIMEOUT_SECONDS": round(site.timeout_minutes * 60)}
+    if site.scratch:
+        exported["EMA_SCRATCH"] = site.scratch  # each node puts in its own variables
     return [
         *(f"{key}={shlex.quote(str(value))}" for key, value in values.items()),
         f"SRUN_OPTIONS=({shlex.join(site.srun_options())})",
-        f"WRAP=({shlex.join(site.wrap)})",
+        f"WRAP=({shlex.join(site.python_wrap())})",
         *(f"export {key}={shlex.quote(str(value))}" for key, value in exported.items()),
+        *_modules(site.modules),
+        *_conda(site.conda),
         *site.setup,
+    ]
+
+
+def _modules(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    what = shlex.join(names)
+    return [  # a batch script is no login shell, which would know `module`
+        "for init in /etc/profile.d/{lmod,z00_lmod,modules}.sh; do",
+        '  type module &>/dev/null || { [ -r "$init" ] && . "$init"; }',
+        "done",
+        f'module load {what} || {{ echo "FAILED: the site file\'s modules cannot be loaded"; exit 1; }}',
+    ]
+
+
+def _conda(name: str | None) -> list[str]:
+    if name is None:
+        return []
+    return [
+        f'. "$("${{CONDA_EXE:-conda}}" info --base)/etc/profile.d/conda.sh" && conda activate {shlex.quote(name)} ||',
+        '  { echo "FAILED: the site file\'s conda environment cannot be activated"; exit 1; }',
     ]

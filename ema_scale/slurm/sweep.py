@@ -56,7 +56,7 @@ class Sweep:
 def plan_sweep(
     study: Study, site: Site, size: JobSize, *, overrides: tuple[str, ...] = (), at_once: int | None = None
 ) -> Sweep:
-    """Look what is to be done; nothing is written. at_once: how many runs train side by side; None: no limit.
+    """Look what is to be done; nothing is written. at_once: how many runs train side by side; None: as the site says.
 
     Raises UserError if runs are there already that were trained otherwise, or on a base model that the gate refused.
     """
@@ -131,6 +131,7 @@ def _submit(sweep: Sweep) -> list[tuple[str, str]]:
 
 def _training(study: Study, indices: Sequence[int], site: Site, size: JobSize, at_once: int | None) -> Job:
     folder = slurm_folder(RunDir(study.path))
+    at_once = at_once or site.max_parallel
     array = f"--array={_ranges(indices)}" + (f"%{at_once}" if at_once else "")
     script = training_script(study.name, folder, "train-%A_%a.log", site, size, [array], study.retries)
     return Job("train", script, (str(folder / "train" / "%a.yaml"),))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -31,7 +30,8 @@ def main(arguments: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
-        torchrun.main(["--signals-to-handle=SIGINT", *arguments])
+        # The nodes meet at a fixed address, each with the number that Slurm gave it: names are not looked up.
+        torchrun.main(["--signals-to-handle=SIGINT", f"--node-rank={os.environ.get('SLURM_NODEID', '0')}", *arguments])
     except ChildFailedError as error:
         _write_down(error.failures, arguments)
         raise SystemExit(1) from None
@@ -43,7 +43,7 @@ def _make_cache(folder: str | None) -> None:
         return
     os.makedirs(folder, mode=0o700, exist_ok=True)
     if os.stat(folder).st_uid != os.getuid():
-        raise SystemExit(f"ema: {folder} on {socket.gethostname()} is somebody else's; set TMPDIR in the site file")
+        raise SystemExit(f"ema: {folder} on {failure.node_name()} is somebody else's; set TMPDIR in the site file")
 
 
 def _write_down(failed: Mapping[int, object], arguments: list[str]) -> None:

@@ -24,6 +24,7 @@ from ema_scale.training.distributed import (
     launched_processes,
     prepare_environment,
 )
+from ema_scale.training.loggers import drop_later_steps, logger_environment
 from ema_scale.training.resume_check import ExistingRun, check_same_data, file_marks, renew_recipe, weights_of
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def train(recipe: Recipe, run_dir: RunDir, resume: bool = True) -> RunDir:
     with run_dir.lock() if is_main() else contextlib.nullcontext():
         if is_main():
             _claim(recipe, run_dir, existing if resume else None)
-        with _report_failure(run_dir):
+        with _report_failure(run_dir), logger_environment(run_dir):
             _train(recipe, run_dir, resume)
     return run_dir
 
@@ -102,7 +103,6 @@ def _trainer(recipe: Recipe, run_dir: RunDir, callbacks: list[Any]) -> tuple[Def
     data, model = recipe.data, recipe.model
     located = {source: locate(source) for source in data.sources}
     rows = load_rows([*located.values()], limit=data.limit, on_bad=data.on_bad, columns=data.columns, learn=data.learn)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir.tensorboard)  # TrainingArguments has no field for it
     arguments = training_arguments(recipe, run_dir)
     # One date for the run: after a resume it is the first one, and ranks may not agree on today.
     date = broadcast_from_main(_stored_date(run_dir) or Date.today())
@@ -179,7 +179,9 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
             questions.write(run_dir.questions_path)
         for note in [*report_lines(trainer.data_report), *trainer.data_report.notes]:
             log.info(note)
-        truncate_metrics(run_dir.metrics_path, step_of(checkpoint) if checkpoint else 0)
+        reached = step_of(checkpoint) if checkpoint else 0
+        truncate_metrics(run_dir.metrics_path, reached)
+        drop_later_steps(trainer, run_dir, reached)
         if checkpoint:
             log.info("%s: going on from step %d", run_dir.path, step_of(checkpoint))
     with stop_on_signals(trainer.stop):

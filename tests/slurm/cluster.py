@@ -5,8 +5,8 @@
         assert cluster.wait(job)["JobState"] == "COMPLETED"
 
 Every node has its own network, host name and process tree (Linux namespaces), so jobs see what they would see on a
-cluster: other machines, reached by name, that can die. No systemd, no accounting database. `cluster.bin` holds
-sbatch, squeue, ... that work from outside; put it first on PATH for code under test.
+cluster: other machines, with names that Slurm does not use, that can die. No systemd, no accounting database.
+`cluster.bin` holds sbatch, squeue, ... that work from outside; put it first on PATH for code under test.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ KillWait=3
 InactiveLimit=0
 JobRequeue=1
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
-NodeName=node[1-{nodes}] Port=6818 CPUs={cpus} RealMemory=8000 State=UNKNOWN
+NodeName=DEFAULT Port=6818 CPUs={cpus} RealMemory=8000 State=UNKNOWN
+NodeName=node[1-{nodes}] NodeHostname=machine[1-{nodes}] NodeAddr=10.77.0.[1-{nodes}]
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO GraceTime={grace}
@@ -191,7 +192,7 @@ class SlurmCluster:
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
         hosts = ["127.0.0.1 localhost", "10.77.0.254 head"]
-        hosts += [f"10.77.0.{i} node{i}" for i in range(1, self.nodes + 1)]
+        hosts += [f"10.77.0.{i} machine{i}" for i in range(1, self.nodes + 1)]
         (self.root / "hosts").write_text("\n".join(hosts) + "\n")
         # No DNS in there: without this each of torch's reverse look-ups waits 10 s.
         (self.root / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")

@@ -4,4 +4,4 @@ i=$1
 echo $$ >"$ROOT/node$i.pid"
 # sh stays as the first process: it reaps what slurmd's job steps leave behind.
 exec ip netns exec "node$i" unshare --uts --pid --fork --mount-proc --kill-child \
-  sh -c "hostname node$i; slurmd -D -f '$ROOT/slurm.conf' -N node$i & wait"
+  sh -c "hostname machine$i; slurmd -D -f '$ROOT/slurm.conf' -N node$i & wait"

@@ -55,6 +55,23 @@ def test_the_cause_comes_before_its_echoes(run, monkeypatch):
     assert "the real one" in failure.explain(run)
 
 
+@pytest.mark.parametrize(
+    ("error", "node"),
+    [
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "node4"),
+        (OSError(5, "Input/output error"), "node4"),
+        (ValueError("lr is wrong"), None),
+        (RuntimeError("NCCL timeout"), None),
+    ],
+)
+def test_a_node_is_bad_if_the_first_failure_is_its_own(run, monkeypatch, error, node):
+    monkeypatch.setenv("SLURMD_NODENAME", "node4")
+    fail(monkeypatch, run, 0, error)
+    assert failure.bad_node(run) == node
+    if node:
+        assert "rank 0 on node4: " in failure.explain(run), "Slurm's name for it, which may not be its host name"
+
+
 def test_a_rank_that_said_nothing_is_named(run, monkeypatch):
     for rank in (0, 1, 3):
         fail(monkeypatch, run, rank, RuntimeError("NCCL timeout"))

@@ -8,7 +8,7 @@ from ema_scale.core.io import read_jsonl
 from ema_scale.core.run_dir import RunDir
 from ema_scale.defenses.registry import parse
 from ema_scale.recipe import build_recipe
-from ema_scale.slurm.site import fill_script
+from ema_scale.slurm.site import Site, fill_script, sbatch_options, settings
 from ema_scale.slurm.submit import jobs_of
 from ema_scale.training.run import train
 from tests.slurm.helpers import ROOT, ema, environment, everything, launch, step_of_run, wait_for_step, write_plugin
@@ -154,6 +154,28 @@ def test_a_preempted_evaluation_goes_on_and_a_cancelled_one_does_not(slurm, tmp_
     urgent = ("sbatch", "-purgent", "-N3", "--exclusive", "-o/dev/null", "--wrap=sleep 1")
     assert disturbed(*urgent) == ("COMPLETED", "1"), (tmp_path / "log").read_text()
     assert disturbed("scancel") == ("CANCELLED", "0"), (tmp_path / "log").read_text()
+
+
+def test_a_retry_avoids_the_broken_node_in_a_folder_with_odd_characters(slurm, tmp_path):
+    """The work fails on the node that it starts on, which is found to be broken."""
+    folder = tmp_path / "100% of %j"
+    folder.mkdir()
+    begun, work = folder / "begun", folder / "work"
+    work.write_text(
+        f"#!/bin/sh\ncase $2 in *torchrun) [ -e '{begun}' ] && exit 0; touch '{begun}'; exit 1 ;;\n"
+        '*failure) echo "$SLURMD_NODENAME" >>"$3" ;; esac\n'
+    )
+    work.chmod(0o755)
+    options = sbatch_options(Site(gpus_per_node=0, time="10:00"), "retried", folder / "train-%j.log")
+    values = settings(Site(python=str(work)), "python", folder, {"PROCESSES_PER_NODE": 1, "RETRIES": 1})
+    (folder / "train.sbatch").write_text(fill_script("train.sbatch", options, values))
+    job = slurm.sbatch("train.sbatch", "recipe.yaml", cwd=folder)
+    ended = slurm.wait(job)
+    said = (folder / f"train-{job}.log").read_text()
+    assert (ended["JobState"], ended["Restarts"], ended["ExcNodeList"]) == ("COMPLETED", "1", "node1"), said
+    assert (
+        ended["NodeList"] != "node1" and "not on node1 again" in said and (folder / f"train-{job}.ranks.log").exists()
+    )
 
 
 @pytest.mark.parametrize("node", [1, 2])

@@ -1,5 +1,6 @@
 """Site files and the scripts that are filled from them; no Slurm needed."""
 
+import os
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 
 from ema_scale.core.errors import UserError
 from ema_scale.recipe import build_recipe, load_recipe
-from ema_scale.slurm.site import FOLDER, EvaluationSite, Site, fill_script, load_site
+from ema_scale.slurm.site import FOLDER, EvaluationSite, Site, fill_script, load_site, settings
 from ema_scale.slurm.submit import JobSize, evaluation_job, report_job, training_job
 from ema_scale.study.grid import load_study
 
@@ -66,6 +67,79 @@ def test_a_filled_script_holds_the_site_and_is_valid_bash(tmp_path):
     assert "#SBATCH --partition=small" in evaluation and "#SBATCH --gres=gpu:a100:1" in evaluation
     for text in (training, evaluation):
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+def test_a_site_names_modules_conda_containers_scratch_mail_and_a_throttle(tmp_path):
+    recipe = load_recipe(RECIPE)
+
+    def lines(text, **size):
+        script = training_job(recipe, site_of(tmp_path, text), JobSize(**size)).script
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+        return script.splitlines()
+
+    said = lines("{modules: [cuda/12.8, 'gcc'], conda: /envs/ema, mail: me@example.org, scratch: $TMPDIR/models}")
+    assert {"#SBATCH --mail-user=me@example.org", "#SBATCH --mail-type=END,FAIL"} <= set(said)
+    assert {"PYTHON=python", "export EMA_SCRATCH='$TMPDIR/models'"} <= set(said)
+    where = [
+        next(i for i, line in enumerate(said) if part in line) for part in ("module load cuda/12.8 gcc", "/envs/ema")
+    ]
+    assert where == sorted(where) and where[1] < said.index("# <<< settings")
+
+    container = "container: ema.sif, container_mounts: '/data:/data'"
+    said = lines(f"{{{container}, container_runtime: apptainer}}")
+    wrap = "WRAP=(apptainer exec --nv --bind /data:/data ema.sif)"
+    assert {wrap, "PYTHON=python", "SRUN_OPTIONS=()"} <= set(said)
+    assert "WRAP=(apptainer exec --bind /data:/data ema.sif)" in lines(
+        f"{{{container}, container_runtime: apptainer, gpus_per_node: 0}}"
+    )
+    said = lines(f"{{{container}}}")
+    pyxis = "SRUN_OPTIONS=(--container-image=ema.sif --container-mounts=/data:/data)"
+    assert {pyxis, "PYTHON=python", "WRAP=()"} <= set(said)
+    assert "PYTHON=/opt/python" in lines(f"{{{container}, python: /opt/python}}")
+    with pytest.raises(UserError, match="container_runtime: expected pyxis or apptainer"):
+        site_of(tmp_path, "container_runtime: docker")
+
+
+def test_modules_and_conda_are_loaded_by_the_script_itself(tmp_path):
+    """In a shell that knows neither, as a batch script's; what cannot be loaded ends the job."""
+    (tmp_path / "etc" / "profile.d").mkdir(parents=True)
+    (tmp_path / "etc" / "profile.d" / "conda.sh").write_text('conda() { [ "$2" = ema ] && export IN="$2"; }\n')
+    conda = tmp_path / "conda"
+    conda.write_text(f"#!/bin/sh\necho {tmp_path}\n")
+    conda.chmod(0o755)
+
+    def run(site, before=""):
+        script = "\n".join(
+            [before, *settings(site, "python", tmp_path)[-(7 if site.modules else 2) :], 'echo "in $IN"']
+        )
+        return subprocess.run(
+            ["bash", "-c", script],
+            env={"CONDA_EXE": str(conda), "PATH": os.environ["PATH"]},
+            capture_output=True,
+            text=True,
+        )
+
+    assert run(Site(conda="ema")).stdout == "in ema\n"
+    wrong = run(Site(conda="other"))
+    assert wrong.returncode == 1 and "FAILED: the site file's conda environment" in wrong.stdout
+    module = 'module() { [ "$2" = cuda ]; }'
+    assert run(Site(modules=["cuda"], conda="ema"), module).stdout == "in ema\n"
+    wrong = run(Site(modules=["gone"], conda="ema"), module)
+    assert wrong.returncode == 1 and "FAILED: the site file's modules" in wrong.stdout
+
+
+def test_paths_with_percent_signs_and_blanks_reach_slurm_as_they_are(tmp_path):
+    folder = tmp_path / "100% of %j"
+    script = evaluation_job("run", folder, Site()).script
+    assert f"#SBATCH --output='{tmp_path}/100%% of %%j/slurm/eval-%j.log'" in script.splitlines()
+    with pytest.raises(UserError, match="found a backslash, which Slurm does not take"):
+        evaluation_job("run", tmp_path / "a\\b", Site())
+
+
+@pytest.mark.parametrize("folder", ["n" * 256, "/".join(["deep" * 50] * 25)])
+def test_a_name_that_no_file_system_takes_is_refused_before_submission(tmp_path, folder):
+    with pytest.raises(UserError, match="expected at most 255 and 4000; choose a shorter name or output"):
+        evaluation_job("run", tmp_path / folder, Site())
 
 
 def head(job):

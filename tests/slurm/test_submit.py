@@ -9,7 +9,7 @@ import pytest
 from ema_scale.core.errors import UserError
 from ema_scale.core.run_dir import RunDir
 from ema_scale.slurm import client
-from ema_scale.slurm.site import FOLDER, Site
+from ema_scale.slurm.site import FOLDER, Site, fill_script, settings
 from ema_scale.slurm.submit import Job, JobSize, jobs_of, submit, submitting, training_job
 from ema_scale.slurm.sweep import plan_sweep, submit_sweep
 from ema_scale.study.grid import load_study, write_study
@@ -51,6 +51,26 @@ def test_no_answer_is_not_no_job(commands, said, code, state):
     else:
         with pytest.raises(UserError, match=f"squeue does not say how jobs 7 are doing: {said[:20] or 'exit code 1'}"):
             client.job_states(["7"])
+
+
+def test_a_preempted_job_in_the_queue_is_pending_and_outside_of_it_has_ended(commands):
+    commands("squeue", "echo '7|PREEMPTED|None|'")
+    assert client.job_states(["7"])["7"].active
+    commands("squeue", "echo Invalid job id >&2; exit 1")
+    commands("sacct", "echo '7|PREEMPTED'")
+    assert not client.job_states(["7"])["7"].active
+
+
+def test_an_outer_jobs_settings_reach_no_command_of_slurm(commands, tmp_path, monkeypatch, caplog):
+    commands("sbatch", f"env >{tmp_path}/env; echo 7")
+    for name in ("SLURM_JOB_ID", "SLURM_CPU_BIND", "SBATCH_PARTITION", "SRUN_CPUS_PER_TASK", "SQUEUE_STATES"):
+        monkeypatch.setenv(name, "of another job")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    with caplog.at_level("INFO"):
+        assert client.submit(tmp_path / "x.sbatch") == "7"
+    seen = (tmp_path / "env").read_text()
+    assert "of another job" not in seen and "SLURM_CONF=/etc/slurm.conf" in seen and "\nPATH=" in seen
+    assert caplog.messages == ["SBATCH_PARTITION: ignored; name such options in the site file"]
 
 
 def test_of_two_commands_at_once_one_submits(commands, world, tmp_path):
@@ -115,15 +135,15 @@ def test_rows_that_are_not_there_are_found_before_anything_is_submitted(commands
 STEP = 'case "$*" in *--overlap*) exit {check} ;; *) {work} ;; esac'
 
 
-def batch(commands, tmp_path, name, **given):
-    """A batch script as Slurm's node would run it; (exit code, what it says)."""
+def batch(commands, tmp_path, name, script=None, **given):
+    """A batch script as Slurm's node would run it; (exit code, what it says, what was asked of scontrol)."""
     commands("sleep", "exec /bin/sleep 0.01")
     commands("scontrol", f'[ "$1" = show ] && echo node1 && exit; echo "$@" >>{tmp_path}/asked; {given["scontrol"]}')
     commands("squeue", f"echo {given['state']}")
     commands("srun", given["srun"])
-    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_NNODES": "1"}
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_NNODES": "1", "SLURM_JOB_PARTITION": "p"}
     done = subprocess.run(
-        ["bash", str(FOLDER / name), "recipe.yaml"], env={**os.environ, **variables, "TMPDIR": str(tmp_path)},
+        ["bash", str(script or FOLDER / name), "recipe.yaml"], env={**os.environ, **variables, "TMPDIR": str(tmp_path)},
         capture_output=True, text=True, cwd=tmp_path, timeout=60,
     )  # fmt: skip
     asked = tmp_path / "asked"
@@ -151,3 +171,39 @@ def test_a_training_of_which_nobody_can_say_whether_it_has_finished_is_not_done(
     srun = STEP.format(check=0, work="exit 0")
     code, said, asked = batch(commands, tmp_path, "train.sbatch", srun=srun, state="RUNNING", scontrol="exit 0")
     assert (code, asked) == (0, []) and "done" in said
+
+
+@pytest.mark.parametrize(("nodes", "asked_for"), [(3, "update JobId=7 ExcNodeList=node1"), (1, None)])
+def test_a_retry_does_not_go_to_a_node_that_broke_unless_no_other_is_left(commands, tmp_path, nodes, asked_for):
+    commands("sinfo", f"echo {nodes}")
+    script = tmp_path / "train.sbatch"
+    script.write_text(fill_script("train.sbatch", [], settings(Site(), "python", tmp_path, {"RETRIES": 1})))
+    # The work fails, the nodes answer, and the failure names one.
+    srun = 'case "$*" in *slurm.failure*) echo node1 >>"${@: -2:1}" ;; *--overlap*) ;; *) exit 1 ;; esac'
+    code, said, asked = batch(commands, tmp_path, "train.sbatch", script, srun=srun, state="RUNNING", scontrol="exit 0")
+    assert code == 0 and "retry 1 of 1" in said, said
+    assert asked == ["requeue 7", *([asked_for] if asked_for else [])], said
+    assert ("not on node1 again" if asked_for else "without it too few nodes are left") in said
+
+
+def test_an_arrays_task_takes_its_recipe_whatever_the_folder_is_called(commands, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "6")
+    text = (FOLDER / "train.sbatch").read_text()
+    start, end = text.index("# A task of an array"), text.index("say() {")
+    for given, expected in (("100%a/%a.yaml", "100%a/3.yaml"), ("%a.yaml", "3.yaml"), ("x%a/r.yaml", "x%a/r.yaml")):
+        command = ["bash", "-c", f'{text[start:end]}\necho "$job $1 $2"', "x", given, "a=b"]
+        assert subprocess.run(command, capture_output=True, text=True).stdout == f"6_3 {expected} a=b\n"
+
+
+def test_the_nodes_meet_at_the_address_that_slurm_knows(commands, tmp_path):
+    commands("scontrol", "")
+    srun = f'echo "$*" >>{tmp_path}/run; exit 0'
+    scontrol = 'case "$2" in node) echo " NodeAddr=10.1.2.3 NodeHostName=other" ;; esac; exit 0'
+    commands("scontrol", f'[ "$1 $2" = "show hostnames" ] && echo node1 && exit; {scontrol}')
+    commands("squeue", "echo RUNNING")
+    commands("srun", srun)
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_NNODES": "1", "TMPDIR": str(tmp_path)}
+    command = ["bash", str(FOLDER / "train.sbatch"), "recipe.yaml"]
+    subprocess.run(command, env={**os.environ, **variables}, cwd=tmp_path, check=True, capture_output=True)
+    assert "--master-addr=10.1.2.3 --master-port=20007" in (tmp_path / "run").read_text()
