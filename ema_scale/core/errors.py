@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -14,6 +15,12 @@ class UserError(Exception):
 
     `ema` prints it without a traceback and exits with code 2.
     """
+
+
+def check_schema(path: Path, found: int, known: int) -> None:
+    """Raises UserError if a file has a newer schema than this version of the package knows."""
+    if found > known:
+        raise UserError(f"{path}: schema: found {found}, expected at most {known}; a newer ema_scale wrote it: upgrade")
 
 
 def explain_all(error: Any, model: Any) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
-from ema_scale.core.errors import UserError, explain
+from ema_scale.core.errors import UserError, check_schema, explain
 from ema_scale.core.files import MissingFile, read_json
 from ema_scale.core.hashing import question_key
 from ema_scale.core.io import atomic_write_json
@@ -58,11 +58,7 @@ class Record(BaseModel):
         except UserError as error:
             reason = str(error).removeprefix(f"{path}: ")
             raise UserError(f"{path}: cannot be read ({reason}); expected JSON") from None
-        if record.schema_version > cls.SCHEMA:
-            raise UserError(
-                f"{path}: schema: found {record.schema_version}, expected at most {cls.SCHEMA}; "
-                "a newer ema_scale wrote it: upgrade"
-            )
+        check_schema(path, record.schema_version, cls.SCHEMA)
         return record
 
     def to_dict(self) -> dict[str, Any]:

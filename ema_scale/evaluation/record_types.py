@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ema_scale.core.errors import UserError, explain
+from ema_scale.core.errors import UserError, check_schema, explain
 from ema_scale.core.io import atomic_write_json, read_lines
 
 
@@ -68,12 +68,14 @@ class Document(Record):
     def read(cls, path: Path) -> Self:
         """Read the file. Raises UserError naming file and field if it is missing or not such a file."""
         try:
-            return cls.model_validate_json(path.read_bytes())
+            document = cls.model_validate_json(path.read_bytes())
         except OSError as error:
             raise UserError(f"{path}: cannot read it ({error.strerror}); run `{cls.MADE_BY}` first") from None
         except ValidationError as error:
             problem = explain(error.errors()[0], cls)
             raise UserError(f"{path}: not what `{cls.MADE_BY}` writes: {problem}") from None
+        check_schema(path, document.schema_version, cls.VERSION)
+        return document
 
     @classmethod
     def read_if_valid(cls, path: Path) -> Self | None:

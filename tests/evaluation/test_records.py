@@ -106,3 +106,11 @@ def test_keys_of_a_later_version_are_kept_and_wrong_types_are_named(tmp_path: Pa
     assert Summary.read(tmp_path / "summary.json").to_json()["later"] == {"a": 1}
     with pytest.raises(UserError, match="nowhere.json: cannot read it .*run `ema judge check` first"):
         Check.read(tmp_path / "nowhere.json")
+
+
+def test_a_summary_of_a_newer_version_is_not_read_as_one_of_ours(tmp_path: Path) -> None:
+    values = json.loads((RUN / "eval/summary.json").read_text())
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps(values | {"schema": Summary.VERSION + 1}))
+    with pytest.raises(UserError, match=r"summary.json: schema: found 3, expected at most 2; .* upgrade"):
+        Summary.read(path)
