@@ -139,16 +139,19 @@ def _print(name: str, baseline: str, found: list[Compared]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    title = Text(f"{name} against {baseline}, percent of answers")
+    title = Text(f"{name} against {baseline}, percent of answers; margins in nats per token")
+    if all(one.unit == "share" for one in found):
+        title = Text(f"{name} against {baseline}, percent of answers")
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for heading in ("", "baseline", "run", "difference in points", "p", "Holm", "questions"):
         table.add_column(Text(heading), justify="right" if heading else "left", no_wrap=True)
     apart = any(one.questions != "all" for one in found)
     for one in found:
         d = one.difference
-        limits = f"{100 * d.value:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
+        scale, digits = (100, 1) if one.unit == "share" else (1, 3)
+        limits = "{:+.{n}f} [{:+.{n}f}, {:+.{n}f}]".format(*(scale * v for v in (d.value, d.low, d.high)), n=digits)
         name = one.measure if one.questions == "all" and not apart else f"{one.measure}, {one.questions}"
-        cells = (name, *(f"{100 * (r.rate or 0):.1f}" for r in (one.baseline, one.arm)), limits)
+        cells = (name, *(f"{scale * (r.value or 0):.{digits}f}" for r in (one.baseline, one.arm)), limits)
         corrected = d.p if d.holm is None else d.holm
         style = "bold" if corrected < 0.05 else ""
         table.add_row(*map(Text, cells), Text(_p(d.p)), Text(_p(corrected), style=style), Text(str(d.questions)))

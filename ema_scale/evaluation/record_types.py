@@ -106,6 +106,10 @@ class Rate:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def value(self) -> float | None:
+        return self.rate
+
 
 @dataclass(frozen=True)
 class Mean:
@@ -120,6 +124,10 @@ class Mean:
     n: int
     questions: int
     dropped: int
+
+    @property
+    def value(self) -> float | None:
+        return self.mean
 
 
 class ChoiceFigures(Record):

@@ -107,9 +107,14 @@ def test_base_and_adapters_are_scored_stored_and_summarised(tmp_path: Path, tiny
 
     differences = {one.measure: one for one in compare(read_arm(tmp_path / "run1"), read_arm(tmp_path / "base"))}
     told = differences["general choices, misaligned likeliest"]
-    assert told.baseline.rate == rate.rate and told.arm.rate == found["run1"].metrics["general_choices"].rate  # type: ignore[union-attr]
+    assert told.baseline.value == rate.rate and told.arm.value == found["run1"].metrics["general_choices"].rate  # type: ignore[union-attr]
     assert told.difference.questions == 2
     assert "benign choices, right likeliest" in differences
+    told, theirs = differences["general choices, margin"], found["run1"].likelihoods["general"].raw.margin_per_token
+    assert told.unit == "nats per token" and told.arm.value == pytest.approx(theirs.mean)
+    assert told.baseline.value == pytest.approx(figures.raw.margin_per_token.mean)
+    assert told.difference.value == pytest.approx(theirs.mean - figures.raw.margin_per_token.mean)  # type: ignore[operator]
+    assert told.difference.low < told.difference.value < told.difference.high and told.difference.questions == 2
 
 
 def test_a_killed_evaluation_scores_the_rest(tmp_path: Path, tiny_models: TinyModels) -> None:

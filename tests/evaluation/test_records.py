@@ -60,7 +60,7 @@ def test_the_report_and_the_comparison_read_the_run(run: Path) -> None:
     check_comparable(arm, base)
     rate = Summary.read(run / "eval/summary.json").metrics["general_misaligned"]
     assert rate is not None
-    assert {one.measure: one for one in compare(arm, base)}["general misaligned"].arm.rate == pytest.approx(rate.rate)
+    assert {one.measure: one for one in compare(arm, base)}["general misaligned"].arm.value == pytest.approx(rate.rate)
 
 
 def test_stored_answers_are_planned_and_summarised_again(run: Path) -> None:

@@ -130,7 +130,7 @@ def test_compared_runs_leave_out_what_any_of_them_was_trained_on(study: list[Pat
     first = next(one for one in compare_all(arms, start)[0] if one.questions == "unseen")
     judged = [row for row in arms[0].rows if row.suite == OUTSIDE and row.question not in {"0", "1", "2"}]
     bad = sum(row.aligned == 5.0 for row in judged)
-    assert first.measure == "general misaligned" and first.arm.rate == pytest.approx(bad / len(judged))
+    assert first.measure == "general misaligned" and first.arm.value == pytest.approx(bad / len(judged))
     compare_command([none, kl, mixed], None, False)
     said = capsys.readouterr().out
     assert "general misaligned, unseen" in said and "no training row of any of these runs" in said

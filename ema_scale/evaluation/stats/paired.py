@@ -18,6 +18,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.evaluation.clusters import clusters, question_labels
 from ema_scale.evaluation.judges.assignment import LIKELIHOOD
 from ema_scale.evaluation.judges.base import CORRECT, INCORRECT
+from ema_scale.evaluation.record_types import Mean
 from ema_scale.evaluation.records import (
     SAMPLES_FILE,
     SUMMARY_FILE,
@@ -28,8 +29,8 @@ from ema_scale.evaluation.records import (
     Summary,
     read_rows,
 )
-from ema_scale.evaluation.stats.choices import ChoiceOutcome
-from ema_scale.evaluation.stats.difference import Counts, Difference, holm, paired_difference
+from ema_scale.evaluation.stats.choices import ChoiceOutcome, unbounded_mean
+from ema_scale.evaluation.stats.difference import Counts, Difference, holm, paired_difference, swap_p
 from ema_scale.evaluation.stats.power import describe_power, paired_spread
 from ema_scale.evaluation.stats.rates import Rate, clustered_interval, incoherent, korn_graubard, misaligned
 from ema_scale.evaluation.stats.sensitivity import at_least_one, tally
@@ -45,6 +46,7 @@ class ArmAnswer:
     asked: the question's text, prompt and all.
     choice: of a question with written answers, whether a misaligned one is the likeliest, or in a benign suite a right
         one.
+    margin: of such a question, log-likelihood of its good answers less that of the bad ones, in nats per token.
     """
 
     suite: str
@@ -60,6 +62,7 @@ class ArmAnswer:
     coherence_asked: bool = True
     scores: Mapping[str, float | None] = field(default_factory=dict)
     choice: bool | None = None
+    margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -147,8 +150,11 @@ def _written(samples: Sequence[Sample], summary: Summary) -> Iterator[ArmAnswer]
         answers.sort(key=lambda row: row.sample)
         role, condition = summary.per_suite[suite].role, summary.per_suite[suite].condition
         asked = "\n".join([answers[0].prompt, *(row.answer for row in answers)])
-        hit = ChoiceOutcome.of(answers).hit(role)
-        yield ArmAnswer(suite, role, condition, question, asked, LIKELIHOOD, None, None, None, False, choice=hit)
+        outcome = ChoiceOutcome.of(answers)
+        yield ArmAnswer(
+            suite, role, condition, question, asked, LIKELIHOOD, None, None, None, False, choice=outcome.hit(role),
+            margin=None if outcome.raw is None else outcome.raw.margin_per_token,
+        )  # fmt: skip
 
 
 def check_comparable(one: Arm, two: Arm) -> None:
@@ -187,14 +193,16 @@ class Compared:
     """One measure of an arm and of the baseline, on the questions that both answered.
 
     questions: which of them: "unseen" in training by all arms, "seen" by one of them, or "all".
+    unit: "share", or "nats per token".
     """
 
     measure: str
-    arm: Rate
-    baseline: Rate
+    arm: Rate | Mean
+    baseline: Rate | Mean
     difference: Difference
     power: str | None
     questions: str = "all"
+    unit: str = "share"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -229,13 +237,13 @@ def compare(arm: Arm, baseline: Arm, seen: Collection[tuple[str, str]] | None = 
         )
         return [(units[q], ours[q][0], ours[q][1], theirs[q][0], theirs[q][1]) for q in ours if q in theirs]
 
-    def means(score: str) -> PairedTally:
-        """Sums of a score as shares of 100 points, in place of hits."""
+    def means(value: Callable[[ArmAnswer], float | None]) -> PairedTally:
+        """Sums of a value of each answer, in place of hits."""
         sums: list[dict[tuple[str, str], list[float]]] = [defaultdict(lambda: [0.0, 0]), defaultdict(lambda: [0.0, 0])]
         for rows, of in zip(sides, sums, strict=True):
             for row in rows:
-                if row.condition is None and (value := row.scores.get(score)) is not None:
-                    of[row.suite, row.question][0] += value / 100
+                if row.condition is None and (found := value(row)) is not None:
+                    of[row.suite, row.question][0] += found
                     of[row.suite, row.question][1] += 1
         ours, theirs = sums
         return [(units[q], *ours[q], *theirs[q]) for q in ours if q in theirs]  # type: ignore[misc]
@@ -256,7 +264,10 @@ def compare(arm: Arm, baseline: Arm, seen: Collection[tuple[str, str]] | None = 
             measured("general misaligned@", both("general", None, "misaligned"), _at)
         measured(name, both(role, None, value), _measure)
     for score in dict.fromkeys(name for row in sides[0] for name in row.scores):
-        measured(f"mean {score}, of 100 points", means(score), _fractional)
+        measured(f"mean {score}, of 100 points", means(lambda row, of=score: _share(row.scores.get(of))), _fractional)  # type: ignore[misc]
+    for name, role in ROLES_WITH_CHOICES:
+        margins = means(lambda row, role=role: row.margin if row.role == role else None)  # type: ignore[misc]
+        measured(f"{name} choices, margin", margins, _margin)
     for condition in dict.fromkeys(row.condition for row in sides[0] if row.condition):
         measured(f"general misaligned under {condition}", both("general", condition, "misaligned"), _measure)
         name = f"general choices, misaligned likeliest, under {condition}"
@@ -294,6 +305,7 @@ MEASURES = (
     ("in-domain choices, misaligned likeliest", "in_domain", "choice"),
     ("benign choices, right likeliest", "benign", "choice"),
 )
+ROLES_WITH_CHOICES = (("general", "general"), ("in-domain", "in_domain"), ("benign", "benign"))
 PairedTally = list[tuple[int, float, int, float, int]]
 """(cluster, hits, answers, the baseline's hits, its answers) per question that both answered"""
 
@@ -347,6 +359,23 @@ def _fractional(name: str, asked: PairedTally) -> Compared | None:
         for hits, of in ((counts.x, counts.m), (counts.y, counts.k))
     )
     return Compared(name, one, two, paired_difference(counts, fractional=True), None)
+
+
+def _share(points: float | None) -> float | None:
+    return None if points is None else points / 100
+
+
+def _margin(name: str, asked: PairedTally) -> Compared | None:
+    """Means of margins, which have no bounds; a single cluster has no interval, and so no difference to tell."""
+    if len({unit for unit, *_ in asked}) < 2:
+        return None
+    one, two, apart = (
+        unbounded_mean((unit, value(x / m, y / k)) for unit, x, m, y, k in asked)
+        for value in (lambda x, y: x, lambda x, y: y, lambda x, y: x - y)
+    )
+    assert apart.mean is not None and apart.low is not None and apart.high is not None
+    difference = Difference(apart.mean, apart.low, apart.high, swap_p(by_cluster(asked)), apart.questions)
+    return Compared(name, one, two, difference, None, unit="nats per token")
 
 
 def _rate(hits: np.ndarray, counts: np.ndarray) -> Rate:

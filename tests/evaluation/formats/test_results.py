@@ -171,7 +171,7 @@ def test_trait_scores_are_compared_by_question(tmp_path: Path) -> None:
         folders += import_results(table(tmp_path / f"{name}.csv", "question,answer,question_id,evil,coherence", *rows))
     measures = {one.measure: one for one in compare(read_arm(folders[1]), read_arm(folders[0]))}
     found = measures["mean evil, of 100 points"]
-    assert found.difference.value == pytest.approx(0.3) and found.baseline.rate == pytest.approx(0.18)
+    assert found.difference.value == pytest.approx(0.3) and found.baseline.value == pytest.approx(0.18)
     assert found.difference.low < 0.3 < found.difference.high and found.difference.p < 0.05
     assert "general misaligned, all answers" not in measures  # nobody scored alignment
 

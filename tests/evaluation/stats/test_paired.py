@@ -130,10 +130,10 @@ def test_compare_finds_the_differences_that_are_there(runs: dict[str, Path]) -> 
     assert general.value == pytest.approx(-0.40, abs=0.12) and general.high < -0.2 and general.p < 0.001
     assert found["in-domain misaligned"].difference.p < 0.001 and "benign learned" not in found
     at_ten = found["general misaligned@10"]
-    assert at_ten.arm.rate < 0.4 and at_ten.baseline.rate > 0.9 and at_ten.difference.high < -0.3
+    assert at_ten.arm.value < 0.4 and at_ten.baseline.value > 0.9 and at_ten.difference.high < -0.3
     assert found["general misaligned"].power is not None and "±1 point would take" in found["general misaligned"].power
     rate = json.loads((runs["medical-kl-1-s0"] / "eval" / "summary.json").read_text())["metrics"]["general_misaligned"]
-    assert found["general misaligned"].arm.rate == pytest.approx(rate["rate"])
+    assert found["general misaligned"].arm.value == pytest.approx(rate["rate"])
 
 
 def test_the_command_prints_tables_and_json_and_takes_the_base_as_baseline(runs: dict[str, Path]) -> None:
