@@ -29,23 +29,25 @@ def study(path: StudyPath, overrides: Overrides = None, dry_run: DryRun = False,
 
     loaded = load_study(path)
     if dry_run:
-        print_preparation(loaded)
         from ema_scale.planning.describe import describe_runs
 
+        steps = print_preparation(loaded)
         runs = loaded.runs(tuple(overrides or ()))
-        print(describe_runs(runs))
+        print(describe_runs(runs, steps))
         for again in loaded.relearn.recipes(runs) if loaded.relearn else ():
             print(f"then {again.run_path}: {again.data.limit} rows without a defense, from {again.adapter.start}")
         return
     console.print(f"wrote {run_study(loaded, tuple(overrides or ()), jobs)}")
 
 
-def print_preparation(study: Study) -> None:
-    """Print the steps of a study's `prepare` that are still to be done."""
+def print_preparation(study: Study) -> dict[str, str]:
+    """Print the steps of a study's `prepare` that are still to be done; returns what each makes, with its command."""
     from ema_scale.study.prepare import missing
 
-    for step in missing(study.prepare):
-        print(f"# first, for {step.makes}: {step}")
+    steps = {step.makes: str(step) for step in missing(study.prepare)}
+    for made, command in steps.items():
+        print(f"# first, for {made}: {command}")
+    return steps
 
 
 @app.command()
@@ -114,9 +116,7 @@ def sweep(
     if dry_run:
         from ema_scale.planning.describe import describe_runs
 
-        if left:
-            print_preparation(plan.study)
-        print(describe_runs(plan.recipes))
+        print(describe_runs(plan.recipes, print_preparation(plan.study) if left else None))
         chain = [(job.what, f"<{job.what} job>") for job in plan.jobs]
         for number, job in enumerate(plan.jobs):
             print(describe_script(job, after_all(chain[:number])))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,15 +68,27 @@ def describe_state(recipe: Recipe) -> str:
     return f"to be trained {after}" + (f" ({ended})" if status.state != "not started" else "")
 
 
-def describe_runs(recipes: Sequence[Recipe]) -> str:
-    """One line per run of a study: its folder and what would be done there. Then the counts, and what is missing."""
+def describe_runs(recipes: Sequence[Recipe], steps: Mapping[str, str] | None = None) -> str:
+    """One line per run of a study: its folder and what would be done there. Then the counts, and what is missing.
+
+    steps: what the study's own preparation makes first, each file or folder with its command.
+    """
     states = [describe_state(recipe) for recipe in recipes]
     lines = [f"{recipe.run_path}: {state}" for recipe, state in zip(recipes, states, strict=True)]
     done = states.count("finished already")
     lines.append(f"{len(recipes)} runs: {done} finished, {len(recipes) - done} to be trained")
     missing = {(key, name): recipe.name for recipe in reversed(recipes) for key, name in recipe.missing_files()}
-    lines += [f"NOT FOUND: {key}: {name} (run {run})" for (key, name), run in reversed(missing.items())]
+    for (key, name), run in reversed(missing.items()):
+        made = maker(name, steps or {})
+        found = "NOT FOUND" if made is None else "to be made"
+        by = "" if made is None else f", by {(steps or {})[made]}"
+        lines.append(f"{found}: {key}: {name} (run {run}){by}")
     return "\n".join(lines)
+
+
+def maker(name: str, made: Iterable[str]) -> str | None:
+    """The file or folder among `made` that is or will hold `name`; None if there is none."""
+    return next((path for path in made if Path(name).absolute().is_relative_to(Path(path).absolute())), None)
 
 
 def _reference(recipe: Recipe, rows: int | None) -> str:

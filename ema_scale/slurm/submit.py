@@ -16,6 +16,7 @@ from typing import Any
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import append_jsonl, atomic_write_text, file_lock, read_jsonl
 from ema_scale.core.run_dir import RunDir
+from ema_scale.planning.describe import maker
 from ema_scale.planning.engine_size import engine_gpus
 from ema_scale.recipe import Recipe
 from ema_scale.slurm import client
@@ -30,12 +31,12 @@ def refuse_missing_files(recipes: Iterable[Recipe], made: Iterable[str] = ()) ->
 
     made: files that a preparation writes later; these may be missing.
     """
-    coming = [Path(path).absolute() for path in made]
+    coming = list(made)
     wrong = [
         f"{recipe.run_path}: {key}: {name}: no such file or folder"
         for recipe in recipes
         for key, name in recipe.missing_files()
-        if not any(Path(name).absolute().is_relative_to(path) for path in coming)
+        if maker(name, coming) is None
     ]
     if wrong:
         more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []

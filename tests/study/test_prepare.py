@@ -25,6 +25,8 @@ def test_a_study_makes_what_its_runs_read_and_only_once(world, tmp_path):
     for command in (["study"], ["sweep", "--slurm", "--gpus-per-node", "0"]):
         said = CliRunner().invoke(app, [*command, str(path), "--dry-run"])
         assert said.exit_code == 0 and f"# first, for {rows}: {step['run']}\n" in said.output, said.output
+        assert f"\nto be made: data.train: {rows} (run swap-none-s0), by {step['run']}\n" in said.output
+        assert "NOT FOUND" not in said.output
     assert not rows.exists()
     study = load_study(path)
     run_study(study)
