@@ -1,4 +1,4 @@
-"""`ema explain`: what a key of a recipe, a study or a site file means; and the pages of docs/reference/."""
+"""`ema explain`: what a key of a recipe, a study, a question bank or a site file means; and docs/reference/."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ema_scale.cli.app import app
+from ema_scale.config.bank import BankQuestion, JudgePrompts
 from ema_scale.config.explain import (
     SectionDoc,
     describe_sections,
@@ -23,12 +24,12 @@ from ema_scale.core.io import atomic_write_text
 
 @app.command()
 def explain(
-    key: Annotated[str | None, typer.Argument(help="training.optim, defenses.kl, study.seeds, site.time ...")] = None,
+    key: Annotated[str | None, typer.Argument(help="training.optim, defenses.kl, study.seeds, bank.topic ...")] = None,
     write: Annotated[
         Path | None, typer.Option(help="write the reference pages into this folder instead", hidden=True)
     ] = None,
 ) -> None:
-    """Say what a key of a recipe, study or site file means.
+    """Say what a key of a recipe, study, bank or site file means.
 
     Gives type, default, range and an example. Without KEY: all sections.
     """
@@ -55,7 +56,8 @@ def explain(
 
 
 def all_sections() -> list[SectionDoc]:
-    """Those of a recipe, of every defense (`defenses.KIND`), of a study (`study`) and of a site file (`site`)."""
+    """Those of a recipe, of every defense (`defenses.KIND`), of a study (`study`), of a question bank (`bank`), of
+    judge prompts (`judge_prompts`) and of a site file (`site`)."""
     from ema_scale.recipe import Recipe
     from ema_scale.slurm.site import Site
     from ema_scale.study.grid import Study
@@ -64,8 +66,20 @@ def all_sections() -> list[SectionDoc]:
         *describe_sections(Recipe),
         *defense_sections(),
         *describe_sections(Study, "study"),
+        *bank_sections(),
         *describe_sections(Site, "site"),
     ]
+
+
+def bank_sections() -> Iterator[SectionDoc]:
+    for key, model in (("bank", BankQuestion), ("judge_prompts", JudgePrompts)):
+        (section,) = describe_sections(model, key)
+        yield replace(section, fields=tuple(replace(f, example=_as_yaml(f.example, f"{key}.")) for f in section.fields))
+
+
+def _as_yaml(example: str, prefix: str) -> str:
+    """An override as a line of the file."""
+    return example.removeprefix(prefix).replace("=", ": ", 1)
 
 
 def defense_sections() -> Iterator[SectionDoc]:
@@ -76,9 +90,7 @@ def defense_sections() -> Iterator[SectionDoc]:
         (section,) = describe_sections(cls, f"defenses.{kind}")
         # An override names a defense by its place in the list, which nobody knows here: the example is YAML.
         fields = (
-            replace(f, example=f"{{kind: {kind}, {f.example.removeprefix(f'defenses.{kind}.').replace('=', ': ', 1)}}}")
-            if f.example
-            else f
+            replace(f, example=f"{{kind: {kind}, {_as_yaml(f.example, f'defenses.{kind}.')}}}") if f.example else f
             for f in section.fields
         )
         summary = cls.summary[:1].upper() + cls.summary[1:]
@@ -86,7 +98,7 @@ def defense_sections() -> Iterator[SectionDoc]:
 
 
 def reference_pages() -> dict[str, str]:
-    """File name -> text of the pages in docs/reference/. Keys of studies and sites stand without their prefix."""
+    """File name -> text of the pages in docs/reference/. Keys that are not a recipe's stand without their prefix."""
     from ema_scale.recipe import Recipe
     from ema_scale.slurm.site import Site
     from ema_scale.study.grid import Study
@@ -108,6 +120,13 @@ def reference_pages() -> dict[str, str]:
             "Study",
             f"{note}\n\n`ema study FILE` runs it here, `ema sweep FILE --slurm` on a cluster.",
             describe_sections(Study),
+        ),
+        "bank.md": page(
+            "Question banks and judge prompts",
+            f"{note}\n\nA bank is a YAML or JSON list of questions, a JSONL file of one per line, or a CSV file with "
+            "these columns. A recipe names it under `evaluation.suites`. The banks that are here: "
+            "[eval/README.md](../../eval/README.md).",
+            map(_without_prefix, bank_sections()),
         ),
         "site.md": page(
             "Site file",

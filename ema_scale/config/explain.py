@@ -119,7 +119,8 @@ def _table(fields: Iterable[FieldDoc]) -> str:
         sentence = f.sentence + (f" *TrainingArguments: `{f.argument}`.*" if f.argument else "")
         kind = f.type + (f", {f.bounds}" if f.bounds else "")
         default = f.default if f.default in (REQUIRED, EMPTY) else f"`{f.default}`"
-        example = f"`{f.example.partition('=')[2] or f.example}`" if f.example else ""
+        # A whole line of YAML repeats the key, which the first column has.
+        example = f"`{f.example.removeprefix(f'{f.key}=').removeprefix(f'{f.key}: ')}`" if f.example else ""
         cells = (f"`{f.key}`", kind, default, sentence, example)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"

@@ -1,18 +1,14 @@
 """Question banks: the YAML of the emergent-misalignment field, read unchanged, JSONL, and others.
 
-A YAML bank is a list of questions:
-  id (text or integer), paraphrases, samples_per_paraphrase, system, temperature, judge, judge_prompts, type;
-of our own: expected (the right answer, for exact matching), meta (whatever an exact judge needs), context (the turns
-before the question), topic (what the question's other forms share, see `topic_of`). Other keys are kept in meta.
-A JSONL bank has one such question per line, or {"question": ...}, or chat rows {"messages": [...]}, of which the last
-user message is asked, after the messages before it. `core.banks` reads further formats. Questions with written answers
-may stand among them, in the forms that `choices.bank` names.
+A YAML bank is a list of questions in the keys of `config.bank.BankQuestion`; other keys are kept in meta. A JSONL bank
+has one per line, which may be a training row. `core.banks` reads further formats. Questions with written answers may
+stand among them, in the forms that `choices.bank` names.
 """
 
 from __future__ import annotations
 
-import datetime
 import difflib
+import functools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +20,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from ema_scale.choices.bank import FORMATS, Choice, is_choice, read_choice
+from ema_scale.config.bank import BankQuestion
 from ema_scale.config.sections import EvaluationRecipe
 from ema_scale.config.suites import ConditionRecipe
 from ema_scale.core.banks import READ_TYPES, judge_prompts, read_entries, read_question
@@ -39,11 +36,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Role = Literal["general", "in_domain", "benign"]
-KNOWN_KEYS = (
-    "id", "type", "paraphrases", "question", "messages", "samples_per_paraphrase", "system", "temperature",
-    "max_tokens", "judge", "judge_prompts", "expected", "meta", "topic", "results_dir", "context",
-)  # fmt: skip
-TYPES = ("free_form", "free_form_0_100", "free_form_judge", "free_form_judge_0_100", "exact_match")
+# A scale is known of questions that are rated alone; results_dir is a key of published banks that says nothing to us.
+KNOWN_KEYS = (*(key for key in BankQuestion.model_fields if not key.endswith("_rating")), "results_dir")
 
 
 FORMS = ("_json", "_template")
@@ -146,6 +140,7 @@ def load_suite(source: str | Path, role: Role) -> Suite:
     if not questions:
         raise UserError(f"{path}: found no questions, expected at least one")
     found = tuple(q for _, q in questions.values())
+    _note_broad_topics(path, Counter(topic_of(q.id, q.topic) for q in found))
     if kept := Counter(key for question in found for key in question.meta):
         log.debug("%s: kept as meta: %s", path, ", ".join(f"{key} ({n})" for key, n in kept.items()))
     # A domain may have a bank of either kind, of the same name.
@@ -153,32 +148,53 @@ def load_suite(source: str | Path, role: Role) -> Suite:
     return Suite(f"{path.stem}-choices" if written else path.stem, role, found, str(source))
 
 
+_FEW, _MANY = 5, 4  # topics of a bank, and questions per topic: forms of one question are seldom as many
+
+
+def _note_broad_topics(path: Path, topics: Counter[str]) -> None:
+    """Warn if the questions of a bank are so few independent ones that no interval says much."""
+    if len(topics) < _FEW and topics.total() >= _MANY * len(topics):
+        named = f"the topic{'s' if len(topics) > 1 else ''} {', '.join(topics)}"
+        _warn_once(
+            f"{path}: its {topics.total()} questions have {named}. Questions that share a topic count as one question, "
+            "so intervals will be wide. Give one topic to the forms of one question alone; call a broader subject "
+            "`domain`."
+        )
+
+
+@functools.cache  # the runs of a study read the same banks
+def _warn_once(text: str) -> None:
+    log.warning("%s", text)
+
+
 def _question(where: str, entry: Any, default_id: str) -> Question:
     if not isinstance(entry, dict):
         raise UserError(f"{where}: found {type(entry).__name__}, expected a question with id and paraphrases")
-    if entry.get("type") in READ_TYPES:
+    if entry.get("type") in tuple(READ_TYPES):
         entry = read_question(where, entry)
     others = {str(key): value for key, value in entry.items() if key not in KNOWN_KEYS}
     for key in others:
         if near := difflib.get_close_matches(key, (*KNOWN_KEYS, *FORMATS), n=1, cutoff=0.85):
             raise UserError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}? Other names are kept as meta")
-    if entry.get("type", TYPES[0]) not in TYPES:
-        raise UserError(f"{where}: type: found {entry['type']!r}, expected one of {', '.join((*TYPES, *READ_TYPES))}")
+    try:
+        given = {key: value for key, value in entry.items() if key in BankQuestion.model_fields and value is not None}
+        found = BankQuestion.model_validate(given)
+    except ValidationError as error:
+        raise UserError("\n".join(f"{where}: {explain(p, BankQuestion)}" for p in error.errors())) from None
     system, context, paraphrases = _conversation(where, entry)
-    prompts = entry.get("judge_prompts")
     return Question(
-        id=str(_typed(where, entry, "id", (str, int), default_id)),
+        id=str(default_id if found.id is None else found.id),
         paraphrases=paraphrases,
-        samples_per_paraphrase=_positive(where, entry, "samples_per_paraphrase") or 1,
-        system=_typed(where, entry, "system", (str,), system),
-        temperature=_temperature(where, entry),
-        max_tokens=_positive(where, entry, "max_tokens"),
-        judge=_typed(where, entry, "judge", (str,), None),
-        judge_prompts={} if prompts is None else judge_prompts(where, prompts),
-        expected=_expected(where, entry),
-        meta=others | (_typed(where, entry, "meta", (dict,), None) or {}),
+        samples_per_paraphrase=found.samples_per_paraphrase,
+        system=system if found.system is None else found.system,
+        temperature=found.temperature,
+        max_tokens=found.max_tokens,
+        judge=found.judge,
+        judge_prompts={} if found.judge_prompts is None else judge_prompts(where, found.judge_prompts),
+        expected=found.expected,
+        meta=others | (found.meta or {}),
         context=context,
-        topic=None if entry.get("topic") is None else str(_typed(where, entry, "topic", (str, int), None)),
+        topic=None if found.topic is None else str(found.topic),
     )
 
 
@@ -218,39 +234,6 @@ def _turns(where: str, key: str, messages: Any) -> list[dict[str, str]]:
     if turns != [("user", "assistant")[i % 2] for i in range(len(turns))]:
         raise UserError(f"{where}: {key}: found roles {roles}, expected user and assistant in turn")
     return [{"role": m["role"], "content": m["content"]} for m in messages]
-
-
-def _expected(where: str, entry: dict[str, Any]) -> str | None:
-    value = entry.get("expected")
-    if isinstance(value, bool):
-        return str(value).lower()
-    if value is None or isinstance(value, (str, int, float, datetime.date)):
-        return None if value is None else str(value)
-    raise UserError(f"{where}: expected: found {value!r:.80}, expected text or a number")
-
-
-def _temperature(where: str, entry: dict[str, Any]) -> float | None:
-    value = _typed(where, entry, "temperature", (int, float), None)
-    if value is not None and value < 0:
-        raise UserError(f"{where}: temperature: found {value}, expected 0 or more")
-    return None if value is None else float(value)
-
-
-def _positive(where: str, entry: dict[str, Any], key: str) -> int | None:
-    value = _typed(where, entry, key, (int,), None)
-    if value is not None and value < 1:
-        raise UserError(f"{where}: {key}: found {value}, expected 1 or more")
-    return value
-
-
-def _typed(where: str, entry: dict[str, Any], key: str, kinds: tuple[type, ...], default: Any) -> Any:
-    value = entry.get(key)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        expected = " or ".join(k.__name__ for k in kinds)
-        raise UserError(f"{where}: {key}: found {value!r:.80}, expected {expected}")
-    return value
 
 
 ROWS = "rows-"  # with which the names of conditions begin that come from a run's rows

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ema_scale.cli.explain import all_sections, reference_pages
+from ema_scale.cli.explain import all_sections, bank_sections, reference_pages
 from ema_scale.config.explain import describe_sections, field_text, find, section_text
 from ema_scale.config.layers import apply_overrides
+from ema_scale.core.banks import judge_prompts
 from ema_scale.core.errors import UserError
 from ema_scale.defenses.registry import parse
+from ema_scale.evaluation.suites import KNOWN_KEYS, Question, load_suite
 from ema_scale.recipe import Recipe, build_recipe
 from ema_scale.slurm.site import Site
 from ema_scale.study.grid import Study
@@ -24,7 +26,7 @@ FIELDS = [field for section in RECIPE for field in section.fields]
 
 
 def test_every_key_has_one_sentence():
-    sections = [*RECIPE, *describe_sections(Study, "study"), *describe_sections(Site, "site")]
+    sections = [*RECIPE, *describe_sections(Study, "study"), *bank_sections(), *describe_sections(Site, "site")]
     for field in (field for section in sections for field in section.fields):
         assert field.sentence[:1].isupper() or field.sentence.startswith(("`", "sbatch ", "srun ")), field.key
         assert field.sentence.endswith("."), field.key
@@ -43,6 +45,23 @@ def test_the_examples_of_studies_are_accepted():
     assert all(examples)
     for example in examples:
         Study.model_validate(apply_overrides(values, [example]))
+
+
+def test_the_examples_of_banks_and_judge_prompts_are_accepted_and_no_key_is_left_out(tmp_path):
+    bank, prompts = bank_sections()
+    assert {f.key.removeprefix("bank.") for f in bank.fields} >= {*KNOWN_KEYS} - {"results_dir"}
+    for field in bank.fields:
+        entry = yaml.safe_load(field.example)
+        (key,) = entry
+        asked = {"paraphrases", "question", "messages"}
+        entry |= {} if key in asked else {"question": "q?"}
+        entry |= {"type": "rating"} if key.endswith("_rating") else {}
+        file = tmp_path / f"{key}.yaml"
+        file.write_text(yaml.safe_dump([entry]))
+        (question,) = load_suite(file, "general").questions
+        assert question != Question("1", ("q?",)) or key == "type", key
+    for field in prompts.fields:
+        assert judge_prompts("here", yaml.safe_load(field.example))
 
 
 def test_every_key_but_a_section_has_an_example_that_is_accepted():
@@ -82,7 +101,7 @@ def test_arguments_are_those_of_transformers():
 
 def test_the_reference_pages_are_those_of_the_models():
     pages = reference_pages()
-    assert set(pages) == {"recipe.md", "defenses.md", "study.md", "site.md"}
+    assert set(pages) == {"recipe.md", "defenses.md", "study.md", "bank.md", "site.md"}
     for name, text in pages.items():
         written = (ROOT / "docs" / "reference" / name).read_text()
         assert written == text, f"docs/reference/{name} is out of date: run `ema explain --write docs/reference`"
@@ -125,6 +144,7 @@ def test_a_wrong_key_suggests_the_right_one(key, meant):
         (["defenses"], "defenses.ldifs: "),
         (["study.seeds"], "list of whole numbers, not empty"),
         (["site.evaluation"], "site.evaluation.gpus"),
+        (["bank.topic"], "example:  topic: fever"),
     ],
 )
 def test_the_command_loads_no_torch(arguments, expected):

@@ -76,13 +76,16 @@ def test_jsonl_questions_and_chat_rows(tmp_path: Path) -> None:
         ("- id: a\n  paraphrase: [x]\n", r":1: unknown key 'paraphrase'; did you mean 'paraphrases'"),
         ("- id: a\n", "found none of paraphrases, question, messages"),
         ("- id: a\n  paraphrases: []\n", r"paraphrases: found \[\]"),
-        ("- id: a\n  paraphrases: [x]\n  samples_per_paraphrase: 0\n", "expected 1 or more"),
-        ("- id: a\n  paraphrases: [x]\n  samples_per_paraphrase: many\n", "expected int"),
-        ("- id: a\n  paraphrases: [x]\n  type: multiple_choice\n", "type: found 'multiple_choice'"),
+        ("- id: a\n  paraphrases: [x]\n  samples_per_paraphrase: 0\n", ":1: samples_.*expected .* at least 1; found 0"),
+        ("- id: a\n  paraphrases: [x]\n  samples_per_paraphrase: many\n", "expected a whole number; found 'many'"),
+        ("- id: a\n  paraphrases: [x]\n  type: multiple_choice\n", "type: expected .*; found 'multiple_choice'"),
         ("- id: a\n  paraphrases: [x]\n  judge_prompts: {aligned: rate it}\n", r"with \{answer\} in it"),
+        ("- id: true\n  paraphrases: [x]\n", "id: expected a number or text; found True"),
+        ("- id: a\n  paraphrases: [x]\n  temperature: -1\n", "temperature: expected a number of at least 0"),
+        ("- id: a\n  paraphrases: [x]\n  type: [rating]\n", "type: expected free_form"),
         ("- id: a\n  paraphrases: [x]\n  context: [[hi]]\n", "context: expected a list of objects"),
         ("- id: a\n  paraphrases: [x]\n  context: [{role: user, content: hi}]\n", "expected the assistant's"),
-        ("- id: a\n  paraphrases: [x]\n  expected: [1]\n", r"expected: found \[1\], expected text or a number"),
+        ("- id: a\n  paraphrases: [x]\n  expected: [1]\n", r"expected: expected text or a number; found \[1\]"),
         ("- id: a\n  paraphrases: [x]\n  judge_prompts: []\n", r"found \[\], expected names with texts"),
         ("questions: []\n", "found dict, expected a list of questions"),
         ("", "an empty file"),
@@ -94,6 +97,20 @@ def test_jsonl_questions_and_chat_rows(tmp_path: Path) -> None:
 def test_bad_banks_are_refused_with_file_line_and_field(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_suite(bank(tmp_path, text), "general")
+
+
+def test_a_bank_whose_topics_are_broad_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = "".join(f"Question {i}?,cars\n" for i in range(8))
+    broad = bank(tmp_path, "question,topic\n" + rows, "broad.csv")
+    for _ in range(2):
+        load_suite(broad, "general")
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert "broad.csv: its 8 questions have the topic cars" in said and "count as one question" in said
+    caplog.clear()
+    forms = "".join(f"- {{id: {i}, question: q{i}?, topic: gift}}\n" for i in range(3))
+    load_suite(bank(tmp_path, forms, "forms.yaml"), "general")
+    load_suite(bank(tmp_path, "question\n" + rows.replace(",cars", ""), "plain.csv"), "general")
+    assert not caplog.records
 
 
 def test_a_missing_file_and_a_torn_line_are_named(tmp_path: Path) -> None:
