@@ -24,7 +24,7 @@ from statistics import fmean, stdev
 from scipy.stats import t as student
 
 from ema_scale.report.display_names import family, spec_key, strength, without_strength
-from ema_scale.report.records import CHOICE_METRICS, METRICS, Collection, ReportedRate, Run
+from ema_scale.report.records import CHOICE_METRICS, METRICS, Collection, ReportedRate, Run, has_numbers
 
 METHOD = (
     "A mark is the mean of a defense’s runs: seeds are averaged within each task, then the tasks. Its 95 % interval "
@@ -153,7 +153,7 @@ def groups(found: Collection, keep: Callable[[Run], bool] = lambda run: True) ->
     """One group for each model and defense that has numbers: base, no defense, then by kind and strength."""
     cells: dict[tuple[str, bool, str], list[Run]] = {}
     for run in [*found.bases, *found.runs]:
-        if any(run.metrics.values()) and keep(run):
+        if (any(run.metrics.values()) or has_numbers(run.summary)) and keep(run):
             cells.setdefault((run.model, run.base, spec_key(run.specs)), []).append(run)
     # Of a model, not of a defense: one that was tried on benign tasks alone would look safer than the others.
     taught = {run.model for runs in cells.values() for run in runs if run.teaches}

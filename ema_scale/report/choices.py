@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
-from statistics import fmean, stdev
 
 from matplotlib.figure import Figure
-from scipy.stats import t as student
 
 from ema_scale.core.text import percent
 from ema_scale.evaluation.record_types import ChoiceFigures, Mean
 from ema_scale.report.aggregate import RunGroup
 from ema_scale.report.curves import over_steps
+from ema_scale.report.scores import mean_cell
 from ema_scale.report.style import family_colours
 from ema_scale.report.table import Cell, Table, TableRow, kind, rate_cell
 
@@ -44,8 +42,8 @@ def choice_table(groups: Sequence[RunGroup]) -> Table | None:
     for g in groups:
         cells: list[Cell | None] = []
         for role in roles:
-            cells += [rate_cell(g.metrics.get(f"{role}_choices")), _margin_cell(_figures(g, role, "raw"))]
-            cells += [_margin_cell(_figures(g, role, "calibrated"))] if role in calibrated else []
+            cells += [rate_cell(g.metrics.get(f"{role}_choices")), mean_cell(_margins(g, role, "raw"), "+.3f")]
+            cells += [mean_cell(_margins(g, role, "calibrated"), "+.3f")] if role in calibrated else []
         lines.append(TableRow(g.label, kind(g), cells))
     acting = any(k in LIKELIHOOD_DEFENSES for g in groups for k in g.family)
     return Table("Written answers", NOTE, columns, lines, CAVEAT if acting else "")
@@ -89,21 +87,5 @@ def _figures(group: RunGroup, role: str, kind: str) -> list[ChoiceFigures]:
     return [found for one in summaries if one is not None and (found := getattr(one, kind)) is not None]
 
 
-def _margin_cell(figures: Sequence[ChoiceFigures]) -> Cell | None:
-    """The mean over runs, with the interval of `aggregate.mean_rate`: within runs, and between three or more."""
-    means = [f.margin_per_token for f in figures if f.margin_per_token.mean is not None]
-    if not means:
-        return None
-    values = [m.mean for m in means if m.mean is not None]
-    mean, within = fmean(values), [w for m in means if (w := _half(m)) is not None]
-    if len(within) < len(means):
-        return Cell(f"{mean:+.3f}")
-    between = 0.0
-    if len(values) >= 3:
-        between = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-    half = math.hypot(fmean(within), between)
-    return Cell(f"{mean:+.3f}", f"[{mean - half:+.3f}, {mean + half:+.3f}]")
-
-
-def _half(mean: Mean) -> float | None:
-    return None if mean.high is None or mean.mean is None else mean.high - mean.mean
+def _margins(group: RunGroup, role: str, kind: str) -> list[Mean]:
+    return [found.margin_per_token for found in _figures(group, role, kind)]

@@ -18,7 +18,17 @@ from ema_scale.evaluation.runs import same_evaluation
 from ema_scale.report.aggregate import mean_rate
 from ema_scale.report.conditional import base_conditions, known_conditions
 from ema_scale.report.display_names import BASE, distinct_labels, model_names, short_label, spec_key, task_names
-from ema_scale.report.records import CHOICE_METRICS, METRICS, Collection, Metrics, Problem, Run, known_rate, known_rates
+from ema_scale.report.records import (
+    CHOICE_METRICS,
+    METRICS,
+    Collection,
+    Metrics,
+    Problem,
+    Run,
+    has_numbers,
+    known_rate,
+    known_rates,
+)
 from ema_scale.report.relearning import without_continued
 from ema_scale.report.run_details import missing_runs
 from ema_scale.report.unseen import TaskQuestions, unseen_questions
@@ -290,7 +300,7 @@ def _base_run(run: Run, folder: Path, summary: Summary, suites: set[str], apart:
 def _base_summaries(folders: Iterable[Path]) -> dict[Path, Summary]:
     """Those evaluation folders that are a base model's, with their summaries."""
     summaries = {folder: Summary.read_if_valid(folder / SUMMARY_FILE) for folder in folders}
-    return {f: s for f, s in summaries.items() if s is not None and s.adapter is None and any(s.metrics.values())}
+    return {f: s for f, s in summaries.items() if s is not None and s.adapter is None and has_numbers(s)}
 
 
 def _search_bases(run_dirs: Sequence[Path]) -> dict[Path, Summary]:

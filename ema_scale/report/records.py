@@ -67,6 +67,13 @@ def known_rates(rates: Iterable[Rate | None]) -> list[ReportedRate]:
     return [rate for rate in known if rate]
 
 
+def has_numbers(summary: Summary | None) -> bool:
+    """Whether it has a rate, or a score of a judge prompt of another name than aligned and coherent."""
+    return summary is not None and (
+        any(summary.metrics.values()) or any(suite.scores for suite in summary.per_suite.values())
+    )
+
+
 @dataclass(frozen=True)
 class ConditionAnswers:
     """General misalignment under one condition.

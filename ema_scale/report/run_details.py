@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ema_scale.evaluation.table import points
 from ema_scale.report.judges import judge_quality
 from ema_scale.report.records import Collection, Problem, Run
 
@@ -28,7 +27,6 @@ def run_details(found: Collection) -> list[tuple[str, list[str]]]:
         ("Seeds", sorted({str(run.seed) for run in runs if run.seed is not None}, key=int)),
         ("Runs", [f"{len(evaluated)} evaluated of {found.requested} asked for"]),
         ("Samples", [_samples(every)] if every else []),
-        ("Other scores", _other_scores(every)),
         ("Left out of the rates", dropped(every) if every else []),
         ("Training rows left out", training_drops(runs)),
         ("Questions that training rows ask", [f"{task}: {text}" for task, text in found.seen.items()]),
@@ -52,17 +50,6 @@ def dropped(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         reasons.update(run.summary.dropped if run.summary else {})
     return [f"{reason}: {count:,}" for reason, count in reasons.most_common() if count] or ["no row"]
-
-
-def _other_scores(runs: Sequence[Run]) -> list[str]:
-    """`KL 0.1: medical in general: 12.3 points [10.1, 14.8]` for each score of a prompt of another name."""
-    return [
-        f"{run.label}: {score} in {suite}: {points(mean)}"
-        for run in runs
-        if run.summary
-        for suite, found in run.summary.per_suite.items()
-        for score, mean in found.scores.items()
-    ]
 
 
 def training_drops(runs: Sequence[Run]) -> list[str]:

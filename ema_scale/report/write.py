@@ -26,6 +26,7 @@ from ema_scale.report.robustness import robustness_table
 from ema_scale.report.rules import FAILED, RULES, Share, share_text, standing
 from ema_scale.report.run_details import run_details
 from ema_scale.report.scaling import ALT, CAPTION, scaling, scaling_figure, scaling_table, sentences
+from ema_scale.report.scores import score_sentences, score_table
 from ema_scale.report.table import Table, filled, table_csv, table_markdown
 from ema_scale.report.unseen import SENTENCE, seen_table
 from ema_scale.report.verdict import verdict
@@ -45,18 +46,21 @@ def write(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
         shown, notes = examples(of_model)
         found.problems += notes
         by_kind = {picture.kind: picture for picture in drawn}
+        seen = seen_table(of_model)
         sheets = [
+            score_table(of_model),
             choice_table(of_model),
-            seen_table(of_model),
+            seen,
             conditional_table(of_model, found.bases),
             paired_table(of_model),
             robustness_table(of_model),
             relearning_table(of_model, found.continued),
         ]
-        opening = choice_sentences(of_model) if not any(g.metrics.get(m) for g in of_model for m in METRICS) else []
+        measured = any(g.metrics.get(m) for g in of_model for m in METRICS)
+        opening = [] if measured else choice_sentences(of_model) or score_sentences(of_model)
         tables = ([], []) if opening else (criteria_rows(of_model), run_rows(of_model))
         kept = [sheet for sheet in sheets if sheet is not None]
-        said = [*(opening or verdict(of_model)), *([SENTENCE] if sheets[1] is not None else [])]
+        said = [*(opening or verdict(of_model)), *([SENTENCE] if seen is not None else [])]
         sections.append(Section(model, said, by_kind, *tables, shown, kept))
     sizes = scaling(every)
     across = None
