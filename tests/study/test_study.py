@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import read_jsonl
 from ema_scale.core.run_dir import RunDir
+from ema_scale.evaluation.runs import asks_behind_rows
 from ema_scale.models.checkpoint_adapter import export_adapter
 from ema_scale.planning.describe import describe_run
 from ema_scale.report.collect import collect
@@ -167,6 +168,7 @@ def test_errors_name_the_run_and_the_field(tmp_path, changes, expected):
 
 def test_the_demo_study_is_what_the_readme_says():
     runs = load_study(ROOT / "configs" / "studies" / "demo.yaml").runs()
+    assert not any(asks_behind_rows(run) for run in runs if run.evaluation.suites.general), "a first look is short"
     narrow = [r for r in runs if r.evaluation.suites.in_domain]
     assert not any(r.evaluation.suites.benign for r in narrow)
     benign = [r for r in runs if r.evaluation.suites.benign]
