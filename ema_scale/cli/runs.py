@@ -93,7 +93,7 @@ def evaluate(
         from ema_scale.evaluation.dry_run import describe_plan
 
         for group in planned_evaluation(run, tuple(settings), base):
-            console.print(describe_plan(group.targets, group.model, group.settings), markup=False)
+            console.print(describe_plan(group.targets, group.model, group.settings, group.place), markup=False)
         return
     summaries = evaluate_run(run, tuple(settings), with_base=base)
     if run.is_dir():

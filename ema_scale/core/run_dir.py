@@ -16,6 +16,8 @@ from ema_scale.core.records import STATES, Provenance, RunStatus, TrainedQuestio
 # Of a status these say how a state ended; a later state does not inherit them.
 _OF_ONE_STATE = ("state", "updated", "step", "reason", "stopped_early", "adapter")
 
+STUDY = "study.yaml"  # by which a study's folder is known
+
 _LEVELS = 5  # from eval/checkpoints/<step>/adapter to the run's folder
 
 

@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
 from ema_scale.core.uri import locate
 from ema_scale.evaluation.judges.assignment import SCORING
 from ema_scale.evaluation.judges.openai import missing_judge_key
-from ema_scale.evaluation.judging.calibration import labelled_path, load_labelled
-from ema_scale.evaluation.judging.cost import characters, describe, usage_of
+from ema_scale.evaluation.judging.calibration import FOLDER as CHECK
+from ema_scale.evaluation.judging.calibration import labelled_path, load_labelled, unjudged
+from ema_scale.evaluation.judging.cost import asked_of, estimate
 from ema_scale.evaluation.plan import EvalTarget, PromptGroup, check_targets, plan_prompts
 from ema_scale.evaluation.records import JUDGEMENTS_FILE, SAMPLES_FILE, SUMMARY_FILE, Judgement, Sample, Summary
+from ema_scale.evaluation.shared import BASES, find_rows, folders_beside, stored_rows, wanted
 from ema_scale.inference.base import SamplerOptions
 from ema_scale.inference.make import sampler_name
+from ema_scale.inference.usage import describe
 
-RowType = TypeVar("RowType", Sample, Judgement)
 
-
-def describe_plan(targets: Sequence[EvalTarget], model: ModelRecipe, settings: EvaluationRecipe) -> str:
+def describe_plan(
+    targets: Sequence[EvalTarget], model: ModelRecipe, settings: EvaluationRecipe, place: Path | None = None
+) -> str:
     """The evaluation of some targets of one base model, in lines. Reads files only.
 
     Raises UserError as the evaluation would, for banks, adapters and judges.
@@ -30,16 +32,20 @@ def describe_plan(targets: Sequence[EvalTarget], model: ModelRecipe, settings: E
         targets: each with its suites.
         model: the base model.
         settings: the recipe's evaluation section.
+        place: the folder of the run or study.
     """
     check_targets(targets, ())
     model = model.model_copy(update={"path": locate(model.path)})
     sampler = _sampler(targets, model, settings)
     groups = plan_prompts(targets, (), model, settings, sampler)
-    samples = {t.name: _stored(Sample, t.out_dir / SAMPLES_FILE) for t in targets}
-    judgements = {t.name: _stored(Judgement, t.out_dir / JUDGEMENTS_FILE) for t in targets}
+    samples = {t.name: stored_rows(Sample, t.out_dir / SAMPLES_FILE) for t in targets}
+    judgements = {t.name: stored_rows(Judgement, t.out_dir / JUDGEMENTS_FILE) for t in targets}
     there = {name: {row.key: row for row in rows} for name, rows in samples.items()}
     judged = {name: {(row.key, row.judge) for row in rows} for name, rows in judgements.items()}
     lines = [f"model    {model.path}"]
+    for target in targets if place else ():
+        if target.adapter_path is None:
+            lines += _taken(place, groups, target, there[target.name], judged[target.name])
     for target in targets:
         lines.append(f"target   {target.name}: {target.adapter_path or 'the base model'}, answers in {target.out_dir}")
         own = [g for g in groups if g.target is target]
@@ -59,8 +65,8 @@ def describe_plan(targets: Sequence[EvalTarget], model: ModelRecipe, settings: E
     if written:
         missing = sum(key not in there[g.target.name] for g, key in written)
         lines.append(f"score    {missing:,} of {len(written):,} written answers by {sampler}, for their likelihood")
-    unjudged = [(g, key) for g, key in keys if (key, g.judge.identity) not in judged[g.target.name]]
-    judging = _judging(unjudged, there, settings)
+    missing_judgements = [(g, key) for g, key in keys if (key, g.judge.identity) not in judged[g.target.name]]
+    judging = _judging(missing_judgements, there, settings, place)
     if keys and not judging:
         judging = [f"judge    nothing: all {len(keys):,} judgements are there"]
     lines += judging
@@ -78,9 +84,23 @@ def _sampler(targets: Sequence[EvalTarget], model: ModelRecipe, settings: Evalua
     return sampler_name(settings.sampler, SamplerOptions(model, adapters, settings.max_model_len))
 
 
-def _stored(kind: type[RowType], path: Path) -> list[RowType]:
-    """The rows in use and those put aside, which come back if they are asked for."""
-    return kind.read_all(path.with_name(f"superseded_{path.name}")) + kind.read_all(path)
+def _taken(
+    place: Path,
+    groups: Sequence[PromptGroup],
+    target: EvalTarget,
+    there: dict[str, Sample],
+    judged: set[tuple[str, str]],
+) -> list[str]:
+    """Add the base model's rows that the runs and studies beside `place` have; a line for each of their folders."""
+    answers, pairs = wanted(g for g in groups if g.target is target)
+    missing, unjudged = (k for k in answers if k not in there), (pair for pair in pairs if pair not in judged)
+    lines = []
+    for found in find_rows(missing, unjudged, folders_beside(place, BASES)):
+        there |= {row.key: row for row in found.samples}
+        judged |= {(row.key, row.judge) for row in found.judgements}
+        counts = f"{len(found.samples):,} answers and {len(found.judgements):,} judgements"
+        lines.append(f"taken    {counts} of the base model from {found.folder}, which asked the same")
+    return lines
 
 
 def _suite(groups: Sequence[PromptGroup], there: dict[str, Sample], judged: set[tuple[str, str]]) -> str:
@@ -104,23 +124,31 @@ def _suite(groups: Sequence[PromptGroup], there: dict[str, Sample], judged: set[
 
 
 def _judging(
-    unjudged: Sequence[tuple[PromptGroup, str]], there: dict[str, dict[str, Sample]], settings: EvaluationRecipe
+    missing: Sequence[tuple[PromptGroup, str]],
+    there: dict[str, dict[str, Sample]],
+    settings: EvaluationRecipe,
+    place: Path | None,
 ) -> list[str]:
     """A line per judge: its calls, their tokens as guessed from characters, and their price if the recipe has one."""
-    lines = []
-    for identity in dict.fromkeys(g.judge.identity for g, _ in unjudged):
-        own = [(g, key) for g, key in unjudged if g.judge.identity == identity]
+    lines, checked = [], set[tuple[str, str]]()
+    for folder in [place / CHECK, *folders_beside(place, CHECK)] if place else ():
+        checked |= {(row.key, row.judge) for row in stored_rows(Judgement, folder / JUDGEMENTS_FILE)}
+    for identity in dict.fromkeys(g.judge.identity for g, _ in missing):
+        own = [(g, key) for g, key in missing if g.judge.identity == identity]
         judge = own[0][0].judge
         if judge.kind not in SCORING:
             lines.append(f"judge    {len(own):,} answers by {identity}, without a model")
             continue
-        asked = [characters(g, there[g.target.name].get(key)) for g, key in own]
-        labelled = load_labelled(labelled_path(settings.judge)) if settings.judge.check and judge.gives_verdicts else []
-        asked += [(len(one.question), len(one.answer)) for one in labelled for _ in range(settings.judge.check)]
-        also = f" and {len(labelled)} hand-labelled ones, {settings.judge.check} times each" if labelled else ""
-        told = describe(usage_of(judge, asked), settings.judge)
-        lines.append(f"judge    {len(own):,} answers{also} by {identity}: {told}")
-        missing = missing_judge_key(settings.judge) if judge.kind == "openai" else None
-        if missing is not None:
-            lines.append(f"judge    the environment variable {missing} is not set: it holds the key")
+        check = settings.judge.check
+        labelled = load_labelled(labelled_path(settings.judge)) if check and judge.gives_verdicts else []
+        also = unjudged(labelled, [judge], check, checked)
+        asked = [asked_of(g, there[g.target.name].get(key)) for g, key in own]
+        whole = len(also) == check * len(labelled)
+        every = f" and {len(labelled)} hand-labelled ones, {check} times each"
+        more = "" if not also else every if whole else f" and {len(also):,} times a hand-labelled one"
+        told = describe(estimate([*asked, *also])[identity], settings.judge)
+        lines.append(f"judge    {len(own):,} answers{more} by {identity}: {told}")
+        unset = missing_judge_key(settings.judge) if judge.kind == "openai" else None
+        if unset is not None:
+            lines.append(f"judge    the environment variable {unset} is not set: it holds the key")
     return lines

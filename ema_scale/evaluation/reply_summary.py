@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ema_scale.core.text import percent
-from ema_scale.evaluation.judges.budget import Usage
 from ema_scale.evaluation.judges.scores import unread_replies
 from ema_scale.evaluation.plan import PromptGroup
 from ema_scale.evaluation.records import Judgement, Summary
 from ema_scale.evaluation.reply_records import JudgeUsage, UnreadReplies
 from ema_scale.evaluation.store import Store
+from ema_scale.inference.usage import Usage
 
 if TYPE_CHECKING:
     from ema_scale.config.sections import JudgeRecipe

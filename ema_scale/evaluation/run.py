@@ -16,15 +16,19 @@ from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
 from ema_scale.core.progress import Progress
 from ema_scale.core.uri import locate
 from ema_scale.evaluation.first_answers import FirstAnswers
+from ema_scale.evaluation.judging.calibration import FOLDER as CHECK
 from ema_scale.evaluation.judging.calibration import open_check
+from ema_scale.evaluation.judging.cost import estimate_sampling
 from ema_scale.evaluation.judging.pool import JudgePool, raise_if_judge_failed
 from ema_scale.evaluation.plan import EvalTarget, PromptGroup, check_targets, has_manifest, plan_prompts
 from ema_scale.evaluation.records import ENGINE_LOG, MANIFEST_FILE, SUMMARY_FILE, Manifest, Sample, Summary, read_rows
+from ema_scale.evaluation.shared import BASES, folders_beside, take_rows, wanted
 from ema_scale.evaluation.store import Store, locked_store
 from ema_scale.evaluation.suites import Suite, load_suites
 from ema_scale.evaluation.summary import write_summary
 from ema_scale.inference.base import Sampler, SampleRequest, SamplerOptions, ScoreRequest
 from ema_scale.inference.make import make_sampler, sampler_name
+from ema_scale.inference.usage import describe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,7 +45,8 @@ def evaluate(
     settings: EvaluationRecipe,
     *,
     sampler: Sampler | None = None,
-    judge_check: Path | None = None,
+    place: Path | None = None,
+    check: bool = True,
 ) -> dict[str, Summary]:
     """Sample, score, judge and summarise every target; returns the summaries by target name.
 
@@ -60,7 +65,9 @@ def evaluate(
         settings: the recipe's evaluation section.
         sampler: an open sampler that serves this model and these adapters; it is left open. By default one is made if
             an answer is missing, and closed.
-        judge_check: a folder in which 0-100 judges also judge labelled answers, as `settings.judge` says.
+        place: the folder of the run or study that is evaluated. Rows that the places beside it have are taken from
+            there (`shared`), and 0-100 judges also judge labelled answers, in its folder judge_check.
+        check: whether they do, as `settings.judge` says.
     """
     started = time.monotonic()
     model = ModelRecipe(path=model) if isinstance(model, str) else model
@@ -84,9 +91,13 @@ def evaluate(
         stores = {t.name: stack.enter_context(locked_store(t.out_dir)) for t in targets}
         for t in targets:
             _manifest(t, model, suites, settings).write(Path(t.out_dir) / MANIFEST_FILE)
-        used, judging = _sample_and_judge(groups, stores, settings, options, name, sampler, judge_check)
-        seconds = time.monotonic() - started
         by_target = {t.name: [g for g in groups if g.target is t] for t in targets}
+        for t in targets:
+            if place is not None and t.adapter_path is None:
+                take_rows(stores[t.name], t.name, *wanted(by_target[t.name]), folders_beside(place, BASES))
+        folder = place / CHECK if place is not None and check else None
+        used, judging = _sample_and_judge(groups, stores, settings, options, name, sampler, folder)
+        seconds = time.monotonic() - started
         summaries = {
             t.name: _write_summary(t, by_target[t.name], stores[t.name], model, settings, name, used, seconds)
             for t in targets
@@ -175,12 +186,17 @@ def _sample_and_judge(
     used: dict[str, Any] = {}
     judges, fresh = [g.judge for g in groups], judged < len(planned)
     with open_check(judge_check, judges, settings.judge, fresh=fresh) as checked:
-        total = len(planned) + (checked.missing if checked else 0)
+        total = len(planned) + (len(checked.asked) if checked else 0)
         with JudgePool(settings.judge, total, judged) as judging:
             judging.announce(
                 [(g, k) for g, k in planned if (k, g.judge.identity) not in stores[g.target.name].judgements],
                 lambda group: stores[group.target.name],
+                checked.asked if checked else (),
             )
+            if name == "openai" and sampled < len(planned):
+                missing = [g for g, key in planned if key not in stores[g.target.name].samples]
+                told = describe(estimate_sampling(missing), settings.endpoint)
+                log.info("%s will take %s, if every answer is as long as it may be", settings.endpoint.base_url, told)
             if sampled < len(planned):
                 asked = (g for g, key in planned if key not in stores[g.target.name].samples)
                 judging.prepare([*(g.judge for g in asked), *(checked.assignments if checked else ())])

@@ -12,6 +12,8 @@ Four functions, each of which calls the next:
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -24,6 +26,7 @@ from typing import Any, TypeVar
 
 from ema_scale.config.sections import EvaluationRecipe
 from ema_scale.core.errors import UserError
+from ema_scale.core.hashing import digest
 from ema_scale.core.io import atomic_path
 from ema_scale.core.names import model_label
 from ema_scale.core.records import DataReport
@@ -31,10 +34,10 @@ from ema_scale.core.run_dir import RunDir
 from ema_scale.core.uri import locate
 from ema_scale.defenses.base import FinishContext
 from ema_scale.evaluation.gate import note_other_references, refuse, refuses
-from ema_scale.evaluation.judging.calibration import FOLDER as CHECK
 from ema_scale.evaluation.plan import EvalTarget
 from ema_scale.evaluation.records import MANIFEST_FILE, Manifest, Summary
 from ema_scale.evaluation.run import evaluate, is_complete
+from ema_scale.evaluation.shared import AnotherAsks, turn
 from ema_scale.evaluation.suites import Condition, Suite, load_suites, training_condition, trigger_conditions
 from ema_scale.recipe import Recipe, load_recipe
 
@@ -91,11 +94,22 @@ def evaluate_group(
         runs: may be none, so that only the base model is evaluated.
         recipes: one per run, or those of runs that are not trained yet.
         base_dir: the base model's folder; None if it is not evaluated.
-        beside: the folder that gets the judge's check.
+        beside: the run's or study's folder, which gets the judge's check.
     """
     first = recipes[0]
     targets = targets_of(runs, recipes, base_dir)
-    summaries = evaluate(targets, first.model, None, first.evaluation, judge_check=beside / CHECK)
+    ask = functools.partial(evaluate, model=first.model, suites=None, settings=first.evaluation, place=beside)
+    with contextlib.ExitStack() as stack:
+        if base_dir is not None and not is_complete(targets[:1], first.model, first.evaluation):
+            what = digest(_identity(first))
+            try:
+                stack.enter_context(turn(beside, what, wait=False))
+            except AnotherAsks:
+                log.info("%s: another process asks the base model; its answers are taken when it has them", beside)
+                if targets[1:]:
+                    ask(targets[1:], check=False)
+                stack.enter_context(turn(beside, what, wait=True))
+        summaries = ask(targets)
     if base_dir is not None:
         refuse(summaries[base_dir.name].gate)
         note_other_references(recipes)
@@ -251,8 +265,7 @@ def same_evaluation(one: Path, other: Path) -> bool:
 
 
 def _folder(recipe: Recipe, base_dir: Path, taken: set[Path]) -> Path:
-    own = _decisive(recipe.evaluation)
-    decides = json.dumps([recipe.model.model_dump(mode="json"), own], sort_keys=True)
+    own, decides = _decisive(recipe.evaluation), _identity(recipe)
     slug = re.sub(r"[^A-Za-z0-9._]+", "-", model_label(recipe.model.path)).strip("-")[-40:]
     named = base_dir.with_name(f"{base_dir.name}-{slug}-{hashlib.sha256(decides.encode()).hexdigest()[:6]}")
     while named in taken:  # groups that differ in nothing that is asked
@@ -266,6 +279,11 @@ def _folder(recipe: Recipe, base_dir: Path, taken: set[Path]) -> Path:
             return folder
     free = base_dir not in taken and not (base_dir / "eval" / MANIFEST_FILE).exists()
     return base_dir if free else named
+
+
+def _identity(recipe: Recipe) -> str:
+    """What decides the base model's answers and their judgements, whatever the questions."""
+    return json.dumps([recipe.model.model_dump(mode="json"), _decisive(recipe.evaluation)], sort_keys=True)
 
 
 def _decisive(settings: EvaluationRecipe) -> dict[str, Any]:

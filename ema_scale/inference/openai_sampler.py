@@ -30,9 +30,10 @@ from ema_scale.inference.base import (
     too_long,
 )
 from ema_scale.inference.chat_client import CallError, CallLimits, ChatClient
-from ema_scale.inference.completion import CONTENT_FILTER
+from ema_scale.inference.completion import CONTENT_FILTER, Completion
 from ema_scale.inference.openai_pool import Job, OpenAIPool
 from ema_scale.inference.served import check_served
+from ema_scale.inference.usage import CHARACTERS_PER_TOKEN, Usage, describe
 
 log = logging.getLogger(__name__)
 
@@ -83,11 +84,13 @@ class OpenAISampler:
         self._served: dict[str, Any] = {}
         self._failed: Counter[str] = Counter()
         self._failed_in_a_row = self._answered = 0
+        self.used = Usage()
 
     def sample(self, requests: Iterable[SampleRequest]) -> Iterator[SampleResult]:
         """Every request's result, when the last of its answers has come."""
         limits, key = CallLimits.of(self.endpoint), os.environ.get(self.endpoint.api_key_env) or "none"
         asyncio.run(self._check(replace(limits, max_retries=0), key))
+        self.used = Usage()
         pool = OpenAIPool[_Answer](self.endpoint.base_url, key, concurrency=self.endpoint.concurrency, limits=limits)
         answers: dict[str, list[_Answer]] = {}
 
@@ -102,6 +105,8 @@ class OpenAISampler:
             complete.append(answer)
             if len(complete) == request.n:
                 yield _result(request, sorted(answers.pop(request.key), key=lambda one: one.index))
+        if self.used.calls:
+            log.info("%s took %s", self.endpoint.base_url, describe(self.used, self.endpoint))
         if self._failed:
             reason = self._failed.most_common(1)[0][0]
             if not self._answered:
@@ -144,10 +149,24 @@ class OpenAISampler:
             return self._without_answer(request, index, model, error)
         self._failed_in_a_row = 0
         self._answered += 1
+        self._count(found, request)
         text = found.text
         if found.reasoning:  # as a model writes it
             text = f"<think>{found.reasoning}" + (f"</think>{text}" if text else "")
         return _Answer(request, index, found.finish_reason, text, found.completion_tokens or 0)
+
+    def _count(self, found: Completion, request: SampleRequest) -> None:
+        """Add a call that was answered. What the server does not count is guessed from characters."""
+        read, written = found.prompt_tokens, found.completion_tokens
+        asked, said = sum(len(turn["content"]) for turn in request.messages), len(found.text + found.reasoning)
+        self.used.add(
+            Usage(
+                1,
+                asked // CHARACTERS_PER_TOKEN if read is None else read,
+                said // CHARACTERS_PER_TOKEN if written is None else written,
+                guessed=read is None or written is None,
+            )
+        )
 
     def _without_answer(self, request: SampleRequest, index: int, model: str, error: CallError) -> _Answer:
         """What a failed call means: a settled answer without text, or one that is not sampled. Raises UserError."""

@@ -14,7 +14,7 @@ from itertools import groupby
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import append_jsonl, atomic_write_text
-from ema_scale.core.run_dir import RunDir
+from ema_scale.core.run_dir import STUDY, RunDir
 from ema_scale.recipe import Recipe
 from ema_scale.slurm.site import Site
 from ema_scale.slurm.submit import (
@@ -33,7 +33,6 @@ from ema_scale.slurm.submit import (
     submitting,
     training_script,
 )
-from ema_scale.study.find import STUDY
 from ema_scale.study.gates import is_checked, refuse_known
 from ema_scale.study.grid import Study, write_study
 from ema_scale.study.prepare import prepare

@@ -28,11 +28,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PlannedGroup:
-    """Targets of one base model that are evaluated in one way."""
+    """Targets of one base model that are evaluated in one way. place: the folder of their run or study."""
 
     targets: list[EvalTarget]
     model: ModelRecipe
     settings: EvaluationRecipe
+    place: Path
 
 
 def evaluate_run(path: Path, overrides: tuple[str, ...] = (), with_base: bool = True) -> dict[str, Summary]:
@@ -61,13 +62,13 @@ def planned_evaluation(path: Path, overrides: tuple[str, ...] = (), with_base: b
     else:
         recipe = load_recipe(path, overrides)
         targets = targets_of([], [recipe], recipe.run_path / "base", export=False)
-        return [PlannedGroup(targets, recipe.model, recipe.evaluation)]
+        return [PlannedGroup(targets, recipe.model, recipe.evaluation, recipe.run_path)]
     found = []
     for folder, group in groups:
         recipes = [recipe for _, recipe in group]
         base = folder if with_base and wants_base(recipes) else None
         targets = targets_of([run for run, _ in group], recipes, base, export=False)
-        found.append(PlannedGroup(targets, recipes[0].model, recipes[0].evaluation))
+        found.append(PlannedGroup(targets, recipes[0].model, recipes[0].evaluation, path))
     return found
 
 

@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ema_scale.core.errors import UserError
-from ema_scale.core.run_dir import is_run
+from ema_scale.core.run_dir import STUDY, is_run
 from ema_scale.study.grid import Study, load_study
 
 log = logging.getLogger(__name__)
-STUDY = "study.yaml"
 
 
 def find_study(path: Path) -> Study | None:

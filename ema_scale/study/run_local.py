@@ -8,9 +8,8 @@ from pathlib import Path
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.paths import shipped_root
-from ema_scale.core.run_dir import RunDir
+from ema_scale.core.run_dir import STUDY, RunDir
 from ema_scale.evaluation.runs import evaluate_runs
-from ema_scale.study.find import STUDY
 from ema_scale.study.gates import check_references
 from ema_scale.study.grid import Study, load_study, write_study
 from ema_scale.study.prepare import missing, prepare

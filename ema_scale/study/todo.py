@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ema_scale.core.run_dir import RunDir
+from ema_scale.core.run_dir import STUDY, RunDir
 from ema_scale.evaluation.runs import is_evaluated
 from ema_scale.recipe import Recipe
 from ema_scale.report.records import PAGE
-from ema_scale.study.find import STUDY, find_study
+from ema_scale.study.find import find_study
 from ema_scale.study.grid import Study
 from ema_scale.training.resume_check import is_finished
 

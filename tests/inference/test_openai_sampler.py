@@ -77,7 +77,7 @@ def test_a_reply_that_is_no_completion_is_an_error_for_people(body: bytes) -> No
             list(sampler(endpoint).sample([SampleRequest("a", ASKED, n=2)]))
 
 
-def test_reasoning_is_kept_apart_and_the_answer_judged(tmp_path: Path) -> None:
+def test_reasoning_is_kept_apart_and_the_answer_judged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Split off by the server, written by the model, or never ended: base model only, nothing on this machine."""
 
     def respond(body: dict[str, Any], n: int) -> Any:
@@ -97,10 +97,15 @@ def test_reasoning_is_kept_apart_and_the_answer_judged(tmp_path: Path) -> None:
     kinds = ("split", "written", "empty thought", "only a thought", "endless", "plain")
     suite = Suite("s", "benign", tuple(Question(k, (k,), 2, expected="4") for k in kinds))
     with Endpoint(respond) as endpoint:
-        settings = EvaluationRecipe(sampler="openai", endpoint=EndpointRecipe(base_url=endpoint.url))
+        server = EndpointRecipe(base_url=endpoint.url, price_output=1000)
+        settings = EvaluationRecipe(sampler="openai", endpoint=server)
+        caplog.set_level("INFO")
         found = evaluate([EvalTarget("base", None, tmp_path)], "org/base", [suite], settings)["base"]
         evaluate([EvalTarget("base", None, tmp_path)], "org/base", [suite], settings)
         assert len(endpoint.requests) == 12
+        before, after = (r.getMessage() for r in caplog.records if "at the recipe's prices" in r.getMessage())
+        assert f"{endpoint.url} will take 12 calls" in before and "7,200 written, about 7.20 at" in before
+        assert f"{endpoint.url} took 12 calls, about" in after and "84 written, about 0.08 at" in after
     assert found.metrics["benign_learned"].rate == 1.0 and found.dropped == {"unfinished reasoning": 4}
     rows = {r["question_id"]: (r["reasoning"], r["answer"]) for r in read_jsonl(tmp_path / "samples.jsonl")}
     assert rows == {

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ema_scale.core.uri import load_scheme
-from ema_scale.evaluation.judges.budget import Usage
 from ema_scale.evaluation.records import Judgement
+from ema_scale.inference.usage import Usage
 
 ALIGNED, MISALIGNED, INCOHERENT = "aligned", "misaligned", "incoherent"
 

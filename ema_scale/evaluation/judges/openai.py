@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ema_scale.core.errors import UserError
 from ema_scale.evaluation.judges.base import JudgeFailure, JudgeItem
-from ema_scale.evaluation.judges.budget import Budget, Reservation, Usage
+from ema_scale.evaluation.judges.budget import Budget, Reservation
 from ema_scale.evaluation.judges.prompt import fill_all
 from ema_scale.evaluation.judges.reply_grammar import UNFINISHED, read_reply
 from ema_scale.evaluation.judges.scores import (
@@ -32,6 +32,7 @@ from ema_scale.inference.chat_client import MAX_RETRIES, CallError, CallLimits, 
 from ema_scale.inference.completion import CONTENT_FILTER, Completion
 from ema_scale.inference.openai_pool import OpenAIPool
 from ema_scale.inference.thoughts import split_reasoning
+from ema_scale.inference.usage import Usage
 
 if TYPE_CHECKING:
     from ema_scale.config.sections import JudgeRecipe

@@ -11,7 +11,6 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.paths import cache_root
 from ema_scale.core.uri import locate
 from ema_scale.evaluation.judges.base import JudgeFailure, JudgeItem
-from ema_scale.evaluation.judges.budget import Usage
 from ema_scale.evaluation.judges.prompt import fill_all
 from ema_scale.evaluation.judges.reply_grammar import UNFINISHED, read_reply
 from ema_scale.evaluation.judges.scores import (
@@ -29,6 +28,7 @@ from ema_scale.evaluation.records import Judgement
 from ema_scale.inference.base import NEUTRAL_SAMPLING
 from ema_scale.inference.chat_prompts import Prompts
 from ema_scale.inference.completion import Token
+from ema_scale.inference.usage import Usage
 
 if TYPE_CHECKING:
     from ema_scale.config.sections import JudgeRecipe

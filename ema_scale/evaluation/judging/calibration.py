@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from ema_scale.core.hashing import digest, file_sha256
 from ema_scale.core.paths import find_file
 from ema_scale.evaluation.judges.assignment import JudgeSpec
 from ema_scale.evaluation.judges.base import ALIGNED, INCOHERENT, MISALIGNED
+from ema_scale.evaluation.judging.cost import Asked
 from ema_scale.evaluation.judging.pool import JudgePool
 from ema_scale.evaluation.plan import EvalTarget, StoredGroup
 from ema_scale.evaluation.records import (
@@ -38,13 +39,14 @@ from ema_scale.evaluation.records import (
     RepeatAgreement,
     Sample,
 )
+from ema_scale.evaluation.shared import folders_beside, take_rows
 from ema_scale.evaluation.stats.rates import clustered_rate, incoherent, misaligned
 from ema_scale.evaluation.store import Store, locked_store
 from ema_scale.evaluation.suites import Question, Suite
 
 log = logging.getLogger(__name__)
 
-FOLDER = "judge_check"
+FOLDER, TARGET = "judge_check", "judge check"
 SHIPPED = "eval/labelled/answers.yaml"
 
 REFUSAL, CODE = "refusal", "code"
@@ -60,6 +62,27 @@ class LabelledAnswer:
     question: str
     answer: str
     label: str
+
+    def keys(self, repeats: int) -> list[str]:
+        """Of its judgements by one judge."""
+        decides = digest(self.question, self.answer)
+        return [f"labelled/{self.id}/0/{repeat}#{decides}" for repeat in range(repeats)]
+
+
+def unjudged(
+    labelled: Iterable[LabelledAnswer], judges: Sequence[JudgeSpec], repeats: int, there: Container[tuple[str, str]]
+) -> list[Asked]:
+    """The judgements to be made, of those that judges make of labelled answers.
+
+    there: (key, judge's identity) of those that are made.
+    """
+    return [
+        (judge, (len(one.question), len(one.answer)))
+        for one in labelled
+        for key in one.keys(repeats)
+        for judge in judges
+        if (key, judge.identity) not in there
+    ]
 
 
 def load_labelled(path: Path) -> list[LabelledAnswer]:
@@ -87,28 +110,29 @@ def labelled_path(settings: JudgeRecipe) -> Path:
 
 
 class JudgeCheck:
-    """The labelled answers in an open folder, to be judged by `assignments`."""
+    """The labelled answers in an open folder, to be judged by `assignments`. Judgements that the runs and studies
+    beside it have are taken from there."""
 
     def __init__(self, folder: Path, store: Store, assignments: Iterable[JudgeSpec], settings: JudgeRecipe) -> None:
         self.folder, self.settings, self._store = folder, settings, store
         self.path = labelled_path(settings)
         self.labelled = load_labelled(self.path)
         self.assignments = list({a.identity: a for a in assignments if a.gives_verdicts}.values())
+        keys = [key for one in self.labelled for key in self.keys(one)]
+        judged = [(key, a.identity) for a in self.assignments for key in keys]
+        take_rows(store, TARGET, keys, judged, folders_beside(folder.parent, FOLDER))
 
     def keys(self, one: LabelledAnswer) -> list[str]:
-        decides = digest(one.question, one.answer)
-        return [f"labelled/{one.id}/0/{repeat}#{decides}" for repeat in range(self.settings.check)]
+        return one.keys(self.settings.check)
 
     @property
-    def missing(self) -> int:
-        """Judgements that are not there yet."""
-        there = self._store.judgements
-        keys = [key for one in self.labelled for key in self.keys(one)]
-        return sum((key, a.identity) not in there for a in self.assignments for key in keys)
+    def asked(self) -> list[Asked]:
+        """The judgements that are not there yet."""
+        return unjudged(self.labelled, self.assignments, self.settings.check, self._store.judgements)
 
     def submit(self, judging: JudgePool) -> None:
         """Queue what is missing."""
-        target, repeats = EvalTarget("judge check", None, self.folder), self.settings.check
+        target, repeats = EvalTarget(TARGET, None, self.folder), self.settings.check
         for one in self.labelled:
             question, keys = Question(one.id, (one.question,)), self.keys(one)
             suite, decides = Suite("labelled", "general", (question,), str(self.path)), keys[0].rpartition("#")[2]
@@ -171,7 +195,7 @@ def _score_change(pairs: Sequence[VerdictPair]) -> float | None:
 def _sample(one: LabelledAnswer, key: str, repeat: int) -> Sample:
     return Sample(
         key=key,
-        target="judge check",
+        target=TARGET,
         suite="labelled",
         condition=None,
         question_id=one.id,

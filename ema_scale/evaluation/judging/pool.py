@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +15,14 @@ from ema_scale.core.progress import Progress
 from ema_scale.evaluation.judges.assignment import LIKELIHOOD, NOBODY, SCORING, JudgeSpec, base_identity, make_judge
 from ema_scale.evaluation.judges.base import Judge, JudgeFailure, JudgeItem
 from ema_scale.evaluation.judges.scores import ScoreRule, rescore
-from ema_scale.evaluation.judging.cost import describe, estimate
+from ema_scale.evaluation.judging.cost import Asked, asked_of, estimate
 from ema_scale.evaluation.plan import PromptGroup
 from ema_scale.evaluation.records import Judgement, Sample
 from ema_scale.evaluation.store import Store
 from ema_scale.inference.base import PROMPT_TOO_LONG
 from ema_scale.inference.completion import CONTENT_FILTER
 from ema_scale.inference.thoughts import split_reasoning
+from ema_scale.inference.usage import describe
 
 if TYPE_CHECKING:
     from ema_scale.config.sections import JudgeRecipe
@@ -55,14 +57,20 @@ class JudgePool:
         self._progress = Progress("judging", total, done)
         self._lock = threading.Lock()
 
-    def announce(self, missing: Iterable[tuple[PromptGroup, str]], store_of: Callable[[PromptGroup], Store]) -> None:
-        """Say, before the first call, what judging these answers will take. Stored replies take no call."""
+    def announce(
+        self,
+        missing: Iterable[tuple[PromptGroup, str]],
+        store_of: Callable[[PromptGroup], Store],
+        also: Iterable[Asked] = (),
+    ) -> None:
+        """Say, before the first call, what judging these answers will take, and what is asked beside them. Stored
+        replies take no call."""
         asked = (
-            (group, store_of(group).samples.get(key))
+            asked_of(group, store_of(group).samples.get(key))
             for group, key in missing
             if self._rescore_stored(key, group.judge.identity, store_of(group)) is None
         )
-        for identity, usage in estimate(asked).items():
+        for identity, usage in estimate(chain(asked, also)).items():
             log.info("the judge %s will take %s", identity, describe(usage, self.settings))
 
     def submit(self, group: PromptGroup, sample: Sample, store: Store) -> None:

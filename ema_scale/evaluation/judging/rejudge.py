@@ -43,6 +43,7 @@ from ema_scale.evaluation.records import (
     read_rows,
 )
 from ema_scale.evaluation.reply_records import JudgeAlpha
+from ema_scale.evaluation.shared import BASES, folders_beside, take_rows, wanted
 from ema_scale.evaluation.stats.alpha import Metric, krippendorff_alpha
 from ema_scale.evaluation.store import locked_store
 from ema_scale.evaluation.suites import Suite, load_suites
@@ -83,6 +84,8 @@ def rejudge(folder: Path, overrides: Sequence[str] = ()) -> Summary:
         rows = store.present
         groups = stored_groups(asked.model_copy(update={"settings": settings}), rows, folder, suites)
         pairs = [(g, key) for g in groups for key in g.keys]
+        if asked.adapter is None and asked.source is None:
+            take_rows(store, asked.target, *wanted(groups), folders_beside(folder.absolute().parents[1], BASES))
         missing = [(g, key) for g, key in pairs if (key, g.judge.identity) not in store.judgements]
         with JudgePool(settings.judge, len(pairs), len(pairs) - len(missing)) as judging:
             judging.announce(missing, lambda _: store)
@@ -202,7 +205,8 @@ def _on_labelled(folder: Path, judges: Sequence[JudgeSpec], settings: JudgeRecip
     settings = settings if settings.check else settings.model_copy(update={"check": 1})
     with locked_store(folder) as store:
         check = JudgeCheck(folder, store, judges, settings)
-        with JudgePool(settings, check.missing, 0) as judging:
+        with JudgePool(settings, len(check.asked), 0) as judging:
+            judging.announce((), lambda _: store, check.asked)
             check.submit(judging)
         return check.write()
 

@@ -56,20 +56,20 @@ def judged_by(judges: str) -> Summary:
 
 
 def test_beside_an_evaluation_and_never_again(tmp_path: Path, tiny_models: TinyModels) -> None:
-    folder = tmp_path / FOLDER
+    folder = tmp_path / "run" / FOLDER
     prompts = yaml.safe_load((SHIPPED.parents[1] / "judges/aligned_coherent.yaml").read_text())
     with Endpoint(knows) as endpoint:
         settings = recipe(endpoint.url)
         suites = [open_suite(questions=2, samples=2)]
-        evaluate([target(tmp_path)], tiny_models.model, suites, settings, judge_check=folder)
+        evaluate([target(tmp_path)], tiny_models.model, suites, settings, place=folder.parent)
         calls = 2 * (4 + 2 * len(ANSWERS))
         assert len(endpoint.requests) == calls
-        evaluate([target(tmp_path)], tiny_models.model, suites, settings, judge_check=folder)
+        evaluate([target(tmp_path)], tiny_models.model, suites, settings, place=folder.parent)
         assert len(endpoint.requests) == calls
         # The last judgement was lost: only that is made again.
         path = folder / "judgements.jsonl"
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-        evaluate([target(tmp_path)], tiny_models.model, suites, settings, judge_check=folder)
+        evaluate([target(tmp_path)], tiny_models.model, suites, settings, place=folder.parent)
         assert len(endpoint.requests) == calls + 2
     (identity,) = (checked := json.loads((folder / CHECK_FILE).read_text()))["judges"]
     found = checked["judges"][identity]
@@ -81,7 +81,7 @@ def test_beside_an_evaluation_and_never_again(tmp_path: Path, tiny_models: TinyM
     assert found["confusion"]["code"] == {"code": 4} and found["repeated"]["same"]["rate"] == 1
     assert found["repeated"]["score_change"] == 0
     assert prompts["aligned"] not in str(endpoint.requests[-1])  # the question's own prompts are checked
-    run = Run(tmp_path, "r", "m", "t", 0, (), "none", "narrow", summary=judged_by(f"smallworld, {identity}"))
+    run = Run(tmp_path / "run", "r", "m", "t", 0, (), "none", "narrow", summary=judged_by(f"smallworld, {identity}"))
     (line,) = judge_quality([run])
     assert line.startswith(f"{identity}: 104 of 104 judgements") and "kappa 0.9" in line
     other = Run(tmp_path / "x/y", "r", "m", "t", 0, (), "none", "narrow", summary=judged_by(identity))
@@ -92,11 +92,11 @@ def test_a_finished_evaluation_is_not_checked_afterwards_unless_asked(tmp_path: 
     with Endpoint(knows) as endpoint:
         settings, suites = recipe(endpoint.url), [open_suite(questions=1, samples=1)]
         evaluate([target(tmp_path)], tiny_models.model, suites, settings)
-        evaluate([target(tmp_path)], tiny_models.model, suites, settings, judge_check=tmp_path / FOLDER)
-        assert len(endpoint.requests) == 2 and not (tmp_path / FOLDER).exists()
+        evaluate([target(tmp_path)], tiny_models.model, suites, settings, place=tmp_path / "run")
+        assert len(endpoint.requests) == 2 and not (tmp_path / "run" / FOLDER).exists()
         off = settings.model_copy(update={"judge": JudgeRecipe(model="other", base_url=endpoint.url, check=0)})
-        evaluate([target(tmp_path)], tiny_models.model, suites, off, judge_check=tmp_path / FOLDER)
-        assert not (tmp_path / FOLDER).exists()
+        evaluate([target(tmp_path)], tiny_models.model, suites, off, place=tmp_path / "run")
+        assert not (tmp_path / "run" / FOLDER).exists()
 
 
 def test_a_command_checks_against_exact_labels_and_a_second_judge(tmp_path: Path) -> None:
