@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib.util
 import logging
 import os
 import socket
@@ -91,6 +92,8 @@ def prepare_environment(deepspeed: str | None = None, fsdp: bool = False) -> Non
 
         unset_hf_deepspeed_config()
         return
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError("training.deepspeed: DeepSpeed is not installed; run: pip install 'ema-scale[deepspeed]'")
     if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):
         raise UserError(
             "DeepSpeed was launched with use_cpu: Accelerate would run DDP instead; leave use_cpu out of the "

@@ -29,6 +29,13 @@ def test_use_cpu_with_deepspeed_would_be_ddp(monkeypatch):
         prepare_environment()
 
 
+def test_deepspeed_is_an_extra_that_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr("ema_scale.training.distributed.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"training.deepspeed: .*pip install 'ema-scale\[deepspeed\]'"):
+        prepare_environment()
+
+
 def test_fsdp_on_one_process_would_shard_nothing(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="FSDP was asked for on one process"):
