@@ -43,8 +43,8 @@ def describe_plan(
     there = {name: {row.key: row for row in rows} for name, rows in samples.items()}
     judged = {name: {(row.key, row.judge) for row in rows} for name, rows in judgements.items()}
     lines = [f"model    {model.path}"]
-    for target in targets if place else ():
-        if target.adapter_path is None:
+    for target in targets:
+        if place is not None and target.adapter_path is None:
             lines += _taken(place, groups, target, there[target.name], judged[target.name])
     for target in targets:
         lines.append(f"target   {target.name}: {target.adapter_path or 'the base model'}, answers in {target.out_dir}")
@@ -131,7 +131,7 @@ def _judging(
 ) -> list[str]:
     """A line per judge: its calls, their tokens as guessed from characters, and their price if the recipe has one."""
     lines, checked = [], set[tuple[str, str]]()
-    for folder in [place / CHECK, *folders_beside(place, CHECK)] if place else ():
+    for folder in [] if place is None else [place / CHECK, *folders_beside(place, CHECK)]:
         checked |= {(row.key, row.judge) for row in stored_rows(Judgement, folder / JUDGEMENTS_FILE)}
     for identity in dict.fromkeys(g.judge.identity for g, _ in missing):
         own = [(g, key) for g, key in missing if g.judge.identity == identity]
