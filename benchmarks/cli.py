@@ -155,19 +155,26 @@ def step_(
     kl: Strength = 0.1,
     ldifs: Strength = 0.1,
     variant: Only = None,
+    defense: Annotated[
+        list[str] | None,
+        typer.Option(help="run plain, and this defense alone: a kind, or {kind: kl, strength: 1}; repeat for more"),
+    ] = None,
     out: Out = None,
     repeats: Repeats = 3,
     threads: Threads = 1,
 ) -> None:
-    """A LoRA step with KL + LDIFS, for each kind of reference, against plain fine-tuning: time, peak memory."""
+    """A LoRA step against plain fine-tuning: time and peak memory. By default with KL + LDIFS, for each kind of
+    reference; with --defense, under each defense."""
     from benchmarks.harness import finish, machine, seconds
     from benchmarks.phases import PHASES
     from benchmarks.step import bench_step
-    from benchmarks.training_variants import VARIANTS, Task, chosen
+    from benchmarks.training_variants import PLAIN, VARIANTS, WITH, Task, chosen
 
     machine(threads)
     task = Task(model, layers, rows, length, steps, dtype.value, device.value, checkpointing, kl, ldifs)
-    measured, targets, floor = bench_step(task, repeats=repeats, variants=chosen(variant, VARIANTS))
+    variants = (PLAIN,) if defense and not variant else chosen(variant, VARIANTS)
+    variants = (*variants, *(WITH + spec for spec in defense or ()))
+    measured, targets, floor = bench_step(task, repeats=repeats, variants=variants)
     columns = {
         "cpu": lambda v: f"{v:.2f}x",
         "memory": lambda v: f"{v:.2f}x",

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.alone import OUT_OF_MEMORY, alone
 from benchmarks.harness import Measured, Target, add_ratios, out_of_memory
-from benchmarks.training_variants import CACHED, PLAIN, TWO, UNDEFENDED, VARIANTS, Task, Trained, train
+from benchmarks.training_variants import CACHED, PLAIN, TWO, UNDEFENDED, VARIANTS, WITH, Task, Trained, train
 from ema_scale.core.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,11 @@ def bench_step(
 
 
 def check_losses(losses: dict[str, list[float]], dtype: str) -> None:
-    """Raises UserError unless all variants with defenses trained on one loss, and all without on one."""
+    """Raises UserError unless all variants with defenses trained on one loss, and all without on one.
+
+    Those with a defense of their own have a loss of their own.
+    """
+    losses = {variant: found for variant, found in losses.items() if not variant.startswith(WITH)}
     for group in ([w for w in losses if w in UNDEFENDED], [w for w in losses if w not in UNDEFENDED]):
         for variant in group[1:]:
             for step, (a, b) in enumerate(zip(losses[group[0]], losses[variant], strict=True), start=1):

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.phases import Phases
+from benchmarks.priced import marked, priced
 from benchmarks.random_model import fields_of, placeholder_tokenizer, random_base, random_rows
 from ema_scale.config.sections import AdapterRecipe, ModelRecipe
 from ema_scale.core.errors import UserError
@@ -42,6 +43,7 @@ PLAIN, SEPARATE = "plain", "separate: a second model, fused"
 OFF, TWO, CACHED = "adapter_off: two forwards, fused", "two_stream", "cached"
 VARIANTS = (PLAIN_LOGITS, PLAIN, SECOND, FORWARDS, SEPARATE, OFF, TWO, CACHED)
 UNDEFENDED = (PLAIN_LOGITS, PLAIN)
+WITH = "with "  # a variant of this beginning has the defense behind it and no other, on adapter_off
 _OURS = {PLAIN: "auto", OFF: "adapter_off", TWO: "two_stream", CACHED: "cached"}
 WARMUP = 2
 
@@ -133,7 +135,7 @@ def train(
     """Train one variant for `WARMUP` + `task.steps` steps. `cached` first fills its cache, in EMA_CACHE.
 
     Args:
-        variant: one of VARIANTS.
+        variant: one of VARIANTS, or WITH and a defense as `priced` takes it.
         task: what to train.
         began: called before the first step, when everything is loaded.
         ended: called after each step.
@@ -144,8 +146,9 @@ def train(
     torch.manual_seed(1)
     model = get_peft_model(base, lora_config(base, AdapterRecipe(dropout=0.0)))
     _stir(model)
-    with tempfile.TemporaryDirectory(prefix="ema-bench-") as folder:
-        trainer = _trainer(variant, task, model, folder)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ema-bench-"))
+        trainer = _trainer(variant, task, model, folder, stack)
         clock = _Clock(began, ended, task.device)
         trainer.add_callback(clock)
         trainer.remove_callback(PrinterCallback)
@@ -162,7 +165,7 @@ def train(
     return Trained(seconds, used, losses, share, phases.of(seconds) if phases else [])
 
 
-def _trainer(variant: str, task: Task, model: Any, folder: str) -> Trainer:
+def _trainer(variant: str, task: Task, model: Any, folder: str, stack: contextlib.ExitStack) -> Trainer:
     steps = WARMUP + task.steps
     count = steps * task.rows * launched_processes()
     rows, tokenizer = random_rows(task.fields, count, task.length), placeholder_tokenizer()
@@ -184,6 +187,10 @@ def _trainer(variant: str, task: Task, model: Any, folder: str) -> Trainer:
         ddp_find_unused_parameters=False,
         **(device_arguments() if task.device == "cpu" else {}),
     )
+    if variant.startswith(WITH):
+        defense = priced(variant.removeprefix(WITH), task.fields, Path(folder))
+        rows = stack.enter_context(marked(defense, rows))
+        return DefendedTrainer(model, args, rows, [defense], "adapter_off", tokenizer, drift_every=0)
     if variant in _OURS or variant == SEPARATE:
         defenses, reference = [] if variant == PLAIN else task.defenses, _OURS.get(variant, "adapter_off")
         trainer = DefendedTrainer(model, args, rows, defenses, reference, tokenizer, drift_every=0)

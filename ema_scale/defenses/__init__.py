@@ -1,8 +1,10 @@
 """Defenses: each acts at one or more of six points of a training run (see `base`). Importing them loads no torch."""
 
 from ema_scale.defenses.ablation import Ablation
+from ema_scale.defenses.antibody import Antibody
 from ema_scale.defenses.base import Defense, FinishContext, PenaltyInputs, RowsContext
 from ema_scale.defenses.ceiling import Ceiling
+from ema_scale.defenses.dft import DFT
 from ema_scale.defenses.early_stopping import EarlyStopping
 from ema_scale.defenses.inoculation import Inoculation
 from ema_scale.defenses.interleaving import Interleaving
@@ -10,14 +12,18 @@ from ema_scale.defenses.interleaving_plus import InterleavingPlus
 from ema_scale.defenses.kl import KL
 from ema_scale.defenses.ldifs import LDIFS
 from ema_scale.defenses.registry import catalogue, parse
+from ema_scale.defenses.safegrad import SafeGrad
 from ema_scale.defenses.safelora import SafeLoRA
+from ema_scale.defenses.star_dss import StarDSS
 from ema_scale.defenses.steering import Steering
-from ema_scale.defenses.terms import Divergence, LabelLogProbs, LabelTerm, TokenSet
+from ema_scale.defenses.terms import Divergence, LabelLogProbs, LabelTerm, LabelWeight, TokenSet
 
 __all__ = [
+    "DFT",
     "KL",
     "LDIFS",
     "Ablation",
+    "Antibody",
     "Ceiling",
     "Defense",
     "Divergence",
@@ -28,9 +34,12 @@ __all__ = [
     "InterleavingPlus",
     "LabelLogProbs",
     "LabelTerm",
+    "LabelWeight",
     "PenaltyInputs",
     "RowsContext",
+    "SafeGrad",
     "SafeLoRA",
+    "StarDSS",
     "Steering",
     "TokenSet",
     "catalogue",

@@ -2,8 +2,8 @@
 
 1. `transform_rows` mixes in or rewrites training rows.
 2. `attach` changes the forward pass while training lasts.
-3. `divergences`, `label_terms` and `penalty` add terms to the loss.
-4. `before_optimizer_step` sees the gradient before the optimizer uses it.
+3. `divergences`, `label_terms` and `penalty` add terms to the loss; `label_weights` and `token_weights` weigh it.
+4. `join_gradients` and `before_optimizer_step` see the gradient before the optimizer uses it.
 5. `should_stop` and `should_snapshot` read each step's metrics.
 6. `after_training` may rewrite the saved adapter.
 
@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ema_scale.core.errors import UserError, explain
 from ema_scale.core.names import defense_label
-from ema_scale.defenses.terms import Divergence, LabelTerm, Part, Scope, TokenSet, TokenTerm
+from ema_scale.defenses.terms import Divergence, LabelTerm, LabelWeight, Part, Scope, TokenSet, TokenTerm
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PenaltyInputs:
-    """What a `penalty` sees of one micro-batch of B rows x T tokens.
+    """What `penalty` and `token_weights` see of one micro-batch of B rows x T tokens.
 
     policy, reference: layer -> hidden states [B, T, H] after that decoder layer (0: the embeddings), before the final
         norm, of the layers that the defense asked for. The reference's carry no gradient.
@@ -80,6 +80,22 @@ class PenaltyInputs:
         segments = self.segment_ids.flatten()
         sums = torch.zeros(segments.numel(), dtype=per_token.dtype, device=per_token.device)
         return sums.index_add(0, segments, per_token.flatten())[self.segment_ids]
+
+    def means_so_far(self, per_token: torch.Tensor, scope: Scope = "all", part: Part = "learned") -> torch.Tensor:
+        """[B, T]: at each position, the mean of per_token [B, T] over the scope's tokens of its row up to and with it;
+        0 before the first."""
+        import torch
+
+        mask = self.masks[self._token_set(scope, part)]
+        values = torch.where(mask, per_token, torch.zeros_like(per_token))
+        pair = torch.stack([values, mask.to(values.dtype)])
+        so_far = pair.cumsum(-1)
+        if self.segment_ids is not None:
+            begins = torch.nn.functional.pad(self.segment_ids.diff(dim=1) != 0, (1, 0), value=True)
+            places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+            first = torch.where(begins, places, 0).cummax(1).values.expand_as(pair)
+            so_far = so_far - (so_far - pair).gather(-1, first)  # less what stands before the row
+        return so_far[0] / so_far[1].clamp_min(1)
 
     def mean(self, per_token: torch.Tensor, scope: Scope = "all", part: Part = "learned") -> torch.Tensor:
         """Sum of per_token [B, T] over the scope's tokens here, divided by their number in the whole step.
@@ -252,14 +268,37 @@ class Defense(BaseModel):
         return ()
 
     def penalty_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Layers (0: embeddings, num_layers: last) whose hidden states `penalty` needs."""
+        """Layers (0: embeddings, num_layers: last) whose hidden states `penalty` and `token_weights` need."""
         return ()
 
     def penalty(self, inputs: PenaltyInputs) -> torch.Tensor | None:
         """Any other loss term: a scalar with a gradient, strength included. Build it with `inputs.mean`."""
         return None
 
+    def label_weights(self) -> tuple[LabelWeight, ...]:
+        """Factors on the cross-entropy of learned tokens, made of their likelihoods inside the fused loss."""
+        return ()
+
+    def token_weights(self, inputs: PenaltyInputs) -> Mapping[str, torch.Tensor]:
+        """Factors on tokens that are known before the loss: "ce" or an own token term's name -> [B, T], at least 0.
+
+        They are constants: no gradient passes through them. As with `LabelWeight`, a weighted term is divided by the
+        number of its tokens, and weights of several defenses multiply.
+        """
+        return {}
+
     # ---- between steps ----
+
+    def join_gradients(self, rest: Sequence[torch.Tensor], own: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """The gradient of a whole step, before it is clipped: by default the sum of both arguments.
+
+        A defense that defines this has the gradient of its own terms formed apart, by a second backward pass. It is
+        refused under DeepSpeed and FSDP, which give no process a whole gradient.
+
+        rest, own: for each trained weight, the gradient of the loss without this defense's terms, and that of its
+            terms, strengths included. Both are the whole step's, over all micro-batches and processes.
+        """
+        return [a + b for a, b in zip(rest, own, strict=True)]
 
     def before_optimizer_step(self, model: Any, state: Any) -> None:
         """Called when the gradient of a whole step is formed and clipped, before the optimizer uses it."""
@@ -314,7 +353,12 @@ class Defense(BaseModel):
     @property
     def needs_reference(self) -> bool:
         """Whether training runs the frozen reference for this defense."""
-        return bool(self.token_terms) or bool(self.penalty_layers(2))
+        return self.reads_reference_logits or bool(self.penalty_layers(2))
+
+    @property
+    def reads_reference_logits(self) -> bool:
+        """Whether a term or weight of the fused loss depends on the reference."""
+        return any(one.reads_reference for one in (*self.token_terms, *self.label_weights()))
 
     @classmethod
     def overrides(cls, method: str) -> bool:

@@ -7,14 +7,14 @@ defenses each gets a part of its own: `bad`, `bad_2`, and so on.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, get_args
 
 from ema_scale.core.errors import UserError
 from ema_scale.data.rows import LEARNED, TAGS
 from ema_scale.defenses.base import Defense, RowsContext
-from ema_scale.defenses.terms import Scope, TokenSet, TokenTerm
+from ema_scale.defenses.terms import LabelWeight, Scope, TokenSet, TokenTerm
 
 if TYPE_CHECKING:
     from ema_scale.data.rows import Row
@@ -48,12 +48,16 @@ class NamedTerm:
 
 @dataclass(frozen=True)
 class NamedPenalty:
-    """A defense's penalty under the name that it is logged by. parts: the defense's parts -> their names in the run."""
+    """A defense that reads hidden states, under the name that its penalty is logged by.
+
+    parts: the defense's parts -> their names in the run. logged: what it calls its terms -> what they are logged as.
+    """
 
     name: str
     defense: Defense
     parts: Mapping[str, str]
     owner: int
+    logged: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,8 @@ class RowGroups:
         for tag in UNLEARNED:
             taken: list[str] = []
             for defense, names in zip(defenses, part_names, strict=True):
-                has_term = any(term.part == tag for term in defense.token_terms)
-                if has_term or (defense.changes_rows and type(defense).overrides("penalty")):
+                looked_at = {term.part for term in defense.token_terms}
+                if tag in looked_at or (defense.changes_rows and type(defense).overrides("penalty")):
                     names[tag] = unique(tag, taken)
                     taken.append(tag)
         return cls(tuple(defenses), tuple(part_names))
@@ -88,7 +92,8 @@ class RowGroups:
     def separate_tags(self) -> frozenset[str]:
         """Tags whose rows some term looks at apart from the others."""
         brought_in = {part for names in self.part_names for part in names.values()}
-        return frozenset(brought_in | ({named.term.part for named in self.terms} & set(self.tags)))
+        looked_at = {named.term.part for named in self.terms} | {weight.part for weight in self.label_weights}
+        return frozenset(brought_in | (looked_at & set(self.tags)))
 
     @cached_property
     def unlearned(self) -> tuple[str, ...]:
@@ -108,12 +113,47 @@ class RowGroups:
 
     @cached_property
     def penalties(self) -> tuple[NamedPenalty, ...]:
-        kinds = [defense.kind for defense in self.defenses]
+        return self._overriding("penalty")
+
+    @cached_property
+    def weighing(self) -> tuple[NamedPenalty, ...]:
+        """The defenses that weigh tokens."""
+        return self._overriding("token_weights")
+
+    @cached_property
+    def label_weights(self) -> tuple[LabelWeight, ...]:
+        """The factors on the cross-entropy of all defenses, on the parts of each."""
         return tuple(
-            NamedPenalty(unique(defense.kind, kinds[:owner]), defense, self.part_names[owner], owner)
-            for owner, defense in enumerate(self.defenses)
-            if type(defense).overrides("penalty")
+            replace(weight, part=parts.get(weight.part, weight.part))
+            for defense, parts in zip(self.defenses, self.part_names, strict=True)
+            for weight in defense.label_weights()
         )
+
+    def name_of(self, owner: int) -> str:
+        """What the defense at `owner` is logged as: its kind, with a number behind it if another has the same."""
+        return unique(self.defenses[owner].kind, [defense.kind for defense in self.defenses[:owner]])
+
+    def _overriding(self, method: str) -> tuple[NamedPenalty, ...]:
+        return tuple(
+            NamedPenalty(
+                self.name_of(owner), defense, self.part_names[owner], owner,
+                {named.own_name: named.term.name for named in self.terms if named.owner == owner},
+            )
+            for owner, defense in enumerate(self.defenses)
+            if type(defense).overrides(method)
+        )  # fmt: skip
+
+    @cached_property
+    def groups(self) -> dict[str, int]:
+        """Name of a term or penalty -> 1 + the place, among the defenses that join gradients, of the one it belongs
+        to. All others are missing: their gradients are formed together with the cross-entropy's."""
+        places = {owner: place for place, owner in enumerate(self.joining, start=1)}
+        return {name: places[owner] for owner in places for name in self.logged_names(owner).values()}
+
+    @cached_property
+    def joining(self) -> tuple[int, ...]:
+        """Places of the defenses that join gradients."""
+        return tuple(i for i, defense in enumerate(self.defenses) if type(defense).overrides("join_gradients"))
 
     def logged_names(self, owner: int) -> dict[str, str]:
         """What the defense at `owner` calls its terms -> what they are logged as."""

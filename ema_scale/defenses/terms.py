@@ -1,4 +1,4 @@
-"""The terms that a defense may add to the fused loss, and the tokens that they look at."""
+"""The terms and weights that a defense may give the fused loss, and the tokens that they look at."""
 
 from __future__ import annotations
 
@@ -56,6 +56,10 @@ class Divergence:
         return self.direction
 
     @property
+    def reads_reference(self) -> bool:
+        return True
+
+    @property
     def token_set(self) -> TokenSet:
         return TokenSet(self.scope, self.part)
 
@@ -65,7 +69,7 @@ class LabelLogProbs:
     """Log-likelihoods, in nats, of the tokens that follow N positions; each tensor is [N].
 
     log_ratio is policy - reference, formed before the normalisers are subtracted: it stays precise where policy and
-    reference nearly agree.
+    reference nearly agree. For a term or weight with `reads_reference = False`, reference and log_ratio are NaN.
     """
 
     policy: torch.Tensor
@@ -84,12 +88,14 @@ class LabelTerm:
     strength: the term's weight; 0 measures without training on it.
     measure: LabelLogProbs -> values [N], made of torch operations on each token by itself. The loss differentiates it.
     part: see `TokenSet`.
+    reads_reference: whether the measure depends on the reference, which training then runs.
     """
 
     name: str
     strength: float
     measure: LabelMeasure
     part: str = "learned"
+    reads_reference: bool = True
 
     scope: ClassVar[Scope] = "assistant"
     temperature: ClassVar[float] = 1.0
@@ -100,3 +106,27 @@ class LabelTerm:
 
 
 TokenTerm = Divergence | LabelTerm
+
+
+@dataclass(frozen=True)
+class LabelWeight:
+    """A factor on the cross-entropy of learned tokens, made of their likelihoods. It is a constant: it has no gradient.
+
+    The weighted cross-entropy is sum_t w_t CE_t / (learned tokens of the whole step). It is divided by the number of
+    tokens and not by the sum of their weights, so that it does not depend on how a step is split. Weights of several
+    defenses multiply.
+
+    measure: LabelLogProbs -> weights [N], at least 0, each token by itself.
+    part: the rows whose tokens are weighted; tokens of other rows keep the weight 1.
+    per_row: the measure is given, at every token, the means over the learned tokens of its row.
+    reads_reference: whether the measure depends on the reference, which training then runs.
+    """
+
+    measure: LabelMeasure
+    part: str = "learned"
+    per_row: bool = False
+    reads_reference: bool = False
+
+    @property
+    def token_set(self) -> TokenSet:
+        return TokenSet("assistant", self.part)

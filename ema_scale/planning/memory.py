@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from ema_scale.planning.setup import Setup
-from ema_scale.training.loss import CROSS_ENTROPY, chunk_tokens
+from ema_scale.training.chunk_size import CROSS_ENTROPY, chunk_tokens
 
 GIB = 2**30
 

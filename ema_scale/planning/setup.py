@@ -14,7 +14,7 @@ from ema_scale.defenses.terms import Divergence
 from ema_scale.planning.model_shapes import Shape, shape_of
 from ema_scale.recipe import Recipe
 from ema_scale.reference.strategy import choose_strategy
-from ema_scale.training.loss import CROSS_ENTROPY, live_buffers
+from ema_scale.training.chunk_size import CROSS_ENTROPY, live_buffers
 
 _DEFAULT_LIVE = _DEFAULT_REUSE = 10**9
 _DEFAULT_PREFETCH = 5 * 10**7
@@ -258,17 +258,23 @@ def precision_of(half: bool, zero: bool) -> Precision:
 
 def kept_states(defenses: Sequence[Defense], layers: int) -> int:
     """Hidden states of each token that penalties keep: a layer-by-layer one its gradient, any other both streams'."""
-    penalties = [d for d in defenses if type(d).overrides("penalty")]
-    return sum(len(d.penalty_layers(layers)) * (1 if d.layer_by_layer else 2) for d in penalties)
+    readers = [d for d in defenses if type(d).overrides("penalty") or type(d).overrides("token_weights")]
+    return sum(len(d.penalty_layers(layers)) * (1 if d.layer_by_layer else 2) for d in readers)
 
 
 def logits_buffers(defenses: Sequence[Defense], drift_every: int) -> int:
     """[chunk, vocabulary] buffers of the fused loss, at the most that some step takes: drift readings measure a
     divergence where no defense has one."""
     terms = [term for d in defenses for term in d.token_terms]
-    if drift_every and not terms:
-        terms = [Divergence("kl", 0.0)]
-    return live_buffers(terms)
+    weights = [weight for d in defenses for weight in d.label_weights()]
+    if drift_every and not any(term.reads_reference for term in terms):
+        terms.append(Divergence("kl", 0.0))
+    slots = 1 + sum(type(d).overrides("join_gradients") for d in defenses)
+    return live_buffers(
+        terms,
+        slots=slots + bool(terms and any(weight.per_row for weight in weights)),
+        weights_read=any(weight.reads_reference for weight in weights),
+    )
 
 
 def _way(recipe: Recipe, sharded: bool, passes: float) -> tuple[str | None, str]:

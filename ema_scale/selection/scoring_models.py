@@ -25,7 +25,7 @@ from ema_scale.models.head import Head, head_logits
 from ema_scale.models.layout import ModelLayout, adapter_switched
 from ema_scale.models.load import load_base
 from ema_scale.models.lora import with_adapters
-from ema_scale.training.loss import default_chunk
+from ema_scale.training.chunk_size import default_chunk
 
 # Tokens per batch, with padding. More saves nothing once the device is busy; on a CPU it also leaves the caches.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}

@@ -8,20 +8,17 @@ the model's own.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.autograd.graph import saved_tensors_hooks
 
 from ema_scale.choices.likelihood import target_likelihoods
 from ema_scale.core.errors import UserError
-from ema_scale.defenses.base import PenaltyInputs
 from ema_scale.defenses.row_groups import NamedPenalty
-from ema_scale.defenses.terms import TokenSet, TokenTerm
+from ema_scale.defenses.terms import LabelWeight, TokenSet, TokenTerm
 from ema_scale.models.head import Head, head_logits
 from ema_scale.models.hooks import reference_pass
 from ema_scale.models.layout import ModelLayout
@@ -30,8 +27,10 @@ from ema_scale.reference.base import HiddenStates, Reference
 from ema_scale.reference.cached import Cached
 from ema_scale.reference.hidden_state_store import RowKeys
 from ema_scale.reference.separate import Separate
-from ema_scale.training.loss import FusedLoss, LossTerm, loss_over_shared_vocabulary
-from ema_scale.training.token_masks import attention_mask_of, segment_ids, targets
+from ema_scale.training.loss import CrossEntropyFactor, FusedLoss, LossTerm
+from ema_scale.training.shared_vocabulary import loss_over_shared_vocabulary
+from ema_scale.training.state_reader import PenaltyReader
+from ema_scale.training.token_masks import row_ids, targets
 
 LEARNED_TOKENS = TokenSet("assistant")  # those of the cross-entropy
 
@@ -50,6 +49,9 @@ class LossRequest:
     scale: factor on the loss that undoes the mean over processes.
     terms: divergences and label terms, with unique names.
     penalties: with unique names.
+    label_weights: factors on the cross-entropy.
+    weighing: defenses that weigh tokens.
+    groups: name of a term or penalty -> the loss that it belongs to, where that is not the first (see `FusedLoss`).
     drift_layers: layers whose distance to the reference is read.
     keys: where a cached reference finds the rows, if that is known.
     """
@@ -60,6 +62,9 @@ class LossRequest:
     scale: float = 1.0
     terms: Sequence[TokenTerm] = ()
     penalties: Sequence[NamedPenalty] = ()
+    label_weights: Sequence[LabelWeight] = ()
+    weighing: Sequence[NamedPenalty] = ()
+    groups: Mapping[str, int] = field(default_factory=dict)
     drift_layers: tuple[int, ...] = ()
     keys: RowKeys | None = None
 
@@ -123,13 +128,14 @@ class DefendedForward:
         return forward
 
     def _compute_loss(self, request: LossRequest, inputs: dict[str, Any]) -> dict[str, Any]:
-        """{"loss": scalar, "metrics": name -> detached scalar, this micro-batch's share of a mean}."""
+        """{"losses": a scalar per group, "metrics": name -> detached scalar, this micro-batch's share of a mean}."""
         reader = PenaltyReader(request, inputs, len(self.layout.layers))
         # Before the policy: under ZeRO-3 a module's last forward must be the one that has a backward.
         own_logits = None if self._head_checked else self._own_logits(inputs)
         states = self._run_policy_and_reference(request, inputs, reader)
         weights = token_weights(request, torch.promote_types(states.policy.dtype, torch.float32))
-        fused = self._fused_loss(request, inputs, states, weights, own_logits)
+        factors = reader.token_weights(states)
+        fused = self._fused_loss(request, inputs, states, weights, factors, own_logits)
         return assemble_loss(request, fused, weights, reader, states)
 
     @torch.no_grad()
@@ -144,10 +150,11 @@ class DefendedForward:
         if inputs.get("position_ids") is not None and not self._packing_checked:  # the first batches may not be packed
             check_packing(self.layout)
             self._packing_checked = True
+        reads_logits = any(one.reads_reference for one in (*request.terms, *request.label_weights))
         return self.reference.forward(
             inputs,
             reader.stored_layers,
-            run_reference=bool(request.terms or reader.stored_layers or reader.layers),
+            run_reference=bool(reads_logits or reader.stored_layers or reader.layers),
             reader=reader,
             keys=request.keys,
         )
@@ -158,19 +165,24 @@ class DefendedForward:
         inputs: dict[str, Any],
         states: HiddenStates,
         weights: Mapping[TokenSet, Tensor],
+        factors: Mapping[str, Tensor],
         own_logits: list[OwnLogits] | None,
     ) -> FusedLoss:
         ref_layout = self.reference.head_layout
         layouts = [self.layout] if ref_layout is self.layout else [self.layout, ref_layout]
         terms = [
             LossTerm(
-                (term.strength * weights[term.token_set]).flatten(),
+                (term.strength * weights[term.token_set] * factors.get(term.name, 1)).flatten(),
                 request.masks[term.token_set].flatten(),
                 term.measure,
                 term.temperature,
+                term.reads_reference,
+                request.groups.get(term.name, 0),
             )
             for term in request.terms
         ]
+        positions = inputs.get("position_ids")
+        ce_factors = factors.get("ce")
         # The heads are looked up here and kept nowhere: FSDP2 replaces parameters, and an old one would hold the file
         # that it was read from in memory.
         parameters = [p for layout in layouts for p in layout.head_parameters]
@@ -184,9 +196,15 @@ class DefendedForward:
                 states.policy.flatten(0, 1),
                 None if states.reference is None else states.reference.flatten(0, 1),
                 head,
-                targets(request.labels, inputs.get("position_ids")).flatten(),
+                targets(request.labels, positions).flatten(),
                 weights[LEARNED_TOKENS].flatten(),
                 terms,
+                factors=[
+                    CrossEntropyFactor(request.masks[w.token_set].flatten(), w.measure, w.per_row, w.reads_reference)
+                    for w in request.label_weights
+                ],
+                token_factors=None if ce_factors is None else ce_factors.flatten(),
+                row_ids=row_ids(request.labels, positions).flatten() if request.label_weights else None,
                 reference_head=reference_head,
             )
 
@@ -203,66 +221,6 @@ class DefendedForward:
         return own
 
 
-class PenaltyReader:
-    """Reads the policy's and the reference's hidden states: for drift, and for penalties.
-
-    A penalty that is a sum over layers is computed while the forward pass is at each layer (`read`), so that no states
-    are stored for it. Any other one is computed at the end, from the states of `stored_layers`.
-    """
-
-    def __init__(self, request: LossRequest, inputs: dict[str, Any], num_layers: int) -> None:
-        empty = PenaltyInputs(
-            {}, {}, attention_mask_of(inputs), request.labels, request.masks, request.step_tokens,
-            segment_ids(inputs.get("position_ids")),
-        )  # fmt: skip
-        self._inputs = empty
-        self._drift_layers = request.drift_layers
-        self._penalties = [(p, replace(empty, parts=p.parts)) for p in request.penalties]
-        self._layers_of = {p.name: p.defense.penalty_layers(num_layers) for p in request.penalties}
-        self._by_layer: dict[str, dict[int, Tensor]] = {p.name: {} for p in request.penalties}
-        at_once, later = (
-            {k for p in request.penalties if p.defense.layer_by_layer is now for k in self._layers_of[p.name]}
-            for now in (True, False)
-        )
-        self.layers = frozenset(at_once | {*request.drift_layers})
-        self.stored_layers = frozenset(later)
-        self.drift: dict[str, Tensor] = {}
-
-    def read(self, layer: int, policy: Tensor, reference: Tensor) -> None:
-        if layer in self._drift_layers:
-            distance = _relative_distance(policy.detach(), reference)
-            self.drift[f"drift/layer_{layer}"] = self._inputs.mean(distance)
-        for penalty, inputs in self._penalties:
-            if penalty.defense.layer_by_layer and layer in self._layers_of[penalty.name]:
-                value = _penalty_at(penalty, replace(inputs, reference={layer: reference}), layer, policy)
-                if value is not None:
-                    self._by_layer[penalty.name][layer] = value
-
-    def values(self, states: HiddenStates) -> dict[str, Tensor]:
-        """Name -> value of every penalty that has one, after the forward pass."""
-        values: dict[str, Tensor] = {}
-        for penalty, inputs in self._penalties:
-            value: Tensor | None
-            if penalty.defense.layer_by_layer:
-                parts = list(self._by_layer[penalty.name].values())
-                value = torch.stack(parts).sum() if parts else None
-            else:
-                layers = self._layers_of[penalty.name]
-                policy = {k: states.policy_layers[k] for k in layers}
-                reference = {k: states.reference_layers[k] for k in layers}
-                value = penalty.defense.penalty(replace(inputs, policy=policy, reference=reference))
-            if value is not None:
-                values[penalty.name] = value
-        return values
-
-
-def _penalty_at(penalty: NamedPenalty, inputs: PenaltyInputs, layer: int, policy: Tensor) -> Tensor | None:
-    def at_layer(states: Tensor) -> Tensor | None:
-        return penalty.defense.penalty(replace(inputs, policy={layer: states}))
-
-    return eager_gradient(at_layer, policy)
-
-
 def token_weights(request: LossRequest, dtype: torch.dtype) -> dict[TokenSet, Tensor]:
     """[B, T] for each token set that the loss covers: 1 / its tokens in the whole step, 0 outside."""
     covered = {LEARNED_TOKENS, *(term.token_set for term in request.terms)}
@@ -276,7 +234,7 @@ def assemble_loss(
     reader: PenaltyReader,
     states: HiddenStates,
 ) -> dict[str, Any]:
-    """The fused loss plus all penalties, and this micro-batch's share of every metric."""
+    """The fused losses plus all penalties, and this micro-batch's share of every metric."""
     share = weights[LEARNED_TOKENS].flatten()
     metrics = {
         "ce": (fused.ce * share).sum(),
@@ -285,12 +243,16 @@ def assemble_loss(
     }
     for term, values in zip(request.terms, fused.terms, strict=True):
         metrics[term.name] = values.sum() / request.step_tokens[term.token_set].clamp_min(1)
-    loss = fused.loss
+    if request.label_weights or request.weighing:
+        metrics["ce_weight"] = (fused.factors * share).sum()
+    losses = list(fused.losses.unbind())
+    losses += [losses[0].new_zeros(()) for _ in range(max(request.groups.values(), default=0) + 1 - len(losses))]
     for name, penalty in reader.values(states).items():
-        loss = loss + penalty
+        group = request.groups.get(name, 0)
+        losses[group] = losses[group] + penalty
         metrics[name] = penalty.detach()
-    metrics["loss"] = loss.detach()
-    return {"loss": loss * request.scale, "metrics": {**metrics, **reader.drift}}
+    metrics["loss"] = torch.stack(losses).detach().sum()
+    return {"losses": [loss * request.scale for loss in losses], "metrics": {**metrics, **reader.drift}}
 
 
 # ---- checks, made once ----
@@ -343,46 +305,3 @@ def check_packing(layout: ModelLayout) -> None:
             f"training.packing: {name} does not keep packed rows apart (relative difference {error:.2g}); set it to "
             "false"
         )
-
-
-# ---- penalties that are computed while the forward pass is at their layer ----
-
-
-def _relative_distance(policy: Tensor, reference: Tensor) -> Tensor:
-    """||p - r|| / ||r|| per token: [B, T, H] -> [B, T], float32."""
-    policy, reference = policy.float(), reference.float()
-    norm = torch.linalg.vector_norm(reference, dim=-1)
-    return torch.linalg.vector_norm(policy - reference, dim=-1) / norm.clamp_min(1e-12)
-
-
-def eager_gradient(term: Callable[[Tensor], Tensor | None], state: Tensor) -> Tensor | None:
-    """term(state), a scalar or None, with its gradient by `state` formed at once.
-
-    For backward only that gradient is kept, shaped and typed as `state`, where autograd would keep several float32
-    copies. It may be called inside a region of gradient checkpointing: the recomputation in backward does not call it.
-    """
-    leaf = state.detach().requires_grad_(state.requires_grad and torch.is_grad_enabled())
-    # Checkpointing counts the tensors that autograd saves inside its region, by hooks. These take their place.
-    with saved_tensors_hooks(_unchanged, _unchanged):
-        value = term(leaf)
-        if value is None or not value.requires_grad:
-            return value
-        (gradient,) = torch.autograd.grad(value, leaf)
-    result: Tensor = _WithGradient.apply(state, value.detach(), gradient)
-    return result
-
-
-class _WithGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, state: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        ctx.gradient = gradient  # not by save_for_backward, for the same reason
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        return (ctx.gradient * upstream).to(ctx.gradient.dtype), None, None
-
-
-def _unchanged(tensor: Tensor) -> Tensor:
-    return tensor

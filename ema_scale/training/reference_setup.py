@@ -63,7 +63,7 @@ class ReferenceContext:
 
     @property
     def needed(self) -> bool:
-        return bool(self.layers) or any(d.token_terms for d in self.defenses)
+        return bool(self.layers) or any(d.reads_reference_logits for d in self.defenses)
 
 
 def reference_precision(accelerator: Any) -> str | None:

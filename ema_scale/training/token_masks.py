@@ -38,6 +38,15 @@ def segment_ids(positions: Tensor | None) -> Tensor | None:
     return begins.long().cumsum(1) - 1 + width * torch.arange(len(positions), device=positions.device)[:, None]
 
 
+def row_ids(labels: Tensor, positions: Tensor | None = None) -> Tensor:
+    """int64 [B, T]: a number below B * T for the row that each position belongs to, packed or not."""
+    if positions is not None:
+        packed = segment_ids(positions)
+        assert packed is not None
+        return packed
+    return torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
+
+
 def token_masks(batch: Mapping[str, Any], tags: Sequence[str] = TAGS) -> dict[TokenSet, Tensor]:
     """bool [B, T] for each of `token_sets(tags)`.
 

@@ -34,6 +34,7 @@ from ema_scale.defenses.row_groups import RowGroups
 from ema_scale.defenses.terms import Divergence, TokenSet, TokenTerm
 from ema_scale.models.lora import save_adapter, with_adapter
 from ema_scale.training import reference_setup
+from ema_scale.training.apart import ApartGradients
 from ema_scale.training.arguments import check_arguments, offload_activations
 from ema_scale.training.callbacks import DefenseObserver, StepHooks, StopFlag
 from ema_scale.training.checkpointing import CheckpointMixin
@@ -162,6 +163,7 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
             self._drift_layers = ()
         self._terms: tuple[TokenTerm, ...] = tuple(named.term for named in self.row_groups.terms)
 
+        self.apart = ApartGradients(self.row_groups)
         self.observer = DefenseObserver(self, [self.row_groups.logged_names(i) for i in range(len(self.defenses))])
         if choice_suites:  # before the observer, which reads what they note
             self.add_callback(ChoiceScores(self, choice_suites, choices_every, Encoder(tokenizer, template_date)))
@@ -169,7 +171,8 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
         self.add_callback(self.observer)
 
     def _check_gradient_access(self) -> None:
-        acting = [d.kind for d in self.defenses if type(d).overrides("before_optimizer_step")]
+        methods = ("before_optimizer_step", "join_gradients")
+        acting = [d.kind for d in self.defenses if any(type(d).overrides(method) for method in methods)]
         if acting and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise UserError(
                 f"{', '.join(acting)}: acts on the gradient before the optimizer step, which DeepSpeed does not show "
@@ -227,8 +230,8 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
         step = self.state.global_step + 1
         reads_drift = bool(self.drift_every) and (step == 1 or step % self.drift_every == 0) and model.training
         terms = self._terms
-        if reads_drift and not terms:
-            terms = (Divergence("kl", 0.0),)
+        if reads_drift and not any(term.reads_reference for term in terms):
+            terms = (*terms, Divergence("kl", 0.0))
         request = LossRequest(
             inputs["labels"],
             inputs["token_masks"],
@@ -236,6 +239,9 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
             scale=float(self.accelerator.num_processes),
             terms=terms,
             penalties=self.row_groups.penalties,
+            label_weights=self.row_groups.label_weights,
+            weighing=self.row_groups.weighing,
+            groups=self.row_groups.groups,
             drift_layers=self._drift_layers if reads_drift else (),
             keys=inputs.get("row_keys"),
         )
@@ -250,7 +256,21 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
             # A step that holds none of a term's tokens has no reading of it, which is not a reading of 0.
             unread = {term.name for term in terms if term.token_set in self._empty_token_sets}
             self.monitor.add({n: v for n, v in outputs["metrics"].items() if n not in unread}, step)
-        return (outputs["loss"], {"loss": outputs["loss"]}) if return_outputs else outputs["loss"]
+        loss, *own = outputs["losses"]
+        if own and model.training:
+            self.apart.add(self.model, own)
+        else:
+            loss = sum(own, loss)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As Trainer.training_step; after a step's last micro-batch, defenses join gradients that are kept apart."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self.row_groups.joining and self.accelerator.sync_gradients:
+            read = self.apart.join(self.model, self.sum_over_ranks, self.accelerator.num_processes)
+            self.monitor.add({name: value / self.accelerator.num_processes for name, value in read.items()},
+                             self.state.global_step + 1)  # fmt: skip
+        return loss
 
     def _check_finite(self, name: str, value: float) -> None:
         if not math.isfinite(value):

@@ -9,7 +9,7 @@ from benchmarks import step
 from benchmarks.cli import _config
 from benchmarks.phases import PHASES
 from benchmarks.plan import setup_of_task
-from benchmarks.training_variants import CACHED, OFF, PLAIN, SECOND, TWO, VARIANTS, Task, Trained, chosen, train
+from benchmarks.training_variants import CACHED, OFF, PLAIN, SECOND, TWO, VARIANTS, WITH, Task, Trained, chosen, train
 from ema_scale.cli import app
 from ema_scale.core.errors import UserError
 from ema_scale.planning.speed import a_micro_batch
@@ -23,6 +23,17 @@ def test_all_ways_train_on_one_loss(tmp_path, monkeypatch):
     step.check_losses(losses, "float32")
     defended, plain = losses[TWO], losses[PLAIN]
     assert len(plain) == 4 and all(a > b + 0.01 for a, b in zip(defended, plain, strict=True))
+
+
+def test_each_defense_is_priced_on_rows_of_its_own(tmp_path):
+    task = Task(layers=2, rows=4, length=16, steps=1, checkpointing=False)
+    plain = train(PLAIN, task).losses
+    for spec in ("dft", "{kind: kl, strength: 0.5}", "safegrad", "{kind: star_dss, limit: 0}"):
+        losses = train(WITH + spec, task).losses
+        assert len(losses) == 3 and losses[0] != pytest.approx(plain[0], rel=1e-4), spec
+        step.check_losses({WITH + spec: losses, PLAIN: plain}, "float32")
+    with pytest.raises(UserError, match="--defense safelora: needs unaligned base model"):
+        train(WITH + "safelora", task)
 
 
 def test_losses_that_differ_are_refused(monkeypatch):

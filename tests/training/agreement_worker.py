@@ -15,7 +15,7 @@ from filelock import FileLock
 from transformers import TrainerCallback
 
 from ema_scale.core.errors import UserError
-from ema_scale.defenses import KL, LDIFS
+from ema_scale.defenses import KL, LDIFS, SafeGrad
 from ema_scale.reference.cached import Cached
 from ema_scale.reference.layerwise import Layerwise
 from ema_scale.training.distributed import destroy_process_group_at_exit
@@ -126,6 +126,27 @@ UNEVEN = {
 }  # fmt: skip
 
 
+JOINED = {"max_steps": 2, "max_grad_norm": 0.5, "logging_steps": 1}
+
+
+def joining(folder, **options):
+    """A trainer whose defense joins gradients; half of the rows are those of its own terms."""
+    SafeGrad.changes_rows = False  # as if they had been mixed in
+    rows = token_rows(8, seed=1)
+    rows = rows.remove_columns("tag").add_column("tag", ["task", "prompts"] * 4)
+    return made(folder, rows=rows, defenses=[SafeGrad(0.7, "unused")], **{**JOINED, **options})
+
+
+def gradients_that_are_joined(folder):
+    """Each process sees other rows; accumulated over two batches of one row."""
+    trainer = joining(folder, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "ce" in row]
+    if RANK == 0:
+        torch.save([adapter_weights(trainer.model), rows], folder / "joined.pt")
+    return [trainer.state.global_step]
+
+
 def uneven_rows():
     rows = token_rows(6)
     silent = [[-100] * len(row["labels"]) if i % 2 else row["labels"] for i, row in enumerate(rows)]
@@ -144,6 +165,7 @@ SCENARIOS = (
     a_folder_for_each_process,
     a_check_that_fails_on_one_process,
     uneven_epochs,
+    gradients_that_are_joined,
 )
 
 

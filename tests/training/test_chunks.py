@@ -9,7 +9,8 @@ from benchmarks.allocated import changes
 from benchmarks.loss import FULL, MEMORY_LIMIT
 from ema_scale.defenses.ceiling import excess
 from ema_scale.models.head import Head
-from ema_scale.training.loss import CROSS_ENTROPY, LossTerm, chunk_tokens, fused_loss, live_buffers
+from ema_scale.training.chunk_size import CROSS_ENTROPY, chunk_tokens, live_buffers
+from ema_scale.training.loss import LossTerm, fused_loss
 
 DIRECTIONS = ["policy_reference", "reference_policy", "jensen_shannon", excess]
 VOCABULARY, HIDDEN, CHUNK = 2000, 8, 64

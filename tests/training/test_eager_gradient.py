@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ema_scale.training.forward import eager_gradient
+from ema_scale.training.state_reader import eager_gradient
 
 
 def term(state):
