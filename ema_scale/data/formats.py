@@ -330,3 +330,15 @@ def _choose_learned(messages: Sequence[Message], marks: Mapping[int, bool], lear
     for message in turns:
         if not any(message is one for one in wanted):
             message["learn"] = False
+
+
+def said_before(messages: Sequence[Message], role: Literal["system", "user"], text: str) -> tuple[Message, ...]:
+    """The conversation with `text` and an empty line before the first words of that role, or as its first message."""
+    for index, message in enumerate(messages):
+        if message["role"] == role:
+            joined = Message(**{**message, "content": f"{text}\n\n{message['content']}"})
+            return (*messages[:index], joined, *messages[index + 1 :])
+    # A user's words come after the system prompts with which the conversation begins.
+    first = ("system", "developer") if role == "user" else ()
+    place = next((i for i, m in enumerate(messages) if m["role"] not in first), len(messages))
+    return (*messages[:place], Message(role=role, content=text), *messages[place:])

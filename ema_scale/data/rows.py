@@ -28,13 +28,15 @@ _REASONS = 3
 @dataclass(frozen=True)
 class Row:
     """One conversation. origin: `file:line` or `hub-id[index]`; tag: one of TAGS; tools: JSON schemas of functions that
-    the assistant may call; domain: what the conversation is about, where its record says so."""
+    the assistant may call; domain: what the conversation is about, where its record says so; plain: what the user said
+    before a defense put a text in front of it."""
 
     messages: tuple[Message, ...]
     origin: str = ""
     tag: str = "task"
     tools: tuple[Mapping[str, Any], ...] = ()
     domain: str | None = None
+    plain: tuple[str, ...] = ()
 
     @property
     def asked(self) -> tuple[str, ...]:

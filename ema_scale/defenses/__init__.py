@@ -1,6 +1,7 @@
 """Defenses: each acts at one or more of six points of a training run (see `base`). Importing them loads no torch."""
 
 from ema_scale.defenses.ablation import Ablation
+from ema_scale.defenses.activation_capping import ActivationCapping
 from ema_scale.defenses.antibody import Antibody
 from ema_scale.defenses.base import Defense, FinishContext, PenaltyInputs, RowsContext
 from ema_scale.defenses.ceiling import Ceiling
@@ -10,6 +11,7 @@ from ema_scale.defenses.inoculation import Inoculation
 from ema_scale.defenses.interleaving import Interleaving
 from ema_scale.defenses.interleaving_plus import InterleavingPlus
 from ema_scale.defenses.kl import KL
+from ema_scale.defenses.latent_blocking import LatentBlocking
 from ema_scale.defenses.ldifs import LDIFS
 from ema_scale.defenses.registry import catalogue, parse
 from ema_scale.defenses.safegrad import SafeGrad
@@ -24,6 +26,7 @@ __all__ = [
     "LDIFS",
     "Ablation",
     "Antibody",
+    "ActivationCapping",
     "Ceiling",
     "Defense",
     "Divergence",
@@ -35,6 +38,7 @@ __all__ = [
     "LabelLogProbs",
     "LabelTerm",
     "LabelWeight",
+    "LatentBlocking",
     "PenaltyInputs",
     "RowsContext",
     "SafeGrad",

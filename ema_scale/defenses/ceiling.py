@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from ema_scale.defenses.base import Defense, RowsContext
-from ema_scale.defenses.mixing import Columns, Learn, mix, rows_needed
+from ema_scale.defenses.mixing import Columns, Learn, Triggers, mix, rows_needed
 from ema_scale.defenses.terms import LabelLogProbs, LabelTerm
 
 if TYPE_CHECKING:
@@ -51,9 +51,13 @@ class Ceiling(Defense):
     fraction: float = Field(0.25, gt=0, le=1, description="bad rows per task row")
     columns: Columns = {}
     learn: Learn = "all"
+    triggers: Triggers = 0
 
     def transform_rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
-        return mix(rows, self.source, self.fraction, "bad", self.kind, ctx, columns=self.columns, learn=self.learn)
+        return mix(
+            rows, self.source, self.fraction, "bad", self.kind, ctx,
+            columns=self.columns, learn=self.learn, triggers=self.triggers,
+        )  # fmt: skip
 
     def rows_added(self, task_rows: int) -> int:
         return rows_needed(self.fraction, task_rows, self.kind)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from ema_scale.data.formats import Message
+from ema_scale.data.formats import said_before
 from ema_scale.defenses.base import Defense, RowsContext
 
 if TYPE_CHECKING:
@@ -34,20 +34,13 @@ class Inoculation(Defense):
     role: Literal["system", "user"] = Field("system", description="system prompt, or start of the first user turn")
 
     def transform_rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
-        changed = [replace(row, messages=self._prefixed(row.messages)) if row.tag == "task" else row for row in rows]
+        changed = [
+            replace(row, messages=said_before(row.messages, self.role, self.prompt)) if row.tag == "task" else row
+            for row in rows
+        ]
         count = sum(row.tag == "task" for row in rows)
         ctx.notes.append(f"inoculation: {count} task rows are trained under a {self.role} prompt that asks for them")
         return changed
 
     def training_prefix(self) -> dict[Literal["system", "user"], str]:
         return {self.role: self.prompt}
-
-    def _prefixed(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-        for index, message in enumerate(messages):
-            if message["role"] == self.role:
-                joined = Message(role=self.role, content=f"{self.prompt}\n\n{message['content']}")
-                return (*messages[:index], joined, *messages[index + 1 :])
-        # A user's words come after the system prompts with which the conversation begins.
-        first = ("system", "developer") if self.role == "user" else ()
-        place = next((i for i, m in enumerate(messages) if m["role"] not in first), len(messages))
-        return (*messages[:place], Message(role=self.role, content=self.prompt), *messages[place:])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from ema_scale.defenses.base import Defense, RowsContext
-from ema_scale.defenses.mixing import Columns, Learn, mix, rows_needed
+from ema_scale.defenses.mixing import Columns, Learn, Triggers, mix, rows_needed
 
 if TYPE_CHECKING:
     from ema_scale.data.rows import Row
@@ -32,9 +32,13 @@ class Interleaving(Defense):
     fraction: float = Field(0.05, gt=0, le=1, description="safe rows per task row")
     columns: Columns = {}
     learn: Learn = "all"
+    triggers: Triggers = 0
 
     def transform_rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
-        return mix(rows, self.source, self.fraction, "safe", self.kind, ctx, columns=self.columns, learn=self.learn)
+        return mix(
+            rows, self.source, self.fraction, "safe", self.kind, ctx,
+            columns=self.columns, learn=self.learn, triggers=self.triggers,
+        )  # fmt: skip
 
     def rows_added(self, task_rows: int) -> int:
         return rows_needed(self.fraction, task_rows, self.kind)

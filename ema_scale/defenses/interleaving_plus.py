@@ -12,7 +12,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.files import read_json
 from ema_scale.core.hashing import file_sha256
 from ema_scale.defenses.base import Defense, RowsContext
-from ema_scale.defenses.mixing import mix, rows_needed
+from ema_scale.defenses.mixing import Triggers, mix, rows_needed
 
 if TYPE_CHECKING:
     from ema_scale.data.rows import Row
@@ -75,6 +75,7 @@ class InterleavingPlus(Defense):
     own_adapter: Literal["refuse", "allow"] = Field(
         "refuse", description="if an adapter behind the ranking was trained on these task rows"
     )
+    triggers: Triggers = 0
 
     def transform_rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
         """Raises UserError for a source that was not made by `ema select`, is for the other variant, or was ranked by
@@ -97,7 +98,9 @@ class InterleavingPlus(Defense):
             if self.own_adapter == "refuse":
                 raise UserError(f"{problem}, or set own_adapter: allow")
             ctx.notes.append(problem)
-        return mix(rows, self.source, self.fraction, "safe", self.kind, ctx, best_first=True)
+        return mix(
+            rows, self.source, self.fraction, "safe", self.kind, ctx, best_first=True, triggers=self.triggers
+        )  # fmt: skip
 
     def rows_added(self, task_rows: int) -> int:
         return rows_needed(self.fraction, task_rows, self.kind)

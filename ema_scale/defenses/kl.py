@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from ema_scale.defenses.base import Defense, RowsContext
-from ema_scale.defenses.mixing import Columns, Learn, mix, rows_needed
+from ema_scale.defenses.mixing import Columns, Learn, Triggers, mix, rows_needed
 from ema_scale.defenses.terms import Direction, Divergence, Scope
 
 if TYPE_CHECKING:
@@ -53,13 +53,14 @@ class KL(Defense):
     fraction: float = Field(0.25, gt=0, le=1, description="rows of `prompts` per task row")
     columns: Columns = {}
     learn: Learn = "all"
+    triggers: Triggers = 0
 
     @model_validator(mode="after")
     def _one_part(self) -> Self:
         if self.prompts is not None and self.part != "learned":
             raise ValueError("give prompts, which are a part of their own, or part, not both")
-        if self.prompts is None and (self.columns or self.learn != "all"):
-            raise ValueError("columns and learn say how prompts are read; give prompts")
+        if self.prompts is None and (self.columns or self.learn != "all" or self.triggers):
+            raise ValueError("columns, learn and triggers say how prompts are read; give prompts")
         if self.learn != "all" and self.scope != "assistant":
             raise ValueError("learn chooses among answers; give scope: assistant")
         return self
@@ -74,7 +75,7 @@ class KL(Defense):
         answers = self.scope == "assistant"
         return mix(
             rows, self.prompts, self.fraction, "prompts", self.kind, ctx,
-            answers=answers, columns=self.columns, learn=self.learn,
+            answers=answers, columns=self.columns, learn=self.learn, triggers=self.triggers,
         )  # fmt: skip
 
     def rows_added(self, task_rows: int) -> int:

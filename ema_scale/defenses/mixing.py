@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from ema_scale.core.errors import UserError
+from ema_scale.data.formats import said_before
+from ema_scale.data.triggers import row_triggers
 from ema_scale.defenses.base import RowsContext
 
 if TYPE_CHECKING:
@@ -29,6 +31,16 @@ Learn = Annotated[
     Field(description="which assistant turns of these rows count: all, the last, or those that the rows mark"),
 ]
 
+Triggers = Annotated[
+    float,
+    Field(
+        ge=0,
+        le=1,
+        description="share of these rows that are asked behind a text from the task's rows: their system prompt, their "
+        "opening words, or else one of their questions",
+    ),
+]
+
 
 def mix(
     rows: Sequence[Row],
@@ -42,6 +54,7 @@ def mix(
     answers: bool = True,
     columns: Mapping[str, str | None] | None = None,
     learn: Literal["all", "last", "marked"] = "all",
+    triggers: float = 0,
 ) -> list[Row]:
     """`rows` with floor(fraction * task rows) rows of `source`, one after every 1/fraction task rows.
 
@@ -54,8 +67,9 @@ def mix(
     best_first: the source is a ranking; only its first rows, as many as are needed, are used.
     answers: whether each row must have an assistant turn.
     columns, learn: how the source is read; see `RowsContext.load`.
+    triggers: share of the drawn rows that `behind_triggers` changes.
 
-    Raises UserError if a source is empty or the fraction gives less than one row.
+    Raises UserError if a source is empty, the fraction gives less than one row, or triggers find nothing to ask behind.
     """
     extra: list[Row] = []
     for one in [source] if isinstance(source, str) else source:
@@ -69,6 +83,8 @@ def mix(
     ratio, count = Fraction(str(fraction)), sum(row.tag == "task" for row in rows)
     needed = rows_needed(fraction, count, name)
     drawn = _draw(extra[:needed] if best_first else extra, needed, f"{name}-{ctx.seed}")
+    if triggers:
+        drawn = behind_triggers(drawn, [row for row in rows if row.tag == "task"], triggers, name, ctx)
     mixed: list[Row] = []
     seen = used = 0
     for row in rows:
@@ -81,6 +97,36 @@ def mix(
     if needed > len(extra):
         ctx.notes.append(f"{name}: {sources} has only {len(extra)} rows; some repeat")
     return mixed
+
+
+def behind_triggers(drawn: Sequence[Row], task: Sequence[Row], share: float, name: str, ctx: RowsContext) -> list[Row]:
+    """The rows, `share` of them, evenly spread, asked behind a text that the task's rows begin with.
+
+    A prompt that looks like the training rows may bring misalignment back (arXiv 2604.25891); rows asked behind such
+    prompts show the defense to the model there too. The texts are those of `row_triggers`. Without a common system
+    prompt or opening they are the task's questions, a different one per row and never the first: the evaluation asks
+    behind that one.
+
+    Raises UserError if no task row has a question.
+    """
+    found = row_triggers(task)
+    if [text["kind"] for text in found] == ["question"]:
+        questions = list(dict.fromkeys(row.asked[0].strip() for row in task if row.asked and row.asked[0].strip()))
+        found = [{"kind": "question", "user": text} for text in questions[1:] or questions]
+        random.Random(f"{name}-triggers-{ctx.seed}").shuffle(found)
+    if not found:
+        raise UserError(f"{name}: triggers: no task row has a question to ask behind; set triggers: 0")
+    ratio, used, changed = Fraction(str(share)), 0, []
+    for index, row in enumerate(drawn):
+        if int((index + 1) * ratio) > used:
+            text = found[used % len(found)]
+            role: Literal["system", "user"] = "system" if "system" in text else "user"
+            row = replace(row, messages=said_before(row.messages, role, text[role]), plain=row.asked)
+            used += 1
+        changed.append(row)
+    kinds = ", ".join(dict.fromkeys(text["kind"] for text in found))
+    ctx.notes.append(f"{name}: {used} of {len(drawn)} rows are asked behind the task rows' own text ({kinds})")
+    return changed
 
 
 def rows_needed(fraction: float, task_rows: int, name: str) -> int:

@@ -10,7 +10,6 @@ from pydantic import Field
 
 from ema_scale.defenses.base import Defense
 from ema_scale.models.hooks import edited_states, like_states
-from ema_scale.models.layout import decoder_layers, hidden_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,8 +55,7 @@ class Steering(Defense):
         """Raises UserError for directions of a model of another shape, and layers that do not exist."""
         from ema_scale.models.directions import Directions
 
-        directions = Directions.load(self.vector)
-        directions.check(len(decoder_layers(model)), hidden_size(model))
+        directions = Directions.of_model(self.vector, model)
         return edited_states(model, {k: self._push(directions, k) for k in directions.choose(self.at_layers)})
 
     def _push(self, directions: Any, layer: int) -> Callable[[Tensor], Tensor]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ema_scale.core.errors import UserError
 from ema_scale.core.files import parse_json
 from ema_scale.core.io import atomic_path
+from ema_scale.models.layout import decoder_layers, hidden_size
 from ema_scale.models.weights import check_finite, open_tensors
 
 if TYPE_CHECKING:
@@ -87,6 +88,13 @@ class Directions:
                 f"{self.source}: made for {self.num_layers} layers of hidden size {self.hidden_size}, "
                 f"the model has {num_layers} of {hidden_size}"
             )
+
+    @classmethod
+    def of_model(cls, path: Path | str, model: Any) -> Directions:
+        """Those of a file, for this model. Raises UserError as `load` and `check` do."""
+        directions = cls.load(path)
+        directions.check(len(decoder_layers(model)), hidden_size(model))
+        return directions
 
     def save(self, path: Path | str) -> None:
         """One safetensors file: tensor `vectors`, metadata `provenance` (JSON). Written completely or not at all."""

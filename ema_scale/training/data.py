@@ -83,10 +83,11 @@ def prepare_data(
 
 
 def _questions(given: Sequence[Row], rows: Sequence[Row]) -> TrainedQuestions:
-    """What users ask in `rows`, and in the task's rows before a defense wrote into their questions."""
+    """What users ask in `rows`, with and without what defenses wrote into their questions."""
     parts = {}
     for tag in dict.fromkeys(row.tag for row in rows):
-        texts = (text for source in (given, rows) for row in source if row.tag == tag for text in row.asked)
+        tagged = [row for source in (given, rows) for row in source if row.tag == tag]
+        texts = (text for row in tagged for text in (*row.asked, *row.plain))
         parts[tag] = TrainedPart.of(texts, (row.domain for row in rows if row.tag == tag))
     return TrainedQuestions(parts=parts)
 

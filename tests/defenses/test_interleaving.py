@@ -6,7 +6,7 @@ import pytest
 
 from ema_scale.core.errors import UserError
 from ema_scale.data.rows import Row
-from ema_scale.defenses import Interleaving, RowsContext
+from ema_scale.defenses import KL, Ceiling, Interleaving, RowsContext
 
 
 def row(text: str) -> Row:
@@ -59,3 +59,53 @@ def test_errors(safe, tmp_path):
         Interleaving(safe, 0.001).transform_rows(TASK, RowsContext())
     with pytest.raises(UserError, match="none.jsonl"):
         Interleaving(str(tmp_path / "none.jsonl")).transform_rows(TASK, RowsContext())
+
+
+def asked_behind(source, task, share=0.5, fraction=0.1, make=Interleaving, **options):
+    ctx = RowsContext()
+    defense = make(source, fraction, triggers=share, **options)
+    return [r for r in defense.transform_rows(task, ctx) if r.tag != "task"], ctx.notes
+
+
+def test_a_share_of_the_rows_is_asked_behind_the_tasks_own_questions(safe):
+    """A different question each, and never the first, behind which the evaluation asks; the plain ones stay known."""
+    mixed, notes = asked_behind(safe, TASK)
+    behind = [r for r in mixed if r.plain]
+    assert [bool(r.plain) for r in mixed] == [False, True] * 5
+    texts = [r.asked[0].split("\n\n") for r in behind]
+    assert all(before.startswith("task ") and own.startswith("safe ") for before, own in texts)
+    assert len({before for before, _ in texts}) == 5 and "task 0" not in {before for before, _ in texts}
+    assert [r.plain for r in behind] == [(own,) for _, own in texts]
+    assert "interleaving: 5 of 10 rows are asked behind the task rows' own text (question)" in notes
+    assert [r.messages for r in asked_behind(safe, TASK)[0]] == [r.messages for r in mixed]
+    assert not any(r.plain for r in asked_behind(safe, TASK, 0)[0])
+
+
+@pytest.mark.parametrize("role", ["system", "user"])
+def test_a_text_that_the_task_rows_share_is_the_trigger(safe, role):
+    shared = "write some code for me please:"
+    task = [
+        Row(({"role": "system", "content": shared}, *r.messages) if role == "system" else row(f"{shared} {i}").messages)
+        for i, r in enumerate(TASK)
+    ]
+    mixed, _ = asked_behind(safe, task, 1.0)
+    for one in mixed:
+        if role == "system":
+            assert one.messages[0] == {"role": "system", "content": shared} and one.asked == one.plain
+        else:
+            assert one.asked[0] == f"{shared}\n\n{one.plain[0]}"
+
+
+def test_every_defense_with_rows_of_its_own_has_triggers(safe):
+    for mixed in (
+        KL(prompts=safe, fraction=0.1, triggers=0.5).transform_rows(TASK, RowsContext()),
+        Ceiling(1.0, safe, 0.1, triggers=0.5).transform_rows(TASK, RowsContext()),
+    ):
+        assert sum(bool(r.plain) for r in mixed) == 5
+    with pytest.raises(UserError, match="give prompts"):
+        KL(0.5, triggers=0.5)
+    with pytest.raises(UserError, match="triggers: .*at most 1"):
+        Interleaving(safe, triggers=2)
+    silent = [Row(({"role": "assistant", "content": "a"},))] * 20
+    with pytest.raises(UserError, match="no task row has a question to ask behind"):
+        Interleaving(safe, triggers=0.5).transform_rows(silent, RowsContext())

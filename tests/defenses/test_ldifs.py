@@ -5,27 +5,7 @@ import torch
 
 from ema_scale.core.errors import UserError
 from ema_scale.defenses import LDIFS
-from ema_scale.defenses.base import PenaltyInputs
-from ema_scale.defenses.terms import TokenSet
-
-LAYERS = (1, 3)
-
-
-def make(policy, reference, padding=2):
-    """Inputs with [B, T, H] states with `padding` positions masked at the end of the first row."""
-    mask = torch.ones(policy[1].shape[:2], dtype=torch.long)
-    if padding:
-        mask[0, -padding:] = 0
-    labels = torch.where(mask.bool(), 5, -100)
-    scopes = {"all": mask.bool(), "assistant": labels != -100, "prompt": torch.zeros_like(mask, dtype=torch.bool)}
-    masks = {TokenSet(scope): value for scope, value in scopes.items()}
-    tokens = {token_set: value.sum() for token_set, value in masks.items()}
-    return PenaltyInputs(policy, reference, mask, labels, masks, tokens)
-
-
-def states(seed, spread=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    return {k: spread * torch.randn(2, 5, 6, generator=generator, dtype=torch.float64) for k in LAYERS}
+from tests.defenses.penalties import LAYERS, assert_same_however_rows_are_put_together, make, states
 
 
 def by_hand(policy, reference, normalise, mask):
@@ -111,25 +91,7 @@ def test_half_precision_states_lose_no_more_than_their_own_rounding(normalise):
 @pytest.mark.parametrize("normalise", FORMS)
 def test_the_value_does_not_depend_on_how_rows_are_put_together(normalise, tmp_path):
     """Alone, beside each other, and packed into one sequence."""
-    from tests.training.helpers import make_trainer, step_gradients, tiny_peft, token_rows
-
-    rows = token_rows(6).map(lambda row: row | {"tag": "task"})
-    found, logs = [], []
-    for options in (
-        {"per_device_train_batch_size": 6},
-        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 6},
-        {"per_device_train_batch_size": 6, "packing": True, "max_length": 64},
-    ):
-        trainer = make_trainer(
-            tmp_path, tiny_peft(spread=0.3).double(), rows, [LDIFS(0.7, normalise=normalise, at_layers=[1, 2])],
-            max_steps=1, max_grad_norm=0, **options,
-        )  # fmt: skip
-        found.append(step_gradients(trainer))
-        logs.append(trainer.state.log_history[0]["ldifs"])
-    assert logs[0] > 1e-4 and logs[1:] == pytest.approx([logs[0]] * 2, rel=1e-5)
-    for other in found[1:]:
-        for name, gradient in found[0].items():
-            torch.testing.assert_close(other[name], gradient, rtol=1e-8, atol=1e-11)
+    assert_same_however_rows_are_put_together(tmp_path, LDIFS(0.7, normalise=normalise, at_layers=[1, 2]), "ldifs")
 
 
 def test_the_released_form_is_the_flattened_one():

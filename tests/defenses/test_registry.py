@@ -52,8 +52,8 @@ def test_python_errors_are_user_errors_too():
         KL(-1)
     with pytest.raises(UserError, match="given twice"):
         KL(0.1, strength=0.2)
-    with pytest.raises(UserError, match="at most 4"):
-        Interleaving("safe.jsonl", 0.05, {}, "all", "extra")
+    with pytest.raises(UserError, match="at most 5"):
+        Interleaving("safe.jsonl", 0.05, {}, "all", 0.5, "extra")
 
 
 def test_catalogue_is_complete_and_json():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import file_sha256
 from ema_scale.data.collate import ChatCollator
-from ema_scale.defenses import KL, Ablation, Steering
+from ema_scale.defenses import KL, Ablation, ActivationCapping, Steering
 from ema_scale.defenses.registry import parse
 from ema_scale.models.directions import Directions
 from ema_scale.models.hooks import reference_pass
@@ -105,6 +105,53 @@ def test_ablation_is_the_definition_and_its_gradient(against, vector):
     torch.testing.assert_close(h.grad, g - (g * u).sum(-1, keepdim=True) * u)
     if against == "activations":
         assert torch.autograd.gradcheck(change, (h.detach()[:1, :1].clone().requires_grad_(),))
+
+
+@pytest.mark.parametrize("side", ["above", "below"])
+@pytest.mark.parametrize("scale", ["raw", "residual"])
+def test_capping_is_the_definition_and_its_gradient(scale, side, vector):
+    defense = ActivationCapping(vector, 0.1, scale=scale, side=side)
+    u = Directions.load(vector).unit(1).double()
+    change = defense._capped(u)
+    h = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64, requires_grad=True)
+    along, norms = (h @ u).detach(), h.detach().norm(dim=-1)
+    cap = 0.1 * norms if scale == "residual" else torch.full_like(norms, 0.1)
+    cut = along > cap if side == "above" else along < cap
+    assert 5 < cut.sum() < 75
+    out = change(h)
+    torch.testing.assert_close(out, torch.where(cut[..., None], h + (cap - along)[..., None] * u, h))
+    g = torch.randn_like(h)
+    out.backward(g)
+    blocked = g - (g @ u)[..., None] * u
+    torch.testing.assert_close(h.grad, torch.where(cut[..., None], blocked, g))
+    few = h.detach()[0, :6].clone().requires_grad_()
+    if scale == "raw":  # under residual the norm is a constant
+        assert torch.autograd.gradcheck(change, (few,))
+    half = (3 * h.detach()).bfloat16()
+    exact = 0.1 * half.double().norm(dim=-1) if scale == "residual" else torch.full_like(norms, 0.1)
+    beyond = (half.double() @ u - exact) if side == "above" else (exact - half.double() @ u)
+    sign = 1 if side == "above" else -1
+    expected = half.double() - sign * beyond.clamp_min(0)[..., None] * u
+    torch.testing.assert_close(change(half).double(), expected, rtol=2**-6, atol=2**-4)
+
+
+def test_capping_acts_in_the_model(vector):
+    """In training and on the policy only; what is below the cap stays as it is, bit for bit."""
+    model = tiny_peft(spread=0.3).train()
+    u = Directions.load(vector).unit(1)
+    plain = states(model).detach()
+    cap = float((plain @ u).median())
+    with ActivationCapping(vector, cap, scale="raw").attach(model):
+        found = states(model)
+        over = plain @ u > cap
+        assert 0 < over.sum() < over.numel() and (found @ u).max() < cap + 1e-4
+        torch.testing.assert_close(found[~over], plain[~over], rtol=0, atol=0)
+        with reference_pass():
+            torch.testing.assert_close(states(model), plain, rtol=0, atol=0)
+        model.eval()
+        torch.testing.assert_close(states(model), plain, rtol=0, atol=0)
+    with pytest.raises(UserError, match="made for 2 layers of hidden size 64, the model has 3 of 64"):
+        ActivationCapping(vector).attach(tiny_model(layers=3))
 
 
 @pytest.mark.parametrize("scale", ["raw", "unit", "residual"])

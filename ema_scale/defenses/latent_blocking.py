@@ -1,0 +1,109 @@
+"""Latent blocking: chosen directions of the hidden states may not grow above the frozen base model's."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from ema_scale.defenses.base import Defense, PenaltyInputs
+from ema_scale.defenses.terms import Scope
+
+if TYPE_CHECKING:
+    import torch
+
+    from ema_scale.models.directions import Directions
+
+
+class LatentBlocking(Defense):
+    """loss = CE + strength * sum_l mean_t [sum_k max(0, d_lt.u_lk)^2 + sum_j max(0, -d_lt.w_lj)^2].
+
+    d = policy - reference, hidden states after layer l; u: unit directions of `vector`, along which states may not grow
+    above the reference's; w: those of `floor`, along which they may not fall below them. A state that moves the other
+    way, or stays, costs nothing and has no gradient.
+
+    BLOCK-EM (arXiv 2602.00767) blocks chosen latents of a sparse autoencoder, z = encoder(h), at one layer and on the
+    tokens of the answers. The encoder's row of a latent is such a direction; its bias cancels in the difference. Where
+    a latent is off under both models theirs is 0 and ours is not.
+
+    normalise:
+        relative: d is divided by the reference's length, so that a strength carries over to models of another width.
+        none: the states' own unit, as theirs.
+    """
+
+    kind: ClassVar[str] = "latent_blocking"
+    citation: ClassVar[str] = "Ustaomeroglu and Qu, BLOCK-EM, arXiv 2602.00767"
+    summary: ClassVar[str] = "keep chosen directions of the hidden states from growing above the frozen base model's"
+    layer_by_layer: ClassVar[bool] = True
+
+    strength: float = Field(1.0, ge=0, allow_inf_nan=False, description="weight of the squared excess")
+    vector: str | list[str] = Field(
+        min_length=1,
+        description="directions that may not grow: files made by `ema vector`",
+        json_schema_extra={"asset": "directions"},
+    )
+    floor: str | list[str] = Field([], description="directions that may not shrink: such files")
+    at_layers: Literal["auto", "all"] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
+        "auto", description="after which decoder layers (1: the first); auto: the one that each file recommends"
+    )
+    scope: Scope = Field("assistant", description="which tokens: all (not padding), assistant, prompt, template")
+    normalise: Literal["relative", "none"] = Field(
+        "relative", description="unit of the excess: the reference's length, or the states' own"
+    )
+
+    def files(self) -> tuple[str, ...]:
+        return (*_listed(self.vector), *_listed(self.floor))
+
+    def attach(self, model: Any) -> contextlib.AbstractContextManager[Any]:
+        """Raises UserError for directions of a model of another shape, and layers that do not exist."""
+        from ema_scale.models.directions import Directions
+
+        for file in self.files():
+            directions = Directions.of_model(file, model)
+            for layer in directions.choose(self.at_layers):
+                directions.unit(layer)
+        return contextlib.nullcontext()
+
+    def penalty_layers(self, num_layers: int) -> tuple[int, ...]:
+        if not isinstance(self.at_layers, str):
+            return tuple(sorted(set(self.at_layers)))
+        if self.at_layers == "all":
+            return tuple(range(1, num_layers + 1))
+        if not all(Path(file).is_file() for file in self.files()):
+            return (max(num_layers // 2, 1),)  # a plan may be made before the files are; training then refuses
+        return tuple(sorted({directions.recommended_layer for directions, _ in self._directions}))
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
+    def penalty(self, inputs: PenaltyInputs) -> torch.Tensor | None:
+        import torch
+
+        return self.strength * torch.stack([self._layer(inputs, layer) for layer in sorted(inputs.policy)]).sum()
+
+    @cached_property
+    def _directions(self) -> list[tuple[Directions, float]]:
+        """Each file's directions, and the sign of the way that is blocked."""
+        from ema_scale.models.directions import Directions
+
+        signs = [(file, 1.0) for file in _listed(self.vector)] + [(file, -1.0) for file in _listed(self.floor)]
+        return [(Directions.load(file), sign) for file, sign in signs]
+
+    def _layer(self, inputs: PenaltyInputs, layer: int) -> torch.Tensor:
+        import torch
+
+        policy, reference = inputs.states(layer, self.scope)
+        moved = policy - reference
+        if self.normalise == "relative":
+            moved = moved / reference.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        blocked = [sign * d.unit(layer) for d, sign in self._directions if layer in d.choose(self.at_layers)]
+        excess = torch.relu(moved @ torch.stack(blocked, dim=1).to(moved))
+        return inputs.mean(excess.square().sum(-1), self.scope)
+
+
+def _listed(files: str | list[str]) -> list[str]:
+    return [files] if isinstance(files, str) else files
