@@ -3,6 +3,7 @@
 from ema_scale.defenses.ablation import Ablation
 from ema_scale.defenses.activation_capping import ActivationCapping
 from ema_scale.defenses.antibody import Antibody
+from ema_scale.defenses.asft import AsFT
 from ema_scale.defenses.base import Defense, FinishContext, PenaltyInputs, RowsContext
 from ema_scale.defenses.ceiling import Ceiling
 from ema_scale.defenses.dft import DFT
@@ -19,6 +20,7 @@ from ema_scale.defenses.safelora import SafeLoRA
 from ema_scale.defenses.star_dss import StarDSS
 from ema_scale.defenses.steering import Steering
 from ema_scale.defenses.terms import Divergence, LabelLogProbs, LabelTerm, LabelWeight, TokenSet
+from ema_scale.defenses.treft import TReFT
 
 __all__ = [
     "DFT",
@@ -26,6 +28,8 @@ __all__ = [
     "LDIFS",
     "Ablation",
     "Antibody",
+    "AsFT",
+    "TReFT",
     "ActivationCapping",
     "Ceiling",
     "Defense",

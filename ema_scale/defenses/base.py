@@ -188,6 +188,7 @@ class Defense(BaseModel):
     defined_in: `file.py:Class` of a class in a user's own file, which recipes then name it by; "" for others.
     layer_by_layer: `penalty` is a sum over layers. It is then called with one layer at a time, while the forward pass
         is there, and no states are stored for it.
+    whole_weights: it reads whole adapter weights, which ZeRO-3 and FSDP shard.
 
     Raises UserError for unknown fields and values out of range.
     """
@@ -201,6 +202,7 @@ class Defense(BaseModel):
     adapter_files: ClassVar[tuple[str, ...]] = ()
     defined_in: ClassVar[str] = ""
     layer_by_layer: ClassVar[bool] = False
+    whole_weights: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Raises UserError for a method under the name it had in an earlier version: it would never be called."""

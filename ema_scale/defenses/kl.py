@@ -43,7 +43,7 @@ class KL(Defense):
     )
     direction: Direction = Field("policy_reference", description="KL(policy || reference), its reverse, or JS")
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="divides both logits")
-    scope: Scope = Field("all", description="which tokens: all (not padding), assistant, prompt, template")
+    scope: Scope = Field("all", description="which tokens: all (not padding), assistant, prompt, template, prefix")
     part: Literal["learned", "task", "safe"] = Field("learned", description="which rows: all learned ones, or a part")
     prompts: str | None = Field(
         None,

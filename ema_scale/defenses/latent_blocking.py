@@ -49,7 +49,7 @@ class LatentBlocking(Defense):
     at_layers: Literal["auto", "all"] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
         "auto", description="after which decoder layers (1: the first); auto: the one that each file recommends"
     )
-    scope: Scope = Field("assistant", description="which tokens: all (not padding), assistant, prompt, template")
+    scope: Scope = Field("assistant", description="which tokens: all, assistant, prompt, template, prefix")
     normalise: Literal["relative", "none"] = Field(
         "relative", description="unit of the excess: the reference's length, or the states' own"
     )

@@ -51,7 +51,7 @@ class LDIFS(Defense):
     normalise: Literal["unit", "sequence", "relative", "none"] = Field(
         "unit", description="scale of the features: by token, by row, by the reference, as they are"
     )
-    scope: Scope = Field("all", description="which tokens: all (not padding), assistant, prompt, template")
+    scope: Scope = Field("all", description="which tokens: all (not padding), assistant, prompt, template, prefix")
     detached: bool = Field(False, description="no gradient, as in the released code; for comparison only")
     at_layers: Literal["spread", "released"] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = (
         Field(

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from ema_scale.core.errors import UserError
 from ema_scale.defenses.base import Defense, FinishContext
-from ema_scale.defenses.safelora_files import PREFIX, REPORT, Checkpoint, same_models
+from ema_scale.defenses.safelora_files import REPORT, aligned_pair
 from ema_scale.models.weights import folder_of
 
 if TYPE_CHECKING:
@@ -53,22 +52,7 @@ class SafeLoRA(Defense):
     @contextlib.contextmanager
     def attach(self, model: Any) -> Iterator[None]:
         """Raises UserError, before training, for a base that is missing, of another model, or the aligned one."""
-        base = Checkpoint(folder_of(self.base, self.base_revision))
-        name = model.get_base_model().config._name_or_path
-        if not name:
-            raise UserError("safelora: the model was not loaded from a checkpoint, whose weights it reads")
-        aligned = Checkpoint(folder_of(name, model.active_peft_config.revision))
-        adapted = [n.removeprefix(PREFIX) for n, module in model.named_modules() if getattr(module, "lora_A", None)]
-        for module in adapted:
-            found, expected = (one.shape(module) for one in (base, aligned))
-            if found != expected:
-                raise UserError(
-                    f"safelora: base {self.base}: {module} has the shape {found}, and "
-                    f"{expected} in {name}; expected the model that it was made from"
-                )
-        # The first pair nearly always differs, so little is read.
-        if all(bool((base.weight(module) == aligned.weight(module)).all()) for module in adapted):
-            raise UserError(same_models(self.base, name))
+        aligned_pair(self.kind, model, self.base, self.base_revision)
         yield
 
     def after_training(self, adapter_dir: Path, ctx: FinishContext) -> None:

@@ -19,6 +19,7 @@ from ema_scale.models.weights import (
     ADAPTER_WEIGHTS,
     adapter_files,
     check_finite,
+    folder_of,
     open_tensors,
     read_tensors,
     weight_files,
@@ -43,10 +44,10 @@ def identity(folder: Path) -> str:
     return hashlib.sha256(json.dumps([[f.name, sampled_sha256(f)] for f in files]).encode()).hexdigest()
 
 
-def same_models(base: object, aligned: object) -> str:
+def same_models(base: object, aligned: object, kind: str = "safelora") -> str:
     """The message for two models between which there is no subspace."""
     return (
-        f"safelora: {base} and {aligned} have the same weights in every adapted matrix, so there is nothing to project "
+        f"{kind}: {base} and {aligned} have the same weights in every adapted matrix, so there is nothing to project "
         "on; expected the model before alignment and the aligned one"
     )
 
@@ -171,6 +172,31 @@ class Checkpoint:
         if len(longer) == 1:
             return longer[0]
         raise UserError(f"{self._folder}: no weight for the adapted module {module}")
+
+
+def aligned_pair(kind: str, model: Any, base: str, revision: str | None) -> tuple[Checkpoint, Checkpoint, list[str]]:
+    """The checkpoints of the unaligned base and of the model that is fine-tuned, and the names of its adapted modules.
+
+    Raises UserError, in the name of the defense `kind`, for a base that is missing, of another model, or the aligned
+    one.
+    """
+    before = Checkpoint(folder_of(base, revision))
+    name = model.get_base_model().config._name_or_path
+    if not name:
+        raise UserError(f"{kind}: the model was not loaded from a checkpoint, whose weights it reads")
+    aligned = Checkpoint(folder_of(name, model.active_peft_config.revision))
+    adapted = [n.removeprefix(PREFIX) for n, module in model.named_modules() if getattr(module, "lora_A", None)]
+    for module in adapted:
+        found, expected = (one.shape(module) for one in (before, aligned))
+        if found != expected:
+            raise UserError(
+                f"{kind}: base {base}: {module} has the shape {found}, and {expected} in {name}; expected the model "
+                "that it was made from"
+            )
+    # The first pair nearly always differs, so little is read.
+    if all(bool((before.weight(module) == aligned.weight(module)).all()) for module in adapted):
+        raise UserError(same_models(base, name, kind))
+    return before, aligned, adapted
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 Direction = Literal["policy_reference", "reference_policy", "jensen_shannon"]
-Scope = Literal["all", "assistant", "prompt", "template"]
+Scope = Literal["all", "assistant", "prompt", "template", "prefix"]
 Part = Literal["learned", "task", "safe", "prompts", "bad"]  # prompts, bad: rows that this defense brings in
 
 
@@ -23,8 +23,8 @@ class TokenSet:
         assistant: positions that predict an assistant token.
         prompt: positions that predict any other token of the row.
         template: positions of tokens that the chat template wrote: role headers, ends of turns, a default system
-            prompt. The last header predicts the first token of an answer. arXiv 2606.06667 (TReFT) does something else:
-            it holds keys and values of the tokens before the user's text.
+            prompt. The last header predicts the first token of an answer.
+        prefix: those of `template` that stand before the row's first text.
     part: a row's tag, or learned: task and safe rows.
     """
 

@@ -141,7 +141,7 @@ def _tokenized(
     kinds = using_template(defenses)
     if kinds and "template" not in dataset.column_names:
         raise UserError(
-            f"{kinds[0]}: scope template needs rows of messages, or a tokenized dataset with a column template (1 on "
+            f"{kinds[0]} needs rows of messages, or a tokenized dataset with a column template (1 on "
             "tokens that the chat template wrote)"
         )
     if "labels" not in dataset.column_names:
@@ -158,9 +158,9 @@ def _tokenized(
 
 
 def using_template(defenses: Sequence[Defense]) -> list[str]:
-    """Kinds of the defenses that look at the chat template's own tokens."""
-    scopes = {d.kind: [getattr(d, "scope", None), *(t.scope for t in d.token_terms)] for d in defenses}
-    return [kind for kind, used in scopes.items() if "template" in used]
+    """What looks at the chat template's own tokens, such as `kl: scope template`."""
+    scopes = [(d.kind, {getattr(d, "scope", None), *(t.scope for t in d.token_terms)}) for d in defenses]
+    return [f"{kind}: scope {scope}" for kind, used in scopes for scope in ("template", "prefix") if scope in used]
 
 
 def _labels_of_masks(row: dict[str, Any]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class DataMixin(Trainer):
         if tags := self._needed_tags:
             required["tags"] = f"the part {tags[0]} of the rows"
         if kinds := using_template(self.defenses):
-            required["template"] = f"{kinds[0]}: scope template"
+            required["template"] = kinds[0]
         return required
 
     def prepare_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:

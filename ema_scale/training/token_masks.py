@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ema_scale.data.rows import LEARNED, TAGS
 from ema_scale.defenses.terms import Scope, TokenSet
+from ema_scale.models.prefix import leading
 
 IGNORED = -100
 
@@ -55,7 +56,8 @@ def token_masks(batch: Mapping[str, Any], tags: Sequence[str] = TAGS) -> dict[To
         attention_mask: [B, T]; absent: all ones.
         tags: each row's place in `tags`, [B], or [B, T] if sequences are packed; absent: all rows are the task's.
         position_ids: [B, T], of packed sequences.
-        template: [B, T], 1 on tokens that the chat template wrote; absent: no token set of that scope has any.
+        template: [B, T], 1 on tokens that the chat template wrote; absent: no token set of that scope, or of the scope
+            prefix, has any.
     """
     labels = batch["labels"]
     places, positions, template = (batch.get(name) for name in ("tags", "position_ids", "template"))
@@ -68,7 +70,8 @@ def token_masks(batch: Mapping[str, Any], tags: Sequence[str] = TAGS) -> dict[To
         "all": real,
         "assistant": assistant,
         "prompt": followed & ~assistant,
-        "template": torch.zeros_like(real) if template is None else real & template.bool(),
+        "template": (written := torch.zeros_like(real) if template is None else real & template.bool()),
+        "prefix": leading(written, positions),
     }
     places = torch.zeros(len(labels), dtype=torch.long, device=labels.device) if places is None else places
     places = places[:, None] if places.ndim == 1 else places
