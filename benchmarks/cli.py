@@ -383,3 +383,19 @@ def agreement_(
     atomic_write_text(out / "agreement.md", told + "\n")
     calibration_figure(points, found).savefig(out / "agreement.svg")
     print(told)
+
+
+@bench.command("evidence")
+def evidence_(
+    runs: Annotated[list[Path], typer.Argument(help="run folders of one finished study, or folders that hold them")],
+    study: Annotated[str, typer.Option(help="the study's name, whose earlier entry is replaced")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="[default: the package's own file]")] = None,
+) -> None:
+    """Write what a study measured into the file that `ema recommend` reads."""
+    from benchmarks.evidence import write_evidence
+    from ema_scale.planning.evidence import FILE
+    from ema_scale.study.find import find_runs
+
+    target = out or FILE
+    count = write_evidence(find_runs(runs), study, target)
+    print(f"{target}: {count} arms of {study}")

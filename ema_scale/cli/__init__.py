@@ -8,6 +8,7 @@ from ema_scale.cli import (  # noqa: F401
     launch,
     look,
     plan,
+    recommend,
     results,
     runs,
     safelora,

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 # `ema --help` shows these groups, whichever file defines a command.
 _GROUPS = {
-    "First look": ("demo", "defenses", "explain"),
+    "First look": ("demo", "defenses", "recommend", "explain"),
     "Before training": ("data", "select", "vector", "plan", "gate", "cache"),
     "One run": ("train", "safelora", "eval", "look", "merge", "push"),
     "Answers": ("results", "judge", "compare", "export", "report"),

@@ -72,6 +72,8 @@ _USUAL = {
     "normalise": "unit",
     "against": "activations",
     "measure": None,
+    "per": "token",
+    "triggers": 0,
 }
 
 

@@ -20,6 +20,7 @@ from ema_scale.defenses.safelora import SafeLoRA
 from ema_scale.defenses.star_dss import StarDSS
 from ema_scale.defenses.steering import Steering
 from ema_scale.defenses.terms import Divergence, LabelLogProbs, LabelTerm, LabelWeight, TokenSet
+from ema_scale.defenses.trait_monitor import TraitMonitor
 from ema_scale.defenses.treft import TReFT
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "StarDSS",
     "Steering",
     "TokenSet",
+    "TraitMonitor",
     "catalogue",
     "parse",
 ]

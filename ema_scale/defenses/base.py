@@ -42,6 +42,7 @@ class PenaltyInputs:
     step_tokens: token set -> scalar, its tokens in the whole optimizer step on all processes.
     segment_ids: [B, T], a number for the row that a position belongs to, if sequences are packed; else None.
     parts: this defense's own parts -> their names among those of all defenses.
+    readings: what `read` has noted.
 
     A penalty takes states by `states` and ends with `mean`: then neither its value nor its gradient depends on what
     stands outside the scope, be it NaN.
@@ -55,6 +56,7 @@ class PenaltyInputs:
     step_tokens: Mapping[TokenSet, torch.Tensor]
     segment_ids: torch.Tensor | None = None
     parts: Mapping[str, str] = field(default_factory=dict)
+    readings: dict[str, tuple[TokenSet, torch.Tensor]] = field(default_factory=dict)
 
     def states(self, layer: int, scope: Scope = "all", part: Part = "learned") -> tuple[torch.Tensor, torch.Tensor]:
         """Policy and reference states [B, T, H] after `layer`, in float32 or better, 0 outside the scope.
@@ -107,6 +109,10 @@ class PenaltyInputs:
         tokens = self._token_set(scope, part)
         masked = torch.where(self.masks[tokens], per_token, torch.zeros_like(per_token))
         return masked.sum() / self.step_tokens[tokens].clamp_min(1)
+
+    def read(self, name: str, per_token: torch.Tensor, scope: Scope = "all", part: Part = "learned") -> None:
+        """Log the step's mean of per_token [B, T] as `KIND/name`. It is no part of the loss."""
+        self.readings[name] = self._token_set(scope, part), self.mean(per_token.detach(), scope, part)
 
     def _token_set(self, scope: Scope, part: str) -> TokenSet:
         return TokenSet(scope, self.parts.get(part, part))

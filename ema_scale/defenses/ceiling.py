@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -31,6 +31,11 @@ class Ceiling(Defense):
         answers of a model under an evil system prompt. They are mixed in, one after every 1/fraction task rows. Nothing
         is learned from them; only their likelihood is watched.
 
+    per:
+        token: as above.
+        answer: sum over rows of max(0, sum_t (log policy(y_t) - log reference(y_t))), divided by the number of tokens.
+            A token may become likelier if others of its row become less likely; the whole answer may not.
+
     Where the policy finds a token no likelier than the base model does, the term is zero and has no gradient. So it
     does not hold back a task that moves the model elsewhere.
 
@@ -52,6 +57,9 @@ class Ceiling(Defense):
     columns: Columns = {}
     learn: Learn = "all"
     triggers: Triggers = 0
+    per: Literal["token", "answer"] = Field(
+        "token", description="what may not become likelier: tokens, or whole answers"
+    )
 
     def transform_rows(self, rows: Sequence[Row], ctx: RowsContext) -> Sequence[Row]:
         return mix(
@@ -63,4 +71,4 @@ class Ceiling(Defense):
         return rows_needed(self.fraction, task_rows, self.kind)
 
     def label_terms(self) -> tuple[LabelTerm, ...]:
-        return (LabelTerm("ceiling", self.strength, excess, part="bad"),)
+        return (LabelTerm("ceiling", self.strength, excess, part="bad", per_row=self.per == "answer"),)

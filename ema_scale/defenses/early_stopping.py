@@ -26,6 +26,7 @@ class EarlyStopping(Defense):
             read (every training.drift_every steps).
         probe: by how much misaligned answers (`source`, as for a ceiling) have become likelier than under the
             reference: max(0, log policy(y_t) - log reference(y_t)) in nats per token.
+        traits: how far hidden states have moved along the direction of a `trait_monitor` entry, the furthest of them.
         choices: by how much the margin of the suites in evaluation.during has fallen since the start: how much likelier
             their aligned answers are than their misaligned ones, in nats per token.
     keep: which adapter is saved.
@@ -45,8 +46,8 @@ class EarlyStopping(Defense):
     citation: ClassVar[str] = "Early stopping, arXiv 2605.12199"
     summary: ClassVar[str] = "stop when the distance to the reference, or a misalignment probe, crosses a line"
 
-    measure: Literal["kl", "drift", "probe", "choices"] = Field("kl", description="what is watched")
-    limit: float = Field(gt=0, allow_inf_nan=False, description="nats per token, or for drift a share of 1")
+    measure: Literal["kl", "drift", "probe", "traits", "choices"] = Field("kl", description="what is watched")
+    limit: float = Field(gt=0, allow_inf_nan=False, description="nats per token, or for drift and traits a share of 1")
     source: str | list[str] | None = Field(
         None, description="rows on which kl or probe are read; never learned", json_schema_extra={"asset": "bad rows"}
     )
@@ -68,6 +69,8 @@ class EarlyStopping(Defense):
             raise ValueError("columns and learn say how `source` is read; give one")
         if self.measure != "probe" and self.learn != "all":
             raise ValueError("learn chooses among answers, at which only the measure probe looks")
+        if self.measure == "traits" and self.source is not None:
+            raise ValueError("measure traits is what a trait_monitor reads: give `prompts` there, no `source` here")
         if self.measure == "choices" and self.source is not None:
             raise ValueError("measure choices is read on evaluation.during.suites; leave `source` out")
         return self
@@ -125,7 +128,11 @@ class EarlyStopping(Defense):
             recent.append(self._read(row))
         values = [value for value in recent if value is not None]
         if self.source is None and not values and all(self._read(row) is None for row in history):
-            hints = {"drift": "; set training.drift_every above 0", "choices": "; name suites in evaluation.during"}
+            hints = {
+                "drift": "; set training.drift_every above 0",
+                "choices": "; name suites in evaluation.during",
+                "traits": "; add a trait_monitor",
+            }
             hint = hints.get(self.measure, f": no step has {self._name}")
             raise UserError(f"early_stopping: measure {self.measure} is never read{hint}")
         return sum(values) / len(values) if last >= self.window and recent[0] is not None else None
@@ -135,6 +142,9 @@ class EarlyStopping(Defense):
         return "choices_fall" if self.measure == "choices" else f"{self.kind}_{self.measure}"
 
     def _read(self, row: Mapping[str, Any]) -> float | None:
+        if self.measure == "traits":
+            moved = [float(value) for name, value in row.items() if name.startswith("trait_monitor") and "/" in name]
+            return max(moved, default=None)
         if self.measure != "drift":
             value = row.get(self._name)
             return None if value is None else float(value)

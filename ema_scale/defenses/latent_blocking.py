@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from ema_scale.defenses.base import Defense, PenaltyInputs
+from ema_scale.defenses.direction_files import Files, Layers, check_files, layers_of, listed
 from ema_scale.defenses.terms import Scope
 
 if TYPE_CHECKING:
@@ -39,14 +39,14 @@ class LatentBlocking(Defense):
     summary: ClassVar[str] = "keep chosen directions of the hidden states from growing above the frozen base model's"
     layer_by_layer: ClassVar[bool] = True
 
-    strength: float = Field(1.0, ge=0, allow_inf_nan=False, description="weight of the squared excess")
-    vector: str | list[str] = Field(
+    strength: float = Field(10.0, ge=0, allow_inf_nan=False, description="weight of the squared excess")
+    vector: Files = Field(
         min_length=1,
         description="directions that may not grow: files made by `ema vector`",
         json_schema_extra={"asset": "directions"},
     )
-    floor: str | list[str] = Field([], description="directions that may not shrink: such files")
-    at_layers: Literal["auto", "all"] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
+    floor: Files = Field([], description="directions that may not shrink: such files")
+    at_layers: Layers = Field(
         "auto", description="after which decoder layers (1: the first); auto: the one that each file recommends"
     )
     scope: Scope = Field("assistant", description="which tokens: all, assistant, prompt, template, prefix")
@@ -55,26 +55,15 @@ class LatentBlocking(Defense):
     )
 
     def files(self) -> tuple[str, ...]:
-        return (*_listed(self.vector), *_listed(self.floor))
+        return (*listed(self.vector), *listed(self.floor))
 
     def attach(self, model: Any) -> contextlib.AbstractContextManager[Any]:
         """Raises UserError for directions of a model of another shape, and layers that do not exist."""
-        from ema_scale.models.directions import Directions
-
-        for file in self.files():
-            directions = Directions.of_model(file, model)
-            for layer in directions.choose(self.at_layers):
-                directions.unit(layer)
+        check_files(self.files(), self.at_layers, model)
         return contextlib.nullcontext()
 
     def penalty_layers(self, num_layers: int) -> tuple[int, ...]:
-        if not isinstance(self.at_layers, str):
-            return tuple(sorted(set(self.at_layers)))
-        if self.at_layers == "all":
-            return tuple(range(1, num_layers + 1))
-        if not all(Path(file).is_file() for file in self.files()):
-            return (max(num_layers // 2, 1),)  # a plan may be made before the files are; training then refuses
-        return tuple(sorted({directions.recommended_layer for directions, _ in self._directions}))
+        return layers_of(self.files(), self.at_layers, num_layers)
 
     @property
     def needs_reference(self) -> bool:
@@ -90,7 +79,7 @@ class LatentBlocking(Defense):
         """Each file's directions, and the sign of the way that is blocked."""
         from ema_scale.models.directions import Directions
 
-        signs = [(file, 1.0) for file in _listed(self.vector)] + [(file, -1.0) for file in _listed(self.floor)]
+        signs = [(file, 1.0) for file in listed(self.vector)] + [(file, -1.0) for file in listed(self.floor)]
         return [(Directions.load(file), sign) for file, sign in signs]
 
     def _layer(self, inputs: PenaltyInputs, layer: int) -> torch.Tensor:
@@ -103,7 +92,3 @@ class LatentBlocking(Defense):
         blocked = [sign * d.unit(layer) for d, sign in self._directions if layer in d.choose(self.at_layers)]
         excess = torch.relu(moved @ torch.stack(blocked, dim=1).to(moved))
         return inputs.mean(excess.square().sum(-1), self.scope)
-
-
-def _listed(files: str | list[str]) -> list[str]:
-    return [files] if isinstance(files, str) else files

@@ -51,6 +51,8 @@ class Divergence:
     scope: Scope = "all"
     part: str = "learned"
 
+    per_row: ClassVar[bool] = False
+
     @property
     def measure(self) -> Direction:
         return self.direction
@@ -89,6 +91,8 @@ class LabelTerm:
     measure: LabelLogProbs -> values [N], made of torch operations on each token by itself. The loss differentiates it.
     part: see `TokenSet`.
     reads_reference: whether the measure depends on the reference, which training then runs.
+    per_row: the measure is given, at every token, the means over these tokens of its row. With max(0, log_ratio), the
+        term is then the sum over rows of max(0, sum_t log_ratio_t), divided by the number of tokens.
     """
 
     name: str
@@ -96,6 +100,7 @@ class LabelTerm:
     measure: LabelMeasure
     part: str = "learned"
     reads_reference: bool = True
+    per_row: bool = False
 
     scope: ClassVar[Scope] = "assistant"
     temperature: ClassVar[float] = 1.0

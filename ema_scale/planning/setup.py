@@ -272,7 +272,7 @@ def logits_buffers(defenses: Sequence[Defense], drift_every: int) -> int:
     slots = 1 + sum(type(d).overrides("join_gradients") for d in defenses)
     return live_buffers(
         terms,
-        slots=slots + bool(terms and any(weight.per_row for weight in weights)),
+        slots=slots + bool(terms and any(weight.per_row for weight in weights)) + sum(term.per_row for term in terms),
         weights_read=any(weight.reads_reference for weight in weights),
     )
 

@@ -54,6 +54,7 @@ class LossRequest:
     groups: name of a term or penalty -> the loss that it belongs to, where that is not the first (see `FusedLoss`).
     drift_layers: layers whose distance to the reference is read.
     keys: where a cached reference finds the rows, if that is known.
+    read_on: filled by the forward pass: name of a metric that penalties read -> its tokens.
     """
 
     labels: Tensor
@@ -67,6 +68,7 @@ class LossRequest:
     groups: Mapping[str, int] = field(default_factory=dict)
     drift_layers: tuple[int, ...] = ()
     keys: RowKeys | None = None
+    read_on: dict[str, TokenSet] = field(default_factory=dict)
 
 
 @dataclass
@@ -178,6 +180,7 @@ class DefendedForward:
                 term.temperature,
                 term.reads_reference,
                 request.groups.get(term.name, 0),
+                term.per_row,
             )
             for term in request.terms
         ]
@@ -204,7 +207,9 @@ class DefendedForward:
                     for w in request.label_weights
                 ],
                 token_factors=None if ce_factors is None else ce_factors.flatten(),
-                row_ids=row_ids(request.labels, positions).flatten() if request.label_weights else None,
+                row_ids=row_ids(request.labels, positions).flatten()
+                if request.label_weights or any(term.per_row for term in terms)
+                else None,
                 reference_head=reference_head,
             )
 
@@ -252,6 +257,8 @@ def assemble_loss(
         losses[group] = losses[group] + penalty
         metrics[name] = penalty.detach()
     metrics["loss"] = torch.stack(losses).detach().sum()
+    for name, (tokens, value) in reader.readings().items():
+        request.read_on[name], metrics[name] = tokens, value
     return {"losses": [loss * request.scale for loss in losses], "metrics": {**metrics, **reader.drift}}
 
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import saved_tensors_hooks
 
 from ema_scale.defenses.terms import Direction, LabelLogProbs, LabelMeasure
 from ema_scale.models.head import Head, head_logits
 from ema_scale.training.chunk_size import default_chunk, live_buffers
 from ema_scale.training.divergence import divergence, softmax
+from ema_scale.training.label_values import label_log_probs, label_value, logits_gradient
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class LossTerm:
     temperature: of a divergence; divides both logits.
     reads_reference: whether the measure depends on the reference.
     group: the loss that the term belongs to (see `FusedLoss`).
+    per_row: see `LabelTerm`.
     """
 
     weights: Tensor
@@ -41,6 +42,7 @@ class LossTerm:
     temperature: float = 1.0
     reads_reference: bool = True
     group: int = 0
+    per_row: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def fused_loss(
     ce_weights: [N].
     factors: made here, of the labels' likelihoods. All multiply.
     token_factors: [N], known beforehand; they multiply with `factors`.
-    row_ids: int64 [N], below N: the row of each token, for factors per row.
+    row_ids: int64 [N], below N: the row of each token, for factors and terms per row.
     reference_head: the reference's head, if it is not the policy's.
     chunk: tokens per chunk. None: `default_chunk`.
 
@@ -114,6 +116,7 @@ def fused_loss(
         raise ValueError("the fused loss gives the head no gradient; freeze it")
     if not chunk:
         slots = 1 + max((term.group for term in terms), default=0) + bool(terms and any(f.per_row for f in factors))
+        slots += sum(term.per_row for term in terms)
         reads = any(factor.reads_reference for factor in factors)
         chunk = default_chunk(head.weight, live_buffers(terms, slots=slots, weights_read=reads))
     backward = torch.is_grad_enabled() and policy.requires_grad
@@ -188,7 +191,8 @@ class _ChunkedLoss:
 
     gradients: by slot [N, H], without `scales` [N]: powers of two about as large as the row's weights. A weight of one
     in thousands of tokens would vanish in float16 before a gradient scaler could help. There is one slot for each
-    group. If factors per row, which are known at the end only, multiply the cross-entropy, it has a slot of its own.
+    group. If factors per row, which are known at the end only, multiply the cross-entropy, it has a slot of its own; so
+    has each term per row, whose gradient is that of the log-likelihoods until then.
     """
 
     def __init__(
@@ -218,13 +222,18 @@ class _ChunkedLoss:
         self.values = torch.zeros(len(terms), *self.ce.shape, dtype=self.dtype, device=policy.device)
         self.groups = 1 + max((term.group for term in terms), default=0)
         own = int(bool(self.by_row and terms))  # whether the cross-entropy has a slot of its own
-        self.term_slots = tuple(term.group + own for term in terms)
-        self.slot_groups = tuple(max(0, slot - own) for slot in range(self.groups + own))
+        by_row = [index for index, term in enumerate(terms) if term.per_row]
+        self.row_terms = {index: slot for slot, index in enumerate(by_row, start=self.groups + own)}
+        self.term_slots = tuple(self.row_terms.get(index, term.group + own) for index, term in enumerate(terms))
+        shared = [max(0, slot - own) for slot in range(self.groups + own)]
+        self.slot_groups = (*shared, *(terms[index].group for index in by_row))
         self.scales = [torch.zeros_like(self.ce) for _ in self.slot_groups]
         self.gradients = [torch.zeros_like(policy) for _ in self.slot_groups] if backward else None
         self.reads_reference = _reads_reference(terms, factors)
         # Of the labels, for factors per row.
         self.label_reference, self.log_ratio = (torch.full_like(self.ce, torch.nan) for _ in range(2))
+        # policy, reference and log ratio [3, N] of the labels, for terms per row.
+        self.row_labels = {index: self.ce.new_zeros(3, len(self.ce)) for index in self.row_terms}
 
     def run_chunk(self, rows: Tensor, has_ce: bool) -> None:
         """Tokens `rows` [C] of the batch: a cross-entropy if `has_ce`, and all terms. `live_buffers` counts the [C, V]
@@ -254,7 +263,7 @@ class _ChunkedLoss:
         slots = range(len(self.slot_groups))
         by_slot = [[w for w, s in zip(term_weights, self.term_slots, strict=True) if s == slot] for slot in slots]
         by_slot[0] = [weight, *by_slot[0]]
-        scales = [self._scale(weights) for weights in by_slot]
+        scales = [self._scale(weights or [torch.zeros_like(weight)]) for weights in by_slot]
         for slot in slots:
             self.scales[slot][rows] = scales[slot]
 
@@ -268,8 +277,13 @@ class _ChunkedLoss:
                 )  # fmt: skip
             else:
                 seen = torch.where(active, self.labels[rows], 0).unsqueeze(1)
-                read = ref_logits if term.reads_reference else None
-                value, grad = _label_value(term.measure, logits, read, probs, logz, seen, backward)
+                found = label_log_probs(logits, ref_logits if term.reads_reference else None, logz, seen)
+                if term.per_row:
+                    self.row_labels[index][:, rows] = torch.stack([found.policy, found.reference, found.log_ratio])
+                    value, slope = torch.zeros_like(found.policy), torch.ones_like(found.policy) if backward else None
+                else:
+                    value, slope = label_value(term.measure, found, backward=backward)
+                grad = None if slope is None else logits_gradient(probs, seen, slope)
             self.values[index, rows] = torch.where(active, value, 0)
             if grad is not None:
                 slot = self.term_slots[index]
@@ -295,22 +309,29 @@ class _ChunkedLoss:
                 into[rows] = _grad_hidden(grad_logits, logits, self.head).to(into.dtype)
 
     def weigh_rows(self, with_ce: Tensor) -> None:
-        """Multiply the factors per row in, when the likelihoods of all tokens are known."""
+        """Multiply in what is made of whole rows, when the likelihoods of all tokens are known."""
+        for index, slot in self.row_terms.items():
+            term = self.terms[index]
+            labels = self._row_means(term.active, *self.row_labels[index])
+            value, slope = label_value(term.measure, labels, backward=self.gradients is not None)
+            self.values[index] = torch.where(term.active, value, 0)
+            if slope is not None:
+                self.scales[slot] *= torch.where(term.active, slope, 0)
         if not self.by_row:
             return
-        row_ids = self.row_ids
-        assert row_ids is not None
-        counts = torch.zeros_like(self.ce).index_add_(0, row_ids, with_ce.to(self.dtype)).clamp_min(1)
-
-        def means(values: Tensor) -> Tensor:
-            sums = torch.zeros_like(self.ce).index_add_(0, row_ids, torch.where(with_ce, values, 0))
-            return (sums / counts)[row_ids]
-
-        found = LabelLogProbs(means(-self.ce), means(self.label_reference), means(self.log_ratio))
+        found = self._row_means(with_ce, -self.ce, self.label_reference, self.log_ratio)
         for factor in self.by_row:
             values = torch.where(factor.active & with_ce, factor.measure(found), 1).to(self.dtype)
             self.factors *= values
             self.scales[0] *= values
+
+    def _row_means(self, mask: Tensor, *of: Tensor) -> LabelLogProbs:
+        """At each token, the means of policy, reference and log ratio [N] over the tokens of its row in `mask`."""
+        row_ids = self.row_ids
+        assert row_ids is not None
+        counts = torch.zeros_like(self.ce).index_add_(0, row_ids, mask.to(self.dtype)).clamp_min(1)
+        sums = (torch.zeros_like(self.ce).index_add_(0, row_ids, torch.where(mask, values, 0)) for values in of)
+        return LabelLogProbs(*((values / counts)[row_ids] for values in sums))
 
     def _factors(self, rows: Tensor, logits: Tensor, ref_logits: Tensor | None, logz: Tensor, target: Tensor) -> Tensor:
         """[C]: the product of all factors that are known for each token by itself."""
@@ -318,10 +339,10 @@ class _ChunkedLoss:
         if self.token_factors is not None:
             product = self.token_factors[rows].to(self.dtype)
         for factor in self.by_token:
-            labels = _label_log_probs(logits, ref_logits if factor.reads_reference else None, logz, target)
+            labels = label_log_probs(logits, ref_logits if factor.reads_reference else None, logz, target)
             product = product * torch.where(factor.active[rows], factor.measure(labels), 1).to(self.dtype)
         if any(factor.reads_reference for factor in self.by_row):
-            labels = _label_log_probs(logits, ref_logits, logz, target)
+            labels = label_log_probs(logits, ref_logits, logz, target)
             self.label_reference[rows], self.log_ratio[rows] = labels.reference, labels.log_ratio
         self.factors[rows] = product
         return product
@@ -344,35 +365,3 @@ def _grad_hidden(grad_logits: Tensor, cap: Tensor, head: Head) -> Tensor:
     if head.scale != 1.0:
         grad_logits.mul_(head.scale)
     return torch.mm(grad_logits.to(head.weight.dtype), head.weight)
-
-
-def _label_log_probs(logits: Tensor, ref_logits: Tensor | None, logz: Tensor, labels: Tensor) -> LabelLogProbs:
-    """The log-likelihoods of labels [C, 1]; NaN for the reference's if it is not there."""
-    at_label = logits.gather(1, labels)
-    policy = (at_label - logz).squeeze(1)
-    if ref_logits is None:
-        unread = torch.full_like(policy, torch.nan)
-        return LabelLogProbs(policy, unread, unread)
-    ref_at_label = ref_logits.gather(1, labels)
-    ref_logz = softmax(ref_logits)[1]
-    log_ratio = at_label - ref_at_label - (logz - ref_logz)
-    return LabelLogProbs(policy, (ref_at_label - ref_logz).squeeze(1), log_ratio.squeeze(1))
-
-
-def _label_value(
-    measure: LabelMeasure, logits: Tensor, ref_logits: Tensor | None, probs: Tensor, logz: Tensor, labels: Tensor,
-    backward: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The measure per token [C] on labels [C, 1], and its gradient by the policy's logits [C, V]."""
-    found = _label_log_probs(logits, ref_logits, logz, labels)
-    if not backward:
-        return measure(found), None
-    # Both depend on the policy's log-likelihood with derivative 1.
-    leaves = (found.policy.requires_grad_(), found.log_ratio.requires_grad_())
-    # Activation offload would move what is saved here to the CPU and back.
-    with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
-        value = measure(found)
-        by_leaf = torch.autograd.grad(value.sum(), leaves, allow_unused=True) if value.requires_grad else ()
-    slope = sum((x for x in by_leaf if x is not None), torch.zeros_like(logz.squeeze(1))).unsqueeze(1)
-    # d log p(y) / d logits = one_hot(y) - probs
-    return value.detach(), (probs * -slope).scatter_add_(1, labels, slope)

@@ -49,7 +49,7 @@ class PenaltyReader:
         )  # fmt: skip
         self._inputs = empty
         self._drift_layers = request.drift_layers
-        self._penalties = [(p, replace(empty, parts=p.parts)) for p in request.penalties]
+        self._penalties = [(p, replace(empty, parts=p.parts, readings={})) for p in request.penalties]
         self._weighing = [(p, replace(empty, parts=p.parts)) for p in request.weighing]
         readers = (*request.penalties, *request.weighing)
         self._layers_of = {p.name: p.defense.penalty_layers(num_layers) for p in readers}
@@ -85,6 +85,10 @@ class PenaltyReader:
             if value is not None:
                 values[penalty.name] = value
         return values
+
+    def readings(self) -> dict[str, tuple[TokenSet, Tensor]]:
+        """Name -> the tokens and the value, detached, of what penalties have read."""
+        return {f"{p.name}/{name}": read for p, inputs in self._penalties for name, read in inputs.readings.items()}
 
     @torch.no_grad()
     def token_weights(self, states: HiddenStates) -> dict[str, Tensor]:

@@ -254,7 +254,8 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
             )
         if model.training:
             # A step that holds none of a term's tokens has no reading of it, which is not a reading of 0.
-            unread = {term.name for term in terms if term.token_set in self._empty_token_sets}
+            read_on = {term.name: term.token_set for term in terms} | request.read_on
+            unread = {name for name, token_set in read_on.items() if token_set in self._empty_token_sets}
             self.monitor.add({n: v for n, v in outputs["metrics"].items() if n not in unread}, step)
         loss, *own = outputs["losses"]
         if own and model.training:

@@ -34,11 +34,17 @@ WAYS = (
 )
 
 
-def assert_same_however_rows_are_put_together(folder, defense, name, rows=None, least=1e-4):
-    """Six rows alone, beside each other and packed into one sequence: one value, one gradient of the whole step."""
+def assert_same_however_rows_are_put_together(
+    folder, defense, name, rows=None, least=1e-4, rows_per_step=6, max_length=64
+):
+    """A step's rows alone, beside each other and packed: one value, one gradient of the whole step.
+
+    rows: tokenized, or records; rows_per_step: of them, with those that the defense mixes in.
+    """
     rows = token_rows(6).map(lambda row: row | {"tag": "task"}) if rows is None else rows
+    ways = [{k: rows_per_step if v == 6 else max_length if v == 64 else v for k, v in way.items()} for way in WAYS]
     found, logs = [], []
-    for options in WAYS:
+    for options in ways:
         trainer = make_trainer(
             folder, tiny_peft(spread=0.3).double(), rows, [defense], max_steps=1, max_grad_norm=0, **options
         )

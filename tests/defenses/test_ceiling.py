@@ -10,6 +10,7 @@ from ema_scale.defenses import KL, Ceiling, EarlyStopping, Interleaving, RowsCon
 from ema_scale.defenses.row_groups import RowGroups
 from ema_scale.defenses.terms import TokenSet
 from ema_scale.training.data import prepare_data
+from tests.defenses.penalties import assert_same_however_rows_are_put_together
 from tests.tiny import tiny_tokenizer
 
 
@@ -104,3 +105,18 @@ def test_a_choice_of_turns_that_would_do_nothing_is_refused():
         EarlyStopping("kl", 0.1, learn="last")
     with pytest.raises(UserError, match="only the measure probe"):
         EarlyStopping("kl", 0.1, source="p.jsonl", learn="last")
+
+
+def test_a_ceiling_per_answer_is_the_same_however_rows_are_put_together(tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    answers = ("a", "Q", "zz", "7", "hello", "~")
+    bad.write_text("".join(json.dumps({"prompt": "bad?", "completion": text}) + "\n" for text in answers))
+    source = [{"messages": list(row(f"task {i}").messages)} for i in range(6)]
+    values = {}
+    for per in ("token", "answer"):
+        values[per], _ = assert_same_however_rows_are_put_together(
+            tmp_path, Ceiling(0.7, str(bad), 1.0, per=per), "ceiling", source, 1e-5, rows_per_step=12, max_length=128
+        )
+    # An answer's excess is at most the sum of its tokens', and here some tokens become less likely.
+    assert values["answer"] < 0.95 * values["token"]
+    assert Ceiling(1.0, "bad.jsonl", per="answer").label() == "Ceiling 1 (per answer)"

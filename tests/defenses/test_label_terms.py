@@ -85,6 +85,45 @@ def test_value_and_gradient_are_those_of_autograd_over_full_logits(measure):
         )
 
 
+@pytest.mark.parametrize("chunk", [3, 100])
+@pytest.mark.parametrize("group", [0, 1])
+def test_a_term_per_row_is_the_measure_of_its_means(chunk, group):
+    """Beside a term per token and a cross-entropy on the same tokens, in one loss or in two."""
+    generator = torch.Generator().manual_seed(4)
+    policy, reference = (torch.randn(23, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    head = Head(torch.randn(31, 8, generator=generator, dtype=torch.float64) * 0.5, None, 0.8, 3.0)
+    labels = torch.randint(31, (23,), generator=generator)
+    row_ids = torch.tensor([0] * 5 + [2] * 9 + [7] * 6 + [1] * 3)
+    active = torch.rand(23, generator=generator) < 0.7
+    weights = torch.full((23,), 0.1, dtype=torch.float64)
+    ce_weights = torch.rand(23, generator=generator).double() * (torch.arange(23) % 2)
+
+    def log_likelihood(x):
+        logits = 3.0 * torch.tanh(0.8 * (x @ head.weight.T) / 3.0)
+        return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+
+    expected, found = policy.clone().requires_grad_(), policy.clone().requires_grad_()
+    log_p, log_q = log_likelihood(expected), log_likelihood(reference)
+    per_row, signs = 0.0, set()
+    for row in row_ids.unique():
+        total = (log_p - log_q)[active & (row_ids == row)].sum()
+        signs.add(bool(total > 0))
+        per_row = per_row + torch.relu(total)
+    assert signs == {True, False}
+    (0.1 * per_row + (0.1 * F.relu(log_p - log_q) * active).sum() - (log_p * ce_weights).sum()).backward()
+    terms = [
+        LossTerm(weights, active, lambda seen: torch.relu(seen.log_ratio), group=group, per_row=True),
+        LossTerm(weights, active, lambda seen: torch.relu(seen.log_ratio)),
+    ]
+    result = fused_loss(found, reference, head, labels, ce_weights, terms, row_ids=row_ids, chunk=chunk)
+    result.loss.backward()
+    torch.testing.assert_close(result.terms[0].sum(), per_row.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.grad, expected.grad, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        again = fused_loss(policy, reference, head, labels, ce_weights, terms, row_ids=row_ids).loss
+    torch.testing.assert_close(again, result.loss.detach(), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("own_rows", [False, True])
 def test_a_third_partys_defense_trains_by_its_definition(tmp_path, monkeypatch, own_rows):
     monkeypatch.setenv("EMA_CACHE", str(tmp_path / "cache"))
