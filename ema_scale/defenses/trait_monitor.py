@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from ema_scale.defenses.base import Defense, PenaltyInputs, RowsContext
 from ema_scale.defenses.direction_files import Files, Layers, check_files, layers_of, listed, trait_names
 from ema_scale.defenses.mixing import Columns, mix, rows_needed
-from ema_scale.defenses.terms import Scope
+from ema_scale.defenses.terms import Part, Scope
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +94,7 @@ class TraitMonitor(Defense):
 
     def penalty(self, inputs: PenaltyInputs) -> torch.Tensor | None:
         """None: it only reads."""
-        part = "learned" if self.prompts is None else "prompts"
+        part: Part = "learned" if self.prompts is None else "prompts"
         for layer in sorted(inputs.policy):
             policy, reference = inputs.states(layer, self.scope, part)
             moved = (policy.detach() - reference) / reference.norm(dim=-1, keepdim=True).clamp_min(1e-12)

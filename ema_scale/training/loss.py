@@ -312,6 +312,7 @@ class _ChunkedLoss:
         """Multiply in what is made of whole rows, when the likelihoods of all tokens are known."""
         for index, slot in self.row_terms.items():
             term = self.terms[index]
+            assert not isinstance(term.measure, str)
             labels = self._row_means(term.active, *self.row_labels[index])
             value, slope = label_value(term.measure, labels, backward=self.gradients is not None)
             self.values[index] = torch.where(term.active, value, 0)

@@ -41,7 +41,7 @@ def loss_over_shared_vocabulary(
         return ce_part
     none = torch.zeros_like(ce_weights)
     shared = _first_rows(head, rows)
-    kept = {name: options.get(name) for name in ("chunk", "row_ids")}
+    kept: dict[str, Any] = {name: options.get(name) for name in ("chunk", "row_ids")}
     terms_part = fused_loss(policy, reference, shared, labels, none, terms, reference_head=shared_reference, **kept)
     losses = torch.cat([ce_part.losses + terms_part.losses[:1], terms_part.losses[1:]])
     return replace(ce_part, losses=losses, terms=terms_part.terms)

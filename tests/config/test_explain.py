@@ -13,7 +13,7 @@ from ema_scale.config.explain import describe_sections, field_text, find, sectio
 from ema_scale.config.layers import apply_overrides
 from ema_scale.core.banks import judge_prompts
 from ema_scale.core.errors import UserError
-from ema_scale.defenses.registry import parse
+from ema_scale.defenses.registry import known, load, parse
 from ema_scale.evaluation.suites import KNOWN_KEYS, Question, load_suite
 from ema_scale.recipe import Recipe, build_recipe
 from ema_scale.slurm.site import Site
@@ -76,16 +76,23 @@ def test_every_key_but_a_section_has_an_example_that_is_accepted():
 
 def test_the_examples_of_defenses_are_accepted():
     needed = {
-        "ablation": {"vector": "v"}, "ceiling": {"source": "s"}, "early_stopping": {"limit": 1.0},
-        "inoculation": {"prompt": "p"}, "interleaving": {"source": "s"}, "interleaving_plus": {"source": "s"},
-        "safelora": {"base": "b"}, "steering": {"vector": "v"},
-    }  # fmt: skip
+        kind: {
+            name: "x" if name in load(kind).assets() else -1.0 if kind == "antibody" else 1.0
+            for name, field in load(kind).model_fields.items()
+            if field.is_required()
+        }
+        for kind in known()
+    }
     sections = [s for s in all_sections() if s.key.startswith("defenses.")]
     examples = [yaml.safe_load(f.example) for s in sections for f in s.fields if f.example]
     assert len(examples) > 20
-    rows = {"kl": {"prompts": "p", "scope": "assistant"}, "early_stopping": {"measure": "probe", "source": "s"}}
+    rows = {
+        "kl": {"prompts": "p", "scope": "assistant"},
+        "early_stopping": {"measure": "probe", "source": "s"},
+        "trait_monitor": {"prompts": "p"},
+    }
     for example in examples:
-        own = rows.get(example["kind"], {}) if example.keys() & {"columns", "learn"} else {}
+        own = rows.get(example["kind"], {}) if example.keys() & {"columns", "learn", "triggers"} else {}
         parse([{**needed.get(example["kind"], {}), **own, **example}])
 
 
