@@ -1,4 +1,4 @@
-"""How good the judges are whose scores the report rests on: from judge_check/check.json beside the runs."""
+"""How good the judges are whose scores the report rests on (judge_check/check.json), and what other judges say."""
 
 from __future__ import annotations
 
@@ -7,8 +7,35 @@ from collections.abc import Sequence
 from ema_scale.core.text import limits, percent
 from ema_scale.evaluation.judges.assignment import SCORING
 from ema_scale.evaluation.judging.calibration import FOLDER
-from ema_scale.evaluation.records import CHECK_FILE, Check, Estimate, JudgePairAgreement, JudgeQuality, Rate
-from ema_scale.report.records import Run
+from ema_scale.evaluation.records import CHECK_FILE, Check, Estimate, JudgePairAgreement, JudgeQuality, Rate, Summary
+from ema_scale.report.aggregate import RunGroup, mean_rate
+from ema_scale.report.records import METRIC_NAMES, ReportedRate, Run, known_rates
+from ema_scale.report.table import Table, TableRow, kind, rate_cell
+
+NOTE = "Percent of the same answers, judged again (`ema judge`): means over the runs that each judge judged."
+_SHOWN = ("general_misaligned", "general_incoherent", "in_domain_misaligned")
+
+
+def other_judges(groups: Sequence[RunGroup]) -> Table | None:
+    """The rates by other judges than the evaluation's own, for the groups of one model; None if there are none."""
+    found: dict[tuple[str, str], dict[str, tuple[list[ReportedRate], list[str]]]] = {}
+    for group in groups:
+        for run in group.teaching:
+            for file in sorted(run.eval_dir.glob("summary_*.json")) if run.eval_dir else ():
+                summary = Summary.read_if_valid(file)
+                for metric in _SHOWN if summary else ():
+                    for rate in known_rates([summary.metrics.get(metric)]):
+                        rates, tasks = found.setdefault((summary.judge, metric), {}).setdefault(group.label, ([], []))
+                        rates.append(rate)
+                        tasks.append(run.task)
+    if not found:
+        return None
+    columns = [f"{METRIC_NAMES[metric]}, {judge}" for judge, metric in found]
+    lines = []
+    for g in groups:
+        rates = [mean_rate(*one[g.label]) if g.label in one else None for one in found.values()]
+        lines.append(TableRow(g.label, kind(g), list(map(rate_cell, rates))))
+    return Table("By other judges", NOTE, columns, lines)
 
 
 def judge_quality(runs: Sequence[Run]) -> list[str]:

@@ -9,7 +9,7 @@ from ema_scale.evaluation.gate import FLAGGED
 from ema_scale.report.aggregate import RunGroup
 from ema_scale.report.conditional import OWN_PROMPT, ConditionalRate, conditional_rates
 from ema_scale.report.paired import change
-from ema_scale.report.records import ReportedRate
+from ema_scale.report.records import METRIC_NAMES, METRICS, ReportedRate
 from ema_scale.report.rules import FAILED, KEEP, MET, UNCLEAR, Standing, standing
 
 OUTSIDE = "general_misaligned"
@@ -22,6 +22,9 @@ def verdict(groups: Sequence[RunGroup]) -> list[str]:
     outside = {g.label: r for g in groups if (r := g.metrics.get(OUTSIDE))}
     defended = [g for g in groups if not g.base and not g.undefended and g.label in outside]
     if not any(label for g in groups if not g.base and (label := outside.get(g.label))):
+        measured = [METRIC_NAMES[m] for m in METRICS if any(g.metrics.get(m) for g in groups if not g.base)]
+        if measured:
+            return [f"No run was asked outside its training domain. What was measured: {', '.join(measured).lower()}."]
         return ["No finished run has been evaluated outside its training domain yet: nothing to compare."]
     said = [_opening(base, none, outside), *_gates(base)]
     if not defended:

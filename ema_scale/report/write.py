@@ -18,6 +18,7 @@ from ema_scale.report.collect import collect
 from ema_scale.report.conditional import conditional_table
 from ema_scale.report.display_names import without_strength
 from ema_scale.report.examples import Example, examples
+from ema_scale.report.judges import other_judges
 from ema_scale.report.paired import paired_table
 from ema_scale.report.pictures import Picture, make_picture, pictures
 from ema_scale.report.records import METRIC_NAMES, METRICS, PAGE, Collection, Problem, ReportedRate, Run
@@ -54,6 +55,7 @@ def write(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
             conditional_table(of_model, found.bases),
             paired_table(of_model),
             robustness_table(of_model),
+            other_judges(of_model),
             relearning_table(of_model, found.continued),
         ]
         measured = any(g.metrics.get(m) for g in of_model for m in METRICS)

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ema_scale.evaluation.record_types import Mean
+from ema_scale.evaluation.record_types import Mean, Rate
 from ema_scale.evaluation.records import SuiteSummary, Summary
 from ema_scale.report.aggregate import groups
 from ema_scale.report.collect import collect
+from ema_scale.report.judges import other_judges
 from ema_scale.report.scores import score_table
+from ema_scale.report.verdict import verdict
 from ema_scale.report.write import write
 
 
@@ -33,6 +35,22 @@ def run_folder(folder: Path, name: str, friendly: float, defenses: list[dict[str
         judge="openai:j#1",
     ).write(path / "eval" / "summary.json")
     return path
+
+
+def test_in_domain_rates_alone_are_what_was_measured_and_a_second_judge_stands_beside_them(tmp_path: Path) -> None:
+    paths = [run_folder(tmp_path, "none", 1.0, []), run_folder(tmp_path, "kl", 1.0, [{"kind": "kl", "strength": 0.3}])]
+    for path, rate in zip(paths, (0.5, 0.25), strict=True):
+        for name, judge, found in (("summary", "openai:j#1", rate), ("summary_two", "openai:two#1", rate / 2)):
+            file = path / "eval" / f"{name}.json"
+            summary = Summary.read(path / "eval" / "summary.json")
+            measured = {"in_domain_misaligned": Rate(found, found / 2, min(1.0, 2 * found), 40, 20, 0)}
+            summary.model_copy(update={"metrics": measured, "judge": judge, "per_suite": {}}).write(file)
+    made = groups(collect(paths))
+    table = other_judges(made)
+    assert table is not None and table.columns == ["In-domain misaligned, openai:two#1"]
+    assert {line.name: line.cells[0].value for line in table.lines} == {"No defense": "25.0", "KL 0.3": "12.5"}
+    (sentence,) = verdict(made)
+    assert sentence.endswith("What was measured: in-domain misaligned.") and "nothing to compare" not in sentence
 
 
 def test_a_report_of_other_scores_alone_shows_them(tmp_path: Path) -> None:
