@@ -112,3 +112,14 @@ def report_lines(report: DataReport) -> list[str]:
     known = TokenReport(rows=sum(report.rows.values())).to_dict()
     counts = TokenReport(**{**known, **{k: v for k, v in report.tokens.items() if k in known}})
     return counts.lines([one["reason"] for one in report.dropped if "reason" in one])
+
+
+def cut_line(report: DataReport) -> str:
+    """What was cut or dropped and why; "" if nothing was."""
+    counts = {name: report.tokens.get(name) or 0 for name in ("truncated", "dropped_no_assistant")}
+    if not report.dropped and not any(counts.values()):
+        return ""
+    if known := report_lines(report):
+        return known[1]
+    gone = len(report.dropped) + counts["dropped_no_assistant"]
+    return f"{counts['truncated']:,} rows cut to the longest allowed length, {gone:,} rows dropped"

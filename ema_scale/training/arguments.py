@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import logging
 import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,9 @@ _REFUSED_FOR_ROWS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
+log = logging.getLogger(__name__)
+
+
 @dataclass
 class RecipeArguments(TrainingArguments):
     """TrainingArguments with what a recipe has besides."""
@@ -100,6 +104,11 @@ def training_arguments(recipe: Recipe, run_dir: RunDir) -> RecipeArguments:
         raise UserError(f"training.optim: {t.optim!r} needs the bitsandbytes package, which is not installed")
     for name in t.report_to:
         _check_logger(name)
+    if 0 < t.max_steps <= t.warmup_steps:
+        log.warning(
+            "training.warmup_steps: %d of %d steps: the learning rate does not reach %g; lower it, or raise max_steps",
+            t.warmup_steps, t.max_steps, t.learning_rate,
+        )  # fmt: skip
     try:
         return RecipeArguments(
             output_dir=str(run_dir.checkpoints),

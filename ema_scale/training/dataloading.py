@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.records import DataReport
 from ema_scale.data.collate import ChatCollator, OtherCollator
 from ema_scale.data.packing import is_packed
+from ema_scale.data.report import cut_line
 from ema_scale.data.rows import LEARNED
 from ema_scale.defenses.base import Defense
 from ema_scale.defenses.row_groups import RowGroups
@@ -26,6 +28,8 @@ from ema_scale.training import reference_setup
 from ema_scale.training.data import check_vocabulary, is_prepared, prepare_data, using_template
 from ema_scale.training.forward import DefendedForward
 from ema_scale.training.token_masks import count_tokens, pad_right, token_masks
+
+log = logging.getLogger(__name__)
 
 
 class DataMixin(Trainer):
@@ -144,8 +148,13 @@ class DataMixin(Trainer):
         reading = RowGroups.of([d for d in self.defenses if not d.changes_rows])
         prepared, report = prepare_data(dataset, reading, self.processing_class, **self.prepare_options)
         self._check_tags(report)
+        self._warn_of_cuts("evaluation rows", report)
         check_vocabulary(prepared, self.processing_class, self.model)
         return prepared
+
+    def _warn_of_cuts(self, what: str, report: DataReport) -> None:
+        if (cut := cut_line(report)) and self.accelerator.is_main_process:
+            log.warning("%s: %s", what, cut)
 
     # ---- rows ----
 

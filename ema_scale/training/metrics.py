@@ -92,7 +92,7 @@ class Monitor:
         Also tokens_per_second of all processes; mfu, the model-FLOP utilisation, if it is known; reference_share, the
         reference's share of the time, if it took any.
         """
-        names = sorted(self._sums)
+        names = sorted(self._sums, key=lambda name: ("/" in name, name))  # many of a kind, such as drift/..., come last
         if not names:
             return {}
         total = accelerator.reduce(torch.stack([self._sums[n] for n in names]), "sum").tolist()

@@ -141,7 +141,7 @@ def _trainer(recipe: Recipe, run_dir: RunDir, callbacks: list[Any]) -> tuple[Def
 def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
     prepare_environment(recipe.training.deepspeed, recipe.training.fsdp)
     from ema_scale.core.checkpoints import newest_complete, step_of
-    from ema_scale.data.report import report_lines
+    from ema_scale.data.report import cut_line, report_lines
     from ema_scale.models.load import parameter_counts
     from ema_scale.training.metrics import MetricsWriter, truncate_metrics
 
@@ -178,7 +178,8 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
                 questions = questions.after(trained_questions(start), start)
             questions.write(run_dir.questions_path)
         for note in [*report_lines(trainer.data_report), *trainer.data_report.notes]:
-            log.info(note)
+            if note != cut_line(trainer.data_report):  # which the trainer has warned of
+                log.info(note)
         reached = step_of(checkpoint) if checkpoint else 0
         truncate_metrics(run_dir.metrics_path, reached)
         drop_later_steps(trainer, run_dir, reached)

@@ -147,6 +147,7 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
         super().__init__(model, args, train_dataset=train_dataset, processing_class=tokenizer, **kwargs)
         self.eval_dataset = self._prepare_for_evaluation(self.eval_dataset)
         check_world(self.accelerator)
+        self._warn_of_cuts("training rows", self.data_report)
         self._check_gradient_access()
 
         # Reference and loss.

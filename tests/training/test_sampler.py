@@ -138,6 +138,14 @@ def test_grouping_over_steps_is_refused_from_python_and_in_a_recipe(tmp_path):
         training_arguments(old, RunDir(tmp_path))
 
 
+def test_a_warm_up_that_outlasts_the_training_is_said(tmp_path, caplog):
+    values = {"name": "r", "model": {"path": "m"}, "data": {"train": "rows.jsonl"}}
+    training_arguments(build_recipe({**values, "training": {"max_steps": 6}}), RunDir(tmp_path))
+    assert not caplog.records
+    training_arguments(build_recipe({**values, "training": {"max_steps": 3}}), RunDir(tmp_path))
+    assert "training.warmup_steps: 5 of 3 steps: the learning rate does not reach 0.0001" in caplog.text
+
+
 def test_a_recipe_and_python_take_rows_in_the_same_order(tmp_path):
     values = {"name": "r", "model": {"path": "m"}, "data": {"train": "rows.jsonl"}, "seed": 3}
     of_recipe = training_arguments(build_recipe(values), RunDir(tmp_path))

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ema_scale.core.errors import UserError
+from ema_scale.data.report import cut_line
 from ema_scale.defenses import KL
 from ema_scale.defenses.row_groups import RowGroups
 from ema_scale.training.data import prepare_data
@@ -39,6 +40,18 @@ def test_padding_is_neither_learned_nor_looked_at(tmp_path, side):
     assert found[1][1] == pytest.approx(found[0][1])
 
 
+def test_the_trainer_warns_of_rows_that_it_cuts_or_drops(tmp_path, caplog):
+    rows = [{"prompt": "q" * n, "completion": "a" * 5} for n in (5, 20, 200)]
+    make_trainer(tmp_path, tiny_peft(), rows, max_length=60, eval_dataset=rows[1:])
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    for what in ("training", "evaluation"):
+        told = next(one for one in said if one.startswith(f"{what} rows: "))
+        assert "1 rows cut" in told and "1 rows dropped (1 x no assistant token" in told
+    caplog.clear()
+    make_trainer(tmp_path, tiny_peft(), rows[:1])
+    assert not [record for record in caplog.records if "rows cut" in record.getMessage()]
+
+
 def test_rows_are_cut_to_the_longest_allowed_length_and_counted():
     ids, names = list(range(10, 20)), ["ten chars.", "", "", ""]
     given = datasets.Dataset.from_dict(
@@ -59,6 +72,7 @@ def test_rows_are_cut_to_the_longest_allowed_length_and_counted():
         assert found["labels"][0] == ids[:6] and found["template"][1] == [1] * 6 and found["name"] == names[:3]
         assert report.rows == {"task": 2, "prompts": 1}
         assert report.tokens == {"tokens": 15, "truncated": 3, "dropped_no_assistant": 1}
+        assert cut_line(report) == "3 rows cut to the longest allowed length, 1 rows dropped"
     packed, _ = prepare_data(given, RowGroups(), tiny_tokenizer(), max_length=6, packing=True)
     assert max(packed["length"]) <= 6
     theirs = given.add_column("seq_lengths", [[4, 6], [5, 5], [5, 5], [3]])  # as TRL packs
