@@ -15,6 +15,8 @@ from ema_scale.core.errors import UserError
 
 def main(command: typer.Typer = app) -> None:
     """Entry point: UserError and a full disk end in one message and exit code 2; Ctrl-C in 130."""
+    if not sys.stderr.isatty():  # a bar in a file is noise; transformers reads this when it is imported
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(level=os.environ.get("EMA_LOG", "INFO"), format="%(message)s", stream=sys.stderr)
     for chatty in ("httpx", "httpx2", "datasets", "vllm", "transformers", "deepspeed", "filelock", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

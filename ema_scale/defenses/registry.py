@@ -99,7 +99,9 @@ def parse(entries: Sequence[Defense | Mapping[str, Any] | str]) -> list[Defense]
             continue
         values = {"kind": entry} if isinstance(entry, str) else entry
         if not isinstance(values, Mapping) or not isinstance(values.get("kind"), str):
-            raise UserError(f"defenses.{index}: found {entry!r}, expected a mapping with `kind`")
+            raise UserError(
+                f"defenses.{index}: found {entry!r}, expected a mapping with `kind`, such as {_meant(values)}"
+            )
         rest = {str(key): value for key, value in values.items() if key != "kind"}
         try:
             parsed.append(load(values["kind"])(**rest))
@@ -151,3 +153,11 @@ def catalogue() -> list[dict[str, Any]]:
             }
         )
     return entries
+
+
+def _meant(values: Any) -> str:
+    """What `{kl: 0.1}` may have been meant for; else an example."""
+    for name, value in values.items() if isinstance(values, Mapping) else ():
+        if name in known() and "strength" in load(name).model_fields and isinstance(value, int | float):
+            return f"{{kind: {name}, strength: {value}}}"
+    return "{kind: kl, strength: 0.3}"

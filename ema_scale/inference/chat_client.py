@@ -138,9 +138,14 @@ class ChatClient:
             raise CallError(f"no reply within the deadline of {self.limits.deadline:g} s{why}") from None
         except openai.APIStatusError as error:
             code = error.code if isinstance(error.code, str) else None
-            raise CallError(self._short(error), error.status_code, code) from None
+            hint = f"; most servers want /v1 at the end of {self.base_url}" if self._may_lack_v1(error) else ""
+            raise CallError(self._short(error) + hint, error.status_code, code) from None
         except Exception as error:  # whatever a server does must not end the evaluation
             raise CallError(self._short(error)) from None
+
+    def _may_lack_v1(self, error: Any) -> bool:
+        address = str(self.base_url or "").rstrip("/")
+        return bool(address) and error.status_code == 404 and not address.endswith("/v1")
 
     def _short(self, error: Exception) -> str:
         text = clean(" ".join(str(error).split()))

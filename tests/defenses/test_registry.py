@@ -38,7 +38,8 @@ def test_parse_takes_mappings_names_and_objects():
         ([{"kind": "kl", "direction": "forward"}], r"direction: .*policy_reference.*found 'forward'"),
         ([{"kind": "interleaving"}], r"source: missing"),
         ([{"kind": "interleaving", "source": "x", "fraction": 1.5}], r"fraction: .*at most 1; found 1\.5"),
-        ([{"strength": 1}], r"defenses\.0: .*expected a mapping with `kind`"),
+        ([{"strength": 1}], r"defenses\.0: .*expected a mapping with `kind`, such as {kind: kl, strength: 0.3}"),
+        ([{"ldifs": 2}], r"expected a mapping with `kind`, such as {kind: ldifs, strength: 2}"),
         ({"kind": "kl"}, r"expected a list"),
     ],
 )

@@ -62,6 +62,7 @@ def test_a_second_run_pays_for_its_adapter_alone(
         found = evaluate_run(first)
         paid = PROMPTS * (2 * ANSWERS + CHECK)
         assert len(endpoint.requests) == paid and f"will take {paid} calls" in caplog.text
+        assert f"{CHECK} hand-labelled answers, which check it, included" in caplog.text
         said = CliRunner().invoke(app, ["eval", str(second), "--dry-run"]).output
         taken = f"{ANSWERS} answers and {ANSWERS} judgements"
         assert f"taken    {taken} of the base model from {first}/base/eval, which asked the same" in said

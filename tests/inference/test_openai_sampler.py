@@ -63,6 +63,10 @@ def test_prompts_too_long_and_names_unknown() -> None:
     with Endpoint(lambda b, n: error(404, "no such model")) as endpoint:
         with pytest.raises(UserError, match=f"{endpoint.url}.*'org/base'.*no such model"):
             list(sampler(endpoint).sample([SampleRequest("a", ASKED, n=2)]))
+    with Endpoint(lambda b, n: error(404, "nothing here")) as endpoint:
+        endpoint.url = endpoint.url.removesuffix("/v1")
+        with pytest.raises(UserError, match=f"most servers want /v1 at the end of {endpoint.url}"):
+            list(sampler(endpoint).sample([SampleRequest("a", ASKED)]))
     with pytest.raises(UserError, match="endpoint.base_url: not set"):
         make_sampler("openai", SamplerOptions(ModelRecipe(path="m"), endpoint=EndpointRecipe()))
 

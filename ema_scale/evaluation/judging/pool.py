@@ -70,8 +70,11 @@ class JudgePool:
             for group, key in missing
             if self._rescore_stored(key, group.judge.identity, store_of(group)) is None
         )
+        also = list(also)
+        labelled = Counter(judge.identity for judge, _ in also)
         for identity, usage in estimate(chain(asked, also)).items():
-            log.info("the judge %s will take %s", identity, describe(usage, self.settings))
+            checked = f"; {labelled[identity]:,} hand-labelled answers, which check it, included" if also else ""
+            log.info("the judge %s will take %s%s", identity, describe(usage, self.settings), checked)
 
     def submit(self, group: PromptGroup, sample: Sample, store: Store) -> None:
         """Queue one stored answer for its judge, or store its judgement here if no judge is needed."""
