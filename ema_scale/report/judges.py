@@ -22,8 +22,9 @@ def other_judges(groups: Sequence[RunGroup]) -> Table | None:
     for group in groups:
         for run in group.teaching:
             for file in sorted(run.eval_dir.glob("summary_*.json")) if run.eval_dir else ():
-                summary = Summary.read_if_valid(file)
-                for metric in _SHOWN if summary else ():
+                if (summary := Summary.read_if_valid(file)) is None:
+                    continue
+                for metric in _SHOWN:
                     for rate in known_rates([summary.metrics.get(metric)]):
                         rates, tasks = found.setdefault((summary.judge, metric), {}).setdefault(group.label, ([], []))
                         rates.append(rate)
@@ -33,8 +34,8 @@ def other_judges(groups: Sequence[RunGroup]) -> Table | None:
     columns = [f"{METRIC_NAMES[metric]}, {judge}" for judge, metric in found]
     lines = []
     for g in groups:
-        rates = [mean_rate(*one[g.label]) if g.label in one else None for one in found.values()]
-        lines.append(TableRow(g.label, kind(g), list(map(rate_cell, rates))))
+        means = (mean_rate(*one[g.label]) if g.label in one else None for one in found.values())
+        lines.append(TableRow(g.label, kind(g), list(map(rate_cell, means))))
     return Table("By other judges", NOTE, columns, lines)
 
 
