@@ -12,6 +12,6 @@ setup(
     package_dir=SHIPPED,
     package_data={
         "ema_scale": ["py.typed", "**/*.j2", "**/*.css", "**/*.yaml", "smallworld/weights/**/*"],
-        **{package: ["**/*.yaml", "**/*.json", "**/*.sbatch"] for package in SHIPPED},
+        **{package: ["**/*.yaml", "**/*.json", "**/*.sbatch", "**/*.sh", "**/Containerfile"] for package in SHIPPED},
     },
 )

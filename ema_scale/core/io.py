@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import glob
+import hashlib
 import json
 import os
+import re
 import shutil
+import socket
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,17 +21,21 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.files import parse_json
 from ema_scale.core.waiting import waiting
 
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
+_STALE_SECONDS = 86400.0
+
 
 @contextlib.contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """A path beside `path` to write a file or a folder to. It takes the place of `path` when the block ends well.
 
-    A reader sees the old content or the new one, never a part. A folder replaces only an empty or missing one.
+    A reader sees the old content or the new one, never a part. A folder replaces only an empty or missing one. What
+    killed processes have left of earlier attempts is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    _remove(temporary)  # what a killed process of the same number has left
+    temporary = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.tmp")
+    _remove_leftovers(path)
     try:
         yield temporary
         if temporary.is_file():
@@ -35,6 +44,30 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         _remove(temporary)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Temporary files for `path` of processes of this machine that are gone, and of other machines after a day."""
+    for found in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        named = re.fullmatch(r"([0-9a-f]{6})-(\d+)", found.name[len(path.name) + 2 : -len(".tmp")])
+        if named is None:
+            continue
+        with contextlib.suppress(OSError):  # another process removes it as well
+            here, number = named[1] == _HOST, int(named[2])
+            if (here and (number == os.getpid() or not _lives(number))) or (
+                not here and time.time() - found.stat().st_mtime > _STALE_SECONDS
+            ):
+                _remove(found)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _remove(path: Path) -> None:

@@ -10,16 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ema_scale.core.io import atomic_write_bytes
 from ema_scale.data.encoded import COUNTS, Encoded
 from ema_scale.data.rows import Row
 from ema_scale.data.templates import ChatTemplate
@@ -77,19 +75,13 @@ class TokenStore:
             columns[kind] = pyarrow.array([getattr(e, kind) for e in encoded.values()], pyarrow.list_(type_))
         for kind in (*_FLAGS, *COUNTS):
             columns[kind] = pyarrow.array([int(getattr(e, kind)) for e in encoded.values()], pyarrow.int32())
-        temporary = None
+        file = pyarrow.BufferOutputStream()
+        parquet.write_table(pyarrow.table(columns), file, compression="zstd")
+        data = file.getvalue().to_pybytes()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            # A name of its own: processes of other machines may have this one's number.
-            handle, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=self.folder)
-            os.close(handle)
-            parquet.write_table(pyarrow.table(columns), temporary, compression="zstd")
-            os.replace(temporary, self.folder / f"{name}-{_digest(Path(temporary).read_bytes())}.parquet")
+            atomic_write_bytes(self.folder / f"{name}-{_digest(data)}.parquet", data)
         except OSError as error:
             log.warning("%s: tokens are not kept for other runs (%s)", self.folder, error.strerror or error)
-            if temporary is not None:
-                with suppress(OSError):
-                    os.unlink(temporary)
 
 
 def _digest(data: bytes) -> str:

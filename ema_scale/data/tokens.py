@@ -16,6 +16,7 @@ import numpy as np
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.files import read_text
+from ema_scale.core.waiting import waiting
 from ema_scale.data.encoded import Encoded
 from ema_scale.data.formats import Message
 from ema_scale.data.report import TokenReport
@@ -257,14 +258,16 @@ def tokenize_rows(
     known = store.read(keys) if store else {}
     fresh = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
     refused: dict[str, UserError] = {}
-    encoded_rows = encoder.encode_all(((r.messages, r.tools) for r in fresh.values()), max_length, template=template)
-    for (key, row), found in zip(fresh.items(), encoded_rows, strict=True):
-        if not isinstance(found, UserError):
-            known[key] = found
-        elif on_bad == "raise":
-            raise UserError(f"{row.origin}: {found}")
-        else:
-            refused[key] = found
+    asked = ((r.messages, r.tools) for r in fresh.values())
+    with waiting(f"{len(fresh):,} rows to be tokenized"):
+        encoded_rows = encoder.encode_all(asked, max_length, template=template)
+        for (key, row), found in zip(fresh.items(), encoded_rows, strict=True):
+            if not isinstance(found, UserError):
+                known[key] = found
+            elif on_bad == "raise":
+                raise UserError(f"{row.origin}: {found}")
+            else:
+                refused[key] = found
     if store:
         store.add({key: known[key] for key in fresh if key in known})
     kept: list[tuple[Encoded, str]] = []

@@ -377,9 +377,10 @@ class Manifest(Document):
     settings: the recipe's evaluation section.
     source: the result file that the answers were read from; None if they were sampled here.
     template_date: the date that the chat template was told, if it writes one.
+    sampler: what answered, as it describes itself, once something was sampled.
     """
 
-    OMITTED_IF_NONE: ClassVar[tuple[str, ...]] = ("source", "template_date")
+    OMITTED_IF_NONE: ClassVar[tuple[str, ...]] = ("source", "template_date", "sampler")
 
     target: str
     model: str
@@ -388,6 +389,7 @@ class Manifest(Document):
     suites: tuple[Suite, ...]
     source: str | None = None
     template_date: str | None = None
+    sampler: dict[str, Any] | None = None
 
 
 def read_rows(folder: Path) -> tuple[list[Sample], list[Judgement]]:

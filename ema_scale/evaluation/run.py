@@ -31,7 +31,7 @@ from ema_scale.inference.make import make_sampler, sampler_name
 from ema_scale.inference.usage import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from ema_scale.inference.chat_prompts import Prompts
 
@@ -89,14 +89,23 @@ def evaluate(
     groups = plan_prompts(targets, suites, model, settings, name)
     with contextlib.ExitStack() as stack:
         stores = {t.name: stack.enter_context(locked_store(t.out_dir)) for t in targets}
+        manifests = {}
         for t in targets:
-            _manifest(t, model, suites, settings).write(Path(t.out_dir) / MANIFEST_FILE)
+            path = Path(t.out_dir) / MANIFEST_FILE
+            before, now = Manifest.read_if_valid(path), _manifest(t, model, suites, settings)
+            manifests[path] = now.model_copy(update={"sampler": before.sampler if before else None})
+            manifests[path].write(path)
+
+        def note(used: dict[str, Any]) -> None:  # the summary says it, also if this evaluation is killed before that
+            for path, manifest in manifests.items():
+                manifest.model_copy(update={"sampler": used}).write(path)
+
         by_target = {t.name: [g for g in groups if g.target is t] for t in targets}
         for t in targets:
             if place is not None and t.adapter_path is None:
                 take_rows(stores[t.name], t.name, *wanted(by_target[t.name]), folders_beside(place, BASES))
         folder = place / CHECK if place is not None and check else None
-        used, judging = _sample_and_judge(groups, stores, settings, options, name, sampler, folder)
+        used, judging = _sample_and_judge(groups, stores, settings, options, name, sampler, folder, note)
         seconds = time.monotonic() - started
         summaries = {
             t.name: _write_summary(t, by_target[t.name], stores[t.name], model, settings, name, used, seconds)
@@ -176,6 +185,7 @@ def _sample_and_judge(
     name: str,
     sampler: Sampler | None,
     judge_check: Path | None,
+    note: Callable[[dict[str, Any]], None],
 ) -> tuple[dict[str, Any], JudgePool]:
     """Sample and judge everything that is missing; returns the sampler's description, and what became of judging."""
     planned = [(g, key) for g in groups for key in g.keys]
@@ -214,6 +224,8 @@ def _sample_and_judge(
                         # Scoring takes seconds, and what it refuses is known before anything is sampled.
                         sampling = (one for drawn in _samples(groups, stores, sampler) for one in first.take(*drawn))
                         for group, row in chain(_scores(groups, stores, sampler), sampling):
+                            if not used:
+                                note(used := sampler.describe())
                             stores[group.target.name].add_sample(row)
                             judging.submit(group, row, stores[group.target.name])
                             progress.add()
@@ -313,7 +325,8 @@ def _write_summary(
     superseded = store.keep_only(key for group in groups for key in group.keys if key in store.samples)
     path = Path(target.out_dir) / SUMMARY_FILE
     before = Summary.read_if_valid(path)
-    described = {"name": name, **(sampler or (before.sampler if before else {}))}
+    stored = Manifest.read(path.with_name(MANIFEST_FILE)).sampler
+    described = {"name": name, **(sampler or stored or (before.sampler if before else {}))}
     facts = {
         "name": target.name,
         "model": model.path,

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ema_scale.core.errors import UserError
@@ -15,8 +15,10 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def output_to(path: Path) -> Iterator[None]:
+def output_to(path: Path) -> Iterator[Callable[..., object]]:
     """Append to `path` what this process prints meanwhile, and what children that it starts print all their life.
+
+    Yields a function that still speaks to the user; it takes a format and its values.
 
     This is below Python (file descriptors 1 and 2), for engines also print from compiled code. Raises UserError if the
     file cannot be written.
@@ -31,7 +33,7 @@ def output_to(path: Path) -> Iterator[None]:
     try:
         for number in saved:
             os.dup2(file, number)
-        yield
+        yield lambda text, *values: os.write(saved[2], f"{text % values}\n".encode())
     finally:
         _flush()
         for number, original in saved.items():

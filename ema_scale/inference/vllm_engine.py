@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from ema_scale.config.sections import ModelRecipe
 from ema_scale.core.errors import UserError
+from ema_scale.core.waiting import waiting
 from ema_scale.inference.engine_log import logger_to, output_to
 from ema_scale.models.staging import staged
 from ema_scale.models.weights import check_checkpoint
@@ -103,10 +104,11 @@ class VllmEngine:
         self._set_num_threads, self._threads = torch.set_num_threads, torch.get_num_threads()
         self._affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
         if log_file is None:
-            self._llm: Any = LLM(**arguments)
+            with waiting(f"vLLM to load {model.path}"):
+                self._llm: Any = LLM(**arguments)
         else:
             log.info("starting vLLM; its messages are in %s", log_file)
-            with output_to(log_file):
+            with output_to(log_file) as say, waiting(f"vLLM to load {model.path}", say):
                 self._llm = LLM(**arguments)
             self._undo.enter_context(logger_to("vllm", log_file))
         self.engine: Any = self._llm.llm_engine

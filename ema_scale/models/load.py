@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.waiting import waiting
 from ema_scale.models.sharding import full_shape
 from ema_scale.models.staging import staged
 from ema_scale.models.weights import check_finite, check_headers, refuse_info
@@ -55,16 +56,17 @@ def load_base(model: ModelRecipe) -> Any:
                 if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
                     setattr(part, name, 0.0)
         try:
-            made: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                weights,
-                config=config,
-                dtype=pick_dtype(model.dtype),
-                attn_implementation=model.attn_implementation,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # so that they are named; they are refused all the same
-                **options,
-            )
+            with waiting(f"{model.path} to be loaded"):
+                made: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                    weights,
+                    config=config,
+                    dtype=pick_dtype(model.dtype),
+                    attn_implementation=model.attn_implementation,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # so that they are named; they are refused all the same
+                    **options,
+                )
         except SafetensorError as error:
             raise UserError(f"{where}: not whole safetensors files ({error}); download them again") from None
     loaded, info = made

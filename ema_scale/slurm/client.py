@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.waiting import waiting
 
 log = logging.getLogger(__name__)
 # Slurm's names for jobs that will run on, or run again. A preempted job that is still in the queue is about to be
@@ -96,7 +97,8 @@ def _environment() -> dict[str, str]:
 
 def _ask(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=_environment())
+        with waiting(f"Slurm's answer to {command[0]}"):
+            return subprocess.run(command, capture_output=True, text=True, timeout=120, env=_environment())
     except FileNotFoundError:
         raise UserError(
             f"no {command[0]} here: run this on a machine of the cluster, where Slurm's commands are"

@@ -1,17 +1,22 @@
 """torchrun, with two differences that a job on a cluster needs; its options are torchrun's.
 
 Signals are left to the processes, which save a checkpoint and end by themselves: torchrun would die of USR1 and give
-TERM's checkpoint 30 seconds. And a process that was killed (out of memory, say) and could not write down why has it
-written down for it.
+TERM's checkpoint 30 seconds. Slurm tells every process; elsewhere the launcher tells its own. And a process that was
+killed (out of memory, say) and could not write down why has it written down for it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping
+from typing import Any
+
+import psutil
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.run_dir import RunDir
@@ -20,11 +25,14 @@ from ema_scale.slurm import failure
 # How long a node whose processes only lost their connection waits for the node that lost a process to say so: the
 # first launcher that ends has all others killed.
 _PATIENCE = 3.0
+_AGAIN = 5.0
 
 
 def main(arguments: list[str]) -> None:
+    told_by_slurm = "SLURM_JOB_ID" in os.environ
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the processes inherit this until they have handlers of their own
+        # What is ignored, the processes inherit until they have handlers of their own.
+        signal.signal(number, signal.SIG_IGN if told_by_slurm else _tell_processes)
     _make_cache(os.environ.get("EMA_NODE_CACHE"))
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -35,6 +43,17 @@ def main(arguments: list[str]) -> None:
     except ChildFailedError as error:
         _write_down(error.failures, arguments)
         raise SystemExit(1) from None
+
+
+def _tell_processes(number: int, frame: Any) -> None:
+    def tell() -> None:
+        while processes := psutil.Process().children():
+            for process in processes:
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(number)
+            time.sleep(_AGAIN)  # it may still have been starting up
+
+    threading.Thread(target=tell, daemon=True, name="signals").start()
 
 
 def _make_cache(folder: str | None) -> None:

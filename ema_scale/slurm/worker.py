@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 
 from ema_scale.core.errors import UserError
@@ -35,6 +36,9 @@ def work(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> None:
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        if signal.getsignal(number) == signal.SIG_DFL:  # until the training has its own handlers
+            signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=os.environ.get("EMA_LOG", "INFO"), format="%(message)s", stream=sys.stderr)
     for chatty in ("httpx", "datasets", "transformers", "deepspeed", "filelock"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from filelock import FileLock
-
 from ema_scale.core.errors import UserError
-from ema_scale.core.io import atomic_path, atomic_write_json
+from ema_scale.core.io import atomic_path, atomic_write_json, file_lock
 from ema_scale.core.paths import cache_root
 from ema_scale.core.records import package_versions
 from ema_scale.smallworld.sizes import SIZES
@@ -129,7 +127,8 @@ def _ensure(path: Path, make: Callable[[Path], None]) -> Path:
     if path.is_dir():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
+    busy = UserError(f"{path}: another process has been making it for an hour; end it, or delete {path}.lock")
+    with file_lock(f"{path}.lock", busy, 3600.0, f"another process to make {path}"):
         if path.is_dir():
             return path
         with atomic_path(path) as unfinished:

@@ -117,15 +117,19 @@ class DefenseObserver(TrainerCallback):
         if not self.observing:
             return
         self._add({"step": state.global_step, **trainer.monitor.reading(trainer.accelerator)})
-        for index in self.observing:
-            defense = trainer.defenses[index]
-            reason = defense.should_stop(self._history[index])
-            if reason and self.reason is None:
-                self.reason, self._stopped_by = f"{defense.kind}: {reason}", index
+        self._ask()
         if self.reason is not None:
             control.should_log = control.should_training_stop = True
         else:
             self._take_snapshots(state.global_step, self.observing)
+
+    def _ask(self) -> None:
+        """Ask the defenses whether the training ends here."""
+        for index in self.observing:
+            defense = self.trainer.defenses[index]
+            reason = defense.should_stop(self._history[index])
+            if reason and self.reason is None:
+                self.reason, self._stopped_by = f"{defense.kind}: {reason}", index
 
     def _renamed(self, index: int) -> dict[str, str]:
         return {own: logged for own, logged in self.names[index].items() if own != logged}
@@ -167,6 +171,8 @@ class DefenseObserver(TrainerCallback):
         self._clear()
         for row in readings:
             self._add(row)
+        if readings:
+            self._ask()  # it may be the checkpoint of the step that one of them ended the training at
         if not (folder / SNAPSHOTS).is_file():
             return
         tensors = load_file(folder / SNAPSHOTS)

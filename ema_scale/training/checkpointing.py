@@ -51,6 +51,7 @@ class Observer(Protocol):
     """What the checkpoints hold of the defenses that watch the training (`callbacks.DefenseObserver`)."""
 
     readings: list[dict[str, float]]
+    reason: str | None
 
     def save(self, folder: Path) -> None: ...
     def restore(self, folder: Path, readings: list[dict[str, float]]) -> None: ...
@@ -135,6 +136,13 @@ class CheckpointMixin(Trainer):
                 shutil.rmtree(checkpoint, ignore_errors=True)
 
     # ---- resuming ----
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """transformers would take one more step behind the checkpoint of a run's last one."""
+        if self.state.global_step >= self.state.max_steps or self.observer.reason is not None:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Does nothing: `_restore` reads weights and optimizer state together, once both exist."""

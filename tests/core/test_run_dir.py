@@ -8,7 +8,15 @@ import sys
 import pytest
 
 from ema_scale.core.errors import UserError
-from ema_scale.core.io import append_jsonl, atomic_path, atomic_write_json, atomic_write_text, file_lock, read_jsonl
+from ema_scale.core.io import (
+    _HOST,
+    append_jsonl,
+    atomic_path,
+    atomic_write_json,
+    atomic_write_text,
+    file_lock,
+    read_jsonl,
+)
 from ema_scale.core.records import DataReport, Provenance
 from ema_scale.core.run_dir import RunDir
 
@@ -136,3 +144,18 @@ def test_damaged_and_newer_records_are_errors_for_people(tmp_path):
         run.status_path.write_text(text)
         with pytest.raises(UserError, match=said):
             run.status()
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_write(tmp_path):
+    """Not what a living process writes, nor another machine's before a day has passed, nor another file's."""
+    path, mine = tmp_path / "a.json", _HOST
+    gone, living, other = f".a.json.{mine}-999999999.tmp", f".a.json.{mine}-1.tmp", ".a.json.000000-5.tmp"
+    kept = [living, f".b.json.{mine}-999999999.tmp", ".a.json.tmp", ".a.json.x-1.tmp"]
+    for name in (gone, other, *kept):
+        (tmp_path / name).touch()
+    (tmp_path / f".a.json.{mine}-999999998.tmp" / "folder").mkdir(parents=True)
+    atomic_write_text(path, "new")
+    assert {p.name for p in tmp_path.iterdir()} == {"a.json", other, *kept}
+    os.utime(tmp_path / other, (0, 0))
+    atomic_write_text(path, "newer")
+    assert {p.name for p in tmp_path.iterdir()} == {"a.json", *kept}

@@ -1,5 +1,6 @@
 """What waits says on what."""
 
+import os
 import re
 import time
 
@@ -8,6 +9,7 @@ import pytest
 from ema_scale.core import waiting
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import file_lock
+from ema_scale.inference.engine_log import output_to
 
 
 @pytest.fixture
@@ -35,3 +37,11 @@ def test_a_lock_that_another_process_holds_is_named_while_it_is_waited_for(tmp_p
         with file_lock(tmp_path / "lock", busy, 0.3):
             pass
     assert re.fullmatch(r"waiting for another process to release .*lock \(0 s\)", quick.messages[0])
+
+
+def test_an_engines_start_is_announced_to_the_user_and_not_to_its_log(tmp_path, quick, capfd):
+    with output_to(tmp_path / "engine.log") as say, waiting.waiting("the engine", say):
+        os.write(2, b"its own words\n")
+        time.sleep(0.15)
+    assert capfd.readouterr().err == "waiting for the engine (0 s)\n"
+    assert (tmp_path / "engine.log").read_text() == "its own words\n"

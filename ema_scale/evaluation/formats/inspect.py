@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ema_scale.core.errors import UserError
-from ema_scale.core.io import atomic_write_text
+from ema_scale.core.io import atomic_path, atomic_write_text
 from ema_scale.evaluation.records import Summary
 from ema_scale.evaluation.stats.rates import incoherent, misaligned
 
@@ -50,9 +50,8 @@ def write_inspect_log(path: Path, rows: Sequence[Mapping[str, Any]], summary: Su
         results=EvalResults(total_samples=len(samples), completed_samples=len(samples), scores=_results(summary)),
         samples=samples,
     )
-    temporary = path.with_name(f".tmp-{path.name}")
-    write_eval_log(log, str(temporary), format="eval")
-    temporary.replace(path)
+    with atomic_path(path) as temporary:
+        write_eval_log(log, str(temporary), format="eval")
 
 
 def write_inspect_scores(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
