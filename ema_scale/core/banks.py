@@ -16,6 +16,7 @@ import yaml
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.files import parse_json, parse_yaml_nodes, read_text
+from ema_scale.core.numbers import MOST
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +46,17 @@ def read_question(where: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     Raises UserError for a scale that is none. Keys about log-probabilities are left out: answers are sampled.
     """
     scale = [entry.get("min_rating", 0), entry.get("max_rating", 100)]
-    if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in scale) or scale[0] >= scale[1]:
+    if not all(_is_finite(v) for v in scale) or scale[0] >= scale[1]:
         raise UserError(f"{where}: min_rating, max_rating: found {scale[0]!r} and {scale[1]!r}, expected less and more")
     rest = {k: v for k, v in entry.items() if k not in (*_LIKELIHOODS_OF_ONE, "type", "min_rating", "max_rating")}
     meta = {**(entry.get("meta") or {}), "min_rating": scale[0], "max_rating": scale[1]}
     kind = str(entry["type"])
     defaults = {"max_tokens": READ_TYPES[kind], "samples_per_paraphrase": 100}
     return defaults | rest | {"judge": kind, "meta": meta if kind == "rating" else entry.get("meta")}
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST
 
 
 def judge_prompts(where: str, value: Any) -> dict[str, str]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ema_scale.core.disk import make_folder
 from ema_scale.data.encoded import COUNTS, Encoded
 from ema_scale.data.rows import Row
 from ema_scale.data.templates import ChatTemplate
@@ -79,7 +80,7 @@ class TokenStore:
             columns[kind] = pyarrow.array([int(getattr(e, kind)) for e in encoded.values()], pyarrow.int32())
         temporary = None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             # A name of its own: processes of other machines may have this one's number.
             handle, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=self.folder)
             os.close(handle)

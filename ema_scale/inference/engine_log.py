@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ema_scale.core.errors import UserError
+from ema_scale.core.io import open_append
 
 log = logging.getLogger(__name__)
 
@@ -18,14 +18,11 @@ log = logging.getLogger(__name__)
 def output_to(path: Path) -> Iterator[None]:
     """Append to `path` what this process prints meanwhile, and what children that it starts print all their life.
 
-    This is below Python (file descriptors 1 and 2), for engines also print from compiled code. Raises UserError if the
-    file cannot be written.
+    This is below Python (file descriptors 1 and 2), for engines also print from compiled code. Raises CannotWrite if
+    the file cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write the engine's log ({error.strerror})") from None
+    with open_append(path) as opened:
+        file = os.dup(opened.fileno())
     _flush()
     saved = {number: os.dup(number) for number in (1, 2)}
     try:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ema_scale.core.errors import UserError
 from ema_scale.models.sharding import full_shape
 from ema_scale.models.staging import staged
-from ema_scale.models.weights import check_finite, check_headers, refuse_info
+from ema_scale.models.weights import check_finite, check_headers, check_names, refuse_info
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,7 @@ def load_base(model: ModelRecipe) -> Any:
     """
     import transformers
     from safetensors import SafetensorError
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
     from ema_scale.core.uri import locate
 
@@ -47,6 +48,8 @@ def load_base(model: ModelRecipe) -> Any:
     if (folder := Path(path).expanduser()).is_dir() and (folder / "config.json").is_file():
         check_headers(folder)
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    if is_deepspeed_zero3_enabled():
+        check_names(model)
     with model_problems(model.path):
         config = transformers.AutoConfig.from_pretrained(path, **options)
         # The defenses alone should regularise fine-tuning, and the reference runs without dropout.
@@ -79,6 +82,9 @@ def model_problems(path: str) -> Iterator[None]:
     """Turns transformers' errors for a `path` without a usable model into UserErrors."""
     try:
         yield
+    except ImportError as error:  # an attention, or a kind of weights, that another package brings
+        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model: {path!r} needs a package that is not installed; {message}") from None
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise

