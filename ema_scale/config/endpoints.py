@@ -6,8 +6,10 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from ema_scale.config.section import Section
+from ema_scale.core.errors import SECRET
 from ema_scale.core.numbers import Count, CountOrZero, NotNegative, Options, Positive, Share, Total
 from ema_scale.core.user_code import is_file_spec
 
@@ -41,7 +43,9 @@ class CallsRecipe(Section):
         if not good:
             raise ValueError("expected an address such as http://localhost:8000/v1")
         if parts.username is not None or parts.password is not None:
-            raise ValueError("expected an address without a password; keys come from the environment (api_key_env)")
+            raise PydanticCustomError(
+                SECRET, "expected an address without a password; keys come from the environment (api_key_env)"
+            )
         return value
 
     timeout: Positive = _seconds(120, _TIMEOUT)

@@ -7,6 +7,7 @@ the file. llmcomp: `name` for `id`, and `judges` that are entries of the same fi
 from __future__ import annotations
 
 import csv
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,16 @@ JUDGE_TYPES = ("free_form_judge", "rating_judge")
 
 def read_entries(path: Path) -> list[Entry]:
     """The entries of a file. Raises UserError naming file and line if it is not such a file."""
+    entries = _read(path)
+    for where, entry in entries:
+        try:
+            json.dumps(entry, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: found half a character (a lone surrogate), expected whole text") from None
+    return entries
+
+
+def _read(path: Path) -> list[Entry]:
     text = read_text(path, "the question bank")
     if path.suffix == ".jsonl":
         return _jsonl(path, text)

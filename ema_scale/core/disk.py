@@ -76,10 +76,17 @@ def disk_message(error: Exception) -> str | None:
 def _message(error: BaseException, path: Path | None, reason: str, todo: str) -> str:
     named = getattr(error, "filename", None)
     if path is None or (isinstance(named, str) and not Path(named).is_relative_to(path.parent)):
-        where, deed = named or "a file", "cannot be read or written"
+        where, deed = named or ("a file" if _is_there() else "the working folder"), "cannot be read or written"
     else:
         where, deed = path, "cannot be written"
     return f"{where}: {deed}: {reason}. What was finished before is kept: {todo} and run the same command again"
+
+
+def _is_there() -> bool:
+    try:
+        return bool(os.getcwd())
+    except FileNotFoundError:
+        return False
 
 
 def refuse_special(path: Path) -> None:

@@ -54,8 +54,8 @@ def load_tokenizer(
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # tokenizers, and checks of a config, raise many unrelated types
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"model {path}: no tokenizer could be loaded ({first})") from None
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"model {path}: the tokenizer has no fast version, which the assistant mask needs")

@@ -51,7 +51,10 @@ def load_base(model: ModelRecipe) -> Any:
     if is_deepspeed_zero3_enabled():
         check_names(model)
     with model_problems(model.path):
-        config = transformers.AutoConfig.from_pretrained(path, **options)
+        try:
+            config = transformers.AutoConfig.from_pretrained(path, **options)
+        except (TypeError, KeyError, AttributeError) as error:  # a value of another type somewhere in the file
+            raise ValueError(f"config.json: {error}") from None
         # The defenses alone should regularise fine-tuning, and the reference runs without dropout.
         for part in {id(c): c for c in (config, config.get_text_config())}.values():
             for name, value in vars(part).copy().items():

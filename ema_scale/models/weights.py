@@ -31,6 +31,7 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DOWNLOADED = ["*.safetensors", "*.json"]
 _SHOWN = 3
+_LONGEST_PATTERN = 2000
 
 
 def folder_of(reference: str, revision: str | None = None, cache: str | None = None) -> Path:
@@ -280,6 +281,31 @@ def adapter_files(reference: str) -> Path:
     return folder
 
 
+def is_quick(pattern: str) -> bool:
+    """Whether a regular expression takes no exponential time: no repetition stands within an unbounded one, and no
+    choice."""
+    parser: Any = re._parser  # type: ignore[attr-defined]
+
+    def nested(items: Any, inside: bool) -> bool:
+        for kind, value in items:
+            name = str(kind)
+            repeats = name in ("MAX_REPEAT", "MIN_REPEAT")
+            if inside and (name == "BRANCH" or (repeats and value[0] != value[1])):
+                return True
+            if repeats and nested(value[2], inside or value[1] is parser.MAXREPEAT):
+                return True
+            if name == "BRANCH" and any(nested(one, inside) for one in value[1]):
+                return True
+            if name == "SUBPATTERN" and nested(value[3], inside):
+                return True
+        return False
+
+    try:
+        return len(pattern) <= _LONGEST_PATTERN and not nested(parser.parse(pattern), False)
+    except (re.error, RecursionError, OverflowError):
+        return False
+
+
 def check_adapter(reference: str, base: Any) -> Path:
     """Hold an adapter's file to its config and to the model that it is for; returns its folder.
 
@@ -294,8 +320,12 @@ def check_adapter(reference: str, base: Any) -> Path:
     file = folder / ADAPTER_WEIGHTS
     found = {name: tuple(tensor.shape) for name, tensor in read_tensors(file).items()}
     config_file = folder / ADAPTER_CONFIG
-    if not isinstance(read_json(config_file), Mapping):
+    values = read_json(config_file)
+    if not isinstance(values, Mapping):
         raise UserError(f"{config_file}: expected a PEFT config, a JSON object")
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        if isinstance(values.get(name), str) and not is_quick(values[name]):
+            raise UserError(f"{config_file}: {name}: found {values[name]!r:.80}, a pattern that may take for ever")
     if base is None:
         return folder
     with torch.device("meta"):
