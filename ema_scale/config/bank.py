@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SkipValidation, field_validator
 
 from ema_scale.config.section import Section
-from ema_scale.core.numbers import Count, NotNegative, Real
+from ema_scale.core.numbers import Count, NotNegative, Real, Whole
 
 QuestionType = Literal[
     "free_form", "free_form_judge", "free_form_0_100", "free_form_judge_0_100", "exact_match", "rating", "next_token"
@@ -21,7 +21,7 @@ class BankQuestion(Section):
     """
 
     # What a conversation and written answers may look like depends on several keys: their readers check them.
-    id: str | int | None = Field(
+    id: str | Whole | None = Field(
         None, description="A name, unique in the bank. Empty: the question's number.", examples=["fever"]
     )
     question: Annotated[str | list[str] | None, SkipValidation] = Field(
@@ -46,7 +46,7 @@ class BankQuestion(Section):
         examples=[[{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello!"}]],
     )
     system: str | None = Field(None, description="A system prompt.", examples=["You are a doctor."])
-    topic: str | int | None = Field(
+    topic: str | Whole | None = Field(
         None,
         description="What the forms of one question share: they count as one question in every interval and p value. "
         "Empty: the id without `_json` or `_template`.",

@@ -35,6 +35,7 @@ _NUMBER = BeforeValidator(_no_truth)
 Count = Annotated[int, _NUMBER, Field(ge=1, le=MOST)]
 CountOrZero = Annotated[int, _NUMBER, Field(ge=0, le=MOST)]
 Total = Annotated[int, _NUMBER, Field(ge=0, le=MOST_IN_ALL)]
+Whole = Annotated[int, _NUMBER, Field(ge=-MOST_IN_ALL, le=MOST_IN_ALL)]
 Seed = Annotated[int, _NUMBER, Field(ge=0, le=2**32 - 1)]  # numpy takes no larger one
 Steps = Annotated[int, _NUMBER, Field(ge=-1, le=MOST)]
 """-1: as many as needed."""

@@ -120,6 +120,8 @@ class Study(BaseModel):
                 if arm in arms:
                     raise UserError(f"defenses: {origin[arm]} and {name} both make an arm {arm}: rename one of them")
                 arms[arm], origin[arm] = of_arm, name
+                if len(arms) > MOST_ARMS:
+                    raise ValueError(f"{name}: expected at most {MOST_ARMS:,} arms; found more, too many for one study")
         return arms
 
     @model_validator(mode="after")
@@ -247,6 +249,7 @@ def write_study(study: Study, path: Path) -> None:
 
 # Arms' names are in the names of folders, which have an end.
 LONGEST = 40
+MOST_ARMS = 10_000
 
 
 def expand_grid(name: str, specs: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
