@@ -20,6 +20,7 @@ from typing import Any
 
 from ema_scale.config.sections import EvaluationRecipe
 from ema_scale.core.errors import UserError
+from ema_scale.core.files import open_file, text_lines
 from ema_scale.core.hashing import digest
 from ema_scale.core.names import file_slug
 from ema_scale.evaluation.judges.assignment import JudgeSpec
@@ -84,8 +85,8 @@ def read_results(path: Path, columns: Mapping[str, str] | None = None) -> tuple[
     """
     csv.field_size_limit(min(sys.maxsize, 1 << 30))
     try:
-        with open(path, newline="", encoding="utf-8-sig") as handle:
-            reader = csv.reader(handle, delimiter="\t" if path.suffix == ".tsv" else ",")
+        with open_file(path, "the results") as handle:
+            reader = csv.reader(text_lines(path, handle), delimiter="\t" if path.suffix == ".tsv" else ",")
             header = next(reader, [])
             twice = [name for name, count in Counter(header).items() if count > 1]
             if twice:
