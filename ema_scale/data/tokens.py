@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import numpy as np
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.files import read_text
+from ema_scale.core.model_config import check_config_file
 from ema_scale.data.encoded import Encoded
 from ema_scale.data.formats import Message
 from ema_scale.data.report import TokenReport
@@ -48,6 +50,8 @@ def load_tokenizer(
 
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
         raise UserError(f"model {path}: no such folder; expected a checkpoint folder or a hub id")
+    if os.path.lexists(Path(path).expanduser() / "config.json"):
+        check_config_file(Path(path).expanduser())
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(Path(path).expanduser()) if path.startswith("~") else path,

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.files import read_json, what_it_is
+from ema_scale.core.model_config import check_config_file
 from ema_scale.core.uri import locate
-from ema_scale.models.config_check import check_config_file
 
 if TYPE_CHECKING:
     import torch

@@ -10,8 +10,8 @@ from typing import Any
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.files import read_json
+from ema_scale.core.model_config import check_config
 from ema_scale.core.uri import model_config
-from ema_scale.models.config_check import check_config
 
 # Decoder layers of RMSNorm, grouped-query attention and a gated MLP, which the memory formulas are written for.
 KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3")
