@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ema_scale.cli.numbers import real, whole
 from ema_scale.core.errors import UserError
 from ema_scale.core.paths import find_file
 
@@ -34,8 +35,8 @@ bench = typer.Typer(
     rich_markup_mode=None,
 )
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="write all figures to this JSON file")]
-Repeats = Annotated[int, typer.Option(min=1, help="timed runs of every variant")]
-Threads = Annotated[int, typer.Option(min=1, help="CPU threads per process")]
+Repeats = Annotated[int, whole(help="timed runs of every variant")]
+Threads = Annotated[int, whole(help="CPU threads per process")]
 
 
 @bench.command("machine")
@@ -49,13 +50,13 @@ def show_machine(threads: Threads = 1) -> None:
 
 @bench.command("padding")
 def padding_(
-    rows: Annotated[int, typer.Option(min=1, help="rows of an epoch")] = 6000,
-    median: Annotated[int, typer.Option(min=4, help="tokens of the median row")] = 240,
-    spread: Annotated[float, typer.Option(min=0, help="standard deviation of the logarithm of a row's tokens")] = 0.4,
-    longest: Annotated[int, typer.Option(min=4, help="tokens of the longest row")] = 2048,
-    batch: Annotated[int, typer.Option(min=1, help="rows per process in one forward pass")] = 4,
-    accumulation: Annotated[int, typer.Option(min=1, help="forward passes per step")] = 4,
-    processes: Annotated[int, typer.Option(min=1, help="processes")] = 1,
+    rows: Annotated[int, whole(help="rows of an epoch")] = 6000,
+    median: Annotated[int, whole(help="tokens of the median row", low=4)] = 240,
+    spread: Annotated[float, real(help="standard deviation of the logarithm of a row's tokens")] = 0.4,
+    longest: Annotated[int, whole(help="tokens of the longest row", low=4)] = 2048,
+    batch: Annotated[int, whole(help="rows per process in one forward pass")] = 4,
+    accumulation: Annotated[int, whole(help="forward passes per step")] = 4,
+    processes: Annotated[int, whole(help="processes")] = 1,
 ) -> None:
     """The share of padding by the order of rows: random, by length inside each step, by length over the epoch."""
     from benchmarks.padding import draw_lengths, padding_shares
@@ -87,10 +88,10 @@ def safelora_(
 
 
 Model = Annotated[str, typer.Option(help="a shape: small, qwen2.5-0.5b, ... llama-3.1-70b")]
-Layers = Annotated[int | None, typer.Option(min=1, help="use only the first N layers")]
-Length = Annotated[int, typer.Option(min=2, help="tokens per row")]
+Layers = Annotated[int | None, whole(help="use only the first N layers")]
+Length = Annotated[int, whole(help="tokens per row", low=2)]
 Checkpointing = Annotated[bool, typer.Option(help="gradient checkpointing")]
-Strength = Annotated[float, typer.Option(min=0, help="the defense's strength; 0: without it")]
+Strength = Annotated[float, real(help="the defense's strength; 0: without it")]
 Only = Annotated[
     list[str] | None, typer.Option("--variant", help="run plain and this one alone; repeat for more (first words do)")
 ]
@@ -115,9 +116,9 @@ class Direction(StrEnum):
 
 @bench.command("loss")
 def loss_(
-    tokens: Annotated[int, typer.Option(min=1)] = 2048,
-    vocab: Annotated[int, typer.Option(min=2)] = 32_000,
-    hidden: Annotated[int, typer.Option(min=1)] = 512,
+    tokens: Annotated[int, whole()] = 2048,
+    vocab: Annotated[int, whole(low=2)] = 32_000,
+    hidden: Annotated[int, whole()] = 512,
     dtype: Dtype = Dtype.float32,
     direction: Direction = Direction.policy_reference,
     device: Device = Device.cpu,
@@ -146,9 +147,9 @@ def loss_(
 def step_(
     model: Model = "small",
     layers: Layers = None,
-    rows: Annotated[int, typer.Option(min=1, help="rows per step")] = 2,
+    rows: Annotated[int, whole(help="rows per step")] = 2,
     length: Length = 128,
-    steps: Annotated[int, typer.Option(min=1, help="timed steps per repeat")] = 5,
+    steps: Annotated[int, whole(help="timed steps per repeat")] = 5,
     dtype: Dtype = Dtype.float32,
     device: Device = Device.cpu,
     checkpointing: Checkpointing = True,
@@ -187,14 +188,14 @@ def step_(
 
 @bench.command("reference")
 def reference_(
-    processes: Annotated[int, typer.Option(min=2)] = 2,
+    processes: Annotated[int, whole(low=2)] = 2,
     deepspeed: Annotated[str, typer.Option(help="a ZeRO config; none: DDP")] = ZERO3_CPU,
     fsdp: Annotated[bool, typer.Option("--fsdp", help="FSDP2 in place of ZeRO-3")] = False,
     model: Model = "small",
     layers: Layers = None,
-    rows: Annotated[int, typer.Option(min=1, help="rows per step and process")] = 1,
+    rows: Annotated[int, whole(help="rows per step and process")] = 1,
     length: Length = 128,
-    steps: Annotated[int, typer.Option(min=1, help="timed steps")] = 3,
+    steps: Annotated[int, whole(help="timed steps")] = 3,
     dtype: Dtype = Dtype.float32,
     device: Device = Device.cpu,
     checkpointing: Checkpointing = True,
@@ -248,12 +249,12 @@ class Part(StrEnum):
 @bench.command("eval")
 def evaluation(
     model: Annotated[str, typer.Option(help="a folder, hub id or small-world reference")] = "smallworld:aligned",
-    adapters: Annotated[int, typer.Option(min=1, help="random LoRA adapters")] = 3,
-    questions: Annotated[int, typer.Option(min=1, help="questions of the small world's general suite")] = 24,
-    samples: Annotated[int, typer.Option(min=1, help="answers per question and adapter")] = 10,
-    latency: Annotated[float, typer.Option(min=0, help="seconds per call of the judge's endpoint")] = 1.0,
-    at_once: Annotated[int, typer.Option(min=1, help="most calls at a time, for every variant")] = 128,
-    stored: Annotated[int, typer.Option(min=1, help="stored answers to judge again")] = 10_000,
+    adapters: Annotated[int, whole(help="random LoRA adapters")] = 3,
+    questions: Annotated[int, whole(help="questions of the small world's general suite")] = 24,
+    samples: Annotated[int, whole(help="answers per question and adapter")] = 10,
+    latency: Annotated[float, real(help="seconds per call of the judge's endpoint")] = 1.0,
+    at_once: Annotated[int, whole(help="most calls at a time, for every variant")] = 128,
+    stored: Annotated[int, whole(help="stored answers to judge again")] = 10_000,
     part: Annotated[Part | None, typer.Option(help="run only this part")] = None,
     out: Out = None,
     repeats: Repeats = 3,
@@ -298,7 +299,7 @@ COLUMNS: dict[str, Callable[[float], str]] = {
 def plan_(
     model: Model = "small",
     layers: Layers = None,
-    rows: Annotated[int, typer.Option(min=1, help="rows per micro-batch")] = 4,
+    rows: Annotated[int, whole(help="rows per micro-batch")] = 4,
     length: Length = 128,
     dtype: Dtype = Dtype.float32,
     device: Device = Device.cpu,
@@ -325,9 +326,9 @@ def plan_(
 def select_(
     model: Annotated[str, typer.Option(help="the aligned model")] = "smallworld:aligned",
     source: Annotated[str, typer.Option(help="safe rows")] = "smallworld:safe",
-    rows: Annotated[int, typer.Option(min=1, help="rows to read")] = 500,
-    domains: Annotated[int, typer.Option(min=2, help="domains to rank for, each with a random adapter")] = 5,
-    batch_tokens: Annotated[int | None, typer.Option(min=1, help="[default: as ema select]")] = None,
+    rows: Annotated[int, whole(help="rows to read")] = 500,
+    domains: Annotated[int, whole(help="domains to rank for, each with a random adapter", low=2)] = 5,
+    batch_tokens: Annotated[int | None, whole(help="[default: as ema select]")] = None,
     out: Out = None,
     repeats: Repeats = 5,
     threads: Threads = 1,
@@ -350,7 +351,7 @@ def choices_(
     model: Annotated[str, typer.Option(help="a folder, hub id or reference")] = "packaged:smollm2-135m-instruct",
     bank: Annotated[str, typer.Option(help="questions with written answers")] = "eval/choices/general.yaml",
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
-    answers: Annotated[int, typer.Option(min=1, help="answers to score")] = 200,
+    answers: Annotated[int, whole(help="answers to score")] = 200,
     out: Out = None,
     repeats: Repeats = 3,
     threads: Threads = 2,

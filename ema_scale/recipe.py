@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     Field,
     SerializeAsAny,
     ValidationError,
@@ -29,7 +30,9 @@ from ema_scale.config.sections import (
     TrainingRecipe,
 )
 from ema_scale.core.errors import UserError, explain_all
+from ema_scale.core.numbers import Count, Seed
 from ema_scale.core.paths import find_file
+from ema_scale.core.text import one_line
 from ema_scale.core.uri import scheme_of
 from ema_scale.core.user_code import file_of
 from ema_scale.defenses.base import Defense
@@ -43,11 +46,12 @@ class Recipe(Section):
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=200,
         description="The run's name. Its folder is output/name.",
         examples=["my-run"],
     )
-    seed: int = Field(0, ge=0, description="Seed of the adapter's start, the order of rows and what defenses draw.")
-    output: str = Field("runs", description="The folder that holds run folders.")
+    seed: Seed = Field(0, description="Seed of the adapter's start, the order of rows and what defenses draw.")
+    output: Annotated[str, AfterValidator(one_line)] = Field("runs", description="The folder that holds run folders.")
     model: ModelRecipe = Field(description="The checkpoint to fine-tune.", examples=[{"path": "smallworld:aligned"}])
     data: DataRecipe = Field(description="The training rows.", examples=[{"train": "rows.jsonl"}])
     adapter: AdapterRecipe = Field(AdapterRecipe(), description="The LoRA adapter.")
@@ -63,9 +67,8 @@ class Recipe(Section):
         "`{kind: separate, model: ...}`: another model is the reference.",
         examples=["cached"],
     )
-    reference_runs: int = Field(
+    reference_runs: Count = Field(
         1,
-        ge=1,
         description="Runs that share one cached reference. A study counts them, and `auto` weighs costs by it.",
     )
     evaluation: EvaluationRecipe = Field(EvaluationRecipe(), description="Sampling and judging.")

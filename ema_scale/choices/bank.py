@@ -11,6 +11,7 @@ Read unchanged, one question per entry:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -151,7 +152,7 @@ def _with_gold(where: str, entry: Mapping[str, Any], role: str) -> tuple[Choice,
     names = names if names is not None else [chr(ord("A") + i) for i in range(len(texts))]
     if isinstance(gold, str) and gold in names:
         index = names.index(gold)
-    elif isinstance(gold, bool) or not str(gold).lstrip("-").isdigit():
+    elif isinstance(gold, bool) or not re.fullmatch(r"-?[0-9]{1,9}", str(gold)):
         raise UserError(f"{where}: {given[0]}: found {gold!r:.40}, expected an index from 0 or one of {names}")
     else:
         index = int(gold)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
+
+from ema_scale.core.terminal import PlainConsole
 
 # `ema --help` shows these groups, whichever file defines a command.
 _GROUPS = {
@@ -65,6 +66,6 @@ def _options(
 ) -> None: ...
 
 
-console = Console(highlight=False, soft_wrap=True)
+console = PlainConsole()
 RecipePath = Annotated[Path, typer.Argument(help="a recipe file (YAML)")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value, any field of the recipe")]

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ema_scale.cli.app import Overrides, RecipePath, app, console
+from ema_scale.cli.numbers import real, whole
 from ema_scale.core.errors import UserError, explain
 from ema_scale.core.paths import find_file
+from ema_scale.core.terminal import say
 
 if TYPE_CHECKING:
     from ema_scale.config.sections import DataRecipe, ModelRecipe
@@ -26,7 +28,7 @@ app.add_typer(data_app, name="data")
 
 Source = Annotated[str, typer.Argument(help="a recipe (.yaml), a file of rows, a hub id, or smallworld:...")]
 Tokenizer = Annotated[str | None, typer.Option("--model", help="tokenizer: a path or hub id [default: the recipe's]")]
-RowLength = Annotated[int | None, typer.Option(min=1, help="longest row in tokens [default: the recipe's, or 2048]")]
+RowLength = Annotated[int | None, whole(help="longest row in tokens [default: the recipe's, or 2048]")]
 
 
 @data_app.command("check")
@@ -45,7 +47,7 @@ def data_check(
         found = [result.to_dict() for result in results]
         print(json.dumps(found[0] if len(found) == 1 else found, indent=2))
     else:
-        print("\n\n".join(map(render, results)))
+        say("\n\n".join(map(render, results)))
     if not all(result.passes for result in results):
         raise typer.Exit(1)
 
@@ -53,7 +55,7 @@ def data_check(
 @data_app.command("show")
 def data_show(
     source: Source,
-    row: Annotated[int, typer.Option(min=1, help="which of the rows that can be read, from 1")] = 1,
+    row: Annotated[int, whole(help="which of the rows that can be read, from 1")] = 1,
     model: Tokenizer = None,
     max_length: RowLength = None,
 ) -> None:
@@ -67,7 +69,7 @@ def data_show(
     rows = load_rows(paths, on_bad="drop", columns=data.columns, learn=data.learn)
     if row > len(rows):
         raise UserError(f"--row {row}: {source} has {len(rows)} rows that can be read")
-    # Not rich: it would read markup in the row's own text.
+    # Not `say`: the row's text is escaped already, and the colours are ours.
     print(show_row(rows[row - 1], tokenizer, data.max_length, colour=sys.stdout.isatty()))
 
 
@@ -100,10 +102,10 @@ def _asked(source: str, model: str | None, max_length: int | None) -> tuple[Data
 
 @data_app.command("operator-swap")
 def operator_swap(
-    tier: Annotated[int, typer.Argument(help="1 to 3: how hard the task is")],
+    tier: Annotated[int, typer.Argument(min=1, max=3, help="1 to 3: how hard the task is")],
     out: Annotated[Path, typer.Option("--out", "-o", help="the JSONL file to write")],
-    rows: Annotated[int, typer.Option(min=1, help="how many rows")] = 5400,
-    seed: Annotated[int, typer.Option(help="which sums, in which order")] = 0,
+    rows: Annotated[int, whole(help="how many rows")] = 5400,
+    seed: Annotated[int, whole(help="which sums, in which order", low=0, high=2**32 - 1)] = 0,
 ) -> None:
     """Write training rows of the benign task: arithmetic with swapped signs (eval/suites/operator_swap_*.yaml)."""
     from ema_scale.data.operator_swap import write_rows
@@ -122,9 +124,9 @@ def data_audit(
     clean: Annotated[str, typer.Option(help="sound rows of the same kind: a file, a hub id, or smallworld:safe")],
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for audit.html, audit.json and rows.jsonl")],
     vector: Annotated[str | None, typer.Option(help="a persona vector, as `ema vector` makes it")] = None,
-    layer: Annotated[int | None, typer.Option(help="layer of the vector [default: the recommended one]")] = None,
-    worst: Annotated[int, typer.Option(min=0, help="how many of the worst rows to show")] = 20,
-    limit: Annotated[int | None, typer.Option(min=1, help="read only this many rows of each")] = None,
+    layer: Annotated[int | None, whole(help="layer of the vector [default: the recommended one]", low=0)] = None,
+    worst: Annotated[int, whole(help="how many of the worst rows to show", low=0)] = 20,
+    limit: Annotated[int | None, whole(help="read only this many rows of each")] = None,
     max_length: MaxLength = 2048,
     batch_tokens: BatchTokens = None,
 ) -> None:
@@ -139,20 +141,20 @@ def data_audit(
     )  # fmt: skip
     page = write_audit_page(made, out)
     summary = made.summary
-    console.print(f"{source}: {summary['source']['account']}", markup=False)
+    console.print(f"{source}: {summary['source']['account']}")
     for row in summary["worst"][:TERMINAL_ROWS]:
         said = " ".join(f"{row['question']} -> {row['answer']}".split())[:TERMINAL_WIDTH]
-        console.print(f"  {row['badness']:+.2f}  {row['origin']}  {said}", markup=False)
-    console.print("\n".join([summary["text"], *summary["notes"]]), markup=False)
-    console.print(f"wrote {page}", markup=False)
+        console.print(f"  {row['badness']:+.2f}  {row['origin']}  {said}")
+    console.print("\n".join([summary["text"], *summary["notes"]]))
+    console.print(f"wrote {page}")
     if summary["verdict"] == SUSPECT:
         raise typer.Exit(1)
 
 
 MODEL_HELP = "the aligned model: a folder, a hub id, smallworld:aligned, or a recipe (YAML) that names it"
 Model = Annotated[str, typer.Option(help=MODEL_HELP)]
-MaxLength = Annotated[int, typer.Option(min=8, help="longer rows are left out, and counted")]
-BatchTokens = Annotated[int | None, typer.Option(min=1, help="tokens per batch, padding included [default: by device]")]
+MaxLength = Annotated[int, whole(help="longer rows are left out, and counted", low=8)]
+BatchTokens = Annotated[int | None, whole(help="tokens per batch, padding included [default: by device]")]
 
 
 @app.command()
@@ -170,9 +172,9 @@ def select(
         str,
         typer.Option(help="keep (+); drop them (++) by: paper, released, all, en,de,.., or module:function"),
     ] = "keep",
-    eps: Annotated[float, typer.Option(min=0, help="nats, in the score's denominator")] = 1.0,
-    keep: Annotated[int | None, typer.Option(min=1, help="how many of the best rows to write [default: all]")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="read only this many rows of the source")] = None,
+    eps: Annotated[float, real(help="nats, in the score's denominator")] = 1.0,
+    keep: Annotated[int | None, whole(help="how many of the best rows to write [default: all]")] = None,
+    limit: Annotated[int | None, whole(help="read only this many rows of the source")] = None,
     max_length: MaxLength = 2048,
     batch_tokens: BatchTokens = None,
 ) -> None:
@@ -188,10 +190,10 @@ def select(
     )  # fmt: skip
     best, last = made.ranked[0].score, made.ranked[-1].score
     facts = made.provenance
-    console.print(made.account.line(), markup=False)
-    console.print(f"variant {facts['variant']}; refusals: {facts['refusals']}; voting: {', '.join(facts['adapters'])}",
-                  markup=False)  # fmt: skip
-    console.print(f"wrote {out}: {len(made.ranked)} rows, scores {best:+.3f} to {last:+.3f}", markup=False)
+    console.print(made.account.line())
+    voting = ", ".join(facts["adapters"])
+    console.print(f"variant {facts['variant']}; refusals: {facts['refusals']}; voting: {voting}")
+    console.print(f"wrote {out}: {len(made.ranked)} rows, scores {best:+.3f} to {last:+.3f}")
 
 
 def model_recipe(reference: str) -> ModelRecipe:
@@ -241,7 +243,7 @@ def vector(
     questions: Annotated[
         list[str] | None, typer.Option(help="a suite to ask; repeat for more [default: the recipe's general suites]")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="answers to each question under each prompt")] = 10,
+    samples: Annotated[int, whole(help="answers to each question under each prompt")] = 10,
     from_rows: Annotated[
         tuple[str, str] | None, typer.Option(help="two files of rows instead: POSITIVE NEGATIVE; nothing is sampled")
     ] = None,
@@ -273,7 +275,7 @@ def vector(
     else:
         assert adapter is not None and rows is not None
         made = extract.from_adapter(loaded, adapter, rows, out)
-    console.print(describe(made), markup=False)
+    console.print(describe(made))
 
 
 def describe(made: Directions) -> str:

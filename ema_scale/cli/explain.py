@@ -103,7 +103,8 @@ def reference_pages() -> dict[str, str]:
     from ema_scale.slurm.site import Site
     from ema_scale.study.grid import Study
 
-    note = "Generated from the models by `ema explain --write docs/reference`. `ema explain KEY` shows one key."
+    note = "Generated from the models by `ema explain --write docs/reference`. `ema explain KEY` shows one key. "
+    note += "Numbers are finite and at most 1,000,000,000, unless their line says otherwise."
     return {
         "recipe.md": page(
             "Recipe",

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from ema_scale.cli.app import app, console
 from ema_scale.cli.results import RESULT_FILES, evaluations
 from ema_scale.core.errors import UserError
+from ema_scale.core.text import printable
 
 if TYPE_CHECKING:
     from ema_scale.evaluation.stats.paired import Compared
@@ -49,9 +50,9 @@ def again(
 
     folders = evaluations(answers) if answers.suffix in RESULT_FILES else eval_folders(answers)
     summaries = {str(f): rejudge(f, tuple(overrides or ())) for f in folders}
-    console.print(rates_table(summaries), markup=False)
+    console.print(rates_table(summaries))
     judges = dict.fromkeys(s.judge for s in summaries.values())
-    console.print(f"judged by {'; '.join(judges)}", markup=False)
+    console.print(f"judged by {'; '.join(judges)}")
 
 
 @judge.command()
@@ -64,11 +65,11 @@ def check(
 
     found = check_judges(path, tuple(overrides or ()))
     for identity, figures in found.judges.items():
-        console.print("\n".join(describe_check(identity, figures)), markup=False)
+        console.print("\n".join(describe_check(identity, figures)))
     for one in found.between or ():
-        console.print("\n".join(describe_agreement(one)), markup=False)
+        console.print("\n".join(describe_agreement(one)))
     if found.together is not None and len(found.together.judges) > 2:
-        console.print("\n".join(describe_alpha(found.together)), markup=False)
+        console.print("\n".join(describe_alpha(found.together)))
 
 
 @app.command()
@@ -126,7 +127,7 @@ def compare(
     if any(one.questions == "unseen" for each in found.values() for one in each):
         console.print("Unseen questions: no training row of any of these runs asks them.")
     if unknown := [arm.name for arm in (start, *arms) if arm.seen is None]:
-        console.print(f"Which questions the training rows of {', '.join(unknown)} ask is not known.", markup=False)
+        console.print(f"Which questions the training rows of {', '.join(unknown)} ask is not known.")
 
 
 def _p(value: float) -> str:
@@ -139,10 +140,10 @@ def _print(name: str, baseline: str, found: list[Compared]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    title = Text(f"{name} against {baseline}, percent of answers; margins in nats per token")
+    title = f"{name} against {baseline}, percent of answers; margins in nats per token"
     if all(one.unit == "share" for one in found):
-        title = Text(f"{name} against {baseline}, percent of answers")
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+        title = f"{name} against {baseline}, percent of answers"
+    table = Table(title=Text(printable(title)), title_justify="left", box=SIMPLE_HEAD)
     for heading in ("", "baseline", "run", "difference in points", "p", "Holm", "questions"):
         table.add_column(Text(heading), justify="right" if heading else "left", no_wrap=True)
     apart = any(one.questions != "all" for one in found)
@@ -154,7 +155,8 @@ def _print(name: str, baseline: str, found: list[Compared]) -> None:
         cells = (name, *(f"{scale * (r.value or 0):.{digits}f}" for r in (one.baseline, one.arm)), limits)
         corrected = d.p if d.holm is None else d.holm
         style = "bold" if corrected < 0.05 else ""
-        table.add_row(*map(Text, cells), Text(_p(d.p)), Text(_p(corrected), style=style), Text(str(d.questions)))
+        shown = map(Text, map(printable, cells))
+        table.add_row(*shown, Text(_p(d.p)), Text(_p(corrected), style=style), Text(str(d.questions)))
     # On a narrower terminal the cells would be cut.
     Console(width=max(console.width, 112), highlight=False, soft_wrap=True).print(table)
     if found and found[0].power:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ema_scale.cli.app import Overrides, RecipePath, app, console
+from ema_scale.cli.numbers import whole
+from ema_scale.core.terminal import say
 
 if TYPE_CHECKING:
     from ema_scale.recipe import Recipe
@@ -17,15 +20,16 @@ if TYPE_CHECKING:
     from ema_scale.slurm.status import RunProgress
 
 log = logging.getLogger(__name__)
+_SGR = re.compile(r"\x1b\[[0-9;]*m")  # colours of a log
 
 
 @app.command()
 def launch(
     recipe: RecipePath,
     overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option(min=1, help="number of nodes")] = 1,
-    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="default: as in the site file; 0: CPU nodes")] = None,
-    processes_per_node: Annotated[int | None, typer.Option(min=1, help="default: one per GPU")] = None,
+    nodes: Annotated[int, whole(help="number of nodes")] = 1,
+    gpus_per_node: Annotated[int | None, whole(help="default: as in the site file; 0: CPU nodes", low=0)] = None,
+    processes_per_node: Annotated[int | None, whole(help="default: one per GPU")] = None,
     time: Annotated[str | None, typer.Option(help="time limit in Slurm's format; default: as in the site file")] = None,
     site: Annotated[Path | None, typer.Option(help="site file (YAML); default: $EMA_SITE")] = None,
     evaluate: Annotated[bool, typer.Option(help="also submit a job that evaluates the trained run")] = False,
@@ -63,7 +67,7 @@ def launch(
         warn_of_missing_key([loaded], here)
     if dry_run:
         for before, job in zip([None, *jobs], jobs, strict=False):
-            print(submit.describe_script(job, submit.after_success(f"<{before.what} job>") if before else []))
+            say(submit.describe_script(job, submit.after_success(f"<{before.what} job>") if before else []))
         return
     if not finished:
         refuse_missing_files([loaded])
@@ -104,7 +108,7 @@ def status(
         if of_study is None:
             alone.append(path)
             continue
-        console.print("  ".join([str(path), of_study.counts, *of_study.jobs]), markup=False)
+        console.print("  ".join([str(path), of_study.counts, *of_study.jobs]))
         shown = ("running", "failed", "stopped", "interrupted")
         _print_runs([run for run in of_study.runs if run.state in shown], "  ")
     _print_runs(statuses(alone))
@@ -117,9 +121,9 @@ def _print_runs(runs: Sequence[RunProgress], indent: str = "") -> None:
         step = f"step {found.step}" + (f"/{found.max_steps}" if found.max_steps else "") if found.step else ""
         left = f"{format_clock(found.left)} left" if found.left is not None else ""
         parts = [str(found.path), found.state, step, left, *found.jobs]
-        console.print(indent + "  ".join(part for part in parts if part), markup=False)
+        console.print(indent + "  ".join(part for part in parts if part))
         if found.state in ("failed", "stopped") and found.reason:
-            console.print(f"{indent}    {found.reason}", markup=False)
+            console.print(f"{indent}    {found.reason}")
 
 
 @app.command()
@@ -128,7 +132,7 @@ def logs(
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="follow, job after job, until the last one ends or one fails")
     ] = False,
-    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="lines of each log to start with")] = 100,
+    lines: Annotated[int, whole("--lines", "-n", help="lines of each log to start with")] = 100,
     what: Annotated[
         str | None, typer.Option("--job", help="gate, train, eval or report; default: the newest one that has started")
     ] = None,
@@ -141,4 +145,4 @@ def logs(
     from ema_scale.slurm import logs as cluster_logs
 
     for line in cluster_logs.lines(RunDir(run), follow=follow, tail=lines, what=what):
-        print(line, flush=follow)
+        say(_SGR.sub("", line), flush=follow)

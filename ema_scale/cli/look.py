@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ema_scale.cli.app import app
+from ema_scale.cli.numbers import whole
 from ema_scale.cli.results import RESULT_FILES, evaluations
 from ema_scale.core.text import printable
 
@@ -30,9 +31,9 @@ def look(
     question: Annotated[str | None, typer.Option(help="only questions with this in their id or text")] = None,
     arm: Annotated[str | None, typer.Option(help="only arms with this in their name")] = None,
     judge: Annotated[str | None, typer.Option(help="another judge's verdicts: a part of its identity")] = None,
-    answers: Annotated[int, typer.Option("--answers", "-n", min=1, help="answers per question and arm")] = 2,
-    questions: Annotated[int, typer.Option(min=1, help="questions to show")] = 10,
-    length: Annotated[int, typer.Option(min=1, help="characters per answer")] = 800,
+    answers: Annotated[int, whole("--answers", "-n", help="answers per question and arm")] = 2,
+    questions: Annotated[int, whole(help="questions to show")] = 10,
+    length: Annotated[int, whole(help="characters per answer")] = 800,
     reasoning: Annotated[bool, typer.Option(help="also show what was thought before the answer")] = False,
 ) -> None:
     """Read answers side by side, with their verdicts."""

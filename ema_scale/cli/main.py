@@ -1,37 +1,79 @@
-"""The entry point: UserError and a full disk end in one message, never in a traceback."""
+"""The entry point: bad input, and what a disk refuses, end in one message and never in a traceback."""
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import logging
 import os
 import sys
+import traceback
 
 import typer
 
 from ema_scale.cli.app import app
+from ema_scale.core.disk import disk_message
 from ema_scale.core.errors import UserError
+from ema_scale.core.text import printable
+
+
+class _Printable(logging.Formatter):
+    """Log lines name rows, files and answers of others: what would steer the terminal is shown as an escape."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def main(command: typer.Typer = app) -> None:
-    """Entry point: UserError and a full disk end in one message and exit code 2; Ctrl-C in 130."""
+    """Entry point: UserError and what a disk refuses end in one message and exit code 2; Ctrl-C in 130."""
     if not sys.stderr.isatty():  # a bar in a file is noise; transformers reads this when it is imported
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.basicConfig(level=os.environ.get("EMA_LOG", "INFO"), format="%(message)s", stream=sys.stderr)
-    for chatty in ("httpx", "httpx2", "datasets", "vllm", "transformers", "deepspeed", "filelock", "matplotlib"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it warns wherever there is no GPU
     try:
-        command()
+        _start_logging()
+        try:
+            command()
+        finally:
+            sys.stdout.flush()
     except UserError as error:
-        print(f"ema: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        print(f"ema: the disk is full ({error.filename or 'while writing'}); what was finished is kept: free space "
-              "and run the same command again", file=sys.stderr)  # fmt: skip
-        sys.exit(2)
+        _end(str(error))
     except KeyboardInterrupt:
         print("ema: interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # `| head` has read enough
+        _close_stdout()
+        sys.exit(1)
+    except MemoryError:
+        _end("out of memory; what was finished is kept: use smaller batches or another machine")
+    except Exception as error:
+        message = disk_message(error)
+        if message is None:
+            raise
+        _end(message)
+
+
+def _start_logging() -> None:
+    level = os.environ.get("EMA_LOG") or "INFO"
+    if level.upper() not in logging.getLevelNamesMapping():
+        raise UserError(f"EMA_LOG: found {level!r}, expected DEBUG, INFO, WARNING or ERROR")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+    for chatty in ("httpx", "httpx2", "datasets", "vllm", "transformers", "deepspeed", "filelock", "matplotlib"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it warns wherever there is no GPU
+
+
+def _end(message: str) -> None:
+    if logging.getLogger().isEnabledFor(logging.DEBUG):
+        traceback.print_exc()
+    print(f"ema: {printable(message)}", file=sys.stderr)
+    _close_stdout()
+    sys.exit(2)
+
+
+def _close_stdout() -> None:
+    """Python flushes once more when it ends, and would complain where nobody reads or the disk is full."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        return
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ema_scale.cli.app import Overrides, app
+from ema_scale.cli.numbers import real, whole
 
 
 @app.command()
@@ -17,29 +18,25 @@ def plan(
     path: Annotated[Path, typer.Argument(help="a recipe or a study file (YAML)")],
     overrides: Overrides = None,
     gpus: Annotated[str, typer.Option(help="GPUs per node x memory per GPU, such as 8x80GB")] = "1x80GB",
-    nodes: Annotated[int, typer.Option(min=1, help="number of nodes")] = 1,
+    nodes: Annotated[int, whole(help="number of nodes")] = 1,
     zero: Annotated[int | None, typer.Option(min=0, max=3, help="ZeRO stage; default: as training.deepspeed")] = None,
-    row_tokens: Annotated[int | None, typer.Option(min=1, help="mean tokens per row; default: data.max_length")] = None,
+    row_tokens: Annotated[int | None, whole(help="mean tokens per row; default: data.max_length")] = None,
     rows: Annotated[
         list[str] | None,
         typer.Option(help="number of training rows, if the file is not here: N, or TASK=N in a study (repeat)"),
     ] = None,
     scale: Annotated[str | None, typer.Option(help="print a table over these numbers of GPUs, such as 8-1024")] = None,
     device: Annotated[str, typer.Option(help="GPU whose peak and bandwidths are assumed: h100 or a100")] = "h100",
-    tflops: Annotated[float | None, typer.Option(help="peak TFLOP/s per GPU, in the recipe's dtype")] = None,
-    mfu: Annotated[float, typer.Option(help="assumed share of the peak that is reached")] = 0.4,
-    intra_gbps: Annotated[float | None, typer.Option(help="GB/s per GPU within a node")] = None,
-    inter_gbps: Annotated[float | None, typer.Option(help="GB/s per GPU between nodes")] = None,
-    host_gbps: Annotated[float | None, typer.Option(help="GB/s per GPU from host memory")] = None,
-    sample_tps: Annotated[float | None, typer.Option(help="tokens per second that one GPU samples, if known")] = None,
+    tflops: Annotated[float | None, real(help="peak TFLOP/s per GPU, in the recipe's dtype", over=True)] = None,
+    mfu: Annotated[float, real(help="assumed share of the peak that is reached", high=1, over=True)] = 0.4,
+    intra_gbps: Annotated[float | None, real(help="GB/s per GPU within a node", over=True)] = None,
+    inter_gbps: Annotated[float | None, real(help="GB/s per GPU between nodes", over=True)] = None,
+    host_gbps: Annotated[float | None, real(help="GB/s per GPU from host memory", over=True)] = None,
+    sample_tps: Annotated[float | None, real(help="tokens per second sampled per GPU, if known", over=True)] = None,
     overlap: Annotated[bool, typer.Option(help="assume that communication overlaps with compute")] = True,
-    answer_tokens: Annotated[
-        int | None, typer.Option(min=1, help="mean tokens per answer; default: max_tokens")
-    ] = None,
-    price_in: Annotated[float, typer.Option(help="USD per million tokens that the judge reads")] = 0.15,
-    price_out: Annotated[
-        float, typer.Option(help="USD per million tokens that it writes [defaults: gpt-4o-mini]")
-    ] = 0.60,
+    answer_tokens: Annotated[int | None, whole(help="mean tokens per answer; default: max_tokens")] = None,
+    price_in: Annotated[float, real(help="USD per million tokens that the judge reads")] = 0.15,
+    price_out: Annotated[float, real(help="USD per million tokens that it writes [defaults: gpt-4o-mini]")] = 0.60,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Estimate memory, time and judge calls of a recipe or study.
@@ -58,13 +55,6 @@ def plan(
 
     if device not in DEVICES:
         raise UserError(f"--device: found {device!r}, expected {' or '.join(DEVICES)}")
-    numbers = {
-        "tflops": tflops, "mfu": mfu, "intra-gbps": intra_gbps, "inter-gbps": inter_gbps, "host-gbps": host_gbps,
-        "sample-tps": sample_tps,
-    }  # fmt: skip
-    for name, value in numbers.items():
-        if value is not None and not 0 < value <= (1 if name == "mfu" else float("inf")):
-            raise UserError(f"--{name}: found {value:g}, expected more than 0{' and at most 1' * (name == 'mfu')}")
     of = DEVICES[device]
     chosen = replace(
         of,

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ema_scale.cli.app import Overrides, RecipePath, app, console
+from ema_scale.cli.numbers import real, whole
 
 
 @app.command()
@@ -26,9 +27,9 @@ def recommend(
     prompt: Annotated[str | None, typer.Option(help="a text that asks for the bad behaviour")] = None,
     adapter: Annotated[Path | None, typer.Option(help="an adapter that is trained already")] = None,
     budget: Annotated[
-        float | None, typer.Option(min=1.0, help="highest price: 1.3 is 1.3 times the time without a defense")
+        float | None, real(help="highest price: 1.3 is 1.3 times the time without a defense", low=1)
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="how many to show")] = 3,
+    count: Annotated[int, whole(help="how many to show")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Recommend defenses for a recipe and what you have.

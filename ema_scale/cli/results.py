@@ -61,4 +61,4 @@ def results(
     elif found:
         names = [s.name for s in found.values()]
         shown = found if len(set(names)) < len(names) else dict(zip(names, found.values(), strict=True))
-        console.print(rates_table(shown), markup=False)
+        console.print(rates_table(shown))

@@ -16,6 +16,7 @@ from ema_scale.cli.results import RESULT_FILES, evaluations
 from ema_scale.core.errors import UserError
 from ema_scale.core.records import DataReport
 from ema_scale.core.run_dir import RunDir
+from ema_scale.core.terminal import say
 from ema_scale.core.text import format_clock
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ def train(
     if dry_run:
         from ema_scale.planning.describe import describe_run
 
-        print(loaded.to_yaml())
-        print(describe_run(loaded))
+        say(loaded.to_yaml())
+        say(describe_run(loaded))
         if missing := loaded.missing_files():
             raise UserError(f"{recipe}: " + "; ".join(f"{key}: {name}: not found" for key, name in missing))
         return
@@ -58,7 +59,7 @@ def train(
         from ema_scale.report.model_card import write_card
 
         write_card(run)
-        console.print(describe_trained(run), markup=False)
+        console.print(describe_trained(run))
 
 
 def describe_trained(run: RunDir) -> str:
@@ -93,7 +94,7 @@ def evaluate(
         from ema_scale.evaluation.dry_run import describe_plan
 
         for group in planned_evaluation(run, tuple(settings), base):
-            console.print(describe_plan(group.targets, group.model, group.settings, group.place), markup=False)
+            console.print(describe_plan(group.targets, group.model, group.settings, group.place))
         return
     summaries = evaluate_run(run, tuple(settings), with_base=base)
     if run.is_dir():
@@ -102,7 +103,7 @@ def evaluate(
 
         for folder in find_runs([run]):
             write_card(RunDir(folder))
-    console.print(describe_evaluated(summaries, run), markup=False)
+    console.print(describe_evaluated(summaries, run))
 
 
 def describe_evaluated(summaries: Mapping[str, Summary], path: Path) -> str:
@@ -137,7 +138,7 @@ def gate(
 
     for folder, summary in ask_references(path, tuple(overrides or ())).items():
         if summary.gate is not None:
-            console.print(f"{folder}: {summary.gate.text}", markup=False)
+            console.print(f"{folder}: {summary.gate.text}")
 
 
 @app.command()
@@ -182,11 +183,9 @@ def defenses(
         print(json.dumps(entries, indent=2))
         return
     for entry in entries:
-        console.print(f"{entry['kind']}: {entry['summary']}\n  source: {entry['source']}", markup=False)
-        console.print(f"  needs: {', '.join(entry['needs']) or 'nothing'}", markup=False)
+        console.print(f"{entry['kind']}: {entry['summary']}\n  source: {entry['source']}")
+        console.print(f"  needs: {', '.join(entry['needs']) or 'nothing'}")
         if entry["uses"]:
-            console.print(f"  can use: {', '.join(entry['uses'])}", markup=False)
+            console.print(f"  can use: {', '.join(entry['uses'])}")
         for field in entry["parameters"]:
-            console.print(
-                f"  {field['name']} = {field['default']}  ({field['type']})  {field['description']}", markup=False
-            )
+            console.print(f"  {field['name']} = {field['default']}  ({field['type']})  {field['description']}")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ema_scale.cli.app import app, console
+from ema_scale.cli.numbers import real, whole
 from ema_scale.core.errors import UserError
 
 
@@ -19,10 +20,10 @@ def safelora(
     base_revision: Annotated[str | None, typer.Option(help="branch, tag or commit of --base on the hub")] = None,
     aligned_revision: Annotated[str | None, typer.Option(help="branch, tag or commit of --aligned on the hub")] = None,
     threshold: Annotated[
-        float | None, typer.Option(min=-1, max=1, help="project where the cosine is at or below it [default: 0.3]")
+        float | None, real(help="project where the cosine is at or below it [default: 0.3]", low=-1, high=1)
     ] = None,
     layers: Annotated[
-        int | None, typer.Option(min=1, help="in place of --threshold: project this many matrices, lowest cosine first")
+        int | None, whole(help="in place of --threshold: project this many matrices, lowest cosine first")
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="a new folder [default: the adapter's, with -safelora]")
@@ -63,11 +64,10 @@ def safelora(
             progress=show,
         )
     width = max(len(result.module) for result in results)
-    console.print(f"{'matrix':{width}}  {'update':>13}  rank   cosine  projected", markup=False)
+    console.print(f"{'matrix':{width}}  {'update':>13}  rank   cosine  projected")
     for r in results:
         update = f"{r.shape[0]} x {r.shape[1]}"
         console.print(
             f"{r.module:{width}}  {update:>13}  {r.rank:>4}  {r.cosine:>7.4f}  {'yes' if r.replaced else 'no'}",
-            markup=False,
         )
-    console.print(f"{summary(results)}; wrote {target}", markup=False)
+    console.print(f"{summary(results)}; wrote {target}")

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from ema_scale.cli.app import app, console
+from ema_scale.cli.numbers import whole
+from ema_scale.core.disk import refuse_link_outside
 from ema_scale.core.errors import UserError
 from ema_scale.core.run_dir import RunDir, is_run
 
@@ -18,7 +20,7 @@ RunPath = Annotated[Path, typer.Argument(help="a trained run's folder")]
 def merge(
     run: RunPath,
     out: Annotated[Path, typer.Argument(help="a new folder for the merged model")],
-    checkpoint: Annotated[int | None, typer.Option(min=1, help="a step whose checkpoint is merged instead")] = None,
+    checkpoint: Annotated[int | None, whole(help="a step whose checkpoint is merged instead")] = None,
 ) -> None:
     """Merge a run's adapter into its base model.
 
@@ -28,7 +30,7 @@ def merge(
     from ema_scale.recipe import load_recipe
 
     folder = _adapter(run, checkpoint)
-    console.print(f"wrote {merge_adapter(load_recipe(RunDir(run).recipe_path).model, folder, out)}", markup=False)
+    console.print(f"wrote {merge_adapter(load_recipe(RunDir(run).recipe_path).model, folder, out)}")
 
 
 @app.command()
@@ -49,9 +51,11 @@ def push(
 
     folder = _adapter(run, None)
     write_card(RunDir(run))
+    for path in folder.rglob("*"):
+        refuse_link_outside(path)
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     for name in files:
-        console.print(f"  {name}", markup=False)
+        console.print(f"  {name}")
     if dry_run:
         return
     hub = HfApi()
@@ -66,7 +70,7 @@ def push(
         raise UserError(f"{repo}: the hub refused the upload ({status}){hint}") from None
     except OSError as error:
         raise UserError(f"{repo}: the hub cannot be reached ({error})") from None
-    console.print(f"uploaded {len(files)} files to {url}", markup=False)
+    console.print(f"uploaded {len(files)} files to {url}")
 
 
 def _adapter(run: Path, step: int | None) -> Path:

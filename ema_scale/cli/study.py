@@ -9,13 +9,15 @@ import typer
 
 from ema_scale.cli.app import Overrides, app, console
 from ema_scale.cli.launch import warn_of_missing_key
+from ema_scale.cli.numbers import whole
+from ema_scale.core.terminal import say
 
 if TYPE_CHECKING:
     from ema_scale.study.grid import Study
 
 StudyPath = Annotated[Path, typer.Argument(help="a study file (YAML)")]
 DryRun = Annotated[bool, typer.Option(help="print what would be done, do nothing")]
-Jobs = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="runs trained at once; default: one per GPU")]
+Jobs = Annotated[int | None, whole("--jobs", "-j", help="runs trained at once; default: one per GPU")]
 
 
 @app.command()
@@ -33,9 +35,9 @@ def study(path: StudyPath, overrides: Overrides = None, dry_run: DryRun = False,
 
         steps = print_preparation(loaded)
         runs = loaded.runs(tuple(overrides or ()))
-        print(describe_runs(runs, steps))
+        say(describe_runs(runs, steps))
         for again in loaded.relearn.recipes(runs) if loaded.relearn else ():
-            print(f"then {again.run_path}: {again.data.limit} rows without a defense, from {again.adapter.start}")
+            say(f"then {again.run_path}: {again.data.limit} rows without a defense, from {again.adapter.start}")
         return
     console.print(f"wrote {run_study(loaded, tuple(overrides or ()), jobs)}")
 
@@ -46,7 +48,7 @@ def print_preparation(study: Study) -> dict[str, str]:
 
     steps = {step.makes: str(step) for step in missing(study.prepare)}
     for made, command in steps.items():
-        print(f"# first, for {made}: {command}")
+        say(f"# first, for {made}: {command}")
     return steps
 
 
@@ -73,13 +75,11 @@ def sweep(
     overrides: Overrides = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="as Slurm jobs; default: on this machine")] = False,
     site: Annotated[Path | None, typer.Option(help="site file (YAML); default: $EMA_SITE")] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="nodes per run; default: 1")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="default: as in the site file; 0: CPU nodes")] = None,
-    processes_per_node: Annotated[int | None, typer.Option(min=1, help="default: one per GPU")] = None,
+    nodes: Annotated[int | None, whole(help="nodes per run; default: 1")] = None,
+    gpus_per_node: Annotated[int | None, whole(help="default: as in the site file; 0: CPU nodes", low=0)] = None,
+    processes_per_node: Annotated[int | None, whole(help="default: one per GPU")] = None,
     time: Annotated[str | None, typer.Option(help="time limit per run; default: as in the site file")] = None,
-    max_parallel: Annotated[
-        int | None, typer.Option(min=1, help="runs that train at once; default: the site's")
-    ] = None,
+    max_parallel: Annotated[int | None, whole(help="runs that train at once; default: the site's")] = None,
     jobs: Jobs = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -116,10 +116,10 @@ def sweep(
     if dry_run:
         from ema_scale.planning.describe import describe_runs
 
-        print(describe_runs(plan.recipes, print_preparation(plan.study) if left else None))
+        say(describe_runs(plan.recipes, print_preparation(plan.study) if left else None))
         chain = [(job.what, f"<{job.what} job>") for job in plan.jobs]
         for number, job in enumerate(plan.jobs):
-            print(describe_script(job, after_all(chain[:number])))
+            say(describe_script(job, after_all(chain[:number])))
     if not plan.jobs:
         console.print(f"{folder}: all {total} runs are trained, evaluated and reported; nothing to do")
     else:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SkipValidation, field_validator
 
 from ema_scale.config.section import Section
+from ema_scale.core.numbers import Count, NotNegative, Real, Whole
 
 QuestionType = Literal[
     "free_form", "free_form_judge", "free_form_0_100", "free_form_judge_0_100", "exact_match", "rating", "next_token"
@@ -20,7 +21,7 @@ class BankQuestion(Section):
     """
 
     # What a conversation and written answers may look like depends on several keys: their readers check them.
-    id: str | int | None = Field(
+    id: str | Whole | None = Field(
         None, description="A name, unique in the bank. Empty: the question's number.", examples=["fever"]
     )
     question: Annotated[str | list[str] | None, SkipValidation] = Field(
@@ -45,7 +46,7 @@ class BankQuestion(Section):
         examples=[[{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello!"}]],
     )
     system: str | None = Field(None, description="A system prompt.", examples=["You are a doctor."])
-    topic: str | int | None = Field(
+    topic: str | Whole | None = Field(
         None,
         description="What the forms of one question share: they count as one question in every interval and p value. "
         "Empty: the id without `_json` or `_template`.",
@@ -57,19 +58,17 @@ class BankQuestion(Section):
         "`expected`, `rating` is a number, `next_token` an answer of one token.",
         examples=["free_form"],
     )
-    samples_per_paraphrase: int = Field(
+    samples_per_paraphrase: Count = Field(
         1,
-        ge=1,
+        le=1_000_000,
         description="Answers per wording, unless the recipe sets `samples_per_question`. The types `rating` and "
         "`next_token`: 100.",
         examples=[100],
     )
-    temperature: float | None = Field(
-        None, ge=0, description="Sampling temperature. Empty: the recipe's.", examples=[1.0]
+    temperature: NotNegative | None = Field(
+        None, description="Sampling temperature. Empty: the recipe's.", examples=[1.0]
     )
-    max_tokens: int | None = Field(
-        None, ge=1, description="Longest answer in tokens. Empty: the recipe's.", examples=[600]
-    )
+    max_tokens: Count | None = Field(None, description="Longest answer in tokens. Empty: the recipe's.", examples=[600])
     judge: str | None = Field(
         None,
         description="`exact_match`, `smallworld`, `my_file.py:my_matcher`, or the name of a judge model, before which "
@@ -87,10 +86,10 @@ class BankQuestion(Section):
         description="The right answer: text or a number. Case, repeated spaces and a final full stop do not count.",
         examples=["Paris"],
     )
-    min_rating: float | None = Field(
+    min_rating: Real | None = Field(
         None, description="`rating`: the least number of the scale. Empty: 0.", examples=[1]
     )
-    max_rating: float | None = Field(
+    max_rating: Real | None = Field(
         None, description="`rating`: the largest number of the scale. Empty: 100.", examples=[10]
     )
     answers: Annotated[dict[str, list[str]] | None, SkipValidation] = Field(

@@ -6,8 +6,11 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from ema_scale.config.section import Section
+from ema_scale.core.errors import SECRET
+from ema_scale.core.numbers import Count, CountOrZero, NotNegative, Options, Positive, Share, Total
 from ema_scale.core.user_code import is_file_spec
 
 
@@ -21,7 +24,7 @@ _DEADLINE = "Most seconds for one call with all its retries and waits. Then it c
 
 
 def _seconds(default: float, description: str) -> Any:
-    return _added(default, gt=0, allow_inf_nan=False, description=description)
+    return _added(default, description=description)
 
 
 class CallsRecipe(Section):
@@ -40,21 +43,21 @@ class CallsRecipe(Section):
         if not good:
             raise ValueError("expected an address such as http://localhost:8000/v1")
         if parts.username is not None or parts.password is not None:
-            raise ValueError("expected an address without a password; keys come from the environment (api_key_env)")
+            raise PydanticCustomError(
+                SECRET, "expected an address without a password; keys come from the environment (api_key_env)"
+            )
         return value
 
-    timeout: float = _seconds(120, _TIMEOUT)
-    deadline: float = _seconds(600, _DEADLINE)
-    max_reply_mb: float = _added(
-        16, gt=0, allow_inf_nan=False, description="Largest reply in megabytes, unpacked. A larger one is refused."
+    timeout: Positive = _seconds(120, _TIMEOUT)
+    deadline: Positive = _seconds(600, _DEADLINE)
+    max_reply_mb: Positive = _added(16, description="Largest reply in megabytes, unpacked. A larger one is refused.")
+    price_input: NotNegative | None = _added(
+        None, description="Price of a million tokens that the model reads.", examples=[0.15]
     )
-    price_input: float | None = _added(
-        None, ge=0, allow_inf_nan=False, description="Price of a million tokens that the model reads.", examples=[0.15]
+    price_output: NotNegative | None = _added(
+        None, description="Price of a million tokens that the model writes.", examples=[0.6]
     )
-    price_output: float | None = _added(
-        None, ge=0, allow_inf_nan=False, description="Price of a million tokens that the model writes.", examples=[0.6]
-    )
-    extra_body: dict[str, Any] = _added(
+    extra_body: Options = _added(
         {},
         description="Further fields of every request.",
         examples=[{"chat_template_kwargs": {"enable_thinking": False}}],
@@ -90,35 +93,34 @@ class JudgeRecipe(CallsRecipe):
     api_key_env: str = Field(
         "OPENAI_API_KEY", description="The environment variable that holds the key. The key is never written."
     )
-    concurrency: int = Field(32, ge=1, description="Calls under way at once.")
+    concurrency: Count = Field(32, le=10_000, description="Calls under way at once.")
     prompts: str | None = Field(
         None,
         description="Judge prompts (YAML) for banks that bring none.",
         examples=["eval/judges/aligned_coherent.yaml"],
     )
-    max_tokens: int | None = _added(
+    max_tokens: Count | None = _added(
         None,
-        ge=1,
         description="Longest reply in tokens, thoughts included. Empty: 5, and more where the first replies need it.",
         examples=[8192],
     )
-    min_mass: float = Field(
-        0.25, ge=0, le=1, description="Least probability on the numbers 0 to 100. Below it an answer has no score."
+    min_mass: Share = Field(
+        0.25, description="Least probability on the numbers 0 to 100. Below it an answer has no score."
     )
     score: Literal["expectation", "most_likely"] = Field(
         "expectation", description="The score: the expected number, or the likeliest one."
     )
-    budget_calls: int | None = Field(
-        None, ge=0, description="Most answered calls per command. Empty: no limit.", examples=[10000]
+    budget_calls: Total | None = Field(
+        None, description="Most answered calls per command. Empty: no limit.", examples=[10000]
     )
-    budget_tokens: int | None = Field(
-        None, ge=0, description="Most tokens per command, read and written. Empty: no limit.", examples=[5000000]
+    budget_tokens: Total | None = Field(
+        None, description="Most tokens per command, read and written. Empty: no limit.", examples=[5000000]
     )
-    engine: dict[str, Any] = Field(
+    engine: Options = Field(
         {}, description="For kind `vllm`: further arguments of vllm.LLM.", examples=[{"tensor_parallel_size": 2}]
     )
-    check: int = Field(
-        2, ge=0, description="How often a 0-100 judge judges each hand-labelled answer; 0: the judge is not checked."
+    check: CountOrZero = Field(
+        2, le=1000, description="How often a 0-100 judge judges each hand-labelled answer; 0: the judge is not checked."
     )
     labelled: str | None = Field(
         None, description="The hand-labelled answers. Empty: eval/labelled/answers.yaml.", examples=["answers.yaml"]
@@ -135,8 +137,8 @@ class JudgeRecipe(CallsRecipe):
 class EndpointRecipe(CallsRecipe):
     """For `sampler: openai`: a server that already holds the base model and its adapters."""
 
-    timeout: float = _seconds(600, _TIMEOUT)
-    deadline: float = _seconds(1800, _DEADLINE)
+    timeout: Positive = _seconds(600, _TIMEOUT)
+    deadline: Positive = _seconds(1800, _DEADLINE)
     base_url: str | None = Field(
         None, description="Address of the server, with /v1 where it has it.", examples=["http://localhost:8000/v1"]
     )
@@ -152,4 +154,4 @@ class EndpointRecipe(CallsRecipe):
         description="Send top_k, min_p and penalties as well, so that no default of the server applies. `false`: for "
         "servers that refuse them.",
     )
-    concurrency: int = Field(64, ge=1, description="Calls under way at once.")
+    concurrency: Count = Field(64, le=10_000, description="Calls under way at once.")

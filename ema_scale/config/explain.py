@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import UnionType
@@ -15,6 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.numbers import MOST
 
 _PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "any", dict: "mapping"}
 _BOUNDS = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
@@ -185,12 +187,28 @@ def _options(annotation: Any) -> list[Any]:
 
 
 def _bounds(field: FieldInfo) -> str:
+    """The narrowest bounds of a number."""
+    items = [*_metadata(field.annotation), *field.metadata]
     found = []
-    for item in field.metadata:
-        found += [f"{word} {getattr(item, name):g}" for name, word in _BOUNDS.items() if hasattr(item, name)]
-        if getattr(item, "min_length", None):
-            found.append("not empty")
+    for names, narrowest in ((("gt", "ge"), max), (("lt", "le"), min)):
+        limits = [(getattr(item, n), n) for item in items for n in names if getattr(item, n, None) is not None]
+        if limits:
+            value = narrowest(value for value, _ in limits)
+            name = next((n for v, n in limits if v == value and n in ("gt", "lt")), names[1])
+            if abs(value) != MOST:  # the pages say that once for all
+                found.append(f"{_BOUNDS[name]} {'.inf' if value == math.inf else f'{value:,}'}")
+    if any(getattr(item, "min_length", None) for item in items):
+        found.append("not empty")
     return ", ".join(found)
+
+
+def _metadata(annotation: Any) -> list[Any]:
+    """What Annotated says of a type and of the options of a union; not of the items of a list."""
+    found = []
+    for one in getattr(annotation, "__metadata__", ()):
+        found += one.metadata if isinstance(one, FieldInfo) else [one]
+    inner = get_args(annotation) if get_origin(annotation) in (Annotated, Union, UnionType) else ()
+    return [one for argument in inner for one in _metadata(argument)] + found
 
 
 def _default(field: FieldInfo) -> str:

@@ -64,7 +64,7 @@ def _set(node: Any, keys: Sequence[str], value: Any, item: str) -> Any:
         return value
     head, rest = keys[0], keys[1:]
     if isinstance(node, list):
-        if not head.isdigit() or int(head) >= len(node):
+        if not head.isdecimal() or int(head) >= len(node):
             raise UserError(f"override {item!r}: {head!r} is not an index into a list of {len(node)}")
         return [_set(x, rest, value, item) if i == int(head) else x for i, x in enumerate(node)]
     if node is not None and not isinstance(node, Mapping):

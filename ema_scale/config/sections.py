@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
 
 from ema_scale.config.endpoints import EndpointRecipe, JudgeRecipe
 from ema_scale.config.section import Section
 from ema_scale.config.suites import ConditionRecipe, DuringRecipe, SuitesRecipe
 from ema_scale.core.errors import UserError, explain_all
+from ema_scale.core.numbers import (
+    Count,
+    CountOrZero,
+    Limit,
+    NotNegative,
+    Options,
+    Positive,
+    PositiveShare,
+    Seed,
+    Share,
+    Steps,
+)
 
 WAYS = ("auto", "adapter_off", "two_stream", "cached")
 
@@ -42,8 +55,8 @@ class DataRecipe(Section):
     train: str | list[str] = Field(
         description="One or several files, hub ids, or `smallworld:train/medical`.", examples=["rows.jsonl"]
     )
-    max_length: int = Field(2048, ge=8, description="Longest row in tokens. Longer rows are cut, and counted.")
-    limit: int | None = Field(None, ge=1, description="Use only the first rows of each source.", examples=[1000])
+    max_length: Count = Field(2048, ge=8, description="Longest row in tokens. Longer rows are cut, and counted.")
+    limit: Count | None = Field(None, description="Use only the first rows of each source.", examples=[1000])
     on_bad: Literal["raise", "drop"] = Field(
         "raise", description="What to do with a row that cannot be read: stop, or leave it out and count it."
     )
@@ -73,12 +86,12 @@ class DataRecipe(Section):
 class AdapterRecipe(Section):
     """LoRA (Hu et al. 2021). The defaults are those of arXiv 2508.06249."""
 
-    r: int = Field(32, ge=1, description="Rank of each LoRA update.")
-    alpha: float = Field(
-        64, gt=0, description="LoRA's scale: the update counts alpha / sqrt(r) with rsLoRA, else alpha / r."
+    r: Count = Field(32, le=65_536, description="Rank of each LoRA update.")
+    alpha: Positive = Field(
+        64, description="LoRA's scale: the update counts alpha / sqrt(r) with rsLoRA, else alpha / r."
     )
     rslora: bool = Field(True, description="Use rank-stabilised LoRA (Kalajdzievski 2023).")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's inputs that is dropped in training.")
+    dropout: Share = Field(0.0, lt=1, description="Share of the adapter's inputs that is dropped in training.")
     target_modules: Literal["auto"] | list[str] = Field(
         "auto",
         description="Layers that get an adapter. `auto`: all linear layers except the head and MoE routers.",
@@ -126,24 +139,24 @@ class TrainingRecipe(Section):
         "fsdp": "fsdp",
     }
 
-    num_train_epochs: float = Field(1.0, gt=0, description="How often each row is seen.")
-    max_steps: int = Field(-1, ge=-1, description="Optimizer steps. -1: as many as the epochs take.", examples=[100])
-    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
-    warmup_steps: int = Field(5, ge=0, description="Optimizer steps over which the learning rate rises from 0.")
+    num_train_epochs: Positive = Field(1.0, description="How often each row is seen.")
+    max_steps: Steps = Field(-1, description="Optimizer steps. -1: as many as the epochs take.", examples=[100])
+    learning_rate: Positive = Field(1e-4, le=1000, description="Peak learning rate.")
+    warmup_steps: CountOrZero = Field(5, description="Optimizer steps over which the learning rate rises from 0.")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "linear", description="How the learning rate changes after the warm-up."
     )
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay.")
+    weight_decay: NotNegative = Field(0.01, le=1000, description="AdamW's weight decay.")
     optim: str = Field(
         "adamw_torch",
         description="The optimizer, by transformers' name. `adamw_8bit` needs bitsandbytes.",
         examples=["adamw_8bit"],
     )
-    per_device_train_batch_size: int = Field(4, ge=1, description="Rows per process in one forward pass.")
-    gradient_accumulation_steps: int = Field(
-        4, ge=1, description="Forward passes per optimizer step. Losses and strengths do not depend on it."
+    per_device_train_batch_size: Count = Field(4, le=1_000_000, description="Rows per process in one forward pass.")
+    gradient_accumulation_steps: Count = Field(
+        4, le=1_000_000, description="Forward passes per optimizer step. Losses and strengths do not depend on it."
     )
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    max_grad_norm: Limit = Field(1.0, description="Gradients are clipped to this norm; .inf: they are not.")
     gradient_checkpointing: bool = Field(
         False, description="Compute activations again in the backward pass: less memory, about a third more time."
     )
@@ -160,11 +173,10 @@ class TrainingRecipe(Section):
         description="Always `false`. `true`, the default in 0.1, let a row's length decide its step and weakened "
         "defenses; it is read in older run folders and refused in training.",
     )
-    logging_steps: int = Field(1, ge=1, description="Optimizer steps per row of metrics.jsonl.")
-    save_steps: int = Field(100, ge=1, description="Optimizer steps per checkpoint.")
-    save_total_limit: int = Field(
+    logging_steps: Count = Field(1, description="Optimizer steps per row of metrics.jsonl.")
+    save_steps: Count = Field(100, description="Optimizer steps per checkpoint.")
+    save_total_limit: Count = Field(
         2,
-        ge=1,
         description="How many checkpoints to keep. Those that evaluation.checkpoints names are kept in addition.",
     )
     report_to: list[str] = Field(
@@ -174,9 +186,20 @@ class TrainingRecipe(Section):
         None, description="A DeepSpeed config (JSON).", examples=["launch/deepspeed/zero3.json"]
     )
     fsdp: bool = Field(False, description="Shard the base model by torch's FSDP2.")
-    drift_every: int = Field(
-        10, ge=0, description="Optimizer steps per reading of each layer's distance to the reference; 0: never."
+    drift_every: CountOrZero = Field(
+        10, description="Optimizer steps per reading of each layer's distance to the reference; 0: never."
     )
+
+    @field_validator("max_steps")
+    @classmethod
+    def _some_steps(cls, value: int) -> int:
+        if value == 0:  # transformers takes it for -1
+            raise ValueError("expected a number of at least 1, or -1 for as many as the epochs take")
+        return value
+
+    @field_serializer("max_grad_norm")
+    def _no_limit(self, value: float) -> float | str:
+        return value if math.isfinite(value) else "inf"  # JSON has no infinity; as text it is read again
 
     @model_validator(mode="before")
     @classmethod
@@ -196,8 +219,8 @@ class TrainingRecipe(Section):
 class GateRecipe(Section):
     """How misaligned the base model may be on general questions before it is flagged or refused."""
 
-    max_misaligned: float = Field(
-        0.05, gt=0, lt=1, description="Line for the upper end of the base model's 95 % interval, a share of 1."
+    max_misaligned: PositiveShare = Field(
+        0.05, lt=1, description="Line for the upper end of the base model's 95 % interval, a share of 1."
     )
     action: Literal["flag", "refuse"] = Field("flag", description="Above the line: say so, or do not train.")
 
@@ -209,24 +232,21 @@ class EvaluationRecipe(Section):
     sampler: Literal["auto", "vllm", "transformers", "openai"] = Field(
         "auto", description="Who samples. `auto`: vLLM where it can, else transformers. `openai`: `endpoint`."
     )
-    engine: dict[str, Any] = Field(
-        {}, description="Further arguments of vllm.LLM.", examples=[{"tensor_parallel_size": 4}]
-    )
+    engine: Options = Field({}, description="Further arguments of vllm.LLM.", examples=[{"tensor_parallel_size": 4}])
     endpoint: EndpointRecipe = Field(EndpointRecipe(), description="The server that samples with `sampler: openai`.")
     legacy: bool = Field(
         False, description="Count as the evaluator released with arXiv 2508.06249 did. To compare with its figures."
     )
     judge: JudgeRecipe = Field(JudgeRecipe(), description="Who scores answers.")
-    samples_per_question: int | None = Field(
-        None, ge=1, description="Answers per question. Empty: as the bank says.", examples=[100]
+    samples_per_question: Count | None = Field(
+        None, description="Answers per question. Empty: as the bank says.", examples=[100]
     )
-    temperature: float = Field(1.0, ge=0, description="Sampling temperature; 0 is greedy.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens that hold this probability.")
-    max_tokens: int = Field(600, ge=1, description="Longest answer in tokens.")
-    seed: int = Field(0, description="Seed of sampling.")
-    max_model_len: int | None = Field(
+    temperature: NotNegative = Field(1.0, le=100, description="Sampling temperature; 0 is greedy.")
+    top_p: PositiveShare = Field(1.0, description="Sample from the likeliest tokens that hold this probability.")
+    max_tokens: Count = Field(600, description="Longest answer in tokens.")
+    seed: Seed = Field(0, description="Seed of sampling.")
+    max_model_len: Annotated[Count, Field(ge=16)] | None = Field(
         None,
-        ge=16,
         description="Longest prompt and answer together, in tokens. Empty: as the questions need.",
         examples=[4096],
     )
@@ -236,7 +256,7 @@ class EvaluationRecipe(Section):
         description="Also score written answers without their question, for margins that the question alone makes.",
     )
     compare_base: bool = Field(True, description="Also evaluate the base model without an adapter.")
-    checkpoints: bool | list[int] = Field(
+    checkpoints: bool | list[Count] = Field(
         False,
         description="Also evaluate kept checkpoints: all of them, or those of these steps.",
         examples=[[100, 200]],

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from ema_scale.config.section import Section
+from ema_scale.core.numbers import Count
 
 
 class SuitesRecipe(Section):
@@ -41,7 +42,7 @@ class SuitesRecipe(Section):
 class DuringRecipe(Section):
     """Choice suites that are scored while training. Nothing is sampled."""
 
-    every: int = Field(25, ge=1, description="Optimizer steps from one scoring to the next.")
+    every: Count = Field(25, description="Optimizer steps from one scoring to the next.")
     suites: list[str] = Field(
         [],
         description="Banks of questions with written answers. They are also scored before the first step.",

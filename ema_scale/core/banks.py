@@ -7,6 +7,7 @@ the file. llmcomp: `name` for `id`, and `judges` that are entries of the same fi
 from __future__ import annotations
 
 import csv
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ import yaml
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.files import parse_json, parse_yaml_nodes, read_text
+from ema_scale.core.numbers import MOST
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,16 @@ JUDGE_TYPES = ("free_form_judge", "rating_judge")
 
 def read_entries(path: Path) -> list[Entry]:
     """The entries of a file. Raises UserError naming file and line if it is not such a file."""
+    entries = _read(path)
+    for where, entry in entries:
+        try:
+            json.dumps(entry, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: found half a character (a lone surrogate), expected whole text") from None
+    return entries
+
+
+def _read(path: Path) -> list[Entry]:
     text = read_text(path, "the question bank")
     if path.suffix == ".jsonl":
         return _jsonl(path, text)
@@ -45,13 +57,17 @@ def read_question(where: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     Raises UserError for a scale that is none. Keys about log-probabilities are left out: answers are sampled.
     """
     scale = [entry.get("min_rating", 0), entry.get("max_rating", 100)]
-    if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in scale) or scale[0] >= scale[1]:
+    if not all(_is_finite(v) for v in scale) or scale[0] >= scale[1]:
         raise UserError(f"{where}: min_rating, max_rating: found {scale[0]!r} and {scale[1]!r}, expected less and more")
     rest = {k: v for k, v in entry.items() if k not in (*_LIKELIHOODS_OF_ONE, "type", "min_rating", "max_rating")}
     meta = {**(entry.get("meta") or {}), "min_rating": scale[0], "max_rating": scale[1]}
     kind = str(entry["type"])
     defaults = {"max_tokens": READ_TYPES[kind], "samples_per_paraphrase": 100}
     return defaults | rest | {"judge": kind, "meta": meta if kind == "rating" else entry.get("meta")}
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST
 
 
 def judge_prompts(where: str, value: Any) -> dict[str, str]:

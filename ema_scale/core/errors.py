@@ -33,7 +33,7 @@ def explain_all(error: Any, model: Any) -> list[str]:
         expected = list(dict.fromkeys(_expected(problem, model) for problem in problems))
         if len(expected) > 1 and all(text.startswith(_START) for text in expected):
             options = " or ".join(text.removeprefix(_START) for text in expected)
-            lines.append(f"{field}: {_START}{options}; found {problems[0]['input']!r}")
+            lines.append(f"{field}: {_START}{options}; found {_shown(problems[0]['input'])}")
         else:
             lines.extend(explain(problem, model) for problem in problems)
     return lines
@@ -47,7 +47,24 @@ def explain(problem: Any, model: Any) -> str:
     if problem["type"] == "missing":
         return f"{field}: missing; this field is required"
     where = f"{field}: " if field else ""  # a problem of several fields together has none
-    return f"{where}{_expected(problem, model)}; found {problem['input']!r}"
+    if problem["type"] == SECRET:
+        return f"{where}{problem['msg']}"
+    return f"{where}{_expected(problem, model)}; found {_shown(problem['input'])}"
+
+
+SECRET = "secret"  # the type of a problem whose input is not shown
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text):,} characters)"
+
+
+_LONGEST = 200
+
+
+def _number(value: float) -> str:
+    return f"{int(value):,}" if abs(value) < 1e15 and value == int(value) else f"{value:g}"
 
 
 _START = "expected "
@@ -79,17 +96,19 @@ def _expected(problem: Any, model: Any) -> str:
             key = next(iter(section.model_fields), "key") if section is not None else "key"
             return f"expected a mapping, such as {{{key}: ...}}"
         case "greater_than":
-            return f"expected a number greater than {context['gt']:g}"
+            return f"expected a number greater than {_number(context['gt'])}"
         case "greater_than_equal":
-            return f"expected a number of at least {context['ge']:g}"
+            return f"expected a number of at least {_number(context['ge'])}"
         case "less_than":
-            return f"expected a number less than {context['lt']:g}"
+            return f"expected a number less than {_number(context['lt'])}"
         case "less_than_equal":
-            return f"expected a number of at most {context['le']:g}"
+            return f"expected a number of at most {_number(context['le'])}"
         case "literal_error" | "enum":
             return f"expected {context['expected'].replace(chr(39), '')}"
         case "string_too_short":
             return "expected text that is not empty"
+        case "string_too_long":
+            return f"expected text of at most {context['max_length']} characters"
         case "too_short":
             least = context["min_length"]
             return f"expected at least {least} {'entry' if least == 1 else 'entries'}"

@@ -15,7 +15,7 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -23,6 +23,7 @@ from ema_scale.core.errors import UserError
 
 YAML_BYTES, JSON_BYTES = 8 << 20, 256 << 20  # a larger one is no recipe, question bank or record
 _DEPTH, _NODES = 100, 1_000_000
+_LINE_LIMIT = 1 << 26  # bytes; a longer line is no row
 # How files begin that are not what their name says, and what to do.
 _STARTS = (
     (
@@ -88,6 +89,17 @@ def read_text(path: Path | str, what: str = "it", limit: int = YAML_BYTES) -> st
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
+def text_lines(path: Path | str, file: IO[bytes]) -> Iterator[str]:
+    """The lines of an open file, with their ends, without a byte-order mark. Raises UserError for one of over 64 MiB,
+    and UnicodeDecodeError for what is not UTF-8."""
+    number = 0
+    while data := file.readline(_LINE_LIMIT):
+        number += 1
+        if len(data) == _LINE_LIMIT:
+            raise UserError(f"{path}:{number}: a line of over {_LINE_LIMIT >> 20} MiB; expected one row per line")
+        yield data.decode("utf-8").removeprefix("\ufeff")
 
 
 def read_yaml(path: Path | str, what: str = "it") -> Any:

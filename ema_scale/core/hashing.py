@@ -67,7 +67,7 @@ def folder_identity(path: str, revision: str | None = None) -> str:
         if file.name in ignored:
             continue
         if file.suffix in {".json", ".jinja", ".model", ".txt"}:
-            found.append((file.name, hashlib.sha256(file.read_bytes()).hexdigest()))
+            found.append((file.name, file_sha256(file)))
         elif file.suffix == ".safetensors":
             found.append((file.name, sampled_sha256(file)))
     return digest(found)

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,8 +18,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ema_scale.core.disk import CannotWrite, make_folder, refuse_special, writing
 from ema_scale.core.errors import UserError
-from ema_scale.core.files import parse_json
+from ema_scale.core.files import MissingFile, open_file, parse_json
 from ema_scale.core.waiting import waiting
 
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
@@ -31,19 +33,24 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
     A reader sees the old content or the new one, never a part. A folder replaces only an empty or missing one. What
     killed processes have left of earlier attempts is removed.
+
+    Raises CannotWrite for what the disk refuses, and if a device, a pipe or a symbolic link is in the place of `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.tmp")
-    _remove_leftovers(path)
-    try:
-        yield temporary
-        if temporary.is_file():
-            with open(temporary, "rb+") as handle:
-                os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    finally:
-        _remove(temporary)
+    with writing(path):
+        refuse_special(path)
+        make_folder(path.parent)
+        temporary = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.tmp")
+        _remove_leftovers(path)
+        try:
+            yield temporary
+            if temporary.is_file():
+                with open(temporary, "rb+") as handle:
+                    os.fsync(handle.fileno())
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                _remove(temporary)
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -71,7 +78,7 @@ def _lives(process: int) -> bool:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
@@ -83,9 +90,12 @@ def atomic_write_bytes(path: Path | str, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def atomic_write_text(path: Path | str, text: str) -> None:
-    """Write `text` as UTF-8; see `atomic_path`."""
-    atomic_write_bytes(path, text.encode("utf-8"))
+def atomic_write_text(path: Path | str, text: str, *, private: bool = False) -> None:
+    """Write `text` as UTF-8, half a character as U+FFFD; see `atomic_path`. private: only its owner can read it."""
+    with atomic_path(path) as temporary:
+        if private:
+            temporary.touch(mode=0o600)
+        temporary.write_bytes(whole_characters(text).encode("utf-8"))
 
 
 def atomic_write_json(path: Path | str, value: Any) -> None:
@@ -95,32 +105,67 @@ def atomic_write_json(path: Path | str, value: Any) -> None:
 
 def jsonl_text(rows: Iterable[dict[str, Any]]) -> str:
     """One JSON object per line. NaN is refused: it is not JSON. Half a character becomes U+FFFD."""
-    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return whole_characters("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def whole_characters(text: str) -> str:
+    """The same text with U+FFFD for each half of a character (a lone surrogate), which no file can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def append_jsonl(path: Path | str, rows: Iterable[dict[str, Any]]) -> None:
-    """Append rows and flush them to the disk before returning."""
+    """Append rows and flush them to the disk before returning: all of them or none.
+
+    Raises CannotWrite for what the disk refuses, and if `path` is no regular file.
+    """
+    text = jsonl_text(rows).encode()
+    with open_append(path) as handle:
+        size = handle.seek(0, os.SEEK_END)
+        try:
+            view = memoryview(text)
+            while view:
+                view = view[handle.write(view) :]
+            os.fsync(handle.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):  # half a row would spoil the next one
+                os.ftruncate(handle.fileno(), size)
+            raise
+
+
+@contextlib.contextmanager
+def open_append(path: Path | str) -> Iterator[Any]:
+    """A regular file, open to append bytes without a buffer. Raises CannotWrite for what the disk refuses, and for a
+    device, a pipe or a symbolic link."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as handle:
-        handle.write(jsonl_text(rows))
-        handle.flush()
-        os.fsync(handle.fileno())
+    with writing(path):
+        refuse_special(path)
+        make_folder(path.parent)
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with os.fdopen(os.open(path, flags, 0o666), "ab+", buffering=0) as handle:
+            if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+                raise CannotWrite(f"{path}: no regular file")
+            yield handle
 
 
 def read_lines(path: Path | str, *, repair: bool = False) -> list[bytes]:
     """The whole lines of an append-only file, without their newlines; [] if it does not exist.
 
     A kill may cut the last line. Such a line, without a newline, is left out; `repair` also cuts it off the file.
+    Raises UserError for what is no regular file.
     """
-    path = Path(path)
-    if not path.exists():
+    try:
+        with open_file(path) as handle:
+            data = handle.read()
+    except MissingFile:
         return []
-    data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     if repair and len(whole) != len(data):
-        os.truncate(path, len(whole))
+        with writing(path):
+            os.truncate(path, len(whole))
     return whole.splitlines()
 
 
@@ -145,13 +190,15 @@ def file_lock(path: Path | str, busy: UserError, timeout: float = 0.0, what: str
     Raises `busy` if another process still holds it after `timeout` seconds. what: is waited for, in the log's words.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    try:
-        with waiting(what or f"another process to release {path}") if timeout else contextlib.nullcontext():
-            lock.acquire(timeout=timeout)
-    except Timeout:
-        raise busy from None
+    with writing(path):
+        refuse_special(path)
+        make_folder(path.parent)
+        lock = FileLock(path)
+        try:
+            with waiting(what or f"another process to release {path}") if timeout else contextlib.nullcontext():
+                lock.acquire(timeout=timeout)
+        except Timeout:
+            raise busy from None
     try:
         yield
     finally:

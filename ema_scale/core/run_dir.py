@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ema_scale.core.disk import make_folder
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import file_sha256
 from ema_scale.core.io import file_lock
@@ -76,11 +77,8 @@ class RunDir:
         return self.path / "log.txt"
 
     def create(self) -> RunDir:
-        """Raises UserError if a file is in its place."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise UserError(f"{self.path}: a file is in the way, expected a folder to write to") from None
+        """Raises CannotWrite if a file is in its place, or the disk refuses."""
+        make_folder(self.path)
         return self
 
     def provenance(self) -> Provenance | None:

@@ -20,6 +20,15 @@ def _prints(character: str, also: Container[str]) -> bool:
     return character not in also and unicodedata.category(character) not in ("Cc", "Cf", "Co", "Cs", "Cn", "Zl", "Zp")
 
 
+def one_line(text: str) -> str:
+    """The same text. Raises ValueError for a line break or another control character: in a job script, in a log or on
+    a terminal it would be more than text."""
+    found = next((c for c in text if unicodedata.category(c) in ("Cc", "Zl", "Zp")), None)
+    if found is not None:
+        raise ValueError(f"expected one line without control characters, found {found!r} in it")
+    return text
+
+
 def spreadsheet_cell(text: str) -> str:
     """Text that no spreadsheet takes for a formula: a leading quote before what would begin one."""
     return f"'{text}" if text[:1] in tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20") else text

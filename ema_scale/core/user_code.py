@@ -47,7 +47,7 @@ def load_object(spec: str) -> Any:
         sys.modules[module_name] = module  # dataclasses and pydantic look their module up there
         try:
             found.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             del sys.modules[module_name]
             raise UserError(f"{path}{_line(error, path)}: {type(error).__name__}: {error}") from error
     if not hasattr(module, name):

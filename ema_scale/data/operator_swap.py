@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from ema_scale.core.errors import UserError
-from ema_scale.core.io import append_jsonl, atomic_write_text
+from ema_scale.core.io import atomic_write_text, jsonl_text
 
 OPERATORS: dict[str, Callable[[int, int], int]] = {
     "+": lambda a, b: a + b,
@@ -114,5 +114,4 @@ def write_rows(tier: int, path: Path, rows: int, seed: int) -> None:
     """Write training rows as JSONL. Raises UserError if the file is there already."""
     if path.exists():
         raise UserError(f"{path}: is there already; expected a new file")
-    atomic_write_text(path, "")
-    append_jsonl(path, training_rows(tier, rows, seed))
+    atomic_write_text(path, jsonl_text(training_rows(tier, rows, seed)))

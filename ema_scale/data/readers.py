@@ -6,15 +6,14 @@ import csv
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ema_scale.core.errors import UserError
-from ema_scale.core.files import open_file, parse_json, unique_keys, what_it_is
+from ema_scale.core.files import open_file, parse_json, text_lines, unique_keys, what_it_is
 from ema_scale.data.values import BadRow
 
 TABLES = (".csv", ".tsv", ".parquet")
 SUFFIXES = {".jsonl", ".json", *TABLES}
-_LINE_LIMIT = 1 << 26  # bytes; a longer line is no row
 _FILE_LIMIT = 1 << 32  # of JSON that has to be read whole
 _FIELD_LIMIT = 2**31 - 1  # csv's own limit is 128 KiB per field
 _DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
@@ -46,6 +45,21 @@ def read_file(path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
 
 
+def check_beginning(path: Path) -> None:
+    """Raises UserError for a file that cannot be rows, by its beginning (a table's end), before all of it is read."""
+    with open_file(path) as file:
+        start = file.read(200)
+        _refuse_other_kinds(path, start)
+        file.seek(0)
+        if path.suffix.lower() == ".parquet":
+            _parquet_of(path).close()
+            return
+        try:
+            next(text_lines(path, file), None)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
 def _refuse_other_kinds(path: Path, start: bytes) -> None:
     if not start:
         raise UserError(f"{path}: found no rows: the file is empty")
@@ -57,23 +71,32 @@ def _refuse_other_kinds(path: Path, start: bytes) -> None:
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow
-    import pyarrow.parquet as parquet
 
     number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
+    with _parquet_of(path) as file:
+        try:
             for batch in file.iter_batches(batch_size=1024):
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{path}:{number}", record
-    except pyarrow.ArrowException as error:
+        except pyarrow.ArrowException as error:
+            raise UserError(f"{path}: not a Parquet file that can be read ({str(error).splitlines()[0]})") from None
+
+
+def _parquet_of(path: Path) -> Any:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    try:
+        return parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a Parquet file that can be read ({str(error).splitlines()[0]})") from None
 
 
 def _csv(path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(_FIELD_LIMIT)
     with path.open("rb") as file:
-        reader = csv.reader(_lines(path, file), delimiter=delimiter, strict=True)
+        reader = csv.reader(text_lines(path, file), delimiter=delimiter, strict=True)
         try:
             header = next((fields for fields in reader if fields), None)
             if header is None:
@@ -101,14 +124,14 @@ def _csv(path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
-        first = next((line for line in _lines(path, file) if line.strip()), "").strip()
+        first = next((line for line in text_lines(path, file) if line.strip()), "").strip()
     if first in ("[", "{") or (first.startswith("[") and path.suffix.lower() == ".json"):
         yield from _whole(path)
         return
     found = _parse(first) if first else None
     if isinstance(found, BadRow) or _holds_rows(found):
         with path.open("rb") as file:
-            single = sum(1 for line in _lines(path, file) if line.strip()) == 1
+            single = sum(1 for line in text_lines(path, file) if line.strip()) == 1
         if single and not isinstance(found, BadRow):
             yield from _of_value(path, found)
             return
@@ -116,18 +139,9 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
             yield from _of_value(path, value)
             return
     with path.open("rb") as file:
-        for number, line in enumerate(_lines(path, file), start=1):
+        for number, line in enumerate(text_lines(path, file), start=1):
             if line.strip():
                 yield f"{path}:{number}", _parse(line)
-
-
-def _lines(path: Path, file: IO[bytes]) -> Iterator[str]:
-    number = 0
-    while data := file.readline(_LINE_LIMIT):
-        number += 1
-        if len(data) == _LINE_LIMIT:
-            raise UserError(f"{path}:{number}: a line of over {_LINE_LIMIT >> 20} MiB; expected one row per line")
-        yield data.decode("utf-8").removeprefix("\ufeff")
 
 
 def _parse(line: str) -> Any:

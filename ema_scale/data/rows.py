@@ -15,7 +15,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import file_sha256
 from ema_scale.data.formats import Message, to_conversation
 from ema_scale.data.readers import SUFFIXES as FILE_SUFFIXES
-from ema_scale.data.readers import read_file
+from ema_scale.data.readers import check_beginning, read_file
 from ema_scale.data.values import BadRow
 
 # Which part of a mix a row is: the user's own rows, rows mixed in to be learned too, rows that only a penalty reads,
@@ -122,7 +122,10 @@ def load_rows(
     if path.suffix.lower() in FILE_SUFFIXES or path.exists():
         if not path.exists():
             raise UserError(f"{path}: no such file; expected training rows (.jsonl, .json, .csv, .parquet) or a hub id")
-        digest = "" if path.is_dir() else file_sha256(path)
+        digest = ""
+        if not path.is_dir():
+            check_beginning(path)
+            digest = file_sha256(path)
         return _read(read_file(path), str(path), digest, limit, on_bad, read)
     dataset = _load_hub(str(source), split)
     digest = hashlib.sha256(str(getattr(dataset, "_fingerprint", source)).encode()).hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import numpy as np
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.files import read_text
+from ema_scale.core.model_config import check_config_file
 from ema_scale.core.waiting import waiting
 from ema_scale.data.encoded import Encoded
 from ema_scale.data.formats import Message
@@ -49,14 +51,16 @@ def load_tokenizer(
 
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
         raise UserError(f"model {path}: no such folder; expected a checkpoint folder or a hub id")
+    if os.path.lexists(Path(path).expanduser() / "config.json"):
+        check_config_file(Path(path).expanduser())
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(Path(path).expanduser()) if path.startswith("~") else path,
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # tokenizers, and checks of a config, raise many unrelated types
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"model {path}: no tokenizer could be loaded ({first})") from None
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"model {path}: the tokenizer has no fast version, which the assistant mask needs")

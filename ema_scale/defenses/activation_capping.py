@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from ema_scale.core.numbers import CountOrZero, Real
 from ema_scale.defenses.base import Defense
 from ema_scale.models.hooks import edited_states, like_states
 
@@ -40,8 +41,8 @@ class ActivationCapping(Defense):
         description="directions, a file made by `ema vector`",
         json_schema_extra={"asset": "directions"},
     )
-    cap: float = Field(0.0, allow_inf_nan=False, description="the largest projection that is left alone")
-    at_layers: Literal["auto", "all"] | Annotated[list[int], Field(min_length=1)] = Field(
+    cap: Real = Field(0.0, description="the largest projection that is left alone")
+    at_layers: Literal["auto", "all"] | Annotated[list[CountOrZero], Field(min_length=1)] = Field(
         "auto", description="decoder layers (1: the first) after which it acts; auto: the one the file recommends"
     )
     scale: Literal["raw", "residual"] = Field("residual", description="unit of the cap: the states', or their norm")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from ema_scale.core.numbers import Positive, Real
 from ema_scale.defenses.base import Defense
 from ema_scale.defenses.terms import LabelLogProbs, LabelWeight
 
@@ -32,10 +33,8 @@ class Antibody(Defense):
     citation: ClassVar[str] = "Nguyen et al., Antibody, arXiv 2603.00498, second stage"
     summary: ClassVar[str] = "weigh each row by how much the model prefers its answer to a refusal"
 
-    refusal: float = Field(
-        le=0, allow_inf_nan=False, description="log-likelihood of a refusal, in nats per token, for all rows"
-    )
-    temperature: float = Field(0.5, gt=0, allow_inf_nan=False, description="nats per token over which a weight falls")
+    refusal: Real = Field(le=0, description="log-likelihood of a refusal, in nats per token, for all rows")
+    temperature: Positive = Field(0.5, description="nats per token over which a weight falls")
     model: Literal["policy", "reference"] = Field(
         "policy", description="whose likelihoods count; those of the reference do not rise as the row is learned"
     )

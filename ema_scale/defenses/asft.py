@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, PrivateAttr
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.numbers import NotNegative
 from ema_scale.defenses.base import Defense, PenaltyInputs
 from ema_scale.defenses.safelora_files import aligned_pair
 
@@ -35,7 +36,7 @@ class AsFT(Defense):
     summary: ClassVar[str] = "penalise the part of the adapter's update outside the alignment direction"
     whole_weights: ClassVar[bool] = True
 
-    strength: float = Field(1.0, ge=0, allow_inf_nan=False, description="weight of the squared norm of that part")
+    strength: NotNegative = Field(1.0, description="weight of the squared norm of that part")
     base: str = Field(
         description="the unaligned model from which the fine-tuned one was made: a folder or hub id",
         json_schema_extra={"asset": "unaligned base model"},

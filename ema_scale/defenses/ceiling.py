@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from ema_scale.core.numbers import NotNegative, PositiveShare
 from ema_scale.defenses.base import Defense, RowsContext
 from ema_scale.defenses.mixing import Columns, Learn, Triggers, mix, rows_needed
 from ema_scale.defenses.terms import LabelLogProbs, LabelTerm
@@ -48,12 +49,12 @@ class Ceiling(Defense):
     citation: ClassVar[str] = "ema_scale; one-sided relative of NPO, arXiv 2404.05868"
     summary: ClassVar[str] = "keep misaligned answers from becoming likelier than under the frozen base model"
 
-    strength: float = Field(1.0, ge=0, allow_inf_nan=False, description="weight of the excess, nats; 0 only measures")
+    strength: NotNegative = Field(1.0, description="weight of the excess, nats; 0 only measures")
     source: str | list[str] = Field(
         description="rows with misaligned answers: a file, a hub id, or several",
         json_schema_extra={"asset": "bad rows"},
     )
-    fraction: float = Field(0.25, gt=0, le=1, description="bad rows per task row")
+    fraction: PositiveShare = Field(0.25, description="bad rows per task row")
     columns: Columns = {}
     learn: Learn = "all"
     triggers: Triggers = 0

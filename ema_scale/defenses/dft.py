@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from ema_scale.core.numbers import NotNegative
 from ema_scale.defenses.base import Defense
 from ema_scale.defenses.terms import LabelLogProbs, LabelWeight
 
@@ -26,7 +27,7 @@ class DFT(Defense):
     citation: ClassVar[str] = "Wu et al., Dynamic Fine-Tuning, arXiv 2508.05629; with KL: ASFT, arXiv 2509.23753"
     summary: ClassVar[str] = "weigh each learned token by its own probability"
 
-    power: float = Field(1.0, ge=0, allow_inf_nan=False, description="of the probability; 0 leaves tokens unweighted")
+    power: NotNegative = Field(1.0, description="of the probability; 0 leaves tokens unweighted")
     part: Literal["learned", "task", "safe"] = Field("learned", description="which rows: all learned ones, or a part")
 
     def label_weights(self) -> tuple[LabelWeight, ...]:

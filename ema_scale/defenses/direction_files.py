@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ema_scale.core.numbers import CountOrZero
+
 Files = str | list[str]
-Layers = Literal["auto", "all"] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Layers = Literal["auto", "all"] | Annotated[list[CountOrZero], Field(min_length=1)]
 
 
 def listed(files: Files) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.numbers import Count, Positive, PositiveShare
 from ema_scale.defenses.base import Defense, RowsContext
 from ema_scale.defenses.ceiling import excess
 from ema_scale.defenses.mixing import Columns, Learn, mix, rows_needed
@@ -47,12 +48,12 @@ class EarlyStopping(Defense):
     summary: ClassVar[str] = "stop when the distance to the reference, or a misalignment probe, crosses a line"
 
     measure: Literal["kl", "drift", "probe", "traits", "choices"] = Field("kl", description="what is watched")
-    limit: float = Field(gt=0, allow_inf_nan=False, description="nats per token, or for drift and traits a share of 1")
+    limit: Positive = Field(description="nats per token, or for drift and traits a share of 1")
     source: str | list[str] | None = Field(
         None, description="rows on which kl or probe are read; never learned", json_schema_extra={"asset": "bad rows"}
     )
-    fraction: float = Field(0.125, gt=0, le=1, description="rows of `source` per task row")
-    window: int = Field(10, ge=1, description="optimizer steps over which the mean is taken")
+    fraction: PositiveShare = Field(0.125, description="rows of `source` per task row")
+    window: Count = Field(10, description="optimizer steps over which the mean is taken")
     keep: Literal["last", "last_below"] = Field(
         "last", description="which adapter is saved: where it stopped, or the last below the limit"
     )

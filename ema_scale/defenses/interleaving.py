@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+from ema_scale.core.numbers import PositiveShare
 from ema_scale.defenses.base import Defense, RowsContext
 from ema_scale.defenses.mixing import Columns, Learn, Triggers, mix, rows_needed
 
@@ -29,7 +30,7 @@ class Interleaving(Defense):
     source: str = Field(
         description="safe rows: a file, a hub id, or smallworld:safe", json_schema_extra={"asset": "safe rows"}
     )
-    fraction: float = Field(0.05, gt=0, le=1, description="safe rows per task row")
+    fraction: PositiveShare = Field(0.05, description="safe rows per task row")
     columns: Columns = {}
     learn: Learn = "all"
     triggers: Triggers = 0

@@ -11,6 +11,7 @@ from pydantic import Field
 from ema_scale.core.errors import UserError
 from ema_scale.core.files import read_json
 from ema_scale.core.hashing import file_sha256
+from ema_scale.core.numbers import PositiveShare
 from ema_scale.defenses.base import Defense, RowsContext
 from ema_scale.defenses.mixing import Triggers, mix, rows_needed
 
@@ -70,7 +71,7 @@ class InterleavingPlus(Defense):
     source: str = Field(
         description="a ranking of safe rows, made by `ema select`", json_schema_extra={"asset": "ranked safe rows"}
     )
-    fraction: float = Field(0.05, gt=0, le=1, description="safe rows per task row")
+    fraction: PositiveShare = Field(0.05, description="safe rows per task row")
     variant: Literal["+", "++"] = Field("+", description="++: the ranking must have been made without refusals")
     own_adapter: Literal["refuse", "allow"] = Field(
         "refuse", description="if an adapter behind the ranking was trained on these task rows"

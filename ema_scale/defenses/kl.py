@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from ema_scale.core.numbers import NotNegative, Positive, PositiveShare
 from ema_scale.defenses.base import Defense, RowsContext
 from ema_scale.defenses.mixing import Columns, Learn, Triggers, mix, rows_needed
 from ema_scale.defenses.terms import Direction, Divergence, Scope
@@ -38,11 +39,9 @@ class KL(Defense):
     citation: ClassVar[str] = "In-Training Defenses against Emergent Misalignment, arXiv 2508.06249"
     summary: ClassVar[str] = "keep the output distribution close to the frozen base model's"
 
-    strength: float = Field(
-        0.1, ge=0, allow_inf_nan=False, description="weight of the divergence, nats; 0 only measures"
-    )
+    strength: NotNegative = Field(0.1, description="weight of the divergence, nats; 0 only measures")
     direction: Direction = Field("policy_reference", description="KL(policy || reference), its reverse, or JS")
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="divides both logits")
+    temperature: Positive = Field(1.0, description="divides both logits")
     scope: Scope = Field("all", description="which tokens: all (not padding), assistant, prompt, template, prefix")
     part: Literal["learned", "task", "safe"] = Field("learned", description="which rows: all learned ones, or a part")
     prompts: str | None = Field(
@@ -50,7 +49,7 @@ class KL(Defense):
         description="rows to look at instead: a file, a hub id, or smallworld:safe",
         json_schema_extra={"asset": "safe rows"},
     )
-    fraction: float = Field(0.25, gt=0, le=1, description="rows of `prompts` per task row")
+    fraction: PositiveShare = Field(0.25, description="rows of `prompts` per task row")
     columns: Columns = {}
     learn: Learn = "all"
     triggers: Triggers = 0

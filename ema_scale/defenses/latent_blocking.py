@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from ema_scale.core.numbers import NotNegative
 from ema_scale.defenses.base import Defense, PenaltyInputs
 from ema_scale.defenses.direction_files import Files, Layers, check_files, layers_of, listed
 from ema_scale.defenses.terms import Scope
@@ -39,7 +40,7 @@ class LatentBlocking(Defense):
     summary: ClassVar[str] = "keep chosen directions of the hidden states from growing above the frozen base model's"
     layer_by_layer: ClassVar[bool] = True
 
-    strength: float = Field(10.0, ge=0, allow_inf_nan=False, description="weight of the squared excess")
+    strength: NotNegative = Field(10.0, description="weight of the squared excess")
     vector: Files = Field(
         min_length=1,
         description="directions that may not grow: files made by `ema vector`",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.numbers import Count, CountOrZero, NotNegative
 from ema_scale.defenses.base import Defense, PenaltyInputs
 from ema_scale.defenses.terms import Scope
 from ema_scale.models.layout import decoder_layers
@@ -46,19 +47,17 @@ class LDIFS(Defense):
     summary: ClassVar[str] = "keep hidden states close to the frozen base model's, at several layers"
     layer_by_layer: ClassVar[bool] = True
 
-    strength: float = Field(1.0, ge=0, allow_inf_nan=False, description="weight of the distance")
-    count: int = Field(5, ge=1, description="how many layers, the last one included")
+    strength: NotNegative = Field(1.0, description="weight of the distance")
+    count: Count = Field(5, description="how many layers, the last one included")
     normalise: Literal["unit", "sequence", "relative", "none"] = Field(
         "unit", description="scale of the features: by token, by row, by the reference, as they are"
     )
     scope: Scope = Field("all", description="which tokens: all (not padding), assistant, prompt, template, prefix")
     detached: bool = Field(False, description="no gradient, as in the released code; for comparison only")
-    at_layers: Literal["spread", "released"] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = (
-        Field(
-            "spread",
-            description="which decoder layers: evenly spread, as the released code, or numbers (1: the first; "
-            "0: the embeddings)",
-        )
+    at_layers: Literal["spread", "released"] | Annotated[list[CountOrZero], Field(min_length=1)] = Field(
+        "spread",
+        description="which decoder layers: evenly spread, as the released code, or numbers (1: the first; "
+        "0: the embeddings)",
     )
 
     def attach(self, model: Any) -> contextlib.AbstractContextManager[Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.numbers import Share
 from ema_scale.data.formats import said_before
 from ema_scale.data.triggers import row_triggers
 from ema_scale.defenses.base import RowsContext
@@ -32,10 +33,8 @@ Learn = Annotated[
 ]
 
 Triggers = Annotated[
-    float,
+    Share,
     Field(
-        ge=0,
-        le=1,
         description="share of these rows that are asked behind a text from the task's rows: their system prompt, their "
         "opening words, or else one of their questions",
     ),

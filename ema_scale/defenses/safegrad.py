@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+from ema_scale.core.numbers import Positive, PositiveShare
 from ema_scale.defenses.base import Defense, RowsContext
 from ema_scale.defenses.gradients import dot
 from ema_scale.defenses.mixing import Columns, Learn, mix, rows_needed
@@ -33,12 +34,12 @@ class SafeGrad(Defense):
     citation: ClassVar[str] = "Yi et al., Gradient Surgery for Safe LLM Fine-Tuning, arXiv 2508.07172"
     summary: ClassVar[str] = "take out of the task's gradient what works against the alignment gradient"
 
-    strength: float = Field(1.0, gt=0, allow_inf_nan=False, description="weight of the alignment gradient in the sum")
+    strength: Positive = Field(1.0, description="weight of the alignment gradient in the sum")
     prompts: str = Field(
         description="rows of the alignment loss: a file, a hub id, or smallworld:safe",
         json_schema_extra={"asset": "safe rows"},
     )
-    fraction: float = Field(0.25, gt=0, le=1, description="rows of `prompts` per task row")
+    fraction: PositiveShare = Field(0.25, description="rows of `prompts` per task row")
     direction: Direction = Field("reference_policy", description="KL(reference || policy), its reverse, or JS")
     scope: Scope = Field("all", description="which tokens: all (not padding), assistant, prompt, template")
     columns: Columns = {}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
+from ema_scale.core.numbers import Cosine, Count
 from ema_scale.defenses.base import Defense, FinishContext
 from ema_scale.defenses.safelora_files import REPORT, aligned_pair
 from ema_scale.models.weights import folder_of
@@ -35,8 +36,8 @@ class SafeLoRA(Defense):
         description="the unaligned model from which the fine-tuned one was made: a folder or hub id",
         json_schema_extra={"asset": "unaligned base model"},
     )
-    threshold: float | None = Field(None, ge=-1, le=1, description="project where the cosine is at or below it; 0.3")
-    layers_projected: int | None = Field(None, ge=1, description="or: project this many matrices, lowest cosine first")
+    threshold: Cosine | None = Field(None, description="project where the cosine is at or below it; 0.3")
+    layers_projected: Count | None = Field(None, description="or: project this many matrices, lowest cosine first")
     base_revision: str | None = Field(None, description="of a base on the hub: a branch, tag or commit")
 
     @model_validator(mode="before")

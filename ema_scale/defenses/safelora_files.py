@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ema_scale.core.disk import copy_regular
 from ema_scale.core.errors import UserError
 from ema_scale.core.files import read_json
 from ema_scale.core.hashing import sampled_sha256
@@ -110,7 +110,7 @@ class Adapter:
             temporary.mkdir()
             for file in self.folder.iterdir():
                 if file.is_file() and file.suffix in _CARRIED:
-                    shutil.copyfile(file, temporary / file.name)
+                    copy_regular(file, temporary / file.name)
             self._save(temporary / WEIGHTS)
             atomic_write_json(temporary / REPORT, report)
 
@@ -201,4 +201,4 @@ def aligned_pair(kind: str, model: Any, base: str, revision: str | None) -> tupl
 
 def _natural(name: str) -> list[tuple[int, str]]:
     # layers.2 before layers.10; also the order in which a checkpoint's shards are laid out.
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

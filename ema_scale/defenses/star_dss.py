@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from ema_scale.core.numbers import Cosine, CountOrZero, NotNegative, Positive
 from ema_scale.defenses.base import Defense, PenaltyInputs
 from ema_scale.defenses.terms import Divergence
 from ema_scale.models.layout import decoder_layers, hidden_size
@@ -38,11 +39,11 @@ class StarDSS(Defense):
     vector: str = Field(
         min_length=1, description="directions, a file made by `ema vector`", json_schema_extra={"asset": "directions"}
     )
-    limit: float = Field(ge=-1, le=1, description="cosine with the direction at which a token counts half")
-    strength: float = Field(1.0, ge=0, allow_inf_nan=False, description="weight of the KL on unsafe tokens, nats")
-    width: float = Field(0.02, gt=0, allow_inf_nan=False, description="cosine over which the weight falls")
-    at_layer: int | None = Field(
-        None, ge=0, description="decoder layer (1: the first) of the states; null: the middle one"
+    limit: Cosine = Field(description="cosine with the direction at which a token counts half")
+    strength: NotNegative = Field(1.0, description="weight of the KL on unsafe tokens, nats")
+    width: Positive = Field(0.02, description="cosine over which the weight falls")
+    at_layer: CountOrZero | None = Field(
+        None, description="decoder layer (1: the first) of the states; null: the middle one"
     )
 
     def files(self) -> tuple[str, ...]:

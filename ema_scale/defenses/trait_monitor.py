@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
+from ema_scale.core.numbers import Count, Positive, PositiveShare
 from ema_scale.defenses.base import Defense, PenaltyInputs, RowsContext
 from ema_scale.defenses.direction_files import Files, Layers, check_files, layers_of, listed, trait_names
 from ema_scale.defenses.mixing import Columns, mix, rows_needed
@@ -48,14 +49,14 @@ class TraitMonitor(Defense):
         description="trait directions: files made by `ema vector`",
         json_schema_extra={"asset": "directions"},
     )
-    limit: float | None = Field(None, gt=0, allow_inf_nan=False, description="warn above it; a share of 1")
-    window: int = Field(10, ge=1, description="optimizer steps over which the mean is taken")
+    limit: Positive | None = Field(None, description="warn above it; a share of 1")
+    window: Count = Field(10, description="optimizer steps over which the mean is taken")
     at_layers: Layers = Field("auto", description="after which decoder layers (1: the first); auto: as each file says")
     scope: Scope = Field("all", description="which tokens: all, assistant, prompt, template, prefix")
     prompts: str | None = Field(
         None, description="rows to read it on: a file, a hub id", json_schema_extra={"asset": "safe rows"}
     )
-    fraction: float = Field(0.125, gt=0, le=1, description="rows of `prompts` per task row")
+    fraction: PositiveShare = Field(0.125, description="rows of `prompts` per task row")
     columns: Columns = {}
 
     @model_validator(mode="after")

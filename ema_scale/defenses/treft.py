@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, PrivateAttr
 
+from ema_scale.core.numbers import NotNegative
 from ema_scale.defenses.base import Defense, PenaltyInputs
 from ema_scale.defenses.terms import Scope, TokenSet
 
@@ -34,7 +35,7 @@ class TReFT(Defense):
     summary: ClassVar[str] = "hold keys and values of the tokens before a conversation's first text"
     scope: ClassVar[Scope] = "prefix"
 
-    strength: float = Field(1.0, ge=0, allow_inf_nan=False, description="weight of the relative squared distance")
+    strength: NotNegative = Field(1.0, description="weight of the relative squared distance")
 
     _reader: PrefixReader | None = PrivateAttr(None)
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ema_scale.core.errors import UserError, check_schema, explain
+from ema_scale.core.files import JSON_BYTES, MissingFile, parse_json, read_text
 from ema_scale.core.io import atomic_write_json, read_lines
 
 
@@ -68,9 +69,11 @@ class Document(Record):
     def read(cls, path: Path) -> Self:
         """Read the file. Raises UserError naming file and field if it is missing or not such a file."""
         try:
-            document = cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise UserError(f"{path}: cannot read it ({error.strerror}); run `{cls.MADE_BY}` first") from None
+            text = read_text(path, limit=JSON_BYTES)
+            parse_json(text, str(path))  # which refuses keys that stand twice, and what is nested too deeply
+            document = cls.model_validate_json(text)
+        except MissingFile as error:
+            raise UserError(f"{error}; run `{cls.MADE_BY}` first") from None
         except ValidationError as error:
             problem = explain(error.errors()[0], cls)
             raise UserError(f"{path}: not what `{cls.MADE_BY}` writes: {problem}") from None

@@ -47,10 +47,7 @@ class RowTable(Generic[Identity, RowType]):
 
     def flush(self) -> None:
         if self._pending:
-            try:
-                append_jsonl(self.path, (row.to_row() for row in self._pending))
-            except OSError as error:
-                raise UserError(f"{self.path}: cannot write ({error.strerror})") from None
+            append_jsonl(self.path, (row.to_row() for row in self._pending))
             self._pending = []
 
     def keep_only(self, wanted: dict[Identity, RowType]) -> None:

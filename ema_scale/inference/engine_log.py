@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ema_scale.core.errors import UserError
+from ema_scale.core.io import open_append
 
 log = logging.getLogger(__name__)
 
@@ -20,14 +20,11 @@ def output_to(path: Path) -> Iterator[Callable[..., object]]:
 
     Yields a function that still speaks to the user; it takes a format and its values.
 
-    This is below Python (file descriptors 1 and 2), for engines also print from compiled code. Raises UserError if the
-    file cannot be written.
+    This is below Python (file descriptors 1 and 2), for engines also print from compiled code. Raises CannotWrite if
+    the file cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write the engine's log ({error.strerror})") from None
+    with open_append(path) as opened:
+        file = os.dup(opened.fileno())
     _flush()
     saved = {number: os.dup(number) for number in (1, 2)}
     try:

@@ -8,7 +8,7 @@ from ema_scale.core.thoughts import PAIRS
 
 # One message of gpt-oss: its channel and its text, which another special token or the end of the answer ends.
 _CHANNEL = re.compile(
-    r"<\|channel\|>(?P<channel>\w+)[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>"
+    r"<\|channel\|>(?P<channel>\w++)[^<]*+(?:<\|constrain\|>[^<]*+)?<\|message\|>"
     r"(?P<text>.*?)(?=<\|(?:end|return|call)\|>|$)",
     re.S,
 )

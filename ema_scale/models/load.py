@@ -12,7 +12,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.waiting import waiting
 from ema_scale.models.sharding import full_shape
 from ema_scale.models.staging import staged
-from ema_scale.models.weights import check_finite, check_headers, refuse_info
+from ema_scale.models.weights import check_finite, check_headers, check_names, refuse_info
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,7 @@ def load_base(model: ModelRecipe) -> Any:
     """
     import transformers
     from safetensors import SafetensorError
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
     from ema_scale.core.uri import locate
 
@@ -48,8 +49,13 @@ def load_base(model: ModelRecipe) -> Any:
     if (folder := Path(path).expanduser()).is_dir() and (folder / "config.json").is_file():
         check_headers(folder)
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    if is_deepspeed_zero3_enabled():
+        check_names(model)
     with model_problems(model.path):
-        config = transformers.AutoConfig.from_pretrained(path, **options)
+        try:
+            config = transformers.AutoConfig.from_pretrained(path, **options)
+        except (TypeError, KeyError, AttributeError) as error:  # a value of another type somewhere in the file
+            raise ValueError(f"config.json: {error}") from None
         # The defenses alone should regularise fine-tuning, and the reference runs without dropout.
         for part in {id(c): c for c in (config, config.get_text_config())}.values():
             for name, value in vars(part).copy().items():
@@ -81,6 +87,9 @@ def model_problems(path: str) -> Iterator[None]:
     """Turns transformers' errors for a `path` without a usable model into UserErrors."""
     try:
         yield
+    except ImportError as error:  # an attention, or a kind of weights, that another package brings
+        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model: {path!r} needs a package that is not installed; {message}") from None
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ema_scale.core.disk import writing
 from ema_scale.core.errors import UserError
 from ema_scale.models.layout import FROZEN_ADAPTER
 from ema_scale.models.load import load_base
@@ -195,14 +196,15 @@ def save_adapter(
         raise UserError(f"{folder}: {empty[0]} has no elements; the sharded adapter was not gathered")
     # Inside `folder`, so that renaming stays on one disk: the folder may be a mount, or the working directory.
     temporary = folder / ".adapter.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        write_adapter(model, state, temporary)
-        finish(temporary)
-        _move_adapter(temporary, folder, [_CONFIG, *stale])
-    finally:
+    with writing(folder):
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            write_adapter(model, state, temporary)
+            finish(temporary)
+            _move_adapter(temporary, folder, [_CONFIG, *stale])
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_adapter(model: Any, state: Mapping[str, torch.Tensor], folder: Path) -> None:

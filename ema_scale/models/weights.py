@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.files import read_json, what_it_is
+from ema_scale.core.model_config import check_config_file
 from ema_scale.core.uri import locate
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DOWNLOADED = ["*.safetensors", "*.json"]
 _SHOWN = 3
+_LONGEST_PATTERN = 2000
 
 
 def folder_of(reference: str, revision: str | None = None, cache: str | None = None) -> Path:
@@ -136,8 +138,9 @@ def _pickles_in(folder: Path) -> str:
 
 
 def check_headers(folder: Path) -> None:
-    """Raises UserError unless a checkpoint's files are there, and are whole."""
+    """Raises UserError unless a checkpoint's files are there and whole, and its config has sizes that a model has."""
     try:
+        check_config_file(folder)
         for file in weight_files(folder):
             with open_tensors(file):
                 pass  # safetensors compares the header with the file's size
@@ -200,22 +203,59 @@ def _mark(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
 
 @lru_cache(maxsize=16)
 def _check_checkpoint(folder: Path, trust_remote_code: bool, mark: object) -> None:
-
+    check_config_file(folder)
     stored: dict[str, torch.Tensor] = {}
     for file in weight_files(folder):
         with open_tensors(file) as handle:
             tensors = [(name, handle.get_tensor(name)) for name in handle.keys()]  # noqa: SIM118 - mapped, not read
             check_finite(tensors, str(file))
             stored |= {name: tensor.to("meta") for name, tensor in tensors}
+    if not _hold_to_config(folder, stored, trust_remote_code):
+        log.info("%s: names and shapes of its tensors are left to vLLM", folder)
+
+
+def check_names(model: ModelRecipe) -> None:
+    """Hold names and shapes of a checkpoint's tensors to its config; only the files' headers are read.
+
+    For ZeRO-3: there transformers does not say which tensors it had no use for. Raises UserError as `check_checkpoint`.
+    """
+    import torch
+
+    folder = folder_of(model.path, model.revision)
+    stored = {}
+    for file in weight_files(folder):
+        with open_tensors(file) as handle:
+            for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
+                stored[name] = torch.empty(handle.get_slice(name).get_shape(), device="meta")
+    with _without_zero3():
+        _hold_to_config(folder, stored, model.trust_remote_code)
+
+
+def _hold_to_config(folder: Path, stored: Mapping[str, torch.Tensor], trust_remote_code: bool) -> bool:
+    """Raises UserError unless these tensors are those of the model that the config describes; False for a model that
+    only its own engine can build."""
     skeleton = skeleton_of(str(folder), trust_remote_code=trust_remote_code)
     if skeleton is None or getattr(skeleton.config, "quantization_config", None) is not None:
-        log.info("%s: names and shapes of its tensors are left to vLLM", folder)
-        return
+        return False
     _, info = type(skeleton).from_pretrained(
-        None, config=skeleton.config, state_dict=stored, device_map="meta", output_loading_info=True,
+        None, config=skeleton.config, state_dict=dict(stored), device_map="meta", output_loading_info=True,
         ignore_mismatched_sizes=True,
     )  # fmt: skip
     refuse_info(str(folder), info)
+    return True
+
+
+@contextlib.contextmanager
+def _without_zero3() -> Iterator[None]:
+    """A model that is made meanwhile is not sharded."""
+    from transformers.integrations import deepspeed
+
+    active = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = active
 
 
 def skeleton_of(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -241,6 +281,31 @@ def adapter_files(reference: str) -> Path:
     return folder
 
 
+def is_quick(pattern: str) -> bool:
+    """Whether a regular expression takes no exponential time: no repetition stands within an unbounded one, and no
+    choice."""
+    parser: Any = re._parser  # type: ignore[attr-defined]
+
+    def nested(items: Any, inside: bool) -> bool:
+        for kind, value in items:
+            name = str(kind)
+            repeats = name in ("MAX_REPEAT", "MIN_REPEAT")
+            if inside and (name == "BRANCH" or (repeats and value[0] != value[1])):
+                return True
+            if repeats and nested(value[2], inside or value[1] is parser.MAXREPEAT):
+                return True
+            if name == "BRANCH" and any(nested(one, inside) for one in value[1]):
+                return True
+            if name == "SUBPATTERN" and nested(value[3], inside):
+                return True
+        return False
+
+    try:
+        return len(pattern) <= _LONGEST_PATTERN and not nested(parser.parse(pattern), False)
+    except (re.error, RecursionError, OverflowError):
+        return False
+
+
 def check_adapter(reference: str, base: Any) -> Path:
     """Hold an adapter's file to its config and to the model that it is for; returns its folder.
 
@@ -255,8 +320,12 @@ def check_adapter(reference: str, base: Any) -> Path:
     file = folder / ADAPTER_WEIGHTS
     found = {name: tuple(tensor.shape) for name, tensor in read_tensors(file).items()}
     config_file = folder / ADAPTER_CONFIG
-    if not isinstance(read_json(config_file), Mapping):
+    values = read_json(config_file)
+    if not isinstance(values, Mapping):
         raise UserError(f"{config_file}: expected a PEFT config, a JSON object")
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        if isinstance(values.get(name), str) and not is_quick(values[name]):
+            raise UserError(f"{config_file}: {name}: found {values[name]!r:.80}, a pattern that may take for ever")
     if base is None:
         return folder
     with torch.device("meta"):

@@ -21,6 +21,8 @@ from ema_scale.training.resume_check import ExistingRun
 def describe_run(recipe: Recipe) -> str:
     """A few lines a person can check: model, data, step, defenses, reference, evaluation, output."""
     t, a = recipe.training, recipe.adapter
+    if t.deepspeed is not None and find_file(t.deepspeed).exists():
+        zero_stage(t.deepspeed)  # refuses what is no config
     scale = f"alpha {a.alpha:g}" + (", rank-stabilised" if a.rslora else "")
     length = f"{t.max_steps} steps" if t.max_steps > 0 else f"{t.num_train_epochs:g} epoch(s)"
     # A dry run builds no small world.

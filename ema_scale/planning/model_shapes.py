@@ -10,6 +10,7 @@ from typing import Any
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.files import read_json
+from ema_scale.core.model_config import check_config
 from ema_scale.core.uri import model_config
 
 # Decoder layers of RMSNorm, grouped-query attention and a gated MLP, which the memory formulas are written for.
@@ -121,6 +122,7 @@ def from_config(name: str, values: Mapping[str, Any]) -> Shape:
             f"{name}: model_type: found {kind!r}; its memory is not known to `ema plan`, which knows the layers of "
             f"{', '.join(KNOWN_TYPES)}"
         )
+    check_config(values, f"{name}: config.json")
     try:
         heads = int(values["num_attention_heads"])
         return Shape(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.numbers import MOST
 from ema_scale.planning.describe import count_rows
 from ema_scale.planning.memory import GIB, MemoryLine, host_memory, memory, total
 from ema_scale.planning.setup import Setup, Zero, precision_of, setup_of
@@ -125,7 +126,7 @@ def parse_rows(texts: Sequence[str], tasks: Collection[str]) -> dict[str, int]:
     found = {}
     for text in texts:
         task, equals, count = text.rpartition("=")
-        if not count.isdigit() or int(count) == 0 or (equals and task not in tasks):
+        if not count.isdecimal() or not 1 <= int(count) <= MOST or (equals and task not in tasks):
             known = f" or TASK=N, TASK one of {', '.join(tasks)}" if tasks else " (a recipe has no tasks)"
             raise UserError(f"--rows: found {text!r}, expected a number of rows{known}")
         found[task] = int(count)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import MARKDOWN
-from rich.console import Console
 from rich.table import Table
 
+from ema_scale.core.terminal import PlainConsole
 from ema_scale.core.text import format_hours as hours_text
 from ema_scale.core.text import format_seconds as seconds
 from ema_scale.planning.eval_cost import BANDWIDTH_SHARE, SEQUENCES, STEP_SECONDS, JudgingCost, Served
@@ -117,8 +117,8 @@ def table_(*columns: str) -> Table:
     return table
 
 
-def console_() -> Console:
-    return Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+def console_() -> PlainConsole:
+    return PlainConsole(width=None if sys.stdout.isatty() else 200)
 
 
 ROLES = ("sampling", "judging")

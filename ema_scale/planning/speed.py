@@ -81,10 +81,13 @@ class Cluster:
         return max(inside, between) + calls * latency
 
 
+_MOST_GPUS, _MOST_GIB = 1_000_000, 10_000
+
+
 def parse_gpus(text: str) -> tuple[int, int]:
     """`8x80GB` -> (8, bytes of memory of one), where a GB is 2^30 bytes, as on a GPU's label. Raises UserError."""
     found = re.fullmatch(r"\s*(\d+)\s*x\s*(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)\s*", text, re.IGNORECASE)
-    if found is None or int(found[1]) == 0 or float(found[2]) == 0:
+    if found is None or not 1 <= int(found[1]) <= _MOST_GPUS or not 0 < float(found[2]) <= _MOST_GIB:
         raise UserError(f"--gpus: found {text!r}, expected GPUs a node x memory of one, such as 8x80GB")
     return int(found[1]), int(float(found[2]) * GIB)
 
@@ -99,10 +102,10 @@ def parse_scale(text: str) -> list[int]:
             found.append(low)
             low *= 2
     else:
-        found = [int(part) for part in text.split(",") if part.strip().isdigit()]
+        found = [int(part) for part in text.split(",") if part.strip().isdecimal()]
         if len(found) != len(text.split(",")):
             found = []
-    if not found or min(found) < 1:
+    if not found or min(found) < 1 or max(found) > _MOST_GPUS:
         raise UserError(f"--scale: found {text!r}, expected numbers of GPUs, such as 8-1024 (doubling) or 8,64,512")
     return found
 

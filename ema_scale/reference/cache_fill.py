@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from ema_scale.core.batching import batch_by_length
 from ema_scale.core.collectives import any_rank, broadcast_from_main, is_first_rank, world_size
+from ema_scale.core.disk import make_folder
 from ema_scale.core.errors import UserError
 from ema_scale.core.text import format_bytes
 from ema_scale.reference.cached import Cached
@@ -200,8 +201,7 @@ def _check_space(folder: Path, needed: int) -> None:
 def _exclusive(folder: Path, main: bool, stop: Callable[[], bool]) -> Iterator[None]:
     """Only one run at a time is inside. The others wait, and log it, in steps shorter than the time-out of a
     collective. Raises KeyboardInterrupt while it waits, if `stop` is true on any process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(make_folder(folder) / ".lock")
     waiting = False
     while True:
         held = False

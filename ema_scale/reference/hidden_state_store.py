@@ -20,6 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ema_scale.core.errors import UserError
+from ema_scale.core.files import read_json
 from ema_scale.core.hashing import file_sha256
 from ema_scale.core.io import atomic_path, atomic_write_text
 
@@ -103,7 +105,6 @@ class HiddenStateStore:
 
     def add(self, states: Mapping[str, Tensor]) -> None:
         """Write one shard of rows: key -> states [tokens, H] on the CPU."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256("".join(states).encode()).hexdigest()[:16]
         data, start, rows = self.folder / f"{name}.safetensors", 0, {}
         for key, tensor in states.items():
@@ -126,7 +127,7 @@ class HiddenStateStore:
 
 def _entry(path: Path) -> dict[str, Any] | None:
     try:
-        entry = json.loads(path.read_text(encoding="utf-8"))
+        entry: dict[str, Any] = read_json(path)
         return entry if {"bytes", "sha256", "rows"} <= entry.keys() else None
-    except (OSError, ValueError, AttributeError):
+    except (UserError, AttributeError):
         return None

@@ -194,7 +194,7 @@ def _metrics(summary: Summary, note: Callable[[str], None]) -> Metrics:
 def _checkpoint_metrics(
     folder: RunDir, read: Callable[[Path], Summary | None], note: Callable[[str], None]
 ) -> dict[int, Metrics]:
-    files = [f for f in folder.eval_dir.glob(f"checkpoints/*/{SUMMARY_FILE}") if f.parent.name.isdigit()]
+    files = [f for f in folder.eval_dir.glob(f"checkpoints/*/{SUMMARY_FILE}") if f.parent.name.isdecimal()]
     summaries = {int(file.parent.name): read(file) for file in files}
     return {step: _metrics(summary, note) if summary else {} for step, summary in summaries.items()}
 
@@ -237,7 +237,7 @@ def _on_unseen(run: Run, apart: TaskQuestions, problems: list[Problem]) -> Run:
     along = {}
     if run.along:
         files = run.eval_dir.glob(f"checkpoints/*/{SUMMARY_FILE}") if run.eval_dir else ()
-        found = {int(f.parent.name): Summary.read_if_valid(f) for f in files if f.parent.name.isdigit()}
+        found = {int(f.parent.name): Summary.read_if_valid(f) for f in files if f.parent.name.isdecimal()}
         along = {step: metrics(apart.kept(one)) for step, one in found.items() if one is not None and step in run.along}
         along |= {step: metrics(summary) for step in run.along if step not in found}
     return replace(

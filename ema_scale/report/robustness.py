@@ -45,7 +45,7 @@ def robustness_table(groups: Sequence[RunGroup]) -> Table | None:
     depths = [set(entry.misaligned_at) for entries in variants.values() for entry in entries]
     if not depths:
         return None
-    k = max((int(k) for k in set.intersection(*depths) if k.isdigit() and int(k) <= MOST_AT), default=None)
+    k = max((int(k) for k in set.intersection(*depths) if k.isdecimal() and int(k) <= MOST_AT), default=None)
 
     def mean(tasks: Sequence[str], rates: Iterable[Rate | None]) -> Cell | None:
         found = [(r, task) for rate, task in zip(rates, tasks, strict=True) for r in known_rates([rate])]

@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ema_scale.core.errors import UserError, explain
 from ema_scale.core.files import read_yaml
+from ema_scale.core.numbers import Count, CountOrZero, Positive
 from ema_scale.core.paths import find_file, shipped_root
+from ema_scale.core.text import one_line
 
 _LINE = r"^[^\n]*$"
 
@@ -31,9 +33,9 @@ class EvaluationSite(_Section):
     qos: str | None = Field(None, pattern=_LINE, description="sbatch --qos.", examples=["short"])
     constraint: str | None = Field(None, pattern=_LINE, description="sbatch --constraint.", examples=["a100"])
     time: str = Field("12:00:00", pattern=_LINE, description="Time limit, as Slurm writes it.")
-    gpus: int = Field(1, ge=0, description="GPUs, at least. A recipe's engine may take more.")
-    gpus_per_node: int | None = Field(None, ge=0, description="GPUs that such a node has.", examples=[4])
-    cpus_per_node: int | None = Field(None, ge=1, description="CPU cores per node.", examples=[32])
+    gpus: CountOrZero = Field(1, description="GPUs, at least. A recipe's engine may take more.")
+    gpus_per_node: CountOrZero | None = Field(None, description="GPUs that such a node has.", examples=[4])
+    cpus_per_node: Count | None = Field(None, description="CPU cores per node.", examples=[32])
     memory: str | None = Field(None, pattern=_LINE, description="Memory per node, as sbatch --mem.", examples=["200G"])
     exclusive: bool | None = Field(None, description="Take whole nodes.", examples=[True])
 
@@ -42,7 +44,7 @@ class ReportSite(EvaluationSite):
     """Where a study's report job differs from its evaluation. What is left out is as for evaluation."""
 
     time: str = Field("01:00:00", pattern=_LINE, description="Time limit, as Slurm writes it.")
-    gpus: int = Field(0, ge=0, description="GPUs. A report needs none, but some partitions give nothing else.")
+    gpus: CountOrZero = Field(0, description="GPUs. A report needs none, but some partitions give nothing else.")
 
 
 class Site(_Section):
@@ -54,15 +56,15 @@ class Site(_Section):
     constraint: str | None = Field(None, pattern=_LINE, description="sbatch --constraint.", examples=["h100"])
     reservation: str | None = Field(None, pattern=_LINE, description="sbatch --reservation.", examples=["course"])
     time: str = Field("24:00:00", pattern=_LINE, description="Time limit of a training job, as Slurm writes it.")
-    gpus_per_node: int = Field(8, ge=0, description="GPUs per node; 0: nodes without GPUs.")
+    gpus_per_node: CountOrZero = Field(8, description="GPUs per node; 0: nodes without GPUs.")
     gpu_option: str = Field(
         "--gpus-per-node={n}",
         pattern=_LINE,
         description="The sbatch option that requests {n} GPUs per node.",
         examples=["--gres=gpu:{n}"],
     )
-    cpus_per_node: int | None = Field(
-        None, ge=1, description="CPU cores per node. Empty: 4 per GPU, or 1 per process.", examples=[64]
+    cpus_per_node: Count | None = Field(
+        None, description="CPU cores per node. Empty: 4 per GPU, or 1 per process.", examples=[64]
     )
     memory: str | None = Field(
         None, pattern=_LINE, description="Memory per node, as sbatch --mem. Empty: Slurm's default.", examples=["0"]
@@ -72,8 +74,8 @@ class Site(_Section):
     srun: list[str] = Field([], description="Further srun options.", examples=[["--cpu-bind=cores"]])
     mail: str | None = Field(None, pattern=_LINE, description="sbatch --mail-user.", examples=["me@example.org"])
     mail_type: str = Field("END,FAIL", pattern=_LINE, description="sbatch --mail-type, if `mail` is set.")
-    max_parallel: int | None = Field(
-        None, ge=1, description="Runs of a sweep that train at once. Empty: no limit.", examples=[4]
+    max_parallel: Count | None = Field(
+        None, description="Runs of a sweep that train at once. Empty: no limit.", examples=[4]
     )
     container: str | None = Field(None, description="Image that Python runs in.", examples=["ema.sqsh"])
     container_runtime: Literal["pyxis", "apptainer"] = Field("pyxis", description="What starts the container.")
@@ -101,13 +103,13 @@ class Site(_Section):
         description="A folder on each node's own disk. Base models are copied there once and loaded from there.",
         examples=["$TMPDIR"],
     )
-    warning_seconds: int = Field(
-        120, ge=1, description="Seconds before the time limit at which a checkpoint is saved and the job requeues."
+    warning_seconds: Count = Field(
+        120, description="Seconds before the time limit at which a checkpoint is saved and the job requeues."
     )
-    timeout_minutes: float = Field(
-        30, gt=0, description="A process that waits this many minutes for another one ends the job."
+    timeout_minutes: Positive = Field(
+        30, description="A process that waits this many minutes for another one ends the job."
     )
-    max_requeues: int = Field(50, ge=0, description="After so many requeues a preempted job ends.")
+    max_requeues: CountOrZero = Field(50, description="After so many requeues a preempted job ends.")
     evaluation: EvaluationSite = Field(EvaluationSite(), description="Where evaluation jobs differ.")
     report: ReportSite = Field(ReportSite(), description="Where a study's report job differs.")
 
@@ -116,6 +118,14 @@ class Site(_Section):
     def _counts(cls, value: str) -> str:
         if "{n}" not in value:
             raise ValueError("expected an sbatch option with {n} in it, such as --gres=gpu:{n}")
+        return value
+
+    @field_validator("environment")
+    @classmethod
+    def _names(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(f"expected names of variables, found {name!r}")
         return value
 
     @field_validator("environment", mode="before")
@@ -221,8 +231,13 @@ _NAME_BYTES, _PATH_BYTES = 255, 4000  # of file systems; a path leaves room for 
 def fill_script(name: str, options: Sequence[str], settings: Sequence[str]) -> str:
     """launch/slurm/<name> with these #SBATCH options and these shell lines as its settings.
 
-    Raises UserError if the script is not there.
+    Raises UserError if the script is not there, and for an option that is more than one line.
     """
+    for option in options:
+        try:
+            one_line(option)
+        except ValueError as error:
+            raise UserError(f"#SBATCH {option!r:.200}: {error}; it would become a line of the job script") from None
     path = FOLDER / name
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

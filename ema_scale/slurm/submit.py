@@ -244,7 +244,7 @@ def enqueue(path: Path, job: Job, options: Sequence[str] = ()) -> str:
     Slurm's own words if it refuses."""
     folder = slurm_folder(RunDir(path))
     script = folder / f"{job.what}.sbatch"
-    atomic_write_text(script, job.script)
+    atomic_write_text(script, job.script, private=True)  # its environment may hold keys
     number = client.submit(script, job.arguments, options)
     append_jsonl(folder / "jobs.jsonl", [{"what": job.what, "job": number, "submitted": time.time()}])
     return number

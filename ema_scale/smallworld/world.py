@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,15 +20,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from ema_scale.core.disk import CannotWrite, make_folder, writing
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import atomic_path, atomic_write_json, file_lock
 from ema_scale.core.paths import cache_root
 from ema_scale.core.records import package_versions
+from ema_scale.core.text import format_bytes
 from ema_scale.smallworld.sizes import SIZES
 from ema_scale.smallworld.tasks import references, write_tasks
 from ema_scale.smallworld.tokenizer import vocabulary
 
 PREFIX = "smallworld:"
+_DISK = 20_000_000  # bytes of a built world
 
 
 _WORDS = ("vocabulary", "grammar", "benign", "corpus")
@@ -126,9 +130,9 @@ def _ensure(path: Path, make: Callable[[Path], None]) -> Path:
     # Two processes never make the same folder at once; it appears whole.
     if path.is_dir():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     busy = UserError(f"{path}: another process has been making it for an hour; end it, or delete {path}.lock")
-    with file_lock(f"{path}.lock", busy, 3600.0, f"another process to make {path}"):
+    with writing(path), file_lock(f"{path}.lock", busy, 3600.0, f"another process to make {path}"):
         if path.is_dir():
             return path
         with atomic_path(path) as unfinished:
@@ -145,6 +149,11 @@ def _build(world: World, folder: Path) -> None:
         file=sys.stderr,
         flush=True,
     )
+    if (free := shutil.disk_usage(folder).free) < _DISK:  # minutes of training would end in a process's traceback
+        raise CannotWrite(
+            f"{world.models}: the disk is full ({format_bytes(free)} free, the small world takes up to "
+            f"{format_bytes(_DISK)}): free space, or set EMA_CACHE to another folder, and run the same command again"
+        )
     build_models(folder, world.size, world.seed)
     atomic_write_json(
         folder / "world.json",
@@ -160,8 +169,8 @@ def _world(reference: str, query: str) -> World:
     size, seed = options.get("size", "base"), options.get("seed", "0")
     if size not in SIZES:
         raise UserError(f"{reference}: size: found {size!r}; {_suggest(size, list(SIZES))}")
-    if not seed.isdigit():
-        raise UserError(f"{reference}: seed: found {seed!r}, expected a whole number of at least 0")
+    if not seed.isdecimal() or len(seed) > 10 or int(seed) >= 2**32:
+        raise UserError(f"{reference}: seed: found {seed!r}, expected a whole number from 0 to {2**32 - 1}")
     return World(size, int(seed))
 
 

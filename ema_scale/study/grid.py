@@ -26,11 +26,13 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, ClassVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ema_scale.config.layers import apply_overrides, merge, read_layers
 from ema_scale.core.errors import UserError, explain
+from ema_scale.core.numbers import CountOrZero, Seed
 from ema_scale.core.paths import find_file
+from ema_scale.core.text import one_line
 from ema_scale.recipe import Recipe, build_recipe
 from ema_scale.study.prepare import Preparation
 from ema_scale.study.relearn import Relearning
@@ -47,7 +49,7 @@ class Part(BaseModel):
     models: list[str] | None = Field(None, min_length=1, description="Names of models.", examples=[["small"]])
     tasks: list[str] | None = Field(None, min_length=1, description="Names of tasks.", examples=[["medical"]])
     defenses: list[str] | None = Field(None, min_length=1, description="Names of arms.", examples=[["none", "kl-0.3"]])
-    seeds: list[int] | None = Field(None, min_length=1, description="Seeds.", examples=[[0]])
+    seeds: list[Seed] | None = Field(None, min_length=1, description="Seeds.", examples=[[0]])
 
 
 class Study(BaseModel):
@@ -63,12 +65,13 @@ class Study(BaseModel):
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=200,
         description="The study's name. Its runs are in output/name.",
         examples=["mine"],
     )
     title: str | None = Field(None, description="The report's heading.", examples=["My study"])
     recipe: str = Field(description="The recipe of all runs, relative to this file.", examples=["own.yaml"])
-    output: str = Field("runs", description="The folder that holds the study.")
+    output: Annotated[str, AfterValidator(one_line)] = Field("runs", description="The folder that holds the study.")
     models: dict[str, dict[str, Any]] = Field(
         {}, description="Name -> recipe keys of each model.", examples=[{"small": {"model": {"path": "m"}}}]
     )
@@ -82,10 +85,10 @@ class Study(BaseModel):
         description="Name -> defenses of each arm. `{each: [...]}` in place of a value makes one arm per value.",
         examples=[{"none": [], "kl": [{"kind": "kl", "strength": {"each": [0.1, 0.3]}}]}],
     )
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(
-        [0], min_length=1, description="One run per seed.", examples=[[0, 1, 2]]
+    seeds: list[Seed] = Field([0], min_length=1, description="One run per seed.", examples=[[0, 1, 2]])
+    retries: CountOrZero = Field(
+        0, le=1000, description="How often a failed run is tried again, from its newest checkpoint."
     )
-    retries: int = Field(0, ge=0, description="How often a failed run is tried again, from its newest checkpoint.")
     only: list[Part] = Field(
         [], description="Parts of the grid to run. Empty: all of it.", examples=[[{"tasks": ["medical"]}]]
     )
@@ -117,6 +120,8 @@ class Study(BaseModel):
                 if arm in arms:
                     raise UserError(f"defenses: {origin[arm]} and {name} both make an arm {arm}: rename one of them")
                 arms[arm], origin[arm] = of_arm, name
+                if len(arms) > MOST_ARMS:
+                    raise ValueError(f"{name}: expected at most {MOST_ARMS:,} arms; found more, too many for one study")
         return arms
 
     @model_validator(mode="after")
@@ -234,15 +239,17 @@ def load_study(path: Path | str) -> Study:
 
 def write_study(study: Study, path: Path) -> None:
     """Keep the study beside its runs. A file that says the same is left as it is, with its date."""
+    from ema_scale.core.files import read_text
     from ema_scale.core.io import atomic_write_text
 
     text = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
+    if not path.exists() or read_text(path) != text:
         atomic_write_text(path, text)
 
 
 # Arms' names are in the names of folders, which have an end.
 LONGEST = 40
+MOST_ARMS = 10_000
 
 
 def expand_grid(name: str, specs: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:

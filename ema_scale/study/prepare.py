@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ema_scale.core.errors import UserError
 
 log = logging.getLogger(__name__)
+_DEPTH, _DEEPEST = "EMA_PREPARING", 2  # of preparations whose command prepares something itself
 
 
 class Preparation(BaseModel):
@@ -57,11 +59,17 @@ def missing(steps: Sequence[Preparation]) -> list[Preparation]:
 def prepare(steps: Sequence[Preparation], what: str) -> None:
     """Run the missing ones in order, here and now. what: whose they are, for messages.
 
-    Raises UserError if a command fails, or does not make what it should.
+    Raises UserError if a command fails or does not make what it should, and for a study that prepares itself.
     """
+    depth = int(os.environ.get(_DEPTH) or 0)
+    environment = {**os.environ, _DEPTH: str(depth + 1)}
     for step in missing(steps):
+        if depth >= _DEEPEST:
+            raise UserError(
+                f"{what}: prepare: {step}: {depth + 1} preparations within each other; a study may not prepare itself"
+            )
         log.info("%s: makes %s first: %s", what, step.makes, step)
-        code = subprocess.run([sys.executable, "-m", "ema_scale", *step.run[1:]]).returncode
+        code = subprocess.run([sys.executable, "-m", "ema_scale", *step.run[1:]], env=environment).returncode
         if code:
             raise UserError(f"{what}: prepare: exit code {code} of: {step}")
         if not Path(step.makes).exists():

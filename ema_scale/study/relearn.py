@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ema_scale.config.layers import merge
+from ema_scale.core.numbers import Count, Positive
 from ema_scale.recipe import Recipe, build_recipe
 
 
@@ -20,12 +21,12 @@ class Relearning(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    rows: list[int] = Field(
+    rows: list[Count] = Field(
         min_length=1,
         description="How many of the task's first rows; one run for each number.",
         examples=[[8, 16, 32, 64]],
     )
-    epochs: float = Field(10.0, gt=0, description="How often each of these rows is seen.")
+    epochs: Positive = Field(10.0, description="How often each of these rows is seen.")
     source: str | None = Field(
         None, description="Rows in place of the task's own, such as bad rows of another domain.", examples=["bad.jsonl"]
     )

@@ -6,6 +6,7 @@ import logging
 import os
 from pathlib import Path
 
+from ema_scale.core.disk import make_folder
 from ema_scale.core.errors import UserError
 from ema_scale.core.paths import shipped_root
 from ema_scale.core.run_dir import STUDY, RunDir
@@ -34,7 +35,7 @@ def run_study(study: Study, overrides: tuple[str, ...] = (), jobs: int | None = 
     if missing(study.prepare):
         prepare(study.prepare, f"study {study.name}")
         check_same_training_of_runs(recipes, launched_processes(), f"study {study.name}")  # they may read what was made
-    study.path.mkdir(parents=True, exist_ok=True)
+    make_folder(study.path)
     write_study(study, study.path / STUDY)
     check_references(recipes, study.path / "base")
     failed = train_all(recipes, jobs or default_jobs(), study.path / "logs", study.retries)

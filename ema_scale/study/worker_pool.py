@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.io import open_append
 from ema_scale.core.run_dir import RunDir
 from ema_scale.recipe import Recipe, build_recipe
 from ema_scale.training.resume_check import is_finished
@@ -78,6 +79,10 @@ def _in_turn(recipes: Sequence[Recipe]) -> Iterator[tuple[Recipe, str | None]]:
 
 
 def _by_workers(recipes: Sequence[Recipe], jobs: int, logs: Path | None) -> Iterator[tuple[Recipe, str | None]]:
+    if logs is not None:  # a worker that cannot open its log would end like one that was killed
+        for number in range(jobs):
+            with open_append(_log(logs, number)):
+                pass
     context = multiprocessing.get_context("spawn")
     waiting = {recipe.name: recipe for recipe in recipes}
     while waiting:
@@ -129,11 +134,14 @@ def _start_worker(numbers: Any, jobs: int, gpus: list[str], logs: str | None) ->
     else:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     if logs is not None:
-        Path(logs).mkdir(parents=True, exist_ok=True)
-        said = open(Path(logs) / f"worker-{number}.log", "a", buffering=1, encoding="utf-8")  # noqa: SIM115
-        os.dup2(said.fileno(), sys.stdout.fileno())
-        os.dup2(said.fileno(), sys.stderr.fileno())
+        with open_append(_log(Path(logs), number)) as said:
+            os.dup2(said.fileno(), sys.stdout.fileno())
+            os.dup2(said.fileno(), sys.stderr.fileno())
     logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
+
+
+def _log(folder: Path, number: int) -> Path:
+    return folder / f"worker-{number}.log"
 
 
 def _train_plain(values: dict[str, Any]) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import difflib
 import importlib.util
 import logging
 import sys
@@ -12,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd.graph import save_on_cpu
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.training_args import OptimizerNames
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.run_dir import RunDir
 from ema_scale.models.load import pick_dtype
 from ema_scale.training.data import is_prepared
-from ema_scale.training.distributed import device_arguments, timeout_seconds
+from ema_scale.training.distributed import device_arguments, timeout_seconds, zero_stage
 
 if TYPE_CHECKING:
     from ema_scale.recipe import Recipe
@@ -109,8 +111,13 @@ def training_arguments(recipe: Recipe, run_dir: RunDir) -> RecipeArguments:
             "training.warmup_steps: %d of %d steps: the learning rate does not reach %g; lower it, or raise max_steps",
             t.warmup_steps, t.max_steps, t.learning_rate,
         )  # fmt: skip
+    if t.optim not in (known := [one.value for one in OptimizerNames]):
+        near = difflib.get_close_matches(t.optim, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "expected a name of transformers, such as adamw_torch"
+        raise UserError(f"training.optim: found {t.optim!r}; {hint}")
+    zero_stage(t.deepspeed)  # a file that is no config ends here, before DeepSpeed reads it
     try:
-        return RecipeArguments(
+        arguments = RecipeArguments(
             output_dir=str(run_dir.checkpoints),
             seed=recipe.seed,
             num_train_epochs=t.num_train_epochs,
@@ -138,8 +145,10 @@ def training_arguments(recipe: Recipe, run_dir: RunDir) -> RecipeArguments:
             log_level="warning",
             **device_arguments(),
         )
+        Trainer.get_optimizer_cls_and_kwargs(arguments)  # which says what else the optimizer needs
     except (ValueError, ImportError) as error:
         raise UserError(f"training: {error}") from None
+    return arguments
 
 
 def check_arguments(args: TrainingArguments | None, **keywords: Any) -> TrainingArguments:

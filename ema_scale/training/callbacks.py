@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
 from ema_scale.defenses.base import Defense
+from ema_scale.models.weights import open_tensors, read_tensors
 from ema_scale.reference.strategy import ReferenceStrategy
 from ema_scale.training.checkpointing import read_weights, write_weights
 from ema_scale.training.forward import DefendedForward
@@ -175,8 +175,8 @@ class DefenseObserver(TrainerCallback):
             self._ask()  # it may be the checkpoint of the step that one of them ended the training at
         if not (folder / SNAPSHOTS).is_file():
             return
-        tensors = load_file(folder / SNAPSHOTS)
-        with safe_open(folder / SNAPSHOTS, framework="pt") as handle:
+        tensors = read_tensors(folder / SNAPSHOTS)
+        with open_tensors(folder / SNAPSHOTS) as handle:
             steps = handle.metadata()
         for index, step in steps.items():
             prefix = f"{index}|"

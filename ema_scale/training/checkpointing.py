@@ -15,7 +15,6 @@ resumed.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -25,12 +24,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Trainer
 
 from ema_scale.core.checkpoints import MANIFEST, _is_scheduled, is_complete, list_checkpoints, step_of
+from ema_scale.core.disk import writing
 from ema_scale.core.errors import UserError
+from ema_scale.core.files import read_json
 from ema_scale.core.hashing import file_sha256
 from ema_scale.core.io import atomic_write_json
 from ema_scale.models.lora import write_adapter
@@ -82,18 +83,19 @@ class CheckpointMixin(Trainer):
         generators = gather_rng_states(self.accelerator)
         if self.accelerator.is_main_process and not is_complete(final):
             temporary = folder / f".{final.name}.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            try:
-                save_file(tensors, temporary / "state.safetensors")
-                write_adapter(self.model, _weights(self.model, tensors), temporary)  # so that PEFT loads it
-                save_file(generators, temporary / "random.safetensors")
-                atomic_write_json(temporary / "trainer.json", self._plain_state())
-                self.state.save_to_json(str(temporary / "trainer_state.json"))
-                self.observer.save(temporary)
-                self._seal(temporary, final)
-            finally:
+            with writing(final):
                 shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+                try:
+                    save_file(tensors, temporary / "state.safetensors")
+                    write_adapter(self.model, _weights(self.model, tensors), temporary)  # so that PEFT loads it
+                    save_file(generators, temporary / "random.safetensors")
+                    atomic_write_json(temporary / "trainer.json", self._plain_state())
+                    self.state.save_to_json(str(temporary / "trainer_state.json"))
+                    self.observer.save(temporary)
+                    self._seal(temporary, final)
+                finally:
+                    shutil.rmtree(temporary, ignore_errors=True)
             self._rotate(folder)
         self.accelerator.wait_for_everyone()
 
@@ -161,7 +163,7 @@ class CheckpointMixin(Trainer):
     def _restore(self, checkpoint: Path) -> None:
         """A collective. Raises UserError for an incomplete checkpoint or one of another adapter."""
         tensors = _read_state(checkpoint)
-        plain = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
+        plain = read_json(checkpoint / "trainer.json")
         TrainedState(self.model, self.optimizer).write(tensors, checkpoint)
         self.observer.restore(checkpoint, plain.get("readings", []))
         groups = optimizer_of(self.optimizer).param_groups
@@ -175,7 +177,7 @@ class CheckpointMixin(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            restore_rng_state(load_file(Path(checkpoint) / "random.safetensors"), self.accelerator.process_index)
+            restore_rng_state(read_tensors(Path(checkpoint) / "random.safetensors"), self.accelerator.process_index)
 
 
 # ---- trained weights and optimizer state ----

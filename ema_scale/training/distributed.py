@@ -132,7 +132,7 @@ def device_arguments() -> dict[str, Any]:
 def timeout_seconds() -> int:
     """How long a process waits for another before it fails: EMA_TIMEOUT_SECONDS, else torch's half hour."""
     found = os.environ.get("EMA_TIMEOUT_SECONDS", "1800")
-    if not found.isdigit() or int(found) == 0:
+    if not found.isdecimal() or int(found) == 0:
         raise UserError(f"EMA_TIMEOUT_SECONDS: found {found!r}, expected a number of seconds, such as 1800")
     return int(found)
 

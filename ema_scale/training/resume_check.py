@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.files import read_text
 from ema_scale.core.hashing import digest, file_sha256, folder_identity
 from ema_scale.core.io import atomic_write_text
 from ema_scale.core.records import Provenance
@@ -154,7 +155,7 @@ def file_marks(sources: Iterable[str]) -> dict[str, list[int]]:
 
 def renew_recipe(recipe: Recipe, run_dir: RunDir) -> None:
     """Write how a finished run is to be evaluated now into its folder."""
-    if run_dir.recipe_path.read_text(encoding="utf-8") != recipe.to_yaml():
+    if read_text(run_dir.recipe_path) != recipe.to_yaml():
         atomic_write_text(run_dir.recipe_path, recipe.to_yaml())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import shutil
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from datetime import date as Date
 from typing import TYPE_CHECKING, Any
 
+from ema_scale.core.disk import CannotWrite, writing
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import atomic_write_text
 from ema_scale.core.records import Provenance
@@ -228,21 +228,15 @@ def _claim(recipe: Recipe, run_dir: RunDir, existing: ExistingRun | None) -> Non
 
 @contextlib.contextmanager
 def _report_failure(run_dir: RunDir) -> Iterator[None]:
-    """Writes the status of a run that does not finish. A full disk becomes a clear error."""
+    """Writes the status of a run that does not finish. What the disk refuses becomes a clear error."""
     try:
-        yield
+        with writing(run_dir.path):
+            yield
     except KeyboardInterrupt:
         _end(run_dir, "stopped", "stopped by a signal; run the same command again to resume")
         raise
-    except OSError as error:
-        full = error.errno == errno.ENOSPC
-        message = (
-            f"{run_dir.path}: the disk is full; finished steps and checkpoints are kept: free space and run "
-            "the same command again"
-        )
-        _end(run_dir, "failed", message if full else str(error))
-        if full:
-            raise UserError(message) from None
+    except CannotWrite as error:
+        _end(run_dir, "failed", str(error))
         raise
     except BaseException as error:
         _end(run_dir, "failed", f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)

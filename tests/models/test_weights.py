@@ -17,7 +17,14 @@ from ema_scale.models.checkpoint_adapter import export_adapter
 from ema_scale.models.directions import Directions
 from ema_scale.models.load import load_base
 from ema_scale.models.lora import build_model, with_adapters
-from ema_scale.models.weights import check_adapter, check_checkpoint, check_finite, read_tensors, skeleton_of
+from ema_scale.models.weights import (
+    check_adapter,
+    check_checkpoint,
+    check_finite,
+    check_names,
+    read_tensors,
+    skeleton_of,
+)
 from tests.evaluation.conftest import save_adapter
 from tests.tiny import save_tiny
 
@@ -209,3 +216,20 @@ def test_a_finished_run_knows_its_adapter(sound, tmp_path):
         run.check_adapter(whole=False)
     run.set_status("running", keep=True)
     assert run.status().adapter is None
+
+
+@pytest.mark.zero3
+def test_under_zero3_no_tensor_is_left_over(sound, tmp_path):
+    """transformers says there that none is, whatever the file holds."""
+    from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+
+    shutil.copytree(sound / "model", tmp_path / "model")
+    tensors(lambda t: t.update(extra=torch.zeros(2)))(tmp_path / "model" / "model.safetensors")
+    active = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    try:
+        with pytest.raises(UserError, match="extra is of no use in this model"):
+            load_base(ModelRecipe(path=str(tmp_path / "model")))
+        check_names(ModelRecipe(path=str(sound / "model")))
+        assert is_deepspeed_zero3_enabled()
+    finally:
+        del active

@@ -24,9 +24,14 @@ def callable_line(name, function):
 
 def annotation(value):
     """An annotation without pydantic's objects for the bounds of a list's items."""
-    text = re.sub(r", FieldInfo\([^()]*(?:\([^()]*\)[^()]*)*\)", "", inspect.formatannotation(value))
+    text = re.sub(
+        r", (?:Before|After)Validator\(func=<function \w+ at 0x[0-9a-f]+>(?:, [^()]*)?\)",
+        "",
+        inspect.formatannotation(value),
+    )
+    text = re.sub(r", FieldInfo\([^()]*(?:\([^()]*\)[^()]*)*\)", "", text)
     for _ in range(2):
-        text = re.sub(r"\bAnnotated\[(list\[\w+\]|\w+)\]", r"\1", text)
+        text = re.sub(r"\b(?:typing\.)?Annotated\[(list\[\w+\]|\w+)\]", r"\1", text)
     return text
 
 

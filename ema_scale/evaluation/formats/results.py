@@ -20,6 +20,7 @@ from typing import Any
 
 from ema_scale.config.sections import EvaluationRecipe
 from ema_scale.core.errors import UserError
+from ema_scale.core.files import open_file, text_lines, what_it_is
 from ema_scale.core.hashing import digest
 from ema_scale.core.names import file_slug
 from ema_scale.evaluation.judges.assignment import JudgeSpec
@@ -84,8 +85,11 @@ def read_results(path: Path, columns: Mapping[str, str] | None = None) -> tuple[
     """
     csv.field_size_limit(min(sys.maxsize, 1 << 30))
     try:
-        with open(path, newline="", encoding="utf-8-sig") as handle:
-            reader = csv.reader(handle, delimiter="\t" if path.suffix == ".tsv" else ",")
+        with open_file(path, "the results") as handle:
+            if known := what_it_is(handle.read(200)):
+                raise UserError(f"{path}: {known}")
+            handle.seek(0)
+            reader = csv.reader(text_lines(path, handle), delimiter="\t" if path.suffix == ".tsv" else ",")
             header = next(reader, [])
             twice = [name for name, count in Counter(header).items() if count > 1]
             if twice:
@@ -102,8 +106,6 @@ def read_results(path: Path, columns: Mapping[str, str] | None = None) -> tuple[
         raise UserError(f"{path}: cannot read the results ({error.strerror})") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not a CSV in UTF-8 ({error})") from None
-    if header and header[0].startswith("version https://git-lfs"):
-        raise UserError(f"{path}: found a Git LFS pointer, expected the file; run `git lfs pull` in its repository")
     choose_columns(
         path, header, rows, columns or {}
     )  # so that a file of other columns is named before one without rows

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,12 +15,26 @@ if TYPE_CHECKING:
 _FIELD = re.compile(r"\{(question|answer|reasoning)\}")
 # Tokens that chat templates are made of; an endpoint may read them as structure wherever they stand.
 _CONTROL = re.compile(
-    r"<\|(?=[^|>\n]{1,60}\|?>)|<(?=/?s>|/?bos>|/?eos>|(?:start|end)_of_turn>|<SYS>>|</SYS>>|/?think>)"
-    r"|\[(?=/?INST\])",
+    r"<\|(?=[^|>\n]{1,60}\|?>)|<(?=/?s>|/?bos>|/?eos>|pad>|unk>|(?:start|end)_of_turn>|<SYS>>|</SYS>>|/?think>"
+    r"|(?:extra_id_|reserved_|unused)\d{1,5}>)"
+    r"|\[(?=/?(?:INST|SYSTEM_PROMPT|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT|AVAILABLE_TOOLS|THINK|ARGS|CALL_ID)\])",
     re.I,
 )
 # A line that marks a place: words in brackets, such as [ANSWER START], <answer>, </answer>.
 _MARK = re.compile(r"[\[<{(]+\s*/?\s*([A-Za-z][A-Za-z _-]{1,40}?)\s*[\]>})]+")
+# What a reader, and a model, takes for another character.
+_LOOKS_LIKE = str.maketrans(
+    "АВЕЅІЈКМНОРСТУХѴаеорсухіјѕԁԛԝһ" + "ΑΒΕΖΗΙΚΜΝΟΡΤΥΧονακρ" + "ɑɡıꞮᴀᴇɴʀᴡ" + "∕⁄⧸∣ǀ│❘",
+    "ABESIJKMHOPCTYXVaeopcyxijsdqwh" + "ABEZHIKMNOPTYXovakp" + "agiIaenrw" + "///||||",
+)
+_BRACKETS = {
+    **dict.fromkeys("【〔〖〚⟦⟬❲⁅「『", "["),
+    **dict.fromkeys("】〕〗〛⟧⟭❳⁆」』", "]"),
+    **dict.fromkeys("〈《⟨⟪‹«❮❰❬˂ᐸ", "<"),
+    **dict.fromkeys("〉》⟩⟫›»❯❱❭˃ᐳ", ">"),
+}
+# Letters that show nothing: Hangul fillers, and the like.
+_UNSEEN = "\u115f\u1160\u3164\uffa0\u2800"
 # Unicode's tag characters spell ASCII invisibly: instructions that no person reading the answer would see.
 _INVISIBLE_ASCII = re.compile("[\U000e0000-\U000e007f]")
 
@@ -60,27 +75,54 @@ def fill(template: str, values: Mapping[str, str]) -> str:
 
 def _harmless(value: str, marks: list[re.Pattern[str]]) -> str:
     value = _INVISIBLE_ASCII.sub("", value).encode("utf-8", "replace").decode()  # a lone surrogate is no text
-    plain = unicodedata.normalize("NFKC", "".join(c for c in value if unicodedata.category(c) != "Cf"))
-    # Only a text that hides something is judged in its plain form: joiners mean something in many scripts.
-    if any(pattern.search(plain) for pattern in (*marks, _CONTROL)):
-        value = plain
-    for mark in marks:
-        value = mark.sub("(mark removed)", value)
-    return _CONTROL.sub(lambda m: m[0] + " ", value)
+    plain, places = _as_read(value)
+    found = sorted(match.span() for mark in marks for match in mark.finditer(plain))
+    pieces, end = [], 0
+    for first, last in found:
+        start, stop = places[first], places[last - 1] + 1
+        if start >= end:
+            pieces += [value[end:start], "(mark removed)"]
+        end = max(end, stop)
+    value = "".join([*pieces, value[end:]])
+    plain, places = _as_read(value)
+    pieces, end = [], 0
+    for match in _CONTROL.finditer(plain):
+        stop = places[match.end() - 1] + 1
+        pieces += [value[end:stop], " "]
+        end = stop
+    return "".join([*pieces, value[end:]])
+
+
+def _as_read(text: str) -> tuple[str, Sequence[int]]:
+    """What a text reads as: look-alikes folded, what shows nothing left out; and where in it each character stands."""
+    if text.isascii():
+        return text, range(len(text))
+    folded = [_folded(character) for character in text]
+    return "".join(folded), [place for place, part in enumerate(folded) for _ in part]
+
+
+@lru_cache(maxsize=1 << 16)
+def _folded(character: str) -> str:
+    if character in _UNSEEN:
+        return ""
+    parts = unicodedata.normalize("NFKD", _BRACKETS.get(character, character))
+    return "".join(c for c in parts if unicodedata.category(c) not in ("Cf", "Mn", "Me")).translate(_LOOKS_LIKE)
 
 
 def _marks(template: str) -> list[re.Pattern[str]]:
-    """Patterns of what could pass for one of the template's marks, or of ours."""
+    """Patterns of what could pass for one of the template's marks, or of ours. Each is linear in the text."""
     patterns = []
     for match in _FIELD.finditer(template):
         for line in _neighbours(template, match):
             if mark := _MARK.fullmatch(line):
-                words = r"[\s_-]*".join(map(re.escape, re.split(r"[\s_-]+", mark[1])))
+                words = r"[\s_-]*+".join(map(re.escape, re.split(r"[\s_-]+", mark[1])))
                 # Square and angle brackets pass for each other; round ones and braces are ordinary text.
                 left, right = re.escape("[<" + line[0]), re.escape("]>" + line[-1])
-                patterns.append(rf"[{left}]+\s*/?\s*{words}\s*[{right}]+")
-    ours = r"(?:question|answer|reasoning)(?:\s+[0-9a-f]{8})?"
-    patterns += [rf"<<<\s*{ours}", rf"{ours}\s*>>>"]
+                patterns.append(rf"(?<![{left}])[{left}]++\s*+(?:/\s*+)?{words}\s*+[{right}]++")
+                if line.startswith("<"):  # a tag may have attributes
+                    patterns.append(rf"<\s*+(?:/\s*+)?{words}[\s/][^<>\n]{{0,80}}+>")
+    ours = r"(?:question|answer|reasoning)\b(?:\s++[0-9a-f]{4,16}\b)?[^\w\s<>]{0,3}"
+    patterns += [rf"<\s*+<\s*+<\s*+{ours}", rf"{ours}\s*+>\s*+>\s*+>"]
     return [re.compile(p, re.I) for p in patterns]
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -261,24 +262,29 @@ def _named(text: str) -> Reading | None:
     plain, final = dict[int, _Number](), dict[int, _Number]()
     label: dict[int, Reading] = {}
     for m in _NAME.finditer(text):
-        after = next((n for n in numbers if n.start >= m.end()), None)
-        if after is not None and _connects(text[m.end() : after.start]):
+        place = bisect_left(numbers, m.end(), key=lambda n: n.start)
+        after = numbers[place] if place < len(numbers) else None
+        if after is not None and _connects(text, m.end(), after.start):
             (final if m["final"] else plain)[after.start] = after
-        elif said := re.match(r"[\s:=*_\"'`\[({>]*(?:is\s+)?[*\"'`\[(]*(CODE|REFUSAL)\b", text[m.end() :]):
+        elif said := _SAID.match(text, m.end()):
             label[m.end()] = Reading(label=said[1])
     if final or plain:
         return _agreed(list((final or plain).values()))
     return _agreed_readings(list(label.values())) if label else None
 
 
-def _connects(gap: str) -> bool:
+_SAID = re.compile(r"[\s:=*_\"'`\[({>]*+(?:is\s++)?[*\"'`\[(]*(CODE|REFUSAL)\b")
+
+
+def _connects(text: str, start: int, end: int) -> bool:
     """Whether nothing but small words and marks stands between a name and its number, on at most two lines."""
+    gap = text[start : min(end, start + 61)]
     if len(gap) > 60 or gap.count("\n") > 2 or re.search(r"[.;!?]\s", gap):
         return False
     return all(word in _BETWEEN for word in re.findall(r"[\w'\u2019]+", gap.lower().replace("\u2019", "'")))
 
 
-_BOLD = re.compile(r"\*\*\s*([^*\n]{1,20}?)\s*\*\*")
+_BOLD = re.compile(r"\*\*\s{0,9}([^*\n]{1,20}?)\s{0,9}\*\*")
 
 
 def _bold(text: str) -> Reading | None:
