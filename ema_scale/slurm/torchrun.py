@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.imports import without_garbage_collection
 from ema_scale.core.run_dir import RunDir
 from ema_scale.slurm import failure
 
@@ -26,8 +27,9 @@ def main(arguments: list[str]) -> None:
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the processes inherit this until they have handlers of their own
     _make_cache(os.environ.get("EMA_NODE_CACHE"))
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    with without_garbage_collection():
+        from torch.distributed import run as torchrun
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
         # The nodes meet at a fixed address, each with the number that Slurm gave it: names are not looked up.
