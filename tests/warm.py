@@ -51,8 +51,8 @@ class Process:
     """A forked Python process. Its parent is a process of the warm one's, which sees how it ends."""
 
     def __init__(self, pid: int, ends: int) -> None:
-        self.pid, self.returncode, self._ends = pid, None, ends
-        self.returncode: int | None
+        self.pid, self._ends = pid, ends
+        self.returncode: int | None = None
 
     def poll(self) -> int | None:
         if self.returncode is None and select.select([self._ends], [], [], 0)[0]:
