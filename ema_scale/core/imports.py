@@ -1,4 +1,4 @@
-"""Imports of torch and its kin, a third sooner."""
+"""Imports of torch and its kin, sooner."""
 
 from __future__ import annotations
 
