@@ -9,14 +9,16 @@ more fails by itself, and the machine survives.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import resource
-import subprocess
-import sys
+import tempfile
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+from benchmarks import forked
 from ema_scale.core.errors import UserError
 
 OUT_OF_MEMORY = "out of memory"
@@ -27,13 +29,21 @@ def alone(target: str, **arguments: Any) -> dict[str, Any] | None:
 
     Raises UserError if it fails.
     """
-    # Without the threshold, freed memory stays in the heap of the process and counts as used.
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-m", "benchmarks.alone", target, json.dumps(arguments)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{target} failed:\n{done.stderr[-3000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
+    context: Any = multiprocessing.get_context(forked.start_method())
+    environment = {**os.environ, **forked.HEAP}
+    receiver, sender = context.Pipe(duplex=False)
+    with tempfile.NamedTemporaryFile("r", errors="replace") as written:
+        process = context.Process(target=_work, args=(sender, written.name, environment, target, json.dumps(arguments)))
+        # Some variables are read when a process starts, which is before it can set them.
+        with patch.dict(os.environ, environment):
+            process.start()
+        sender.close()
+        try:
+            found = json.loads(receiver.recv())
+        except EOFError as error:
+            process.join()
+            raise UserError(f"{target} failed:\n{written.read()[-3000:]}") from error
+    process.join()
     return None if found == OUT_OF_MEMORY else found
 
 
@@ -53,7 +63,11 @@ def _limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (mapped + int(0.9 * free), resource.RLIM_INFINITY))
 
 
-def _main(target: str, arguments: str) -> None:
+def _work(sender: Any, output: str, environment: dict[str, str], target: str, arguments: str) -> None:
+    with open(output, "w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    forked.take_environment(environment)
     import torch
 
     from benchmarks.harness import out_of_memory
@@ -69,8 +83,4 @@ def _main(target: str, arguments: str) -> None:
         if not out_of_memory(error):
             raise
         found = OUT_OF_MEMORY
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    sender.send(json.dumps(found))

@@ -2,13 +2,11 @@
 
     together("benchmarks.gathered:measure", 2, "two_stream", task.to_dict())
 
-On a CPU the processes are forked from one that has made the imports, which take seconds. CUDA does not survive a fork:
-with a GPU each process makes its own.
+`forked` says how they start.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import tempfile
 import uuid
@@ -18,9 +16,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from benchmarks import forked
 from ema_scale.core.errors import UserError
 
-_IMPORTS = ["peft", "deepspeed", "transformers.trainer", "ema_scale.training.trainer", "ema_scale.training.run"]
 # What torch's launcher tells each process. Everything else comes from the environment of the caller.
 _BY_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
@@ -40,25 +38,23 @@ def together(target: str, processes: int, *arguments: Any, **environment: str) -
     Raises:
         UserError: a process failed; the message ends with what the processes wrote.
     """
-    import torch
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    cuda = torch.cuda.is_available()
-    given = {"OMP_NUM_THREADS": "1", **os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", **environment}
-    if not cuda:
+    start = forked.start_method()
+    given = {"OMP_NUM_THREADS": "1", **os.environ, **forked.HEAP, **environment}
+    if start == "forkserver":
         given.setdefault("DS_ACCELERATOR", "cpu")
-        multiprocessing.set_forkserver_preload(_IMPORTS)
     given = {name: value for name, value in given.items() if not name.startswith(_BY_LAUNCHER)}
     with tempfile.TemporaryDirectory(prefix="ema-processes-") as logs:
         config = LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=str(uuid.uuid4()), max_restarts=0,
-            rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="spawn" if cuda else "forkserver",
+            rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method=start,
             logs_specs=DefaultLogsSpecs(logs, redirects=Std.ALL),
         )  # fmt: skip
         try:
-            # Some variables are read when a process starts, which is before `_call` can set them.
+            # Some variables are read when a process starts, which is before it can set them.
             with patch.dict(os.environ, given):
                 returned = elastic_launch(config, _call)(target, arguments, given)
         except ChildFailedError as error:
@@ -67,9 +63,7 @@ def together(target: str, processes: int, *arguments: Any, **environment: str) -
 
 
 def _call(target: str, arguments: tuple[Any, ...], environment: Mapping[str, str]) -> Any:
-    for name in [name for name in os.environ if not name.startswith(_BY_LAUNCHER)]:
-        del os.environ[name]
-    os.environ.update(environment)
+    forked.take_environment(environment, kept=_BY_LAUNCHER)
     module, _, name = target.partition(":")
     return getattr(import_module(module), name)(*arguments)
 

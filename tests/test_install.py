@@ -14,7 +14,7 @@ PYTHONS = ("3.11.2", "3.13")
 
 def resolve(source, *options):
     command = [sys.executable, "-m", "uv", "pip", "compile", "-q", "--no-header", *options, source]
-    return subprocess.run(map(str, command), capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=ROOT)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from ema_scale.core.errors import UserError
+from ema_scale.defenses.interleaving import Interleaving
 from ema_scale.defenses.kl import KL
 from ema_scale.recipe import Recipe, load_recipe
 
@@ -141,4 +142,5 @@ def test_a_path_from_the_command_line_stays_where_it_is_wherever_the_recipe_is_w
     for found in (recipe, load_recipe(written)):
         assert found.run_path == here / "out" / "one" and found.data.sources == [str(tmp_path / "rows.jsonl")]
         assert found.evaluation.suites.general == [str(tmp_path / "bank.yaml")]
-        assert found.defenses[0].source == str(here / "safe.jsonl")
+        (interleaving,) = found.defenses
+        assert isinstance(interleaving, Interleaving) and interleaving.source == str(here / "safe.jsonl")

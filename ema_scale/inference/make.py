@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.imports import without_garbage_collection
 from ema_scale.inference.base import Sampler, SamplerOptions
 
 if TYPE_CHECKING:
@@ -32,15 +33,17 @@ def make_sampler(kind: str, options: SamplerOptions) -> Sampler:
 
         return OpenAISampler(options)
     if kind != "transformers":
-        reason = choose_reason_against_vllm(options)
-        if reason is None:
-            from ema_scale.inference.vllm_sampler import VllmSampler
+        with without_garbage_collection():  # vLLM imports half of itself while its engine starts
+            reason = choose_reason_against_vllm(options)
+            if reason is None:
+                from ema_scale.inference.vllm_sampler import VllmSampler
 
-            return VllmSampler(options)
+                return VllmSampler(options)
         if kind == "vllm":
             raise UserError(f"evaluation.sampler: vllm cannot serve this model: {reason}; use transformers")
         log.warning("sampling with transformers, not vLLM: %s", reason)
-    from ema_scale.inference.transformers_sampler import TransformersSampler
+    with without_garbage_collection():
+        from ema_scale.inference.transformers_sampler import TransformersSampler
 
     return TransformersSampler(options)
 

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.imports import without_garbage_collection
 from ema_scale.core.run_dir import RunDir
 from ema_scale.slurm import failure
 
@@ -34,8 +35,9 @@ def main(arguments: list[str]) -> None:
         # What is ignored, the processes inherit until they have handlers of their own.
         signal.signal(number, signal.SIG_IGN if told_by_slurm else _tell_processes)
     _make_cache(os.environ.get("EMA_NODE_CACHE"))
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    with without_garbage_collection():
+        from torch.distributed import run as torchrun
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
         # The nodes meet at a fixed address, each with the number that Slurm gave it: names are not looked up.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ema_scale.core.disk import CannotWrite, writing
 from ema_scale.core.errors import UserError
+from ema_scale.core.imports import without_garbage_collection
 from ema_scale.core.io import atomic_write_text
 from ema_scale.core.records import Provenance
 from ema_scale.core.run_dir import RunDir, trained_questions
@@ -69,7 +70,7 @@ def fill_cache(recipe: Recipe) -> FillStats:
     Raises UserError as `train` does, under DeepSpeed, and if no defense reads the reference; KeyboardInterrupt after a
     signal, when the states computed so far are on disk.
     """
-    prepare_environment(recipe.training.deepspeed, recipe.training.fsdp)
+    _prepare_process(recipe)
     from ema_scale.training.reference_setup import prepare_reference
 
     if not any(d.needs_reference for d in recipe.defenses):
@@ -82,6 +83,12 @@ def fill_cache(recipe: Recipe) -> FillStats:
         stats = prepare_reference(trainer.defended.reference, trainer)
     assert stats is not None
     return stats
+
+
+def _prepare_process(recipe: Recipe) -> None:
+    with without_garbage_collection():
+        prepare_environment(recipe.training.deepspeed, recipe.training.fsdp)
+        from ema_scale.training import trainer  # noqa: F401
 
 
 def _trainer(recipe: Recipe, run_dir: RunDir, callbacks: list[Any]) -> tuple[DefendedTrainer, dict[str, str]]:
@@ -139,7 +146,7 @@ def _trainer(recipe: Recipe, run_dir: RunDir, callbacks: list[Any]) -> tuple[Def
 
 
 def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
-    prepare_environment(recipe.training.deepspeed, recipe.training.fsdp)
+    _prepare_process(recipe)
     from ema_scale.core.checkpoints import newest_complete, step_of
     from ema_scale.data.report import cut_line, report_lines
     from ema_scale.models.load import parameter_counts

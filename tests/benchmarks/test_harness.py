@@ -41,6 +41,7 @@ def test_ways_take_turns_and_ratios_are_of_medians():
         baseline="slow", repeats=3, warmup=1, memory=False,
     )  # fmt: skip
     assert order == ["slow", "fast"] * 4
+    assert fast.median is not None and slow.median is not None and fast.ratio is not None
     assert len(fast.seconds) == 3 and slow.ratio == 1 and fast.ratio == pytest.approx(fast.median / slow.median)
     assert fast.ratio < 0.6 and slow.figures == {"phase": 0.02}
     assert absent.median is None and absent.ratio is None and absent.note == "needs a GPU"

@@ -12,6 +12,7 @@ from benchmarks.training_variants import Task
 from ema_scale.cli import app
 
 
+@pytest.mark.slow
 def test_plans_are_within_their_bar_of_what_is_measured(tmp_path):
     out = tmp_path / "plan.json"
     options = "--layers 2 --rows 2 --length 64 --only adapter_off".split()

@@ -20,6 +20,7 @@ def command(tmp_path):
             "--domains", "3", "--repeats", "2", "-o", str(tmp_path / "out.json")]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_select_is_measured_beside_one_row_at_a_time(command, tmp_path):
     assert CliRunner().invoke(app, command).exit_code == 0
     found = json.loads((tmp_path / "out.json").read_text())

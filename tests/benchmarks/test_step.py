@@ -42,6 +42,7 @@ def test_losses_that_differ_are_refused(monkeypatch):
         step.bench_step(TINY, repeats=1, variants=(PLAIN, SECOND, TWO))
 
 
+@pytest.mark.slow
 def test_the_command_measures_and_reads_the_bars(tmp_path):
     out = tmp_path / "step.json"
     options = "--layers 2 --rows 1 --length 16 --steps 2 --repeats 1 --variant two_stream".split()

@@ -11,8 +11,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import yaml
 
 from ema_scale.core.io import read_jsonl
 from ema_scale.core.uri import locate
+from tests import warm
 from tests.evaluation.conftest import save_adapter
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -70,13 +69,12 @@ def make_study(folder: Path) -> Path:
     return folder / "study"
 
 
-def start(study: Path) -> subprocess.Popen[bytes]:
+def start(study: Path) -> warm.Process:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "ema_scale", "eval", str(study), "--no-base"]
-    return subprocess.Popen(command, cwd=study.parent, env=environment, stderr=subprocess.DEVNULL)
+    return warm.start(["-m", "ema_scale", "eval", study, "--no-base"], cwd=study.parent, env=environment, vllm=True)
 
 
-def finish(process: subprocess.Popen[bytes]) -> None:
+def finish(process: warm.Process) -> None:
     try:
         assert process.wait(timeout=1800) == 0
     finally:

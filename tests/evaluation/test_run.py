@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -24,6 +22,7 @@ from ema_scale.evaluation.plan import EvalTarget
 from ema_scale.evaluation.records import Summary
 from ema_scale.evaluation.run import evaluate
 from ema_scale.evaluation.suites import Question, Suite
+from tests import warm
 from tests.evaluation.conftest import TinyModels
 from tests.evaluation.endpoint import Endpoint, completion, error
 
@@ -222,9 +221,8 @@ def killed_work(model: str, adapter: str, folder: Path, url: str) -> dict[str, S
 def kill_when(folder: Path, name: str, lines: int, world: TinyModels, url: str) -> None:
     """Run the work in a process of its own and kill -9 it once `name` has that many lines in it."""
     root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-c", SCRIPT, world.model, world.adapters[0], str(folder), url]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-    process = subprocess.Popen(command, cwd=root, env=environment)
+    process = warm.start(["-c", SCRIPT, world.model, world.adapters[0], folder, url], cwd=root, env=environment)
     try:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from ema_scale.core.io import read_jsonl
 from ema_scale.core.run_dir import RunDir
 from ema_scale.defenses.registry import plugins
 from ema_scale.slurm.submit import jobs_of, log_of, ranks_log_of
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,10 +60,13 @@ def environment(slurm: Any, *paths: Path) -> dict[str, str]:
     return {**os.environ, "PATH": f"{slurm.bin}:{os.environ['PATH']}", "PYTHONPATH": ":".join(found)}
 
 
+def attempt(*arguments: object, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """`ema` with these arguments, however it ends."""
+    return warm.run(["-m", "ema_scale", *arguments], env=env)
+
+
 def ema(*arguments: object, env: dict[str, str]) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "ema_scale", *map(str, arguments)], env=env, capture_output=True, text=True, cwd=ROOT
-    )
+    done = attempt(*arguments, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -1,8 +1,5 @@
 """A base model that is refused, or not, before anything is trained on it: on a real Slurm."""
 
-import subprocess
-import sys
-
 import pytest
 import yaml
 
@@ -10,7 +7,7 @@ from ema_scale.core.run_dir import RunDir
 from ema_scale.recipe import build_recipe
 from ema_scale.slurm.submit import jobs_of
 from ema_scale.study.grid import load_study
-from tests.slurm.helpers import ROOT, ema, environment, everything
+from tests.slurm.helpers import attempt, ema, environment, everything
 from tests.slurm.test_sweep import study_file
 from tests.training.test_run import recipe_of, world
 
@@ -19,8 +16,7 @@ __all__ = ["world"]
 
 
 def refused(*command, env):
-    done = subprocess.run([sys.executable, "-m", "ema_scale", *map(str, command)], env=env, capture_output=True,
-                          text=True, cwd=ROOT)  # fmt: skip
+    done = attempt(*command, env=env)
     assert done.returncode == 2 and "Refused" in done.stderr and "Traceback" not in done.stderr, done.stderr
     return done.stderr
 

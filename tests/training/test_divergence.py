@@ -36,6 +36,7 @@ def test_float32_is_precise_near_the_reference(direction, temperature):
     for drift in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6):
         logits = reference + drift * torch.randn(64, 5000, generator=made)
         value, slope = divergence(logits, reference.clone(), direction, temperature)
+        assert slope is not None
         expected, gradient = exact(logits, reference, direction, temperature)
         # Float32's unit over the drift is left; at 1e-13 nats, the square of the normalisers' own error.
         off = (value - expected).abs()
@@ -94,6 +95,7 @@ def test_a_small_share_of_a_large_step_is_not_lost_in_half_precision(dtype, dire
         term = LossTerm(0.1 * each, every, direction)
         theirs = Head(head.weight.to(kind))
         (fused_loss(x, reference.to(kind), theirs, labels, weights, [term], chunk=32).loss * scale).backward()
+        assert x.grad is not None
         return x.grad.double() / scale
 
     expected = gradient(torch.float64, 1)

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from ema_scale.core.run_dir import RunDir
 from ema_scale.recipe import build_recipe
 from ema_scale.training.resume_check import check_same_data, is_finished
 from ema_scale.training.run import train
+from tests import warm
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,16 +169,22 @@ def test_the_same_recipe_gives_the_same_adapter(world, undisturbed, tmp_path):
 
 
 def start(recipe, folder):
+    folder.mkdir(exist_ok=True)
     path = folder / "recipe.yaml"
     path.write_text(recipe.to_yaml())
-    command = [sys.executable, "-m", "ema_scale", "train", str(path)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with open(folder / "output.txt", "w") as output:
+        return warm.start(["-m", "ema_scale", "train", path], output=output)
+
+
+def said(run):
+    """What the process wrote that `start` started."""
+    return (run.path.parent / "output.txt").read_text()
 
 
 def wait_for_checkpoint(run, process, name="checkpoint-2", seconds=120):
     deadline = time.monotonic() + seconds
     while not (run.checkpoints / name).exists():
-        assert process.poll() is None, process.stdout.read()
+        assert process.poll() is None, said(run)
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -191,7 +197,7 @@ def test_killed_outright_it_goes_on_and_ends_with_the_same_adapter(world, tmp_pa
     expected = train(calm, RunDir(calm.run_path))
     recipe = recipe_of(world, tmp_path / "killed", **long)
     run = RunDir(recipe.run_path)
-    process = start(recipe, tmp_path)
+    process = start(recipe, tmp_path / "killed")
     wait_for_checkpoint(run, process, "checkpoint-14")
     process.kill()
     process.wait()
@@ -227,8 +233,7 @@ def test_a_signal_saves_stops_and_the_run_goes_on(world, undisturbed, tmp_path):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
+    assert process.wait(60) == 130, said(run)
     assert run.status().state == "stopped"
     (checkpoint,) = list_checkpoints(run.checkpoints)
     assert is_complete(checkpoint)
