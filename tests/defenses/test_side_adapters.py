@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import file_sha256
 from ema_scale.defenses import DFT, KL, GradientRouting, InoculationAdapter, SafeGrad, parse
+from ema_scale.models.alignment import aligned_updates
 from ema_scale.models.side_adapters import SideAdapter, SideAdapters, _fitting, is_side_adapter
 from ema_scale.training.data import hash_files
 from tests.defenses.one_step import assert_no_split_changes_it, assert_same_gradients, one_step, rows_with
@@ -194,6 +195,14 @@ def test_an_adapter_beside_the_policys_is_no_part_of_the_reference(tmp_path, bad
     assert len(list((tmp_path / "cache" / "reference").glob("*/last"))) == 1
     hashes = hash_files([InoculationAdapter(bad)])
     assert hashes == {f: file_sha256(f) for f in (f"{bad}/adapter_config.json", f"{bad}/adapter_model.safetensors")}
+
+
+def test_a_penalty_on_the_adapters_weights_is_on_the_policys_alone():
+    model = tiny_peft(spread=0.3)
+    SideAdapters(model, [SideAdapter(learns="bad")])
+    updates = aligned_updates(model, lambda name: torch.ones(1, 1))
+    own = {p.data_ptr() for n, p in model.named_parameters() if "lora_B" in n and not is_side_adapter(n)}
+    assert {update.b.data_ptr() for update in updates} == own and len(own) == 14
 
 
 PLUG_IN = """
