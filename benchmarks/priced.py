@@ -10,12 +10,15 @@ from unittest.mock import patch
 
 import torch
 import yaml
+from peft import get_peft_model
 
+from benchmarks.random_model import random_base
 from ema_scale.core.errors import UserError
 from ema_scale.defenses import Defense, parse
 from ema_scale.defenses.registry import load
 from ema_scale.defenses.row_groups import RowGroups
 from ema_scale.models.directions import Directions
+from ema_scale.models.lora import lora_config
 
 SHARE = 4  # one row in so many is of the part that a defense brings in
 
@@ -49,6 +52,10 @@ def _made_up(kind: str, asset: str, fields: dict[str, Any], folder: Path) -> str
         path = folder / "vector.safetensors"
         Directions(vectors, {"recommended_layer": (count + 1) // 2}).save(path)
         return str(path)
+    if "adapter" in asset:
+        base = random_base(fields, "float32", "cpu")
+        get_peft_model(base, lora_config(base)).save_pretrained(str(folder / "adapter"))
+        return str(folder / "adapter")
     raise UserError(f"--defense {kind}: needs {asset}, which no benchmark makes up; give it: {{kind: {kind}, ...}}")
 
 

@@ -8,7 +8,9 @@ from ema_scale.defenses.base import Defense, FinishContext, PenaltyInputs, RowsC
 from ema_scale.defenses.ceiling import Ceiling
 from ema_scale.defenses.dft import DFT
 from ema_scale.defenses.early_stopping import EarlyStopping
+from ema_scale.defenses.gradient_routing import GradientRouting
 from ema_scale.defenses.inoculation import Inoculation
+from ema_scale.defenses.inoculation_adapter import InoculationAdapter
 from ema_scale.defenses.interleaving import Interleaving
 from ema_scale.defenses.interleaving_plus import InterleavingPlus
 from ema_scale.defenses.kl import KL
@@ -22,6 +24,7 @@ from ema_scale.defenses.steering import Steering
 from ema_scale.defenses.terms import Divergence, LabelLogProbs, LabelTerm, LabelWeight, TokenSet
 from ema_scale.defenses.trait_monitor import TraitMonitor
 from ema_scale.defenses.treft import TReFT
+from ema_scale.models.side_adapters import SideAdapter
 
 __all__ = [
     "DFT",
@@ -37,7 +40,9 @@ __all__ = [
     "Divergence",
     "EarlyStopping",
     "FinishContext",
+    "GradientRouting",
     "Inoculation",
+    "InoculationAdapter",
     "Interleaving",
     "InterleavingPlus",
     "LabelLogProbs",
@@ -48,6 +53,7 @@ __all__ = [
     "RowsContext",
     "SafeGrad",
     "SafeLoRA",
+    "SideAdapter",
     "StarDSS",
     "Steering",
     "TokenSet",

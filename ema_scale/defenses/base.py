@@ -1,7 +1,7 @@
 """What a defense is: a frozen, validated config that may act at six points of a training run.
 
 1. `transform_rows` mixes in or rewrites training rows.
-2. `attach` changes the forward pass while training lasts.
+2. `attach` and `side_adapters` change the forward pass while training lasts.
 3. `divergences`, `label_terms` and `penalty` add terms to the loss; `label_weights` and `token_weights` weigh it.
 4. `join_gradients` and `before_optimizer_step` see the gradient before the optimizer uses it.
 5. `should_stop` and `should_snapshot` read each step's metrics.
@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ema_scale.core.errors import UserError, explain
 from ema_scale.core.names import defense_label
 from ema_scale.defenses.terms import Divergence, LabelTerm, LabelWeight, Part, Scope, TokenSet, TokenTerm
+from ema_scale.models.side_adapters import SideAdapter
 
 if TYPE_CHECKING:
     import torch
@@ -192,6 +193,7 @@ class Defense(BaseModel):
     adapter_files: files that `after_training` leaves beside the adapter's weights. They are removed when another
         adapter replaces it.
     defined_in: `file.py:Class` of a class in a user's own file, which recipes then name it by; "" for others.
+    without_reference: its terms never depend on the reference.
     layer_by_layer: `penalty` is a sum over layers. It is then called with one layer at a time, while the forward pass
         is there, and no states are stored for it.
     whole_weights: it reads whole adapter weights, which ZeRO-3 and FSDP shard.
@@ -207,6 +209,7 @@ class Defense(BaseModel):
     summary: ClassVar[str] = ""
     adapter_files: ClassVar[tuple[str, ...]] = ()
     defined_in: ClassVar[str] = ""
+    without_reference: ClassVar[bool] = False
     layer_by_layer: ClassVar[bool] = False
     whole_weights: ClassVar[bool] = False
 
@@ -266,6 +269,10 @@ class Defense(BaseModel):
         Hooks should do nothing inside `reference_pass()`, or they change the frozen reference.
         """
         return contextlib.nullcontext()
+
+    def side_adapters(self) -> tuple[SideAdapter, ...]:
+        """Adapters that are active beside the policy's while training, and dropped afterwards."""
+        return ()
 
     def divergences(self) -> tuple[Divergence, ...]:
         """Loss terms on the output distribution, computed inside the fused loss."""

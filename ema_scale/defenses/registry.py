@@ -141,7 +141,8 @@ def catalogue() -> list[dict[str, Any]]:
         needs = [asset for name, asset in assets.items() if cls.model_fields[name].is_required()]
         uses = [asset for asset in assets.values() if asset not in needs]
         reading = ("penalty_layers", "divergences", "label_terms")
-        (needs if any(cls.overrides(method) for method in reading) else []).append("a reference pass")
+        if any(cls.overrides(method) for method in reading) and not cls.without_reference:
+            needs.append("a reference pass")
         entries.append(
             {
                 "kind": kind,

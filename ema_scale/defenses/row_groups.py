@@ -15,6 +15,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.data.rows import LEARNED, TAGS
 from ema_scale.defenses.base import Defense, RowsContext
 from ema_scale.defenses.terms import LabelWeight, Scope, TokenSet, TokenTerm
+from ema_scale.models.side_adapters import SideAdapter
 
 if TYPE_CHECKING:
     from ema_scale.data.rows import Row
@@ -73,7 +74,7 @@ class RowGroups:
         for tag in UNLEARNED:
             taken: list[str] = []
             for defense, names in zip(defenses, part_names, strict=True):
-                looked_at = {term.part for term in defense.token_terms}
+                looked_at = {term.part for term in defense.token_terms} | {a.learns for a in defense.side_adapters()}
                 if tag in looked_at or (defense.changes_rows and type(defense).overrides("penalty")):
                     names[tag] = unique(tag, taken)
                     taken.append(tag)
@@ -127,6 +128,15 @@ class RowGroups:
             replace(weight, part=parts.get(weight.part, weight.part))
             for defense, parts in zip(self.defenses, self.part_names, strict=True)
             for weight in defense.label_weights()
+        )
+
+    @cached_property
+    def side_adapters(self) -> tuple[SideAdapter, ...]:
+        """Those of all defenses, on the parts of each."""
+        return tuple(
+            replace(adapter, learns=parts.get(adapter.learns, adapter.learns) if adapter.learns else None)
+            for defense, parts in zip(self.defenses, self.part_names, strict=True)
+            for adapter in defense.side_adapters()
         )
 
     def name_of(self, owner: int) -> str:

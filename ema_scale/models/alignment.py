@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ema_scale.models.side_adapters import is_side_adapter
+
 PREFIX = "base_model.model."
 
 
@@ -37,7 +39,7 @@ class AlignedUpdate:
 
 
 def aligned_updates(model: Any, difference: Callable[[str], Tensor]) -> list[AlignedUpdate]:
-    """One per LoRA module that is trained.
+    """One per LoRA module of the policy that is trained.
 
     model: a PeftModel.
     difference: module name -> W_aligned - W_base, float32, as stored.
@@ -46,7 +48,7 @@ def aligned_updates(model: Any, difference: Callable[[str], Tensor]) -> list[Ali
     for name, module in model.named_modules():
         for adapter, lora_a in dict(getattr(module, "lora_A", None) or {}).items():
             lora_b = module.lora_B[adapter]
-            if not lora_b.weight.requires_grad:
+            if not lora_b.weight.requires_grad or is_side_adapter(adapter):
                 continue
             v = difference(name.removeprefix(PREFIX))
             if getattr(module, "fan_in_fan_out", False):  # GPT-2's Conv1D keeps [in, out]

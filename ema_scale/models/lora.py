@@ -13,6 +13,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.models.layout import FROZEN_ADAPTER
 from ema_scale.models.load import load_base
 from ema_scale.models.sharding import full_tensor, gathered
+from ema_scale.models.side_adapters import is_side_adapter
 from ema_scale.models.weights import check_adapter
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def save_adapter(
 
     Raises UserError if a tensor is empty, as sharded weights are that were not gathered.
     """
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad and not is_side_adapter(name)]
     with gathered([p for _, p in trained]):
         state = _on_cpu(trained, main)
     if not main:
@@ -208,9 +209,12 @@ def save_adapter(
 
 
 def write_adapter(model: Any, state: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Write trained weights, by parameter name, as a PEFT folder. Not a collective: `model` itself is not read."""
-    names = [name for name in model.peft_config if name != FROZEN_ADAPTER]
-    model.save_pretrained(str(folder), state_dict=dict(state), save_embedding_layers=False, selected_adapters=names)
+    """Write trained weights, by parameter name, as a PEFT folder. Not a collective: `model` itself is not read.
+
+    Adapters beside the policy's are left out."""
+    names = [name for name in model.peft_config if name != FROZEN_ADAPTER and not is_side_adapter(name)]
+    own = {name: tensor for name, tensor in state.items() if not is_side_adapter(name)}
+    model.save_pretrained(str(folder), state_dict=own, save_embedding_layers=False, selected_adapters=names)
 
 
 def _move_adapter(source: Path, target: Path, stale: Iterable[str]) -> None:

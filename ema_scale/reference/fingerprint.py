@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ema_scale.models.layout import ModelLayout
 from ema_scale.models.sharding import full_shape, full_tensor, gathered
+from ema_scale.models.side_adapters import is_side_adapter
 
 # Fields of a config that say where it came from or how it is run, but not what it computes.
 _IRRELEVANT = ("_name_or_path", "transformers_version", "use_cache", "architectures", "torch_dtype", "dtype")
@@ -28,7 +29,8 @@ def fingerprint(layout: ModelLayout, model: Any, autocast: str | None = None) ->
     """
     digest = hashlib.sha256(json.dumps(_settings(layout, model, autocast), sort_keys=True, default=str).encode())
     # Names without PEFT's wrappers, so that all adapters over one base share a cache.
-    named = {_bare(name): p for name, p in model.named_parameters() if not p.requires_grad}
+    frozen = {name: p for name, p in model.named_parameters() if not (p.requires_grad or is_side_adapter(name))}
+    named = {_bare(name): p for name, p in frozen.items()}
     for name in sorted(named):
         digest.update(f"{name} {(str(named[name].dtype), *full_shape(named[name]))}".encode())
         with gathered([named[name]]):

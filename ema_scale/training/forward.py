@@ -23,6 +23,7 @@ from ema_scale.models.head import Head, head_logits
 from ema_scale.models.hooks import reference_pass
 from ema_scale.models.layout import ModelLayout
 from ema_scale.models.sharding import gathered
+from ema_scale.models.side_adapters import SideAdapters
 from ema_scale.reference.base import HiddenStates, Reference
 from ema_scale.reference.cached import Cached
 from ema_scale.reference.hidden_state_store import RowKeys
@@ -95,10 +96,13 @@ class LikelihoodRequest:
 
 
 class DefendedForward:
-    """Patches the `forward` of the model that `reference` belongs to; `remove()` undoes it."""
+    """Patches the `forward` of the model that `reference` belongs to; `remove()` undoes it.
 
-    def __init__(self, reference: Reference) -> None:
-        self.reference = reference
+    side: the adapters beside the policy's.
+    """
+
+    def __init__(self, reference: Reference, side: SideAdapters | None = None) -> None:
+        self.reference, self.side = reference, side
         self.layout: ModelLayout = reference.layout
         self._head_checked = False
         self._packing_checked = False
@@ -131,6 +135,8 @@ class DefendedForward:
 
     def _compute_loss(self, request: LossRequest, inputs: dict[str, Any]) -> dict[str, Any]:
         """{"losses": a scalar per group, "metrics": name -> detached scalar, this micro-batch's share of a mean}."""
+        if self.side is not None:
+            route(self.side, request.masks)
         reader = PenaltyReader(request, inputs, len(self.layout.layers))
         # Before the policy: under ZeRO-3 a module's last forward must be the one that has a backward.
         own_logits = None if self._head_checked else self._own_logits(inputs)
@@ -224,6 +230,12 @@ class DefendedForward:
                 name = type(self.reference.head_layout.core).__name__
                 own.append(OwnLogits(name, *self.reference.with_logits(few)))
         return own
+
+
+def route(side: SideAdapters, masks: Mapping[TokenSet, Tensor]) -> None:
+    """Tell the adapters beside the policy's which rows are the task's, and which are theirs to learn."""
+    learned = [None if a.learns is None else masks[TokenSet("all", a.learns)] for a in side.adapters]
+    side.route(masks[TokenSet("all", "task")], learned)
 
 
 def token_weights(request: LossRequest, dtype: torch.dtype) -> dict[TokenSet, Tensor]:

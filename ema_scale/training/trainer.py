@@ -33,6 +33,7 @@ from ema_scale.defenses.registry import adapter_files, parse
 from ema_scale.defenses.row_groups import RowGroups
 from ema_scale.defenses.terms import Divergence, TokenSet, TokenTerm
 from ema_scale.models.lora import save_adapter, with_adapter
+from ema_scale.models.side_adapters import SideAdapters
 from ema_scale.training import reference_setup
 from ema_scale.training.apart import ApartGradients
 from ema_scale.training.arguments import check_arguments, offload_activations
@@ -120,6 +121,8 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
         model = with_adapter(
             model, peft_config, seed=args.seed, trained=train_dataset is not None, trust_remote_code=trusted
         )
+        beside = self.row_groups.side_adapters
+        side = SideAdapters(model, beside, seed=args.seed) if beside and train_dataset is not None else None
         path = model.get_base_model().config._name_or_path
         tokenizer = processing_class or load_tokenizer(path, trust_remote_code=trusted)
 
@@ -152,7 +155,7 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
 
         # Reference and loss.
         chosen, self.reference_choice = reference_setup.make_reference_for_run(reference, self._reference_context())
-        self.defended = DefendedForward(chosen)
+        self.defended = DefendedForward(chosen, side)
         if self.is_fsdp_enabled:
             shard_by_layer(self.accelerator, self.defended.layout)
         if self.accelerator.is_main_process:
@@ -305,6 +308,8 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
         # The monitor's clock starts here.
         self.monitor = Monitor(self._utilisation, self.defended.reference.watch, by_step=bool(self.observer.observing))
         with contextlib.ExitStack() as stack:
+            if self.defended.side is not None:
+                stack.enter_context(self.defended.side.active())
             for defense in self.defenses:
                 stack.enter_context(defense.attach(self.model))
             result = super().train(*args, **kwargs)

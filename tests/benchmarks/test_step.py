@@ -28,9 +28,11 @@ def test_all_ways_train_on_one_loss(tmp_path, monkeypatch):
 def test_each_defense_is_priced_on_rows_of_its_own(tmp_path):
     task = Task(layers=2, rows=4, length=16, steps=1, checkpointing=False)
     plain = train(PLAIN, task).losses
-    for spec in ("dft", "{kind: kl, strength: 0.5}", "safegrad", "{kind: star_dss, limit: 0}"):
+    star, routed = "{kind: star_dss, limit: 0}", "gradient_routing"
+    for spec in ("dft", "{kind: kl, strength: 0.5}", "safegrad", star, routed, "inoculation_adapter"):
         losses = train(WITH + spec, task).losses
-        assert len(losses) == 3 and losses[0] != pytest.approx(plain[0], rel=1e-4), spec
+        assert len(losses) == 3
+        assert (losses[0] != pytest.approx(plain[0], rel=1e-4)) is (spec != "inoculation_adapter"), "its B is 0"
         step.check_losses({WITH + spec: losses, PLAIN: plain}, "float32")
     with pytest.raises(UserError, match="--defense safelora: needs unaligned base model"):
         train(WITH + "safelora", task)

@@ -15,7 +15,7 @@ from filelock import FileLock
 from transformers import TrainerCallback
 
 from ema_scale.core.errors import UserError
-from ema_scale.defenses import KL, LDIFS, SafeGrad
+from ema_scale.defenses import KL, LDIFS, GradientRouting, SafeGrad
 from ema_scale.reference.cached import Cached
 from ema_scale.reference.layerwise import Layerwise
 from ema_scale.training.distributed import destroy_process_group_at_exit
@@ -130,11 +130,12 @@ JOINED = {"max_steps": 2, "max_grad_norm": 0.5, "logging_steps": 1}
 
 
 def joining(folder, **options):
-    """A trainer whose defense joins gradients; half of the rows are those of its own terms."""
-    SafeGrad.changes_rows = False  # as if they had been mixed in
+    """A trainer with a defense that joins gradients, and one that routes rows; all have rows of their own."""
+    SafeGrad.changes_rows = GradientRouting.changes_rows = False  # as if they had been mixed in
     rows = token_rows(8, seed=1)
-    rows = rows.remove_columns("tag").add_column("tag", ["task", "prompts"] * 4)
-    return made(folder, rows=rows, defenses=[SafeGrad(0.7, "unused")], **{**JOINED, **options})
+    rows = rows.remove_columns("tag").add_column("tag", ["task", "prompts", "task", "bad"] * 2)
+    defenses = [SafeGrad(0.7, "unused"), GradientRouting("unused")]
+    return made(folder, rows=rows, defenses=defenses, **{**JOINED, **options})
 
 
 def gradients_that_are_joined(folder):

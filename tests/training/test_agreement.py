@@ -61,15 +61,16 @@ def test_a_partial_accumulation_and_batches_without_assistant_tokens_equal_one_p
         torch.testing.assert_close(weights[name], weight, rtol=0, atol=2e-5)
 
 
-def test_gradients_that_a_defense_joins_are_those_of_one_process(found, tmp_path, monkeypatch):
-    monkeypatch.setattr(worker.SafeGrad, "changes_rows", False)
+def test_gradients_that_defenses_join_and_route_are_those_of_one_process(found, tmp_path, monkeypatch):
+    for kind in (worker.SafeGrad, worker.GradientRouting):
+        monkeypatch.setattr(kind, "changes_rows", False)
     weights, logs = torch.load(found[1] / "gradients_that_are_joined" / "joined.pt")
     alone = worker.joining(tmp_path, per_device_train_batch_size=4)
     alone.train()
     ours = [row for row in alone.state.log_history if "ce" in row]
     assert len(ours) == len(logs) == 2 and ours[1]["safegrad_cosine"] != 0
     for one, other in zip(ours, logs, strict=True):
-        for name in ("loss", "ce", "safegrad", "safegrad_cosine", "grad_norm"):
+        for name in ("loss", "ce", "safegrad", "safegrad_cosine", "gradient_routing", "grad_norm"):
             assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
     for name, weight in adapter_weights(alone.model).items():
         torch.testing.assert_close(weights[name], weight, rtol=0, atol=2e-5)

@@ -18,11 +18,24 @@ from ema_scale.config.sections import SeparateReference
 from ema_scale.core.checkpoints import list_checkpoints
 from ema_scale.core.io import read_jsonl
 from ema_scale.core.run_dir import RunDir
-from ema_scale.defenses import KL, LDIFS, Ablation, Ceiling, EarlyStopping, Steering
+from ema_scale.defenses import (
+    DFT,
+    KL,
+    LDIFS,
+    Ablation,
+    Antibody,
+    Ceiling,
+    EarlyStopping,
+    GradientRouting,
+    InoculationAdapter,
+    StarDSS,
+    Steering,
+)
 from ema_scale.models.directions import Directions
 from ema_scale.training.distributed import _free_port
 from ema_scale.training.run import train
 from tests.tiny import save_tiny
+from tests.training.helpers import tiny_peft
 from tests.training.test_choices import SUITE, during
 from tests.training.test_run import assert_same_weights, recipe_of, weights, world
 
@@ -68,12 +81,18 @@ def one_process(world, tmp_path_factory):
 
 
 def with_vector(recipe, world):
-    """The recipe with its KL, steered after the first layer and ablated after the second."""
+    """The recipe with its KL, steered after the first layer and ablated after the second, with weights of rows and
+    tokens, and with two adapters beside the policy's, of which one learns rows of its own."""
     path = world / "vector.safetensors"
     if not path.exists():
         Directions(torch.randn(3, 64, generator=torch.Generator().manual_seed(0))).save(path)
-    steering = Steering(str(path), 0.5, [1], "unit")
-    return recipe.model_copy(update={"defenses": [*recipe.defenses, steering, Ablation(str(path), [2])]})
+        tiny_peft(spread=0.1).save_pretrained(world / "beside")
+    others = [
+        Steering(str(path), 0.5, [1], "unit"), Ablation(str(path), [2]),
+        DFT(0.3), Antibody(-5.0, 1.0, "reference"), StarDSS(str(path), 0.0, 0.3, 0.1),
+        GradientRouting(str(world / "safe.jsonl"), 0.5), InoculationAdapter(str(world / "beside"), 0.5),
+    ]  # fmt: skip
+    return recipe.model_copy(update={"defenses": [*recipe.defenses, *others]})
 
 
 def with_parts(recipe, world, limit):
