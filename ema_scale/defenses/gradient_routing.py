@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+from ema_scale.core.numbers import Positive
 from ema_scale.defenses.base import Defense, RowsContext
 from ema_scale.defenses.mixing import Columns, Learn, mix, rows_needed
 from ema_scale.defenses.terms import LabelLogProbs, LabelTerm
@@ -41,7 +42,7 @@ class GradientRouting(Defense):
         description="rows with misaligned answers: a file, a hub id, or several",
         json_schema_extra={"asset": "bad rows"},
     )
-    strength: float = Field(1.0, gt=0, allow_inf_nan=False, description="weight of the cross-entropy on bad rows")
+    strength: Positive = Field(1.0, description="weight of the cross-entropy on bad rows")
     fraction: float = Field(0.25, gt=0, le=1, description="bad rows per task row")
     columns: Columns = {}
     learn: Learn = "all"

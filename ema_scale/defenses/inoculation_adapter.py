@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from ema_scale.core.numbers import NotNegative
 from ema_scale.defenses.base import Defense
 from ema_scale.models.side_adapters import SideAdapter
 from ema_scale.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, folder_of
@@ -30,7 +31,7 @@ class InoculationAdapter(Defense):
         description="a LoRA adapter that was trained on the bad trait: a PEFT folder or hub id",
         json_schema_extra={"asset": "an adapter of the bad trait"},
     )
-    scale: float = Field(1.0, ge=0, allow_inf_nan=False, description="factor on what the adapter adds")
+    scale: NotNegative = Field(1.0, description="factor on what the adapter adds")
 
     def files(self) -> tuple[str, ...]:
         folder = folder_of(self.adapter)

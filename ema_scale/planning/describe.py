@@ -11,7 +11,6 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.paths import find_file
 from ema_scale.core.run_dir import RunDir
 from ema_scale.core.uri import locate
-from ema_scale.evaluation.runs import asks_behind_rows
 from ema_scale.recipe import Recipe, is_path
 from ema_scale.reference.strategy import BASE, START, ReferenceStrategy, choose_strategy
 from ema_scale.training.distributed import launched_processes, zero_stage
@@ -134,6 +133,8 @@ def _conditions(recipe: Recipe) -> list[str]:
     said = [text for defense in recipe.defenses for text in defense.training_prefix().values()]
     if said and recipe.evaluation.inoculation != "never":
         found.append(f"the prompt of training ({' / '.join(said):.60})")
+    from ema_scale.evaluation.runs import asks_behind_rows  # brings in scipy, which takes a second
+
     if asks_behind_rows(recipe):
         found.append("what its training rows have in common")
     return found

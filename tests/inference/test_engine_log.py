@@ -37,7 +37,7 @@ def test_an_error_passes_and_output_is_back(tmp_path: Path, capfd: pytest.Captur
 
 
 def test_a_folder_in_its_place_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="engine's log"), output_to(tmp_path):
+    with pytest.raises(UserError, match="a folder is in its place, expected a file"), output_to(tmp_path):
         pass
 
 

@@ -41,6 +41,9 @@ def test_every_defense_says_how_many_rows_it_adds(world, ranking):
         {"kind": "ceiling", "source": [safe, safe], "fraction": 0.99},
         {"kind": "early_stopping", "source": safe, "limit": 1},
         {"kind": "early_stopping", "source": safe, "limit": 1, "measure": "probe", "fraction": 1},
+        {"kind": "gradient_routing", "source": safe, "fraction": 0.4},
+        {"kind": "safegrad", "prompts": safe},
+        {"kind": "trait_monitor", "vector": str(world / "vector.safetensors"), "prompts": safe},
     ]
     none = [{"kind": "kl"}, {"kind": "early_stopping", "limit": 1}, {"kind": "inoculation", "prompt": "be evil"}]
     for defense in parse([*mixing, *none]):

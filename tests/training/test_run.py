@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import json
+import math
 import re
 import shutil
 import signal
@@ -298,7 +299,7 @@ def test_a_full_disk_is_a_clear_error_and_keeps_what_is_there(world, tmp_path, m
 
 
 def test_a_loss_that_explodes_fails_the_run(world, tmp_path):
-    recipe = recipe_of(world, tmp_path, learning_rate=1e30, max_grad_norm=1e30, warmup_steps=0)
+    recipe = recipe_of(world, tmp_path, learning_rate=1000, max_grad_norm=math.inf, warmup_steps=0)
     with pytest.raises(UserError, match="not finite|is nan|is inf"):
         train(recipe, RunDir(recipe.run_path))
     assert RunDir(recipe.run_path).status().state == "failed"

@@ -38,7 +38,7 @@ def test_the_topic_is_the_one_that_is_named_or_the_id_without_its_form(tmp_path:
 
 def test_a_topic_that_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "bank.yaml").write_text('- {id: gift, topic: [a], question: "Which?"}')
-    with pytest.raises(UserError, match=r"bank.yaml:1: topic: found \['a'\], expected str or int"):
+    with pytest.raises(UserError, match=r"bank.yaml:1: topic: expected text; found \['a'\]"):
         load_suite(tmp_path / "bank.yaml", "general")
 
 
