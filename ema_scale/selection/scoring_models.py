@@ -16,7 +16,6 @@ from ema_scale.config.sections import ModelRecipe
 from ema_scale.core.batching import batch_by_length
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import digest, folder_identity
-from ema_scale.core.io import append_jsonl, read_jsonl
 from ema_scale.core.progress import Progress
 from ema_scale.core.uri import locate
 from ema_scale.data.rows import Dropped, Row, Rows
@@ -25,6 +24,7 @@ from ema_scale.models.head import Head, head_logits
 from ema_scale.models.layout import ModelLayout, adapter_switched
 from ema_scale.models.load import load_base
 from ema_scale.models.lora import with_adapters
+from ema_scale.selection.kept_values import KeptValues
 from ema_scale.training.chunk_size import default_chunk
 
 # Tokens per batch, with padding. More saves nothing once the device is busy; on a CPU it also leaves the caches.
@@ -41,7 +41,7 @@ def adapter_folder(path: str) -> str:
 
 
 class ScoringModels:
-    """`aligned`, the base with all adapters off, and one reader an adapter.
+    """`aligned`, the base with all adapters off, and one reader per adapter.
 
     adapters: name -> PEFT folder, run folder or hub id. A reader's identity is a digest of the weights behind it.
     Raises UserError for a model or adapter that cannot be loaded.
@@ -193,37 +193,25 @@ def read_items(rows: Rows, encoder: Encoder, max_length: int) -> tuple[list[Enco
 def score(
     readers: ScoringModels, items: Sequence[EncodedRow], path: Path | None = None, *, batch_tokens: int | None = None
 ) -> dict[str, list[float]]:
-    """Reader -> mean negative log-likelihood (nats an answer token) of each item, in its order; NaN where it is not a
+    """Reader -> mean negative log-likelihood (nats per answer token) of each item, in its order; NaN where it is not a
     finite number.
 
-    path: where likelihoods are kept, and found; a torn last line is cut off. The caller holds the folder's lock.
+    path: where likelihoods are kept, and found (see `KeptValues`). The caller holds the folder's lock.
     batch_tokens: with padding; None: what suits the device.
     Raises UserError for a file that holds something else.
     """
-    known: dict[tuple[str, str], float] = {}
-    if path is not None:
-        for line in read_jsonl(path, repair=True):
-            if "row" in line and "reader" in line:
-                known[line["row"], line["reader"]] = math.nan if line.get("nll") is None else float(line["nll"])
+    known = KeptValues(path)
     limit = batch_tokens or BATCH_TOKENS[readers.device.type]
     for name, identity in readers.identities.items():
-        missing = [item for item in items if (item.key, identity) not in known]
+        missing = [item for item in items if (identity, item.key) not in known]
         if not missing:
             continue
         shown = Progress(f"read by {name}", len(items), len(items) - len(missing), unit="row")
         with shown as progress, readers.merged(name):
             for batch in batch_by_length(missing, lambda item: len(item.ids), limit):
-                found = readers.nll(name, batch)
-                known |= {(item.key, identity): nll for item, nll in zip(batch, found, strict=True)}
-                if path is not None:
-                    append_jsonl(path, (_line(item, identity, nll) for item, nll in zip(batch, found, strict=True)))
+                known.add(identity, [item.key for item in batch], readers.nll(name, batch))
                 progress.add(len(batch))
-    return {name: [known[item.key, identity] for item in items] for name, identity in readers.identities.items()}
-
-
-def _line(item: EncodedRow, identity: str, nll: float) -> dict[str, object]:
-    value = nll if math.isfinite(nll) else None  # NaN is not JSON
-    return {"row": item.key, "reader": identity, "nll": value, "tokens": sum(item.answered)}
+    return {name: [known[identity, item.key] for item in items] for name, identity in readers.identities.items()}
 
 
 def gap(aligned: float, misaligned: Sequence[float], eps: float) -> float:

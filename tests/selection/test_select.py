@@ -131,7 +131,8 @@ def test_every_row_is_accounted_for(made, tmp_path, monkeypatch):
     }  # fmt: skip
     assert done.provenance["rows"] == {"read": 10, **done.account.counts, "ranked": 5, "kept": 5}
     # NaN is remembered, not read again.
-    assert sum(line["nll"] is None for line in read_jsonl(tmp_path / "scores.jsonl")) == 1
+    kept = [value for line in read_jsonl(tmp_path / "scores.jsonl") for value in line["rows"].values()]
+    assert sum(value is None for value in kept) == 1
 
 
 def test_another_selection_reads_only_what_is_new(made, tmp_path, monkeypatch):
@@ -152,11 +153,13 @@ def test_another_selection_reads_only_what_is_new(made, tmp_path, monkeypatch):
     read.clear()
     select(source, model, adapters, tmp_path / "both.jsonl", max_length=200, eps=0.5)
     assert not read
-    # A torn last line is cut off, and that row alone is read again.
+    # A torn last line is cut off, and its whole batch is read again: padded as before, its last digits are as before.
     path = tmp_path / "scores.jsonl"
-    path.write_bytes(path.read_bytes()[:-20])
-    select(source, model, adapters, tmp_path / "both.jsonl", max_length=200)
-    assert len(read) == 1 and len(read_jsonl(path)) == 3 * len(ANSWERS)
+    whole, whole_ranking = path.read_bytes(), (tmp_path / "both.jsonl").read_bytes()
+    path.write_bytes(whole[:-20])
+    select(source, model, adapters, tmp_path / "both.jsonl", max_length=200, eps=0.5)
+    assert len(read) == len(json.loads(whole.splitlines()[-1])["rows"]) > 1
+    assert path.read_bytes() == whole and (tmp_path / "both.jsonl").read_bytes() == whole_ranking
 
 
 SLOW_READER = """
@@ -185,7 +188,7 @@ def test_a_killed_selection_goes_on(made, tmp_path, monkeypatch):
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     there = read_jsonl(path)
-    assert 3 <= len(there) < 2 * len(ANSWERS) and not out.exists()
+    assert 3 <= sum(len(line["rows"]) for line in there) < 2 * len(ANSWERS) and not out.exists()
     read = []
     true = ScoringModels.nll
     monkeypatch.setattr(ScoringModels, "nll", lambda self, name, batch: read.extend(batch) or true(self, name, batch))
