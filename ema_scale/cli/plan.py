@@ -28,12 +28,19 @@ def plan(
     scale: Annotated[str | None, typer.Option(help="print a table over these numbers of GPUs, such as 8-1024")] = None,
     device: Annotated[str, typer.Option(help="GPU whose peak and bandwidths are assumed: h100 or a100")] = "h100",
     tflops: Annotated[float | None, real(help="peak TFLOP/s per GPU, in the recipe's dtype", over=True)] = None,
-    mfu: Annotated[float, real(help="assumed share of the peak that is reached", high=1, over=True)] = 0.4,
+    mfu: Annotated[
+        float | None, real(help="share of the peak that is reached; default: estimated", high=1, over=True)
+    ] = None,
+    measured_step: Annotated[
+        float | None, real(help="seconds per step of this recipe, measured on these GPUs", over=True)
+    ] = None,
     intra_gbps: Annotated[float | None, real(help="GB/s per GPU within a node", over=True)] = None,
     inter_gbps: Annotated[float | None, real(help="GB/s per GPU between nodes", over=True)] = None,
     host_gbps: Annotated[float | None, real(help="GB/s per GPU from host memory", over=True)] = None,
     sample_tps: Annotated[float | None, real(help="tokens per second sampled per GPU, if known", over=True)] = None,
-    overlap: Annotated[bool, typer.Option(help="assume that communication overlaps with compute")] = True,
+    overlap: Annotated[
+        bool | None, typer.Option(help="assume that communication overlaps with compute; default: not ZeRO-3's")
+    ] = None,
     answer_tokens: Annotated[int | None, whole(help="mean tokens per answer; default: max_tokens")] = None,
     price_in: Annotated[float, real(help="USD per million tokens that the judge reads")] = 0.15,
     price_out: Annotated[float, real(help="USD per million tokens that it writes [defaults: gpt-4o-mini]")] = 0.60,
@@ -49,7 +56,7 @@ def plan(
     from ema_scale.planning import show
     from ema_scale.planning.eval_cost import judging_cost, served
     from ema_scale.planning.plan import parse_rows, plan_run, scaled
-    from ema_scale.planning.speed import DEVICES, Cluster, parse_gpus, parse_scale
+    from ema_scale.planning.speed import DEVICES, Cluster, calibrated, parse_gpus, parse_scale
     from ema_scale.recipe import load_recipe
     from ema_scale.study.grid import is_study, load_study
 
@@ -71,6 +78,15 @@ def plan(
     recipes = study.runs(given) if study else [load_recipe(path, given)]
     cells = [(model, task) for model, task, *_ in study.cells()] if study else [("", "")]
     counts = parse_rows(rows or (), study.tasks if study else ())
+    if measured_step is not None:
+        if study or mfu is not None:
+            other = "a study" if study else "--mfu"
+            raise UserError(
+                f"--measured-step: found {other} beside it; give it with one recipe alone. The plan then says which "
+                "share of the peak is reached, which a study takes as --mfu"
+            )
+        one = plan_run(recipes[0], cluster, zero=zero, row_tokens=row_tokens)
+        cluster = calibrated(one.setup, cluster, measured_step)
     plans = [
         plan_run(recipe, cluster, zero=zero, row_tokens=row_tokens, rows=counts.get(task, counts.get("")))
         for recipe, (_, task) in zip(recipes, cells, strict=True)

@@ -202,6 +202,7 @@ def _check(judge: JudgeSpec, e: EvaluationRecipe) -> JudgingCost:
 
 SEQUENCES = 256  # at once: vLLM's max_num_seqs
 BANDWIDTH_SHARE = 0.5  # of the GPU's memory bandwidth that is reached
+PREFILL_SHARE = 0.4  # of its peak that is reached while prompts are read
 MEMORY_SHARE = 0.9  # of its memory that vLLM takes
 STEP_SECONDS = 0.01  # of a step at the least, whatever the model's size: what vLLM does between kernels
 
@@ -258,7 +259,7 @@ def gpu_seconds(shape: Shape, engine: EngineWork, work: EvaluationWork, cluster:
     a_token = 4.0 * shape.layers * shape.kv_heads * shape.head_dim  # keys and values in bfloat16
     fitting = _room(shape, engine, cluster) / (a_token * (prompt + answer))
     together = max(1.0, min(SEQUENCES, work.requests, fitting))
-    arithmetic = 2.0 * weights / ((device.float32 if b == 4 else device.bf16) * cluster.mfu)
+    arithmetic = 2.0 * weights / ((device.float32 if b == 4 else device.bf16) * (cluster.mfu or PREFILL_SHARE))
     read = (b * weights / together + a_token * (prompt + answer / 2)) / (device.bandwidth * BANDWIDTH_SHARE)
     least = STEP_SECONDS * engine.gpus / together
     return work.prefilled * arithmetic + work.tokens_out * max(arithmetic, read, least)

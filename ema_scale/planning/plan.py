@@ -21,7 +21,14 @@ ZERO3, OFFLOAD = "launch/deepspeed/zero3.json", "launch/deepspeed/zero3_offload.
 
 @dataclass(frozen=True)
 class Plan:
-    """One run. rows: of the task; added: those that defenses mix in; steps; None if they cannot be told from here."""
+    """One run.
+
+    Args:
+        rows: of the task; None if they cannot be told from here, as the next two.
+        steps: of the optimizer.
+        added: rows that defenses mix in.
+        row_tokens: tokens of the mean row, before any packing.
+    """
 
     name: str
     setup: Setup
@@ -31,6 +38,7 @@ class Plan:
     rows: int | None = None
     steps: int | None = None
     added: int | None = None
+    row_tokens: float = 0.0
 
     @property
     def needed(self) -> float:
@@ -41,6 +49,17 @@ class Plan:
     def host(self) -> list[MemoryLine]:
         """What a node's own memory must hold, all its processes together."""
         return host_memory(self.setup, self.cluster.gpus, self.cluster.world)
+
+    @property
+    def cache(self) -> float | None:
+        """Bytes of the reference's cache on disk: 0 without one, None if the rows are not known."""
+        setup = self.setup
+        if setup.way != "cached":
+            return 0.0
+        if self.rows is None:
+            return None
+        rows = self.rows + (self.added or 0)
+        return rows * self.row_tokens * setup.shape.hidden * setup.precision.weights * setup.cached_states
 
     @property
     def fits(self) -> bool:
@@ -76,6 +95,7 @@ class Plan:
             "memory": {line.name: {"bytes": round(line.bytes), "measured": line.measured} for line in self.lines},
             "memory_bytes": round(self.needed),
             "host_bytes_a_node": round(total(self.host)),
+            "reference_cache_bytes": self.cache if self.cache is None else round(self.cache),
             "gpu_bytes": self.cluster.memory,
             "fits": self.fits,
             "verdict": self.verdict,
@@ -85,6 +105,7 @@ class Plan:
             "communication_seconds": self.speed.communication,
             "host_seconds": self.speed.host,
             "step_seconds": self.speed.step,
+            "peak_share": self.speed.reached,
             "tokens_per_second": self.speed.tokens_per_second,
             "rows": self.rows,
             "rows_added": self.added,
@@ -118,7 +139,8 @@ def plan_run(
         # Packed, rows share sequences. An epoch that a step does not divide ends in a smaller one.
         sequences = every * (row_tokens or setup.tokens) / setup.tokens if t.packing else every
         steps = math.ceil(t.num_train_epochs * math.ceil(sequences / a_step))
-    return replace(_planned(recipe.name, setup, cluster), rows=rows, steps=steps, added=added)
+    mean = min(row_tokens or recipe.data.max_length, recipe.data.max_length)
+    return replace(_planned(recipe.name, setup, cluster), rows=rows, steps=steps, added=added, row_tokens=mean)
 
 
 def parse_rows(texts: Sequence[str], tasks: Collection[str]) -> dict[str, int]:
@@ -189,5 +211,6 @@ def _smaller(setup: Setup) -> list[tuple[str, dict[str, Any]]]:
 
 
 def scaled(plan: Plan, counts: Sequence[int]) -> list[Plan]:
-    """The same run on other numbers of GPUs: as much on each, so that a step has more rows."""
-    return [_planned(plan.name, plan.setup, plan.cluster.at(count)) for count in counts]
+    """The same step on other numbers of GPUs: as much on each, so that a step has more rows."""
+    planned = (_planned(plan.name, plan.setup, plan.cluster.at(count)) for count in counts)
+    return [replace(one, rows=plan.rows, added=plan.added, row_tokens=plan.row_tokens) for one in planned]

@@ -121,6 +121,7 @@ class Setup:
         other: the second model, where the reference is a model of its own.
         drift_every: steps between drift readings, which also run the reference; 0: none.
         states: hidden states per token that penalties keep from forward to backward.
+        cached_states: hidden states per token in a reference cache: the last one, and one per layer that is read.
         buffers: logits buffers of the fused loss.
         optimizer: bytes of optimizer state per trained parameter.
         zero: ZeRO stage.
@@ -148,6 +149,7 @@ class Setup:
     other: Shape | None = None
     drift_every: int = 0
     states: int = 0
+    cached_states: int = 1
     buffers: int = CROSS_ENTROPY
     optimizer: int = 8
     zero: int = 0
@@ -233,6 +235,7 @@ def setup_of(
         else shape_of(recipe.reference.model, recipe.reference.revision),
         drift_every=t.drift_every,
         states=kept_states(recipe.defenses, shape.layers),
+        cached_states=1 + len({k for d in recipe.defenses for k in d.penalty_layers(shape.layers)}),
         buffers=logits_buffers(recipe.defenses, t.drift_every),
         optimizer=2 if "8bit" in t.optim else 0 if t.optim == "sgd" else 8,
         zero=given.stage,

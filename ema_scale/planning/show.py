@@ -10,12 +10,14 @@ from rich.box import MARKDOWN
 from rich.table import Table
 
 from ema_scale.core.terminal import PlainConsole
+from ema_scale.core.text import format_bytes
 from ema_scale.core.text import format_hours as hours_text
 from ema_scale.core.text import format_seconds as seconds
+from ema_scale.planning.arithmetic import LAUNCH_SECONDS, MATMUL_SHARE, flops_a_token, padding
 from ema_scale.planning.eval_cost import BANDWIDTH_SHARE, SEQUENCES, STEP_SECONDS, JudgingCost, Served
 from ema_scale.planning.memory import GIB, total
 from ema_scale.planning.plan import Plan
-from ema_scale.planning.speed import Cluster, flops_a_token, traffic
+from ema_scale.planning.speed import Cluster, traffic
 
 
 def print_plan(plan: Plan) -> None:
@@ -43,6 +45,12 @@ def print_plan(plan: Plan) -> None:
     if plan.host:
         parts = ", ".join(f"{line.name}: {line.bytes / GIB:.1f}" for line in plan.host)
         console.print(f"the machine's own memory: {total(plan.host) / GIB:.1f} GiB a node ({parts})")
+    _print_cache(plan)
+    padded = padding(setup, plan.cluster.world) if plan.cluster.mfu is None else 1.0
+    console.print(
+        f"arithmetic: {s.reached:.0%} of the GPU's peak"
+        + (f"; {1 - 1 / padded:.0%} of what is computed is padding or waits for longer rows" if padded > 1 else "")
+    )
     console.print(
         f"time: arithmetic {seconds(s.compute)}, communication {seconds(s.communication)} "
         f"({f'{seconds(s.host)} of it from and to the machine, ' if s.host else ''}"
@@ -61,10 +69,29 @@ def print_plan(plan: Plan) -> None:
     console.print(plan.verdict)
 
 
+def _print_cache(plan: Plan) -> None:
+    if plan.cache == 0:
+        return
+    size = "unknown; give --rows" if plan.cache is None else format_bytes(plan.cache)
+    states = plan.setup.cached_states
+    console_().print(
+        f"the reference's cache on disk: {size} ({states} hidden state{'s' if states > 1 else ''} per token); runs on "
+        "the same rows share it"
+    )
+
+
 def print_scale(plans: Sequence[Plan]) -> None:
     """The same run on more and more GPUs."""
     table = table_(
-        "GPUs", "nodes", "GiB a GPU", "arithmetic", "communication", "step", "tokens/s a GPU", "break-even tokens"
+        "GPUs",
+        "nodes",
+        "GiB a GPU",
+        "of the peak",
+        "arithmetic",
+        "communication",
+        "step",
+        "tokens/s a GPU",
+        "break-even tokens",
     )
     for plan in plans:
         s = plan.speed
@@ -72,11 +99,12 @@ def print_scale(plans: Sequence[Plan]) -> None:
             f"{plan.cluster.world:,}",
             f"{plan.cluster.nodes:,}",
             f"{plan.needed / GIB:.1f}" + ("" if plan.fits else " (too much)"),
+            f"{s.reached:.0%}",
             seconds(s.compute),
             seconds(s.communication) + (" (rules)" if s.communication_rules else ""),
             seconds(s.step),
             f"{s.tokens_per_second_a_gpu:,.0f}",
-            f"{s.break_even_tokens / plan.setup.accumulation:,.0f}",
+            f"{s.break_even_tokens / plan.setup.accumulation:,.0f}" if s.break_even_tokens else "none",
         )
     console = console_()
     first = plans[0]
@@ -85,18 +113,30 @@ def print_scale(plans: Sequence[Plan]) -> None:
         f"{first.setup.mean_in_a_batch:,.0f} tokens a GPU in a micro-batch"
     )
     console.print(table)
+    _print_cache(first)
     console.print("break-even tokens: of a GPU's micro-batch, below which communication takes longer than arithmetic")
 
 
 def print_assumptions(cluster: Cluster) -> None:
     d = cluster.device
+    if cluster.mfu is not None:
+        reached = f"of which {cluster.mfu:.0%} are reached"
+    else:
+        reached = (
+            f"of which matrix products reach {MATMUL_SHARE:.0%}; the rest moves at {d.bandwidth / 1e12:g} TB/s; a "
+            f"layer's pass takes {1000 * LAUNCH_SECONDS:g} ms or more"
+        )
+        if cluster.pace != 1:
+            reached += f"; all of it times {cluster.pace:.3g}, by the step that was measured"
+    hidden = {None: "overlaps, but not ZeRO-3's", True: "overlaps", False: "does not overlap"}[cluster.overlap]
     console_().print(
-        f"assumed: {d.name}, {d.bf16 / 1e12:,.0f} TFLOP/s bfloat16, of which {cluster.mfu:.0%} are reached; "
+        f"assumed: {d.name}, {d.bf16 / 1e12:,.0f} TFLOP/s bfloat16, {reached}; "
         f"{d.intra / 1e9:g} GB/s to a GPU inside a node, {d.inter / 1e9:g} GB/s a GPU between nodes, "
         f"{d.host / 1e9:g} GB/s to a GPU from its machine's memory; communication "
-        f"{'overlaps' if cluster.overlap else 'does not overlap'}; vLLM writes up to {SEQUENCES} answers at once and "
+        f"{hidden}; vLLM writes up to {SEQUENCES} answers at once and "
         f"reads at {BANDWIDTH_SHARE:.0%} of {d.bandwidth / 1e12:g} TB/s, a step taking {1000 * STEP_SECONDS:g} ms or "
-        f"more; nothing of this was measured on a GPU"
+        f"more; published throughputs back this (docs/plan.md), "
+        "no measurement of this package's own"
     )
 
 

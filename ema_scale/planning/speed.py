@@ -1,4 +1,4 @@
-"""The hardware, and how long a step takes on it: compute at an assumed share of the peak, and communication."""
+"""The hardware, and how long a step takes on it: arithmetic and communication."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import re
 from dataclasses import dataclass, replace
 
 from ema_scale.core.errors import UserError
-from ema_scale.models.flops import Flops, peak_flops
+from ema_scale.models.flops import peak_flops
+from ema_scale.planning.arithmetic import drift_share, flops_a_token, work_of
 from ema_scale.planning.memory import GIB, layer_input
-from ema_scale.planning.model_shapes import Shape
 from ema_scale.planning.setup import Setup
 
 
@@ -41,18 +41,21 @@ DEVICES = {
 class Cluster:
     """`nodes` machines of `gpus` GPUs with `memory` bytes each.
 
-    mfu: the part of the peak that is reached over all arithmetic done, recomputation included; 0.4 is an assumption:
-    nothing here was measured on a GPU. overlap: links work while the GPU computes. intra_latency, inter_latency:
-    seconds that a step of a ring takes inside a node and between nodes (NCCL's constants for its ring and simple
-    protocol: 3.4 and 14 microseconds, hwLatencies in its src/graph/tuning.cc).
+    Args:
+        mfu: share of the peak that the rows' own tokens reach, recomputation included; None: by `arithmetic`.
+        pace: measured time of the arithmetic over that of `arithmetic`.
+        overlap: whether links work while the GPU computes; None: with all but ZeRO-3.
+        intra_latency, inter_latency: seconds that a step of a ring takes inside a node and between nodes (NCCL's
+            constants for its ring and simple protocol: 3.4 and 14 microseconds, hwLatencies in src/graph/tuning.cc).
     """
 
     gpus: int
     nodes: int
     memory: int
     device: Device
-    mfu: float = 0.4
-    overlap: bool = True
+    mfu: float | None = None
+    pace: float = 1.0
+    overlap: bool | None = None
     intra_latency: float = 3.4e-6
     inter_latency: float = 14e-6
 
@@ -112,16 +115,32 @@ def parse_scale(text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one optimizer step; seconds, and tokens of all GPUs. communication: between GPUs, and, of which it is a part,
-    host: between a GPU and its machine's memory. overlapped: whether it hides behind compute, so that the step takes
-    the longer of the two and not their sum."""
+    """Of one optimizer step.
 
-    compute: float
+    Args:
+        by_tokens: seconds of arithmetic, which grow with the tokens.
+        least: seconds that starting its kernels takes, however few tokens there are.
+        communication: seconds between GPUs, and between a GPU and its machine's memory.
+        host: the latter part of them.
+        overlapped: whether communication hides behind compute: the step takes the longer of the two, not their sum.
+        tokens: of all GPUs, without padding.
+        world: GPUs.
+        reached: share of the peak that these tokens' operations reach while the GPU computes.
+    """
+
+    by_tokens: float
+    least: float
     communication: float
     host: float
     overlapped: bool
     tokens: float
     world: int
+    reached: float
+
+    @property
+    def compute(self) -> float:
+        """Seconds of arithmetic."""
+        return max(self.by_tokens, self.least)
 
     @property
     def step(self) -> float:
@@ -143,51 +162,58 @@ class Speed:
 
     @property
     def break_even_tokens(self) -> float:
-        """Tokens a GPU a micro-batch below which communication takes longer, if neither's length per token changed."""
-        return self.tokens / self.world * self.communication / self.compute
-
-
-def flops_a_token(setup: Setup) -> float:
-    """FLOPs done for a trained token, recomputation and reference included.
-
-    By the counts of training/flops.py: forward 2 N; backward 2 N for the gradient of the input, and none for frozen
-    weights; LoRA's weights 6 of theirs in all; attention over all s positions, since a mask leaves nothing out; every
-    token is taken as one whose logits the loss needs. Checkpointing forms the layers again; the reference is a forward
-    without LoRA, every step or with drift readings alone; a cached one is read.
-    """
-    policy = _flops(setup.shape, setup)
-    again = policy.recomputed if setup.checkpointing else 0.0
-    reads = 1.0 if setup.way else drift_share(setup)
-    reference = _flops(setup.other or setup.shape, setup)
-    runs = drift_share(setup) if setup.way == "cached" else 1.0
-    return policy.training + again + reads * (runs * (reference.base + reference.attention) + reference.head)
-
-
-def _flops(shape: Shape, setup: Setup) -> Flops:
-    """Of a forward pass of one token."""
-    return Flops(
-        base=2.0 * shape.layers * shape.matrices,
-        adapter=2.0 * setup.adapter,
-        attention=4.0 * shape.layers * shape.attention * setup.row_tokens,
-        head=2.0 * shape.head,
-    )
+        """Tokens per GPU below which communication takes longer, if neither's length per token changed; 0: never."""
+        return (
+            self.tokens / self.world * self.communication / self.by_tokens if self.communication > self.least else 0.0
+        )
 
 
 def speed(setup: Setup, cluster: Cluster) -> Speed:
     """Of one optimizer step on `cluster`: `setup.accumulation` micro-batches on every GPU.
 
     What waits in the machine's memory comes before it is gathered, so that both take their time one after the other.
-    A second forward hides as well as the first: DeepSpeed records the order of a whole step, both forwards in it, and
-    FSDP2 gathers ahead by streams.
+    FSDP2 gathers ahead beside the arithmetic; of ZeRO-3 published steps show that it mostly does not (docs/plan.md).
     """
     tokens = setup.mean_in_a_batch * setup.accumulation
-    peak = cluster.device.float32 if setup.precision.weights == 4 else cluster.device.bf16
-    compute = tokens * flops_a_token(setup) / (peak * cluster.mfu)
+    peak = peak_of(setup, cluster)
+    if cluster.mfu is not None:
+        by_tokens, least = tokens * flops_a_token(setup) / (peak * cluster.mfu), 0.0
+    else:
+        found = work_of(setup, cluster.world).seconds(peak, cluster.device.bandwidth)
+        by_tokens, least = (cluster.pace * seconds for seconds in found)
     sent = traffic(setup, cluster.world)
     host = sent.host / cluster.device.host
     communication = host + cluster.gather_seconds(sent.gathered, sent.gather_calls)
     communication += cluster.gather_seconds(sent.reduced, sent.reduce_calls)
-    return Speed(compute, communication, host, cluster.overlap, tokens * cluster.world, cluster.world)
+    overlap = setup.zero != 3 if cluster.overlap is None else cluster.overlap
+    reached = tokens * flops_a_token(setup) / (peak * max(by_tokens, least))
+    return Speed(by_tokens, least, communication, host, overlap, tokens * cluster.world, cluster.world, reached)
+
+
+def calibrated(setup: Setup, cluster: Cluster, measured: float) -> Cluster:
+    """`cluster` with the pace at which one step takes `measured` seconds there.
+
+    Raises UserError where communication alone is planned to take longer, or all arithmetic less than the peak allows.
+    """
+    planned = speed(setup, replace(cluster, pace=1.0))
+    left = measured if planned.overlapped else measured - planned.communication
+    found = f"--measured-step: found {measured:g} seconds"
+    if left <= 0 or measured < planned.communication:
+        raise UserError(
+            f"{found}, but communication alone is planned to take {planned.communication:.3g}; measure on one GPU, or "
+            "say how fast the links are: --intra-gbps, --inter-gbps, --host-gbps"
+        )
+    if planned.reached * planned.compute > left:
+        raise UserError(
+            f"{found}, which takes more than the peak of {cluster.device.name}; say which GPU it was (--device, "
+            "--tflops), and give the rows' mean length (--row-tokens)"
+        )
+    return replace(cluster, pace=left / planned.compute)
+
+
+def peak_of(setup: Setup, cluster: Cluster) -> float:
+    """FLOP/s in the dtype of the weights."""
+    return cluster.device.float32 if setup.precision.weights == 4 else cluster.device.bf16
 
 
 DDP_BUCKET = 25 * 2**20  # torch's bucket_cap_mb
@@ -266,8 +292,3 @@ def a_micro_batch(setup: Setup) -> tuple[float, float]:
     size += again * (layers * (1 + vain / shape.layers) + head + norm * (not setup.fsdp))
     calls += again * (shape.layers + vain + (1 if setup.fsdp else 2))
     return size, calls
-
-
-def drift_share(setup: Setup) -> float:
-    """The share of steps that run the reference for a drift reading alone."""
-    return 1 / setup.drift_every if setup.drift_every else 0.0

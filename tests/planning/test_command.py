@@ -38,7 +38,8 @@ def test_a_recipe(ema):
         "47 steps of 6,000 rows, " in out
         and "judge: " in out
         and "USD" in out
-        and "nothing of this was measured on a GPU" in out
+        and "no measurement of this package's own" in out
+        and "of the GPU's peak" in out
     )
 
 
@@ -53,6 +54,27 @@ def test_a_scale(ema):
     code, out, _ = ema("plan", KL, "data.train=rows.jsonl", "--gpus", "8x80GB", "--zero", 3, "--scale", "8-1024")
     rows = [line for line in out.splitlines() if line.startswith("| ") and "GPUs" not in line]
     assert code == 0 and len(rows) == 8 and rows[-1].startswith("| 1,024")
+
+
+def test_a_scale_says_what_a_cache_takes_of_the_disk(ema):
+    asked = ["plan", KL, "data.train=rows.jsonl", "reference=cached", "--row-tokens", 400, "--scale", "8-64"]
+    line = "the reference's cache on disk: "
+    assert line + "17.2 GB (1 hidden state per token)" in ema(*asked, "--rows", 6000, "--gpus", "8x80GB")[1]
+    assert line + "unknown; give --rows" in ema(*asked, "--gpus", "8x80GB")[1]
+    assert line not in ema("plan", KL, "data.train=rows.jsonl", "--rows", 6000)[1]
+
+
+def test_a_measured_step_replaces_the_estimate(ema, two_by_two):
+    asked = ["plan", KL, "data.train=rows.jsonl", "--row-tokens", 400, "--rows", 6000]
+    run = json.loads(ema(*asked, "--measured-step", 4, "--json")[1])["runs"][0]
+    assert run["step_seconds"] == pytest.approx(4) and run["gpu_hours"] == pytest.approx(run["steps"] * 4 / 3600)
+    out = ema(*asked, "--measured-step", 4, "--scale", "1,2", "--gpus", "2x80GB")[1]
+    assert "by the step that was measured" in out
+    by_share = json.loads(ema(*asked, "--mfu", run["peak_share"], "--json")[1])["runs"][0]
+    assert by_share["step_seconds"] == pytest.approx(4)
+    for other in ([two_by_two], [KL, "data.train=rows.jsonl", "--mfu", 0.3]):
+        code, _, err = ema("plan", *other, "--measured-step", 4)
+        assert code == 2 and "--measured-step: found " in err and "--mfu" in err
 
 
 def test_a_study_is_the_sum_of_its_runs(ema, tmp_path):

@@ -51,8 +51,8 @@ def test_lora_is_what_peft_makes():
 
 
 def test_operations_are_those_of_the_real_model():
+    from ema_scale.planning.arithmetic import _flops
     from ema_scale.planning.setup import FLOAT32, Setup
-    from ema_scale.planning.speed import _flops
 
     model = tiny_peft("qwen2", r=4)
     shape = from_config("tiny", model.get_base_model().config.to_dict())

@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 
 from ema_scale.core.errors import UserError
+from ema_scale.planning.arithmetic import flops_a_token
 from ema_scale.planning.memory import GIB, host_memory, memory, total
 from ema_scale.planning.model_shapes import PUBLISHED, Shape, from_config
 from ema_scale.planning.plan import plan_run, scaled
 from ema_scale.planning.setup import AUTOCAST, DEEPSPEED, FLOAT32, Setup, read_zero, setup_of
-from ema_scale.planning.speed import DEVICES, Cluster, flops_a_token, parse_gpus, parse_scale, speed, traffic
+from ema_scale.planning.speed import DEVICES, Cluster, calibrated, parse_gpus, parse_scale, speed, traffic
 from ema_scale.recipe import build_recipe
 
 # Two layers of 4 wide: matrices 16 + 8 + 8 + 16 + 3 x 32 = 144, LoRA of rank 1: 8 + 6 + 6 + 8 + 3 x 12 = 64.
@@ -155,18 +156,54 @@ def test_weights_are_shared_out_by_zero3_alone():
 
 def test_time_rises_and_falls():
     sharded = replace(KL, zero=3, precision=DEEPSPEED, way="two_stream")
-    plain = speed(sharded, NODE)
+    beside = replace(NODE, overlap=True)
+    plain = speed(sharded, beside)
     assert plain.overlapped and plain.step == plain.compute > plain.communication
-    assert speed(sharded, replace(NODE, overlap=False)).step == plain.compute + plain.communication
-    assert speed(sharded, replace(NODE, mfu=0.2)).compute == pytest.approx(2 * plain.compute)
-    twice = speed(replace(sharded, way="adapter_off"), NODE)
+    for on_top in (NODE, replace(NODE, overlap=False)):  # published steps under ZeRO-3 took the sum
+        assert speed(sharded, on_top).step == plain.compute + plain.communication
+    assert speed(replace(sharded, zero=0, fsdp=True), NODE).overlapped and speed(KL, NODE).overlapped
+    fast, slow = (speed(sharded, replace(NODE, mfu=mfu)) for mfu in (0.4, 0.2))
+    assert slow.compute == pytest.approx(2 * fast.compute) and (fast.reached, slow.reached) == (0.4, 0.2)
+    twice = speed(replace(sharded, way="adapter_off"), beside)
     assert twice.overlapped and 1.4 < twice.communication / plain.communication < 1.5
     assert speed(replace(sharded, way="cached", drift_every=0), NODE).communication == plain.communication
     assert speed(replace(sharded, checkpointing=False), NODE).compute < plain.compute
     # The fewer tokens, the more communication counts; it takes over below the break-even.
-    edge = plain.break_even_tokens / sharded.accumulation / sharded.batch
-    assert speed(replace(sharded, row_tokens=edge / 2), NODE).communication_rules
-    assert not speed(replace(sharded, row_tokens=2 * edge), NODE).communication_rules
+    many = NODE.at(512)
+    edge = speed(sharded, many).break_even_tokens / sharded.accumulation / sharded.batch
+    assert speed(replace(sharded, tokens=edge / 2, row_tokens=edge / 2), many).communication_rules
+    assert not speed(replace(sharded, tokens=2 * edge, row_tokens=2 * edge), many).communication_rules
+    # In a node, starting the kernels of however few tokens takes longer than gathering.
+    assert plain.least > plain.communication and plain.break_even_tokens == 0
+    assert not speed(replace(sharded, tokens=1, row_tokens=1), NODE).communication_rules
+
+
+def test_a_measured_step_calibrates_the_arithmetic():
+    planned = speed(KL, NODE)
+    twice = calibrated(KL, NODE, 2 * planned.step)
+    assert speed(KL, twice).step == pytest.approx(2 * planned.step) and twice.pace == pytest.approx(2)
+    sharded = replace(KL, zero=3, precision=DEEPSPEED, way="two_stream")
+    before = speed(sharded, NODE)
+    assert speed(sharded, calibrated(sharded, NODE, 20)).step == pytest.approx(20)
+    assert calibrated(sharded, NODE, 20).pace == pytest.approx((20 - before.communication) / before.compute)
+    # Calibrated once more, the first calibration is forgotten.
+    assert calibrated(KL, twice, 2 * planned.step) == twice
+    for seconds, message in ((0.9 * before.communication, "communication alone"), (1.5, "more than the peak")):
+        with pytest.raises(UserError, match=f"--measured-step: found .*{message}"):
+            calibrated(sharded, NODE, seconds)
+
+
+def test_a_reference_cache_takes_disk():
+    cached = {"reference": "cached", "data": {"train": "not-here.jsonl", "max_length": 2048}}
+    plan = plan_run(recipe(**cached), NODE, rows=6000, row_tokens=400)
+    assert plan.cache == 6000 * 400 * 3584 * 2 == pytest.approx(17.2e9, rel=1e-3)
+    # LDIFS reads five layers more, and rows that are mixed in are cached, too.
+    safe = {"kind": "interleaving", "source": "safe.jsonl", "fraction": 0.5}
+    more = plan_run(
+        recipe(defenses=[{"kind": "kl"}, {"kind": "ldifs"}, safe], **cached), NODE, rows=6000, row_tokens=400
+    )
+    assert more.cache == 1.5 * 6 * plan.cache and more.to_dict()["reference_cache_bytes"] == more.cache
+    assert plan_run(recipe(), NODE, rows=6000).cache == 0 and plan_run(recipe(**cached), NODE).cache is None
 
 
 def test_on_more_gpus_communication_takes_longer():
