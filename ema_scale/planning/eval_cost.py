@@ -10,9 +10,8 @@ from dataclasses import dataclass, field, replace
 from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.evaluation.judges.assignment import SCORING, JudgeSpec, assign
-from ema_scale.evaluation.judges.budget import CHARACTERS_PER_TOKEN
-from ema_scale.evaluation.judges.scores import MAX_TOKENS
-from ema_scale.evaluation.judging.calibration import labelled_path, load_labelled
+from ema_scale.evaluation.judging.calibration import labelled_path, load_labelled, unjudged
+from ema_scale.evaluation.judging.cost import CHARACTERS_PER_TOKEN, Usage, estimate, judging, prompt_characters
 from ema_scale.evaluation.runs import asked_suites, asks_behind_rows
 from ema_scale.evaluation.suites import Condition, Suite
 from ema_scale.planning.engine_size import engine_gpus
@@ -90,7 +89,7 @@ class JudgingCost:
 
     def cost(self, price_in: float, price_out: float) -> float:
         """Of the paid judges, in the prices' currency; prices are for a million tokens."""
-        return (self.paid_in * price_in + self.paid_out * price_out) / 1e6
+        return Usage(self.paid_calls, round(self.paid_in), round(self.paid_out)).price(price_in, price_out) or 0.0
 
 
 def judging_cost(
@@ -160,8 +159,8 @@ def _of(
             judge = assign(suite, question, e.judge)
             longest = question.max_tokens or e.max_tokens
             length = min(answer_tokens or longest, longest)
-            for text, n in zip(question.paraphrases, question.samples(e.samples_per_question), strict=True):
-                asked = len(text) / CHARACTERS_PER_TOKEN
+            for paraphrase, n in enumerate(question.samples(e.samples_per_question)):
+                asked = prompt_characters(question, paraphrase) / CHARACTERS_PER_TOKEN
                 if e.sampler == "openai":
                     found += JudgingCost(n, n * length, n)
                 else:
@@ -170,7 +169,8 @@ def _of(
                     )
                 if judge.kind in SCORING:
                     judges[judge.identity] = (judge, e)
-                    found += _calls(judge, e, n, asked + length)
+                    shown = len(question.paraphrases[paraphrase]) + length * CHARACTERS_PER_TOKEN
+                    found += _judged(judge, e, judging(judge, n, n * shown))
     return found
 
 
@@ -179,24 +179,21 @@ def _engine(role: str, model: ModelRecipe, extra: Mapping[str, object], where: s
     return EngineWork(role, model.path, model.revision, gpus, 4 if model.dtype == "float32" else 2)
 
 
-def _calls(judge: JudgeSpec, e: EvaluationRecipe, answers: int, filled: float) -> JudgingCost:
-    """filled: tokens of question and answer, which every prompt shows once."""
-    prompts = list(judge.prompts.values())
-    each = sum(len(prompt) / CHARACTERS_PER_TOKEN + filled for prompt in prompts)
-    calls, tokens_in = len(prompts) * answers, answers * each
-    tokens_out = float(calls * MAX_TOKENS)
-    found = JudgingCost(calls=calls, tokens_in=tokens_in, tokens_out=tokens_out)
+def _judged(judge: JudgeSpec, e: EvaluationRecipe, usage: Usage) -> JudgingCost:
+    calls, read, written = usage.calls, float(usage.input_tokens), float(usage.output_tokens)
+    found = JudgingCost(calls=calls, tokens_in=read, tokens_out=written)
     if judge.kind == "vllm":
         engine = _engine("judging", ModelRecipe(path=str(judge.model)), e.judge.engine, "evaluation.judge.engine")
-        return replace(found, engines={engine: EvaluationWork(calls, tokens_in, tokens_in, tokens_out)})
-    return replace(found, paid_calls=calls, paid_in=tokens_in, paid_out=tokens_out)
+        return replace(found, engines={engine: EvaluationWork(calls, read, read, written)})
+    return replace(found, paid_calls=calls, paid_in=read, paid_out=written)
 
 
 def _check(judge: JudgeSpec, e: EvaluationRecipe) -> JudgingCost:
     """The labelled answers, `evaluation.judge.check` times each."""
+    labelled = load_labelled(labelled_path(e.judge)) if e.judge.check else ()
     found = JudgingCost()
-    for one in load_labelled(labelled_path(e.judge)) if e.judge.check else ():
-        found += _calls(judge, e, e.judge.check, (len(one.question) + len(one.answer)) / CHARACTERS_PER_TOKEN)
+    for usage in estimate(unjudged(labelled, [judge], e.judge.check, ())).values():
+        found += _judged(judge, e, usage)
     return replace(found, check_calls=found.calls)
 
 

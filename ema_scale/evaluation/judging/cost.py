@@ -1,4 +1,7 @@
-"""What judging and sampling will take, before the first call: calls and tokens, guessed from characters."""
+"""What judging and sampling will take, before the first call: calls and tokens, guessed from characters.
+
+These are the only such formulas: `ema eval` says what they give before it starts, `ema plan` before anything runs.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from ema_scale.evaluation.judges.assignment import SCORING, JudgeSpec
 from ema_scale.evaluation.judges.scores import MAX_TOKENS
 from ema_scale.evaluation.plan import PromptGroup
 from ema_scale.evaluation.records import Sample
+from ema_scale.evaluation.suites import Question
 from ema_scale.inference.usage import CHARACTERS_PER_TOKEN, Usage
 
 Asked = tuple[JudgeSpec, tuple[int, int]]
@@ -20,7 +24,10 @@ def estimate(asked: Iterable[Asked]) -> dict[str, Usage]:
     for judge, lengths in asked:
         if judge.kind in SCORING:
             by_judge.setdefault(judge.identity, (judge, []))[1].append(lengths)
-    return {identity: _usage_of(judge, lengths) for identity, (judge, lengths) in by_judge.items()}
+    return {
+        identity: judging(judge, len(lengths), sum(question + answer for question, answer in lengths))
+        for identity, (judge, lengths) in by_judge.items()
+    }
 
 
 def asked_of(group: PromptGroup, sample: Sample | None) -> Asked:
@@ -34,12 +41,23 @@ def estimate_sampling(missing: Sequence[PromptGroup]) -> Usage:
 
     missing: the group of each answer.
     """
-    read = sum(len(turn["content"]) for g in missing for turn in g.question.messages(g.paraphrase))
+    read = sum(prompt_characters(g.question, g.paraphrase) for g in missing)
     return Usage(len(missing), read // CHARACTERS_PER_TOKEN, sum(g.max_tokens for g in missing), guessed=True)
 
 
-def _usage_of(judge: JudgeSpec, asked: Sequence[tuple[int, int]]) -> Usage:
-    """Every reply counts as short: that of a judge that says its number at once."""
-    calls = len(asked) * len(judge.prompts)
-    read = sum(len(prompt) + question + answer for prompt in judge.prompts.values() for question, answer in asked)
-    return Usage(calls, read // CHARACTERS_PER_TOKEN, calls * MAX_TOKENS, guessed=True)
+def prompt_characters(question: Question, paraphrase: int) -> int:
+    """Of everything that the model is asked, a system prompt and earlier turns included."""
+    return sum(len(turn["content"]) for turn in question.messages(paraphrase))
+
+
+def judging(judge: JudgeSpec, answers: int, characters: float) -> Usage:
+    """What a 0-100 judge takes. Every reply counts as short: that of a judge that says its number at once.
+
+    Args:
+        judge: each of its prompts shows a question and an answer.
+        answers: their number.
+        characters: of all of these questions and answers together, each question as often as it has answers.
+    """
+    calls = answers * len(judge.prompts)
+    read = answers * sum(map(len, judge.prompts.values())) + len(judge.prompts) * characters
+    return Usage(calls, int(read / CHARACTERS_PER_TOKEN), calls * MAX_TOKENS, guessed=True)
