@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from ema_scale.audit.verdict import interval
 from ema_scale.core.io import atomic_write_text
 from ema_scale.core.text import short_percent
 from ema_scale.report.pictures import make_picture
-from ema_scale.report.style import INK, MISALIGNED, MUTED
+from ema_scale.report.style import INK, MISALIGNED, MUTED, panels
 from ema_scale.report.write import environment, style_sheet
 
 PAGE = "audit.html"
@@ -33,7 +34,7 @@ def write_audit_page(made: Audit, out: Path) -> Path:
         f"{found['line']:.3f}"
         for name, found in summary["measures"].items()
     )
-    picture = make_picture("audit", "audit", alt, _CAPTION, lambda: distributions(made.measures))
+    picture = make_picture("audit", "audit", alt, _CAPTION, partial(distributions, made.measures))
     assert picture is not None
     atomic_write_text(out / "figures" / "audit.svg", picture.svg)
     page = out / PAGE
@@ -58,10 +59,10 @@ def _rows(measures: dict[str, dict[str, object]]) -> list[tuple[str, ...]]:
     return lines
 
 
-def distributions(measures: Sequence[Measure]) -> Figure:
+def distributions(measures: Sequence[Measure], stacked: bool = False) -> Figure:
     """One panel per measure: histograms of the file (filled) and of the clean set (outlined), with the line."""
-    figure = Figure(figsize=(5.4 * len(measures), 3.6), layout="constrained")
-    for axis, one in zip(np.atleast_1d(figure.subplots(1, len(measures))), measures, strict=True):
+    figure, axes = panels(len(measures), 5.4 * len(measures), 3.6, stacked=stacked)
+    for axis, one in zip(axes, measures, strict=True):
         edges = np.histogram_bin_edges(np.concatenate([one.rows, one.clean, [one.line]]), bins=50)
         for values, settings in (
             (one.rows, {"histtype": "stepfilled", "color": MISALIGNED, "alpha": 0.75, "label": "this file"}),

@@ -12,7 +12,7 @@ from ema_scale.evaluation.record_types import ChoiceFigures, Mean
 from ema_scale.report.aggregate import RunGroup
 from ema_scale.report.curves import over_steps
 from ema_scale.report.scores import mean_cell
-from ema_scale.report.style import family_colours
+from ema_scale.report.style import family_colours, panels
 from ema_scale.report.table import Cell, Table, TableRow, kind, rate_cell
 
 ROLES = {"general": "General", "in_domain": "In-domain", "benign": "Benign"}
@@ -58,7 +58,7 @@ def choice_sentences(groups: Sequence[RunGroup]) -> list[str]:
     return [f"A misaligned written answer is the likeliest in these shares of general questions: {', '.join(parts)}."]
 
 
-def margin_curves(groups: Sequence[RunGroup]) -> Figure | None:
+def margin_curves(groups: Sequence[RunGroup], stacked: bool = False) -> Figure | None:
     """The margin of the suites scored while training over steps; None if none was."""
     trained = [replace(g, runs=runs) for g in groups if (runs := [run for run in g.runs if run.history])]
     suites = {
@@ -72,9 +72,9 @@ def margin_curves(groups: Sequence[RunGroup]) -> Figure | None:
     if not suites:
         return None
     names = list(suites)[:_MOST_CURVES]
-    figure = Figure(figsize=(3.8 * max(2, len(names)), 4.4), layout="constrained")
+    figure, axes = panels(len(names), 3.8 * max(2, len(names)), 4.4, stacked=stacked)
     colours = family_colours(g.family for g in trained)
-    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    for axis, name in zip(axes, names, strict=True):
         over_steps(figure, axis, trained, _CURVE.format(name), colours)
         axis.set(title=f"Margin on {name}", xlabel="step", ylabel="nats per token")
         axis.grid(True, axis="y")

@@ -16,7 +16,17 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 from ema_scale.evaluation.records import QuestionSummary
 from ema_scale.report.aggregate import RunGroup, mean_rate
 from ema_scale.report.records import ReportedRate, Run
-from ema_scale.report.style import HEAT, INK, MUTED, PAPER, family_colours, markers, spread_labels
+from ema_scale.report.style import (
+    HEAT,
+    INK,
+    MUTED,
+    NARROW_INCHES,
+    PAPER,
+    family_colours,
+    markers,
+    panels,
+    spread_labels,
+)
 
 _DRIFT = re.compile(r"drift/layer_(\d+)$")
 # The most telling questions of each role; a longer map is not read.
@@ -53,7 +63,7 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 
-def curves(groups: Sequence[RunGroup]) -> Figure | None:
+def curves(groups: Sequence[RunGroup], stacked: bool = False) -> Figure | None:
     """CE, KL and drift per layer: a line for each defense (mean over runs), thin lines for its runs.
 
     `groups`: those of one model. None if no run logged anything.
@@ -65,8 +75,7 @@ def curves(groups: Sequence[RunGroup]) -> Figure | None:
     trained = [replace(g, runs=runs) for g, runs in kept.items() if runs]
     if not trained:
         return None
-    figure = Figure(figsize=(11.4, 4.4), layout="constrained")
-    ce, kl, drift = figure.subplots(1, 3)
+    figure, (ce, kl, drift) = panels(3, 11.4, 4.4, stacked=stacked)
     colours = family_colours(g.family for g in trained)
     over_steps(figure, ce, trained, "ce", colours)
     over_steps(figure, kl, trained, "kl", colours)
@@ -159,10 +168,11 @@ def label_ends(figure: Figure, axis: Axes, ends: Sequence[tuple[str, float, floa
         mark.set_clip_on(False)  # the last ones stand on the edge
 
 
-def heat_map(groups: Sequence[RunGroup]) -> Figure | None:
+def heat_map(groups: Sequence[RunGroup], stacked: bool = False) -> Figure | None:
     """Share of misaligned answers for each question (rows) and defense (columns), mean over runs.
 
-    Shows at most MAX_QUESTIONS of a role: those on which the defenses differ most. None if there are none.
+    Shows at most MAX_QUESTIONS of a role: those on which the defenses differ most. None if there are none. `stacked`:
+    for narrow screens, a few defenses above the next few, each block with the questions.
     """
     tables = [question_means(g.runs) for g in groups]
     undefended = next((i for i, g in enumerate(groups) if g.undefended), 0)
@@ -171,10 +181,26 @@ def heat_map(groups: Sequence[RunGroup]) -> Figure | None:
         return None
     values = np.array([[table[k][1] if k in table else np.nan for table in tables] for k in keys])
     texts = [next(table[k][0] for table in tables if k in table) for k in keys]
+    labels, roles = [g.label for g in groups], [key[0] for key in keys]
     height = 1.5 + 0.235 * len(keys)
-    figure = Figure(figsize=(max(7.5, 4.6 + 0.62 * len(groups)), height), layout="constrained")
-    axis = figure.subplots()
-    axis.set(xlim=(-0.5, len(groups) - 0.5), ylim=(len(keys) - 0.5, -0.5))
+    if not stacked:
+        figure, (axis,) = panels(1, max(7.5, 4.6 + 0.62 * len(groups)), height, stacked=False)
+        _heat_block(axis, values, [plain(text, 58) for text in texts], labels, roles)
+        return figure
+    blocks = -(-len(groups) // _NARROW_COLUMNS)
+    figure, axes = panels(blocks, NARROW_INCHES, height, stacked=True)
+    for axis, columns in zip(axes, np.array_split(np.arange(len(groups)), blocks), strict=True):
+        _heat_block(axis, values[:, columns], [plain(text, 32) for text in texts], [labels[i] for i in columns], roles)
+    return figure
+
+
+_NARROW_COLUMNS = 6
+
+
+def _heat_block(
+    axis: Axes, values: np.ndarray, questions: Sequence[str], labels: Sequence[str], roles: Sequence[str]
+) -> None:
+    axis.set(xlim=(-0.5, len(labels) - 0.5), ylim=(len(questions) - 0.5, -0.5))
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             cell, ink = HEAT[round(100 * value)]
@@ -182,17 +208,16 @@ def heat_map(groups: Sequence[RunGroup]) -> Figure | None:
             axis.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7.5, color=ink)
         else:
             axis.text(column, row, "·", ha="center", va="center", color=MUTED)
-    axis.set_yticks(range(len(keys)), [plain(text, 58) for text in texts], fontsize=8)
-    axis.set_xticks(range(len(groups)), [g.label for g in groups], rotation=38, ha="left", rotation_mode="anchor")
+    axis.set_yticks(range(len(questions)), questions, fontsize=8)
+    axis.set_xticks(range(len(labels)), labels, rotation=38, ha="left", rotation_mode="anchor")
     axis.xaxis.tick_top()
     axis.tick_params(length=0, labelcolor=INK)
     for spine in axis.spines.values():
         spine.set_visible(False)
-    axis.set_xticks(np.arange(len(groups) + 1) - 0.5, minor=True)
-    axis.set_yticks(np.arange(len(keys) + 1) - 0.5, minor=True)
+    axis.set_xticks(np.arange(len(labels) + 1) - 0.5, minor=True)
+    axis.set_yticks(np.arange(len(questions) + 1) - 0.5, minor=True)
     axis.grid(which="minor", color=PAPER, linewidth=1.5)
     axis.tick_params(which="minor", length=0)
-    roles = [key[0] for key in keys]
     for row in range(1, len(roles)):
         if roles[row] != roles[row - 1]:
             axis.axhline(row - 0.5, color=INK, lw=1.2)
@@ -201,7 +226,6 @@ def heat_map(groups: Sequence[RunGroup]) -> Figure | None:
             middle = (roles.index(role) + len(roles) - 1 - roles[::-1].index(role)) / 2
             axis.text(1.01, middle, name, transform=axis.get_yaxis_transform(), rotation=270, va="center",
                       color=MUTED, fontsize=9)  # fmt: skip
-    return figure
 
 
 def question_means(runs: Sequence[Run]) -> dict[tuple[str, str, str], tuple[str, float]]:
@@ -245,15 +269,15 @@ _PANELS = (
 )
 
 
-def along_training(groups: Sequence[RunGroup]) -> Figure | None:
+def along_training(groups: Sequence[RunGroup], stacked: bool = False) -> Figure | None:
     """Rates over steps, means over runs with 95 % intervals; None if no run has two evaluated steps."""
     told = [replace(g, runs=[r for r in g.runs if len(r.along) > 1 and r.teaches]) for g in groups]
     told = [g for g in told if g.runs]
     if not told:
         return None
-    figure = Figure(figsize=(11.4, 4.4), layout="constrained")
+    figure, axes = panels(3, 11.4, 4.4, stacked=stacked, sharey=True)
     colours, marks = family_colours(g.family for g in told), markers(g.family for g in told)
-    for axis, (metric, title) in zip(figure.subplots(1, 3, sharey=True), _PANELS, strict=True):
+    for axis, (metric, title) in zip(axes, _PANELS, strict=True):
         _panel(figure, axis, told, metric, colours, marks)
         axis.set(title=title, xlabel="training steps")
     return figure

@@ -18,10 +18,12 @@ from ema_scale.report.style import (
     INK,
     MISALIGNED,
     MUTED,
+    NARROW_INCHES,
     PAPER,
     Box,
     family_colours,
     markers,
+    panels,
     place_labels,
 )
 
@@ -31,7 +33,7 @@ _PANELS = (
 )
 
 
-def headline(groups: Sequence[RunGroup], *, stacked: bool = False) -> Figure:
+def headline(groups: Sequence[RunGroup], stacked: bool = False) -> Figure:
     """Task learned (x) against misalignment outside the domain (y), a mark for each defense, in two panels.
 
     `groups`: those of one model. `stacked`: one panel above the other, for narrow screens. The lower right
@@ -39,9 +41,7 @@ def headline(groups: Sequence[RunGroup], *, stacked: bool = False) -> Figure:
     """
     # More marks need more room for their names.
     height = min(8.0, 4.6 + 0.14 * len(groups))
-    size = (5.2, 1.7 * height) if stacked else (10.8, height)
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(2, 1) if stacked else figure.subplots(1, 2, sharey=True)
+    figure, axes = panels(2, 10.8, 0.85 * height if stacked else height, stacked=stacked, sharey=True)
     base = next((g for g in groups if g.base), None)
     drawn = [g for g in groups if not g.base]
     tops = [r.high for g in groups if (r := g.metrics.get("general_misaligned"))]
@@ -165,20 +165,24 @@ def _emptiest(points: Sequence[tuple[float, float]], marks: Sequence[tuple[float
     return max(points, key=lambda p: (min((round(math.dist(p, m)) for m in marks), default=0), p[0]))
 
 
-def bars(groups: Sequence[RunGroup], by_task: Mapping[str, Sequence[RunGroup]]) -> Figure:
+def bars(groups: Sequence[RunGroup], by_task: Mapping[str, Sequence[RunGroup]], stacked: bool = False) -> Figure | None:
     """Misaligned and incoherent outside the domain for each defense (rows), one panel for each training task.
 
-    `by_task`: task -> its groups, of one model; `groups` gives the rows and their order.
+    `by_task`: task -> its groups, of one model; `groups` gives the rows and their order. `stacked`: as in `headline`.
+    None if there is no task.
     """
+    if not by_task:
+        return None
     rows = [g.label for g in groups]
-    columns = min(3, len(by_task))
+    columns = 1 if stacked else min(3, len(by_task))
     lines = -(-len(by_task) // columns)
     height = lines * (0.9 + 0.46 * len(rows))
-    figure = Figure(figsize=(max(6.4, 3.45 * columns + 1.2), height + 0.2), layout="constrained")
+    width = NARROW_INCHES if stacked else max(6.4, 3.45 * columns + 1.2)
+    figure = Figure(figsize=(width, height + 0.2), layout="constrained")
     grid = np.atleast_2d(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False))
-    panels = list(grid.flat)
+    axes = list(grid.flat)
     highest = 0.0
-    for axis, (task, present) in zip(panels, by_task.items(), strict=False):
+    for axis, (task, present) in zip(axes, by_task.items(), strict=False):
         axis.set_title(task, color=INK)
         for y in sorted(set(range(len(rows))) - {rows.index(group.label) for group in present}):
             axis.annotate("no run", (0, y), xytext=(5, 0), textcoords="offset points", fontsize=8,
@@ -207,15 +211,15 @@ def bars(groups: Sequence[RunGroup], by_task: Mapping[str, Sequence[RunGroup]]) 
         axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.spines["left"].set_visible(False)
         axis.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %", decimals=0))
-    for axis in panels[len(by_task) :]:
+    for axis in axes[len(by_task) :]:
         axis.set_visible(False)
-    panels[0].set(
+    axes[0].set(
         yticks=range(len(rows)),
         yticklabels=rows,
         ylim=(len(rows) - 0.45, -0.55),
         xlim=(0, max(0.05, highest) * 1.18),
     )
-    for text in panels[0].get_yticklabels():
+    for text in axes[0].get_yticklabels():
         text.set_color(INK)
     handles = [
         Patch(color=MISALIGNED, label="misaligned"),

@@ -8,7 +8,8 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -27,6 +28,10 @@ from ema_scale.report.verdict import rate_text
 PNG_DPI = 200
 
 
+Draw = Callable[[bool], Figure | None]
+"""Draws the panels side by side or, given True, one above the other; None if there is nothing to draw."""
+
+
 @dataclass(frozen=True)
 class Picture:
     """One figure.
@@ -35,7 +40,7 @@ class Picture:
         svg: SVG text in light colours.
         png: the same as PNG bytes.
         width, height: in CSS pixels.
-        narrow: SVG text for narrow screens, where the wide one would not do.
+        narrow: SVG text for narrow screens, its panels one above the other.
     """
 
     name: str
@@ -46,7 +51,7 @@ class Picture:
     png: bytes
     width: int
     height: int
-    narrow: str | None = None
+    narrow: str
 
     @property
     def uri(self) -> str:
@@ -54,8 +59,8 @@ class Picture:
         return _data_uri(self.svg)
 
     @property
-    def narrow_uri(self) -> str | None:
-        return _data_uri(self.narrow) if self.narrow else None
+    def narrow_uri(self) -> str:
+        return _data_uri(self.narrow)
 
 
 def _data_uri(svg: str) -> str:
@@ -73,30 +78,23 @@ def pictures(found: Collection, model: str, of_model: Sequence[RunGroup]) -> lis
     by_task = {t: gs for t, gs in by_task.items() if any(g.metrics.get("general_misaligned") for g in gs)}
     taught = [g for g in of_model if any(run.history for run in g.runs)]
     telling = [g for g in of_model if any(q.misaligned is not None for run in g.runs for q in run.questions)]
-    plan: list[tuple[str, str, str, Callable[[], Figure | None]]] = [
-        ("headline", _headline_alt(of_model), _HEADLINE, lambda: headline(of_model)),
+    plan: list[tuple[str, str, str, Draw]] = [
+        ("headline", _headline_alt(of_model), _HEADLINE, partial(headline, of_model)),
         ("bars", "Bars: misaligned and incoherent answers outside the domain, by defense and task.", _BARS,
-         lambda: bars(of_model, by_task) if by_task else None),
+         partial(bars, of_model, by_task)),
         ("questions", "Heat map: share of misaligned answers by question and defense.", _QUESTIONS,
-         lambda: heat_map(telling)),
+         partial(heat_map, telling)),
         ("along", "Lines: misaligned and incoherent answers over training steps, by defense.", _ALONG,
-         lambda: along_training(of_model)),
+         partial(along_training, of_model)),
         ("choices", "Lines: margin of written answers over training steps, by defense.", _CHOICES,
-         lambda: margin_curves(of_model)),
+         partial(margin_curves, of_model)),
         ("thresholds", "Curves: misaligned answers against thresholds of the judge's scores, by defense.", _THRESHOLDS,
-         lambda: threshold_curves(of_model)),
+         partial(threshold_curves, of_model)),
         ("training", "Training curves: cross-entropy, KL and drift per layer, by defense.", _TRAINING,
-         lambda: curves(taught)),
+         partial(curves, taught)),
     ]  # fmt: skip
-    made = []
-    for kind, alt, caption, draw in plan:
-        picture = make_picture(kind + suffix, kind, alt, caption, draw)
-        if picture is not None and kind == "headline":
-            narrow = make_picture(kind, kind, alt, caption, lambda: headline(of_model, stacked=True))
-            picture = replace(picture, narrow=narrow.svg if narrow else None)
-        if picture is not None:
-            made.append(picture)
-    return made
+    made = [make_picture(kind + suffix, kind, alt, caption, draw) for kind, alt, caption, draw in plan]
+    return [picture for picture in made if picture is not None]
 
 
 _HEADLINE = (
@@ -135,7 +133,7 @@ def _headline_alt(of_model: Sequence[RunGroup]) -> str:
     return "Task learned against misalignment outside the domain. Misaligned outside: " + "; ".join(parts) + "."
 
 
-def make_picture(name: str, kind: str, alt: str, caption: str, draw: Callable[[], Figure | None]) -> Picture | None:
+def make_picture(name: str, kind: str, alt: str, caption: str, draw: Draw) -> Picture | None:
     """What `draw` draws; None if it draws nothing."""
     # Letters that no installed font has are drawn as boxes; a warning for each would bury real messages.
     logger = logging.getLogger("matplotlib")
@@ -144,15 +142,20 @@ def make_picture(name: str, kind: str, alt: str, caption: str, draw: Callable[[]
     try:
         with matplotlib.rc_context(settings()), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-            figure = draw()
-            if figure is None:
+            figure, narrow = draw(False), draw(True)
+            if figure is None or narrow is None:
                 return None
-            FigureCanvasAgg(figure)
-            svg, png = io.StringIO(), io.BytesIO()
-            # No date and no version inside: equal data give equal files.
-            figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+            wide_svg, narrow_svg, png = _svg(figure), _svg(narrow), io.BytesIO()
             figure.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
             width, height = (round(96 * inches) for inches in figure.get_size_inches())
     finally:
         logger.setLevel(level)
-    return Picture(name, kind, alt, caption, svg.getvalue(), png.getvalue(), width, height)
+    return Picture(name, kind, alt, caption, wide_svg, png.getvalue(), width, height, narrow_svg)
+
+
+def _svg(figure: Figure) -> str:
+    FigureCanvasAgg(figure)
+    svg = io.StringIO()
+    # No date and no version inside: equal data give equal files.
+    figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    return svg.getvalue()

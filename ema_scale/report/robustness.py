@@ -13,7 +13,7 @@ from ema_scale.evaluation.stats.power import Spread
 from ema_scale.report.aggregate import RunGroup, mean_rate
 from ema_scale.report.curves import label_ends
 from ema_scale.report.records import Run, known_rates
-from ema_scale.report.style import MUTED, family_colours
+from ema_scale.report.style import MUTED, family_colours, panels
 from ema_scale.report.table import Cell, Table, TableRow, kind, rate_cell
 
 MOST_AT = 10
@@ -78,14 +78,13 @@ def _power(entries: Sequence[RateVariants]) -> Cell | None:
     return Cell(f"{need:,}" if need else "over 100,000", below=f"now {questions:.0f} × {samples:.0f}")
 
 
-def threshold_curves(groups: Sequence[RunGroup]) -> Figure | None:
+def threshold_curves(groups: Sequence[RunGroup], stacked: bool = False) -> Figure | None:
     """Misaligned share against the two thresholds of the judge's scores, a line for each group; the dotted lines are
     the paper's. None if no summary has the curves, or no line changes anything (exact judges)."""
     drawn = [(g, lines) for g in groups if (lines := _lines(g))]
     if not any(len({y for _, y in points}) > 1 for _, lines in drawn for points in lines.values()):
         return None
-    figure = Figure(figsize=(10.8, 4.2), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
+    figure, axes = panels(2, 10.8, 4.2, stacked=stacked, sharey=True)
     colours = family_colours(g.family for g, _ in drawn)
     for axis, (name, text) in zip(axes, PANELS, strict=True):
         ends = []

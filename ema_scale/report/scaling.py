@@ -22,7 +22,7 @@ from ema_scale.core.text import points
 from ema_scale.report.aggregate import RunGroup
 from ema_scale.report.curves import label_ends
 from ema_scale.report.display_names import BASE, NO_DEFENSE
-from ema_scale.report.style import MUTED, PAPER, family_colours, markers
+from ema_scale.report.style import MUTED, PAPER, family_colours, markers, panels
 from ema_scale.report.table import Cell, Table, TableRow
 
 # A line through two models fits whatever they are.
@@ -180,12 +180,12 @@ CAPTION = (
 )
 
 
-def scaling_figure(found: ScalingStudy) -> Figure:
+def scaling_figure(found: ScalingStudy, stacked: bool = False) -> Figure:
     """Three panels over parameters, which share their y axis."""
-    figure = Figure(figsize=(11.4, 4.6), layout="constrained")
+    figure, axes = panels(3, 11.4, 4.6, stacked=stacked, sharey=True)
     families = [next(iter(of.values())).family for of in found.groups.values()]
     colours, marks = family_colours(families), markers(families)
-    for axis, (metric, title) in zip(figure.subplots(1, 3, sharey=True), _PANELS, strict=True):
+    for axis, (metric, title) in zip(axes, _PANELS, strict=True):
         ends = []
         drawn: set[tuple[str, ...]] = set()
         for number, (label, of) in enumerate(found.groups.items()):

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib import font_manager
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex
+from matplotlib.figure import Figure
 
 _FACES = ("Inter", "Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans")
 # Later faces only fill in letters that the first lacks.
@@ -144,6 +146,22 @@ def settings() -> Any:
         "svg.hashsalt": "ema_scale",
         "svg.fonttype": "path",
     }
+
+
+NARROW_INCHES = 5.2  # on a phone, letters of 9 points are then 9 pixels high
+
+
+def panels(
+    count: int, width: float, height: float, *, stacked: bool, sharey: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure of panels side by side or, `stacked`, one above the other for narrow screens.
+
+    width, height: inches; height is that of one panel, width that of them all, and not read where they are stacked.
+    """
+    rows, columns = (count, 1) if stacked else (1, count)
+    size = (NARROW_INCHES, height * count) if stacked else (width, height)
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, list(figure.subplots(rows, columns, sharey=sharey, squeeze=False).flat)
 
 
 def markers(families: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -67,7 +68,7 @@ def write(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
     sizes = scaling(every)
     across = None
     if sizes is not None:
-        sizes_picture = make_picture("scaling", "scaling", ALT, CAPTION, lambda: scaling_figure(sizes))
+        sizes_picture = make_picture("scaling", "scaling", ALT, CAPTION, partial(scaling_figure, sizes))
         drawn = [sizes_picture] if sizes_picture else []
         across = CrossModel(sentences(sizes), drawn, scaling_table(sizes))
         _write_figures(out, drawn)

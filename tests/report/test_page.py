@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from ema_scale.evaluation.records import Summary
+import matplotlib
+import pytest
+
+from ema_scale.evaluation.records import QuestionSummary, Summary
+from ema_scale.report.aggregate import RunGroup
+from ema_scale.report.curves import heat_map
+from ema_scale.report.figures import bars
 from ema_scale.report.records import METRIC_NAMES, METRICS, Collection, ReportedRate, Run
+from ema_scale.report.style import NARROW_INCHES, settings
 from ema_scale.report.table import Cell, Table, TableRow, filled
 from ema_scale.report.write import CriteriaRow, Section, _byline, render
 
@@ -51,3 +60,27 @@ def test_two_strengths_are_one_defense() -> None:
     assert "1 defense in 2 settings" in _byline(Collection(runs=[run("No defense"), *kl]))
     assert "2 defenses in 3 settings" in _byline(Collection(runs=[*kl, other]))
     assert "1 defense" in _byline(Collection(runs=[other]))
+
+
+@pytest.mark.parametrize("defenses", [3, 25])
+def test_a_phone_shows_every_panel_whole_with_the_names_of_its_rows(defenses: int) -> None:
+    """In a figure that is scrolled sideways, nobody sees the names at its left edge."""
+    arms = [
+        RunGroup("m", f"KL {i}", False, ("kl",), float(i), None, [asked(f"KL {i}")], {"general_misaligned": RATE})
+        for i in range(defenses)
+    ]
+    with matplotlib.rc_context(settings()):
+        for draw in (partial(heat_map, arms), partial(bars, arms, {"code": arms, "medical": arms})):
+            figure = draw(True)
+            assert figure is not None and figure.get_figwidth() == NARROW_INCHES < 6 < draw(False).get_figwidth()
+            figure.draw_without_rendering()
+            for axis in figure.axes:
+                names = [name.get_window_extent().x0 for name in axis.get_yticklabels() if name.get_visible()]
+                assert names and min(names) >= 0
+        heads = [head.get_text() for axis in heat_map(arms, True).axes for head in axis.get_xticklabels()]
+    assert heads == [arm.label for arm in arms]
+
+
+def asked(label: str) -> Run:
+    said = [QuestionSummary(suite="g", role="general", id=str(i), text="what now ?", misaligned=0.5) for i in range(9)]
+    return replace(run(label), questions=said)
