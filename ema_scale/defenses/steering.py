@@ -1,4 +1,4 @@
-"""Preventative steering: push the model along a bad direction in training, so that it need not move there itself."""
+"""Preventative steering: push the model along a bad direction in training, so that it does not move there itself."""
 
 from __future__ import annotations
 
