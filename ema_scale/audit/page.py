@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -64,11 +65,12 @@ def distributions(measures: Sequence[Measure], stacked: bool = False) -> Figure:
     figure, axes = panels(len(measures), 5.4 * len(measures), 3.6, stacked=stacked)
     for axis, one in zip(axes, measures, strict=True):
         edges = np.histogram_bin_edges(np.concatenate([one.rows, one.clean, [one.line]]), bins=50)
-        for values, settings in (
+        drawn: list[tuple[np.ndarray, dict[str, Any]]] = [
             (one.rows, {"histtype": "stepfilled", "color": MISALIGNED, "alpha": 0.75, "label": "this file"}),
             (one.clean, {"histtype": "step", "color": INK, "lw": 1.4, "label": "clean set"}),
-        ):
-            axis.hist(values, edges, weights=np.full(len(values), 1 / len(values)), **settings)
+        ]
+        for values, settings in drawn:
+            axis.hist(values, edges.tolist(), weights=np.full(len(values), 1 / len(values)), **settings)
         axis.axvline(one.line, color=MUTED, lw=1.2, ls=(0, (5, 4)))
         axis.set(title=TITLES[one.name], xlabel=WORSE[one.name], yticks=[])
         axis.spines["left"].set_visible(False)
