@@ -380,7 +380,6 @@ def agreement_(
     points = read_points(find_runs(runs))
     found = agreements(points)
     told = "\n".join(lines(found))
-    out.mkdir(parents=True, exist_ok=True)
     atomic_write_text(out / "agreement.md", told + "\n")
     calibration_figure(points, found).savefig(out / "agreement.svg")
     print(told)

@@ -56,6 +56,4 @@ def recommend(
     if as_json:
         print(json.dumps(asdict(advice), indent=1))
         return
-    console.print(
-        "\n".join(advice_lines(advice, evidence, owned, adapter=adapter, model=found.model.path)), markup=False
-    )
+    console.print("\n".join(advice_lines(advice, evidence, owned, adapter=adapter, model=found.model.path)))

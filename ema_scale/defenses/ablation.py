@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from ema_scale.core.numbers import CountOrZero
 from ema_scale.defenses.base import Defense
+from ema_scale.defenses.direction_files import Layers
 from ema_scale.models.hooks import edited_states, like_states
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Ablation(Defense):
     vector: str = Field(
         min_length=1, description="directions, a file made by `ema vector`", json_schema_extra={"asset": "directions"}
     )
-    at_layers: Literal["auto", "all"] | Annotated[list[CountOrZero], Field(min_length=1)] = Field(
+    at_layers: Layers = Field(
         "all", description="decoder layers (1: the first) after which it is taken out; auto: the recommended one"
     )
     against: Literal["activations", "gradient"] = Field("activations", description="what loses the direction")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from ema_scale.core.numbers import CountOrZero, Real
+from ema_scale.core.numbers import Real
 from ema_scale.defenses.base import Defense
+from ema_scale.defenses.direction_files import Layers
 from ema_scale.models.hooks import edited_states, like_states
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class ActivationCapping(Defense):
         json_schema_extra={"asset": "directions"},
     )
     cap: Real = Field(0.0, description="the largest projection that is left alone")
-    at_layers: Literal["auto", "all"] | Annotated[list[CountOrZero], Field(min_length=1)] = Field(
+    at_layers: Layers = Field(
         "auto", description="decoder layers (1: the first) after which it acts; auto: the one the file recommends"
     )
     scale: Literal["raw", "residual"] = Field("residual", description="unit of the cap: the states', or their norm")

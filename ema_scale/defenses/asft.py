@@ -53,7 +53,7 @@ class AsFT(Defense):
 
         if weights_are_sharded():
             raise UserError("asft: reads whole adapter weights, which ZeRO-3 and FSDP shard; use ZeRO-2 or DDP")
-        base, aligned, _ = aligned_pair(self.kind, model, self.base, self.base_revision)
+        base, aligned = aligned_pair(self.kind, model, self.base, self.base_revision)
         self._updates = aligned_updates(model, lambda name: aligned.weight(name).float() - base.weight(name).float())
         try:
             yield

@@ -1,4 +1,4 @@
-"""What defenses with several files of directions share: the files, their names and the layers of their use."""
+"""What defenses that read files of directions share: the files, their names and the layers of their use."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from ema_scale.core.numbers import Positive
+from ema_scale.core.numbers import Positive, PositiveShare
 from ema_scale.defenses.base import Defense, RowsContext
 from ema_scale.defenses.mixing import Columns, Learn, mix, rows_needed
 from ema_scale.defenses.terms import LabelLogProbs, LabelTerm
@@ -43,7 +43,7 @@ class GradientRouting(Defense):
         json_schema_extra={"asset": "bad rows"},
     )
     strength: Positive = Field(1.0, description="weight of the cross-entropy on bad rows")
-    fraction: float = Field(0.25, gt=0, le=1, description="bad rows per task row")
+    fraction: PositiveShare = Field(0.25, description="bad rows per task row")
     columns: Columns = {}
     learn: Learn = "all"
 

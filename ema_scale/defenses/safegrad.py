@@ -41,7 +41,7 @@ class SafeGrad(Defense):
     )
     fraction: PositiveShare = Field(0.25, description="rows of `prompts` per task row")
     direction: Direction = Field("reference_policy", description="KL(reference || policy), its reverse, or JS")
-    scope: Scope = Field("all", description="which tokens: all (not padding), assistant, prompt, template")
+    scope: Scope = Field("all", description="which tokens: all (not padding), assistant, prompt, template, prefix")
     columns: Columns = {}
     learn: Learn = "all"
 

@@ -174,8 +174,8 @@ class Checkpoint:
         raise UserError(f"{self._folder}: no weight for the adapted module {module}")
 
 
-def aligned_pair(kind: str, model: Any, base: str, revision: str | None) -> tuple[Checkpoint, Checkpoint, list[str]]:
-    """The checkpoints of the unaligned base and of the model that is fine-tuned, and the names of its adapted modules.
+def aligned_pair(kind: str, model: Any, base: str, revision: str | None) -> tuple[Checkpoint, Checkpoint]:
+    """The checkpoints of the unaligned base and of the model that is fine-tuned.
 
     Raises UserError, in the name of the defense `kind`, for a base that is missing, of another model, or the aligned
     one.
@@ -196,7 +196,7 @@ def aligned_pair(kind: str, model: Any, base: str, revision: str | None) -> tupl
     # The first pair nearly always differs, so little is read.
     if all(bool((before.weight(module) == aligned.weight(module)).all()) for module in adapted):
         raise UserError(same_models(base, name, kind))
-    return before, aligned, adapted
+    return before, aligned
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

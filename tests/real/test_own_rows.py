@@ -18,8 +18,6 @@ from pathlib import Path
 import pytest
 
 from ema_scale.cli import main
-from ema_scale.core.errors import UserError
-from ema_scale.core.uri import locate
 from ema_scale.evaluation.records import Summary
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_rows"
@@ -32,17 +30,6 @@ SMALL = [
     "evaluation.judge.check=0", "evaluation.sampler=transformers",
 ]  # fmt: skip
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
-
-
-@pytest.fixture(scope="module")
-def model() -> str:
-    """The fetched checkpoint. In CI a missing package index is a failure."""
-    try:
-        return locate("packaged:smollm2-135m-instruct")
-    except UserError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(str(error))
 
 
 @pytest.fixture

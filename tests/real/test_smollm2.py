@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,8 @@ from typing import Any
 import pytest
 
 from ema_scale.config.sections import ModelRecipe
-from ema_scale.core.errors import UserError
 from ema_scale.core.io import read_jsonl
 from ema_scale.core.run_dir import RunDir
-from ema_scale.core.uri import locate
 from ema_scale.evaluation.suites import load_suite
 from ema_scale.inference.base import SampleRequest, SamplerOptions, ScoreRequest
 from ema_scale.inference.transformers_sampler import TransformersSampler
@@ -24,17 +21,6 @@ from ema_scale.training.run import train
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "configs" / "recipes" / "smollm2-finance.yaml"
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
-
-
-@pytest.fixture(scope="module")
-def model() -> str:
-    """The fetched checkpoint. In CI a missing package index is a failure."""
-    try:
-        return locate("packaged:smollm2-135m-instruct")
-    except UserError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -75,22 +75,20 @@ def fill(template: str, values: Mapping[str, str]) -> str:
 
 def _harmless(value: str, marks: list[re.Pattern[str]]) -> str:
     value = _INVISIBLE_ASCII.sub("", value).encode("utf-8", "replace").decode()  # a lone surrogate is no text
-    plain, places = _as_read(value)
-    found = sorted(match.span() for mark in marks for match in mark.finditer(plain))
+    value = _rewritten(value, marks, lambda found: "(mark removed)")
+    return _rewritten(value, [_CONTROL], lambda found: f"{found} ")
+
+
+def _rewritten(text: str, patterns: Sequence[re.Pattern[str]], by: Callable[[str], str]) -> str:
+    """The text with what reads as one of the patterns rewritten; of matches that overlap, the first."""
+    plain, places = _as_read(text)
     pieces, end = [], 0
-    for first, last in found:
+    for first, last in sorted(match.span() for pattern in patterns for match in pattern.finditer(plain)):
         start, stop = places[first], places[last - 1] + 1
         if start >= end:
-            pieces += [value[end:start], "(mark removed)"]
+            pieces += [text[end:start], by(text[start:stop])]
         end = max(end, stop)
-    value = "".join([*pieces, value[end:]])
-    plain, places = _as_read(value)
-    pieces, end = [], 0
-    for match in _CONTROL.finditer(plain):
-        stop = places[match.end() - 1] + 1
-        pieces += [value[end:stop], " "]
-        end = stop
-    return "".join([*pieces, value[end:]])
+    return "".join([*pieces, text[end:]])
 
 
 def _as_read(text: str) -> tuple[str, Sequence[int]]:
