@@ -40,8 +40,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     with writing(path):
         refuse_special(path)
         make_folder(path.parent)
-        temporary = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.tmp")
-        _remove_leftovers(path)
+        temporary = temporary_beside(path)
         try:
             yield temporary
             if temporary.is_file():
@@ -53,8 +52,11 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
                 _remove(temporary)
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Temporary files for `path` of processes of this machine that are gone, and of other machines after a day."""
+def temporary_beside(path: Path) -> Path:
+    """Where this process may write what is to become `path`, or what only it needs for a moment.
+
+    What other processes left there is removed: those of this machine that are gone, and of other machines after a day.
+    """
     for found in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         named = re.fullmatch(r"([0-9a-f]{6})-(\d+)", found.name[len(path.name) + 2 : -len(".tmp")])
         if named is None:
@@ -65,6 +67,7 @@ def _remove_leftovers(path: Path) -> None:
                 not here and time.time() - found.stat().st_mtime > _STALE_SECONDS
             ):
                 _remove(found)
+    return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.tmp")
 
 
 def _lives(process: int) -> bool:

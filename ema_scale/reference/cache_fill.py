@@ -25,6 +25,7 @@ from ema_scale.core.batching import batch_by_length
 from ema_scale.core.collectives import any_rank, broadcast_from_main, is_first_rank, world_size
 from ema_scale.core.disk import make_folder
 from ema_scale.core.errors import UserError
+from ema_scale.core.io import temporary_beside
 from ema_scale.core.text import format_bytes
 from ema_scale.reference.cached import Cached
 from ema_scale.reference.hidden_state_store import HiddenStateStore, row_key
@@ -112,25 +113,30 @@ def fill_store(
 
 def unusable(folder: Path) -> str | None:
     """Why a folder cannot hold a cache for all processes of this run, as a clause; None if it can. A collective."""
-    mark, problem = folder / f".seen-{broadcast_from_main(uuid.uuid4().hex)}", None
+    mark, text, problem = folder, uuid.uuid4().hex, None
     if is_first_rank():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            mark.touch()
+            mark = temporary_beside(folder / "seen")
+            mark.write_text(text)
         except OSError as error:
             problem = f"EMA_CACHE ({folder}) cannot be written: {error.strerror}"
-    if problem := broadcast_from_main(problem):
+    mark, text, problem = broadcast_from_main((mark, text, problem))
+    if problem:
         return problem
-    if any_rank(not any(_exists(mark, wait) for wait in (0.0, 0.5, 1.5))):
+    if any_rank(not any(_reads(mark, text, wait) for wait in (0.0, 0.5, 1.5))):
         problem = f"EMA_CACHE ({folder}) is not a folder that all processes share"
     if is_first_rank():
         mark.unlink(missing_ok=True)
     return problem
 
 
-def _exists(path: Path, wait: float) -> bool:
+def _reads(path: Path, text: str, wait: float) -> bool:
     time.sleep(wait)
-    return path.exists()
+    try:
+        return path.read_text() == text
+    except OSError:
+        return False
 
 
 def _wait_until_seen(cached: Cached, keys: Sequence[str]) -> None:
