@@ -85,6 +85,11 @@ def test_the_merged_model_says_what_base_and_adapter_say(run: Path, tmp_path: Pa
     assert not torch.allclose(logits(AutoModelForCausalLM.from_pretrained(base)), expected, atol=1e-3)
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
     assert AutoConfig.from_pretrained(tmp_path / "merged").vocab_size == merged.config.vocab_size
+    before = (tmp_path / "merged" / "model.safetensors").stat()
+    merge(run, tmp_path / "merged")  # the same again: nothing to do
+    assert (tmp_path / "merged" / "model.safetensors").stat() == before
+    with pytest.raises(UserError, match="holds other files already"):
+        merge(run, tmp_path / "merged", checkpoint=2)
     merge(run, tmp_path / "early", checkpoint=2)
     early = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "early"))
     assert not torch.allclose(early, expected, atol=1e-3), "a checkpoint is not the end"
@@ -93,7 +98,7 @@ def test_the_merged_model_says_what_base_and_adapter_say(run: Path, tmp_path: Pa
 def test_what_cannot_be_merged_is_named(run: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    with pytest.raises(UserError, match="holds files already"):
+    with pytest.raises(UserError, match="holds other files already"):
         merge(run, tmp_path / "full")
     with pytest.raises(UserError, match="no run here"):
         merge(tmp_path, tmp_path / "out")

@@ -6,24 +6,36 @@ from pathlib import Path
 
 from ema_scale.config.sections import ModelRecipe
 from ema_scale.core.errors import UserError
-from ema_scale.core.io import atomic_path
+from ema_scale.core.files import read_json
+from ema_scale.core.hashing import folder_identity
+from ema_scale.core.io import atomic_path, atomic_write_json
 from ema_scale.core.uri import locate
 from ema_scale.models.load import load_base, model_problems
 from ema_scale.models.lora import with_adapters
+
+MERGED_FROM = "merged_from.json"
 
 
 def merge_adapter(model: ModelRecipe, adapter: Path, out: Path) -> Path:
     """Write base + adapter with config and tokenizer to `out`, whole or not at all; returns `out`.
 
-    The weights have the base checkpoint's own dtype. `model.dtype` is for training and is not used.
+    The weights have the base checkpoint's own dtype. `model.dtype` is for training and is not used. merged_from.json
+    says what was merged. If `out` holds the same already, it stays as it is.
 
-    Raises UserError if `out` holds files, or the model or the adapter cannot be loaded.
+    Raises UserError if `out` holds anything else, or the model or the adapter cannot be loaded.
     """
+    source = locate(model.path)
+    merged_from = {
+        "base": model.path,
+        "base_identity": folder_identity(source, model.revision),
+        "adapter_identity": folder_identity(str(adapter)),
+    }
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: holds files already; expected a new or an empty folder")
+        if (out / MERGED_FROM).is_file() and read_json(out / MERGED_FROM) == merged_from:
+            return out
+        raise UserError(f"{out}: holds other files already; expected a new or an empty folder")
     from transformers import AutoConfig, AutoTokenizer
 
-    source = locate(model.path)
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     with model_problems(model.path):
         # Training takes dropout out of the config; the merged model gets the base's own.
@@ -36,4 +48,5 @@ def merge_adapter(model: ModelRecipe, adapter: Path, out: Path) -> Path:
     with atomic_path(out) as unfinished:
         merged.save_pretrained(str(unfinished), safe_serialization=True)
         tokenizer.save_pretrained(str(unfinished))
+        atomic_write_json(unfinished / MERGED_FROM, merged_from)
     return out
