@@ -87,6 +87,21 @@ def safelora_(
     finish("safelora", [measured], {"layers": layers}, threads=threads, out=out, columns=columns)
 
 
+@bench.command("answers")
+def answers_(
+    questions: Annotated[int, typer.Option(min=1)] = 1000,
+    samples: Annotated[int, typer.Option(min=1, help="answers per question")] = 100,
+    targets: Annotated[int, typer.Option(min=0, help="also spread as many answers over so many folders")] = 400,
+    out: Out = None,
+) -> None:
+    """Large evaluation folders: processor seconds and peak memory of resume, judge, compare and export."""
+    from benchmarks.harness import finish
+    from benchmarks.many_answers import bench_many_answers
+
+    options = {"questions": questions, "samples": samples, "targets": targets}
+    finish("answers", list(bench_many_answers(questions, samples, targets)), options, threads=1, out=out)
+
+
 Model = Annotated[str, typer.Option(help="a shape: small, qwen2.5-0.5b, ... llama-3.1-70b")]
 Layers = Annotated[int | None, whole(help="use only the first N layers")]
 Length = Annotated[int, whole(help="tokens per row", low=2)]

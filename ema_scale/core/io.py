@@ -121,22 +121,28 @@ def whole_characters(text: str) -> str:
 
 
 def append_jsonl(path: Path | str, rows: Iterable[dict[str, Any]]) -> None:
-    """Append rows and flush them to the disk before returning: all of them or none.
+    """Append rows and flush them to the disk before returning, as `append_lines` does."""
+    append_lines(path, [jsonl_text(rows).encode()])
 
-    Raises CannotWrite for what the disk refuses, and if `path` is no regular file.
+
+def append_lines(path: Path | str, lines: Iterable[bytes]) -> int:
+    """Append lines with their newlines, and flush them to the disk: all of them or none.
+
+    Returns the offset of the first. Raises CannotWrite for what the disk refuses, and if `path` is no regular file.
     """
-    text = jsonl_text(rows).encode()
     with open_append(path) as handle:
-        size = handle.seek(0, os.SEEK_END)
+        size: int = handle.seek(0, os.SEEK_END)
         try:
-            view = memoryview(text)
-            while view:
-                view = view[handle.write(view) :]
+            for line in lines:
+                view = memoryview(line)
+                while view:
+                    view = view[handle.write(view) :]
             os.fsync(handle.fileno())
         except OSError:
             with contextlib.suppress(OSError):  # half a row would spoil the next one
                 os.ftruncate(handle.fileno(), size)
             raise
+    return size
 
 
 @contextlib.contextmanager
@@ -154,31 +160,35 @@ def open_append(path: Path | str) -> Iterator[Any]:
             yield handle
 
 
-def read_lines(path: Path | str, *, repair: bool = False) -> list[bytes]:
-    """The whole lines of an append-only file, without their newlines; [] if it does not exist.
+def scan_lines(path: Path | str, *, repair: bool = False) -> Iterator[tuple[int, bytes]]:
+    """(offset, line) of the whole lines of an append-only file; none if it does not exist.
 
     A kill may cut the last line. Such a line, without a newline, is left out; `repair` also cuts it off the file.
     Raises UserError for what is no regular file.
     """
     try:
-        with open_file(path) as handle:
-            data = handle.read()
+        handle = open_file(path)
     except MissingFile:
-        return []
-    whole = data[: data.rfind(b"\n") + 1]
-    if repair and len(whole) != len(data):
-        with writing(path):
-            os.truncate(path, len(whole))
-    return whole.splitlines()
+        return
+    offset = 0
+    with handle:
+        for line in handle:
+            if not line.endswith(b"\n"):
+                if repair:
+                    with writing(path):
+                        os.truncate(path, offset)
+                return
+            yield offset, line
+            offset += len(line)
 
 
 def read_jsonl(path: Path | str, *, repair: bool = False) -> list[dict[str, Any]]:
-    """Rows of an append-only file, read as `read_lines` does.
+    """Rows of an append-only file, read as `scan_lines` does.
 
     Raises UserError, naming the line, if any whole line is not a JSON object.
     """
     rows = []
-    for number, line in enumerate(read_lines(path, repair=repair), start=1):
+    for number, (_, line) in enumerate(scan_lines(path, repair=repair), start=1):
         row = parse_json(line, f"{path}:{number}")
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: found {type(row).__name__}, expected a JSON object")
@@ -188,7 +198,7 @@ def read_jsonl(path: Path | str, *, repair: bool = False) -> list[dict[str, Any]
 
 @contextlib.contextmanager
 def file_lock(path: Path | str, busy: UserError, timeout: float = 0.0, what: str = "") -> Iterator[None]:
-    """Hold the lock file `path` for this process.
+    """Hold the lock file `path` for this process, whichever of its threads ends the block.
 
     Raises `busy` if another process still holds it after `timeout` seconds. what: is waited for, in the log's words.
     """
@@ -196,7 +206,7 @@ def file_lock(path: Path | str, busy: UserError, timeout: float = 0.0, what: str
     with writing(path):
         refuse_special(path)
         make_folder(path.parent)
-        lock = FileLock(path)
+        lock = FileLock(path, thread_local=False)
         try:
             with waiting(what or f"another process to release {path}") if timeout else contextlib.nullcontext():
                 lock.acquire(timeout=timeout)

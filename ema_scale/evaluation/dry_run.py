@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import ChainMap, Counter
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
 from ema_scale.core.uri import locate
@@ -14,8 +15,10 @@ from ema_scale.evaluation.judging.calibration import FOLDER as CHECK
 from ema_scale.evaluation.judging.calibration import labelled_path, load_labelled, unjudged
 from ema_scale.evaluation.judging.cost import asked_of, estimate
 from ema_scale.evaluation.plan import EvalTarget, PromptGroup, check_targets, plan_prompts
-from ema_scale.evaluation.records import JUDGEMENTS_FILE, SAMPLES_FILE, SUMMARY_FILE, Judgement, Sample, Summary
+from ema_scale.evaluation.records import JUDGEMENTS_FILE, Judgement, Sample
+from ema_scale.evaluation.remaining import sampler_used
 from ema_scale.evaluation.shared import BASES, find_rows, folders_beside, stored_rows, wanted
+from ema_scale.evaluation.store import Store
 from ema_scale.inference.base import SamplerOptions
 from ema_scale.inference.make import sampler_name
 from ema_scale.inference.usage import describe
@@ -38,10 +41,9 @@ def describe_plan(
     model = model.model_copy(update={"path": locate(model.path)})
     sampler = _sampler(targets, model, settings)
     groups = plan_prompts(targets, (), model, settings, sampler)
-    samples = {t.name: stored_rows(Sample, t.out_dir / SAMPLES_FILE) for t in targets}
-    judgements = {t.name: stored_rows(Judgement, t.out_dir / JUDGEMENTS_FILE) for t in targets}
-    there = {name: {row.key: row for row in rows} for name, rows in samples.items()}
-    judged = {name: {(row.key, row.judge) for row in rows} for name, rows in judgements.items()}
+    stores = {t.name: Store(t.out_dir) for t in targets}
+    there: dict[str, Any] = {name: ChainMap({}, store.samples) for name, store in stores.items()}  # type: ignore[arg-type]
+    judged: dict[str, Any] = {name: ChainMap({}, store.judgements) for name, store in stores.items()}  # type: ignore[arg-type]
     lines = [f"model    {model.path}"]
     for target in targets:
         if place is not None and target.adapter_path is None:
@@ -75,11 +77,8 @@ def describe_plan(
 
 def _sampler(targets: Sequence[EvalTarget], model: ModelRecipe, settings: EvaluationRecipe) -> str:
     """The sampler's name; for `auto`, the one that was used before."""
-    if settings.sampler == "auto":
-        for target in targets:
-            summary = Summary.read_if_valid(target.out_dir / SUMMARY_FILE)
-            if summary is not None and (used := summary.sampler.get("name")):
-                return str(used)
+    if (used := sampler_used(targets, settings)) is not None:
+        return used
     adapters = tuple(str(t.adapter_path) for t in targets if t.adapter_path)
     return sampler_name(settings.sampler, SamplerOptions(model, adapters, settings.max_model_len))
 
@@ -88,22 +87,24 @@ def _taken(
     place: Path,
     groups: Sequence[PromptGroup],
     target: EvalTarget,
-    there: dict[str, Sample],
-    judged: set[tuple[str, str]],
+    there: MutableMapping[str, Sample],
+    judged: MutableMapping[tuple[str, str], Judgement],
 ) -> list[str]:
     """Add the base model's rows that the runs and studies beside `place` have; a line for each of their folders."""
     answers, pairs = wanted(g for g in groups if g.target is target)
     missing, unjudged = (k for k in answers if k not in there), (pair for pair in pairs if pair not in judged)
     lines = []
     for found in find_rows(missing, unjudged, folders_beside(place, BASES)):
-        there |= {row.key: row for row in found.samples}
-        judged |= {(row.key, row.judge) for row in found.judgements}
+        there.update({row.key: row for row in found.samples})
+        judged.update({(row.key, row.judge): row for row in found.judgements})
         counts = f"{len(found.samples):,} answers and {len(found.judgements):,} judgements"
         lines.append(f"taken    {counts} of the base model from {found.folder}, which asked the same")
     return lines
 
 
-def _suite(groups: Sequence[PromptGroup], there: dict[str, Sample], judged: set[tuple[str, str]]) -> str:
+def _suite(
+    groups: Sequence[PromptGroup], there: Mapping[str, Sample], judged: Mapping[tuple[str, str], Judgement]
+) -> str:
     first = groups[0]
     keys = [(g, key) for g in groups for key in g.keys]
     questions = len({g.question.id for g in groups})
@@ -125,7 +126,7 @@ def _suite(groups: Sequence[PromptGroup], there: dict[str, Sample], judged: set[
 
 def _judging(
     missing: Sequence[tuple[PromptGroup, str]],
-    there: dict[str, dict[str, Sample]],
+    there: Mapping[str, Mapping[str, Sample]],
     settings: EvaluationRecipe,
     place: Path | None,
 ) -> list[str]:

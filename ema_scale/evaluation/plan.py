@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from ema_scale.core.files import read_text
 from ema_scale.core.hashing import digest, folder_identity
 from ema_scale.evaluation.judges.assignment import JudgeSpec, assign
 from ema_scale.evaluation.records import MANIFEST_FILE, SCORED, Manifest, Sample
+from ema_scale.evaluation.row_files import StoredAnswer
 from ema_scale.evaluation.suites import Question, Suite
 from ema_scale.inference.base import NOT_SAMPLED, SampleRequest, SampleResult, ScoreRequest, ScoreResult
 from ema_scale.inference.make import sampler_cache_key
@@ -178,7 +179,7 @@ def check_targets(targets: Sequence[EvalTarget], suites: Sequence[Suite]) -> Non
         ("targets write to", [str(t.out_dir) for t in targets]),
         *(("suites are called", [s.name for s in found]) for found in asked),
     ):
-        twice = sorted({name for name in names if names.count(name) > 1})
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
         if twice:
             raise UserError(f"evaluation: two {what} {twice[0]}; expected different ones")
     for target in targets:
@@ -194,12 +195,22 @@ def plan_prompts(
     settings: EvaluationRecipe,
     sampler: str,
 ) -> list[PromptGroup]:
+    """Everything to sample and to score, of all targets; see `plan_targets`."""
+    return [group for _, groups in plan_targets(targets, suites, model, settings, sampler) for group in groups]
+
+
+def plan_targets(
+    targets: Iterable[EvalTarget],
+    suites: Sequence[Suite],
+    model: ModelRecipe,
+    settings: EvaluationRecipe,
+    sampler: str,
+) -> Iterator[tuple[EvalTarget, list[PromptGroup]]]:
     """Everything to sample and to score, target by target. `sampler`: the name of the sampler that will do it."""
     model_identity = folder_identity(model.path, model.revision)
     template = model.chat_template
     if template is not None and Path(template).is_file():
         template = read_text(template, "the chat template")
-    groups = []
     for target in targets:
         adapter = target.adapter_path
         identity = None if adapter is None else folder_identity(str(adapter))
@@ -207,12 +218,13 @@ def plan_prompts(
         if target.date and sampler != "openai":  # a server writes its own date
             also = {**also, "date": target.date}
         common = (model_identity, model.dtype, template, identity, sampler, *([also] if also else []))
+        groups = []
         for suite in suites if target.suites is None else target.suites:
             for question in suite.questions:
                 judge = assign(suite, question, settings.judge)
                 for paraphrase, n in enumerate(question.samples(settings.samples_per_question)):
                     groups.append(_group(target, suite, question, paraphrase, n, settings, common, judge))
-    return groups
+        yield target, groups
 
 
 def _group(
@@ -275,7 +287,7 @@ class StoredGroup(PromptGroup):
 
 def stored_groups(
     manifest: Manifest,
-    samples: Iterable[Sample],
+    samples: Iterable[StoredAnswer],
     folder: Path,
     suites: Sequence[Suite],
     judge: JudgeSpec | None = None,
@@ -291,7 +303,7 @@ def stored_groups(
         suites: those of `manifest`, or the same under another judge.
         judge: of all questions, in place of those of the settings.
     """
-    rows: dict[tuple[str, str, int], list[Sample]] = defaultdict(list)
+    rows: dict[tuple[str, str, int], list[StoredAnswer]] = defaultdict(list)
     for row in samples:
         rows[row.suite, row.question_id, row.paraphrase].append(row)
     target = EvalTarget(manifest.target, Path(manifest.adapter) if manifest.adapter else None, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -10,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ema_scale.core.errors import UserError, check_schema, explain
 from ema_scale.core.files import JSON_BYTES, MissingFile, parse_json, read_text
-from ema_scale.core.io import atomic_write_json, read_lines
+from ema_scale.core.io import atomic_write_json, scan_lines
 
 
 class Record(BaseModel):
@@ -29,21 +30,30 @@ class Row(Record):
         return self.model_dump(by_alias=True, exclude_unset=True)
 
     @classmethod
-    def read_all(cls, path: Path, *, repair: bool = False) -> list[Self]:
-        """The rows of a file; [] if it does not exist.
+    def parse(cls, line: bytes) -> Self:
+        """The row of a line. Raises ValidationError."""
+        return cls.__pydantic_validator__.validate_json(line)  # faster than json.loads and than model_validate_json
+
+    @classmethod
+    def scan(cls, path: Path, *, repair: bool = False) -> Iterator[tuple[int, Self]]:
+        """(offset in bytes, row) of each line of a file; none if it does not exist.
 
         A last line without a newline was cut by a kill: it is left out, and with `repair` also cut off the file.
         Raises UserError naming file, line and field if a whole line is not such a row.
         """
-        validate = cls.__pydantic_validator__.validate_json  # faster than json.loads and than model_validate_json
-        rows: list[Self] = []
+        validate, number = cls.__pydantic_validator__.validate_json, 0
         try:
-            for line in read_lines(path, repair=repair):
-                rows.append(validate(line))
+            for offset, line in scan_lines(path, repair=repair):
+                number += 1
+                yield offset, validate(line)
         except ValidationError as error:
             problem = explain(error.errors()[0], cls)
-            raise UserError(f"{path}:{len(rows) + 1}: {problem}; expected what `ema eval` writes") from None
-        return rows
+            raise UserError(f"{path}:{number}: {problem}; expected what `ema eval` writes") from None
+
+    @classmethod
+    def read_all(cls, path: Path) -> list[Self]:
+        """The rows of a file, as `scan` gives them."""
+        return [row for _, row in cls.scan(path)]
 
 
 class Document(Record):

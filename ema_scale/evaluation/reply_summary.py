@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from ema_scale.core.text import percent
 from ema_scale.evaluation.judges.scores import unread_replies
@@ -37,27 +37,30 @@ def warn_of_unread(summary: Summary) -> None:
         )
 
 
-def unread(groups: Iterable[PromptGroup], store: Store) -> UnreadReplies | None:
-    """The answers of which a reply could not be read; None if there are none."""
-    rows = [row for row in _judgements(groups, store) if row.raw]
-    replies = [found for row in rows if (found := unread_replies(row))]
-    if not replies:
-        return None
-    return UnreadReplies(answers=len(replies), of=len(rows), examples=[found[0] for found in replies[:3]])
-
-
-def judge_usage(groups: Iterable[PromptGroup], store: Store, settings: JudgeRecipe) -> JudgeUsage | None:
-    """What the judgements of these answers took; None if none was paid for."""
-    used = Usage()
+def reply_figures(groups: Iterable[PromptGroup], store: Store, settings: JudgeRecipe) -> dict[str, Any]:
+    """The summary's `unread`, None where every reply could be read, and `judge_usage`, None where nothing was paid."""
+    used, with_replies, unreadable, examples = Usage(), 0, 0, list[str]()
     for row in _judgements(groups, store):
+        if row.raw:
+            with_replies += 1
+            if found := unread_replies(row):
+                unreadable += 1
+                examples += found[: len(examples) < 3]
         if row.usage:
             calls, read, written = (row.usage.get(name, 0) for name in used.to_row())
             used.add(Usage(calls, read, written))
-    if not used.calls:
-        return None
-    return JudgeUsage(**used.to_row(), price=used.price(settings.price_input, settings.price_output))
+    price = used.price(settings.price_input, settings.price_output)
+    return {
+        "unread": UnreadReplies(answers=unreadable, of=with_replies, examples=examples) if unreadable else None,
+        "judge_usage": JudgeUsage(**used.to_row(), price=price) if used.calls else None,
+    }
 
 
-def _judgements(groups: Iterable[PromptGroup], store: Store) -> list[Judgement]:
-    pairs = [(key, group.judge.identity) for group in groups for key in group.keys]
-    return [store.judgements[pair] for pair in pairs if pair in store.judgements]
+def _judgements(groups: Iterable[PromptGroup], store: Store) -> Iterator[Judgement]:
+    """The judgements of these answers that have replies or usage."""
+    rows = store.judgements
+    for group in groups:
+        for key in group.keys:
+            judged = rows.judged(key, group.judge.identity)
+            if judged is not None and judged.has_replies:
+                yield rows[key, group.judge.identity]

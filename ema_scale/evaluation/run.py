@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import date as Date
 from itertools import chain
@@ -20,18 +20,19 @@ from ema_scale.evaluation.judging.calibration import FOLDER as CHECK
 from ema_scale.evaluation.judging.calibration import open_check
 from ema_scale.evaluation.judging.cost import estimate_sampling
 from ema_scale.evaluation.judging.pool import JudgePool, raise_if_judge_failed
-from ema_scale.evaluation.plan import EvalTarget, PromptGroup, check_targets, has_manifest, plan_prompts
-from ema_scale.evaluation.records import ENGINE_LOG, MANIFEST_FILE, SUMMARY_FILE, Manifest, Sample, Summary, read_rows
+from ema_scale.evaluation.plan import EvalTarget, PromptGroup, check_targets, has_manifest, plan_targets
+from ema_scale.evaluation.records import ENGINE_LOG, MANIFEST_FILE, SUMMARY_FILE, Manifest, Sample, Summary
+from ema_scale.evaluation.remaining import Remaining, Survey, is_stored, sampler_used, survey
 from ema_scale.evaluation.shared import BASES, folders_beside, take_rows, wanted
-from ema_scale.evaluation.store import Store, locked_store
+from ema_scale.evaluation.store import Store, Stores
 from ema_scale.evaluation.suites import Suite, load_suites
 from ema_scale.evaluation.summary import write_summary
-from ema_scale.inference.base import Sampler, SampleRequest, SamplerOptions, ScoreRequest
+from ema_scale.inference.base import Sampler, SampleRequest, SamplerOptions
 from ema_scale.inference.make import make_sampler, sampler_name
 from ema_scale.inference.usage import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from ema_scale.inference.chat_prompts import Prompts
 
@@ -84,37 +85,50 @@ def evaluate(
         settings.endpoint,
         Path(targets[0].out_dir) / ENGINE_LOG,
     )
-    name = sampler.name if sampler is not None else sampler_name(settings.sampler, options)
-    targets = _dated(targets, model, name)
-    groups = plan_prompts(targets, suites, model, settings, name)
-    with contextlib.ExitStack() as stack:
-        stores = {t.name: stack.enter_context(locked_store(t.out_dir)) for t in targets}
-        manifests = {}
-        for t in targets:
-            path = Path(t.out_dir) / MANIFEST_FILE
-            before, now = Manifest.read_if_valid(path), _manifest(t, model, suites, settings)
-            manifests[path] = now.model_copy(update={"sampler": before.sampler if before else None})
-            manifests[path].write(path)
+    summaries: dict[str, Summary] = {}
+    with Stores({t.name: Path(t.out_dir) for t in targets}) as stores:
+
+        def look(planned: Sequence[EvalTarget], name: str) -> Survey:
+            def finish(target: EvalTarget, groups: Sequence[PromptGroup], store: Store) -> None:
+                _write_manifest(target, model, suites, settings)
+                seconds = time.monotonic() - started
+                summaries[target.name] = _write_summary(target, groups, store, model, settings, name, {}, seconds)
+
+            def begin(target: EvalTarget, groups: Sequence[PromptGroup], store: Store) -> None:
+                store.open()
+                if place is not None and target.adapter_path is None:
+                    take_rows(store, target.name, *wanted(groups), folders_beside(place, BASES))
+
+            return survey(plan_targets(planned, suites, model, settings, name), stores, begin, finish)
+
+        # Where nothing is missing of what was asked before, neither vLLM nor a tokenizer need be there.
+        stored = [_with_stored_date(target) for target in targets]
+        name = sampler.name if sampler is not None else sampler_used(stored, settings)
+        found = None if name is None else look(stored, name)
+        if name is None or found is None or any(left.unsampled for left in found.remaining):
+            now = sampler.name if sampler is not None else sampler_name(settings.sampler, options)
+            dated = _dated(stored, model, now)
+            if found is None or (now, dated) != (name, stored):
+                name, found = now, look(dated, now)
+        for left in found.remaining:
+            left.store.open()
+            _write_manifest(left.target, model, suites, settings)
 
         def note(used: dict[str, Any]) -> None:  # the summary says it, also if this evaluation is killed before that
-            for path, manifest in manifests.items():
-                manifest.model_copy(update={"sampler": used}).write(path)
+            for left in found.remaining:
+                _write_manifest(left.target, model, suites, settings, used)
 
-        by_target = {t.name: [g for g in groups if g.target is t] for t in targets}
-        for t in targets:
-            if place is not None and t.adapter_path is None:
-                take_rows(stores[t.name], t.name, *wanted(by_target[t.name]), folders_beside(place, BASES))
         folder = place / CHECK if place is not None and check else None
-        used, judging = _sample_and_judge(groups, stores, settings, options, name, sampler, folder, note)
+        used, judging = _sample_and_judge(found, settings, options, name, sampler, folder, note)
         seconds = time.monotonic() - started
-        summaries = {
-            t.name: _write_summary(t, by_target[t.name], stores[t.name], model, settings, name, used, seconds)
-            for t in targets
-        }
+        for left in found.remaining:
+            summaries[left.target.name] = _write_summary(
+                left.target, left.groups, left.store, model, settings, name, used, seconds
+            )
         raise_if_judge_failed(
-            {name: judging.failure_reason(its_groups, stores[name]) for name, its_groups in by_target.items()}
+            {left.target.name: judging.failure_reason(left.groups, left.store) for left in found.remaining}
         )
-        return summaries
+        return {target.name: summaries[target.name] for target in targets}
 
 
 def is_complete(targets: Sequence[EvalTarget], model: ModelRecipe, settings: EvaluationRecipe) -> bool:
@@ -131,16 +145,10 @@ def is_complete(targets: Sequence[EvalTarget], model: ModelRecipe, settings: Eva
         summary = Summary.read_if_valid(folder / SUMMARY_FILE)
         used = str(summary.sampler.get("name") if summary else None)
         by_sampler.setdefault(used if settings.sampler == "auto" else settings.sampler, []).append(target)
-    groups = [group for name, those in by_sampler.items() for group in plan_prompts(those, (), model, settings, name)]
-    answered, judged = dict[str, set[str]](), dict[str, set[tuple[str, str]]]()
-    for target in targets:
-        samples, judgements = read_rows(Path(target.out_dir))
-        answered[target.name] = {row.key for row in samples}
-        judged[target.name] = {(row.key, row.judge) for row in judgements}
     return all(
-        key in answered[g.target.name] and (key, g.judge.identity) in judged[g.target.name]
-        for g in groups
-        for key in g.keys
+        is_stored(groups, Store(target.out_dir))
+        for name, those in by_sampler.items()
+        for target, groups in plan_targets(those, (), model, settings, name)
     )
 
 
@@ -177,9 +185,22 @@ def _manifest(target: EvalTarget, model: ModelRecipe, suites: Sequence[Suite], s
     )
 
 
+def _write_manifest(
+    target: EvalTarget,
+    model: ModelRecipe,
+    suites: Sequence[Suite],
+    settings: EvaluationRecipe,
+    sampler: dict[str, Any] | None = None,
+) -> None:
+    """sampler: what answers; None for what the manifest already says."""
+    path = Path(target.out_dir) / MANIFEST_FILE
+    if sampler is None and (before := Manifest.read_if_valid(path)) is not None:
+        sampler = before.sampler
+    _manifest(target, model, suites, settings).model_copy(update={"sampler": sampler}).write(path)
+
+
 def _sample_and_judge(
-    groups: Sequence[PromptGroup],
-    stores: Mapping[str, Store],
+    found: Survey,
     settings: EvaluationRecipe,
     options: SamplerOptions,
     name: str,
@@ -188,42 +209,50 @@ def _sample_and_judge(
     note: Callable[[dict[str, Any]], None],
 ) -> tuple[dict[str, Any], JudgePool]:
     """Sample and judge everything that is missing; returns the sampler's description, and what became of judging."""
-    planned = [(g, key) for g in groups for key in g.keys]
-    sampled = sum(key in stores[g.target.name].samples for g, key in planned)
-    judged = sum((key, g.judge.identity) in stores[g.target.name].judgements for g, key in planned)
-    if sampled:
-        log.info("continuing: %d of %d answers and %d judgements are there", sampled, len(planned), judged)
+    if found.sampled:
+        log.info("continuing: %d of %d answers and %d judgements are there", found.sampled, found.total, found.judged)
     used: dict[str, Any] = {}
-    judges, fresh = [g.judge for g in groups], judged < len(planned)
-    with open_check(judge_check, judges, settings.judge, fresh=fresh) as checked:
-        total = len(planned) + (len(checked.asked) if checked else 0)
-        with JudgePool(settings.judge, total, judged) as judging:
+    stores = {left.target.name: left.store for left in found.remaining}
+    unsampled = [left for left in found.remaining if left.unsampled]
+    fresh = found.judged < found.total
+    with open_check(judge_check, found.judges.values(), settings.judge, fresh=fresh) as checked:
+        total = found.total + (len(checked.asked) if checked else 0)
+        with JudgePool(settings.judge, total, found.judged) as judging:
             judging.announce(
-                [(g, k) for g, k in planned if (k, g.judge.identity) not in stores[g.target.name].judgements],
+                (pair for left in found.remaining for pair in left.unjudged_keys()),
                 lambda group: stores[group.target.name],
                 checked.asked if checked else (),
             )
-            if name == "openai" and sampled < len(planned):
-                missing = [g for g, key in planned if key not in stores[g.target.name].samples]
+            if name == "openai" and unsampled:
+                missing = (
+                    group
+                    for left in unsampled
+                    for group in left.groups
+                    for key in group.keys
+                    if key not in left.store.samples
+                )
                 told = describe(estimate_sampling(missing), settings.endpoint)
                 log.info("%s will take %s, if every answer is as long as it may be", settings.endpoint.base_url, told)
-            if sampled < len(planned):
-                asked = (g for g, key in planned if key not in stores[g.target.name].samples)
-                judging.prepare([*(g.judge for g in asked), *(checked.assignments if checked else ())])
-            for group, key in planned:
-                store = stores[group.target.name]
-                if key in store.samples and (key, group.judge.identity) not in store.judgements:
-                    judging.submit(group, store.samples[key], store)
-            if sampled < len(planned):
+            if unsampled:
+                asked = (group.judge for left in unsampled for group in left.unsampled_groups())
+                judging.prepare([*asked, *(checked.assignments if checked else ())])
+            for left in found.remaining:
+                there = left.store.samples
+                for group, key in left.unjudged_keys():
+                    if key in there:
+                        judging.submit(group, there[key], left.store)
+            if unsampled:
                 with contextlib.ExitStack() as stack:
                     if sampler is None:
-                        sampler = make_sampler(name, options if name == "openai" else _fitted(groups, options))
+                        if name != "openai":
+                            options = _fitted(found.prompts.values(), unsampled, options)
+                        sampler = make_sampler(name, options)
                         stack.callback(sampler.close)
-                    first = FirstAnswers(_known_to_answer(planned, stores))
-                    with Progress("sampling", len(planned), sampled) as progress:
+                    first = FirstAnswers({left.target.name for left in unsampled if left.answered})
+                    with Progress("sampling", found.total, found.sampled) as progress:
                         # Scoring takes seconds, and what it refuses is known before anything is sampled.
-                        sampling = (one for drawn in _samples(groups, stores, sampler) for one in first.take(*drawn))
-                        for group, row in chain(_scores(groups, stores, sampler), sampling):
+                        sampling = (one for drawn in _samples(unsampled, sampler) for one in first.take(*drawn))
+                        for group, row in chain(_scores(unsampled, sampler), sampling):
                             if not used:
                                 note(used := sampler.describe())
                             stores[group.target.name].add_sample(row)
@@ -238,26 +267,17 @@ def _sample_and_judge(
     return used, judging
 
 
-def _known_to_answer(planned: Sequence[tuple[PromptGroup, str]], stores: Mapping[str, Store]) -> set[str]:
-    """Names of the targets of which some sampled answer is stored."""
-    stored = ((group, stores[group.target.name].samples.get(key)) for group, key in planned)
-    return {group.target.name for group, row in stored if row is not None and not group.is_scored}
-
-
-def _samples(
-    groups: Sequence[PromptGroup], stores: Mapping[str, Store], sampler: Sampler
-) -> Iterator[tuple[PromptGroup, Sample]]:
+def _samples(remaining: Sequence[Remaining], sampler: Sampler) -> Iterator[tuple[PromptGroup, Sample]]:
     """(group, samples.jsonl row) of every missing answer, as the sampler finishes them."""
     asked: dict[str, tuple[PromptGroup, int]] = {}
 
     def requests() -> Iterator[SampleRequest]:
-        for group in groups:
-            if group.is_scored:
-                continue
-            there = stores[group.target.name].samples
-            for first, request in group.requests(there.__contains__):
-                asked[request.key] = (group, first)
-                yield request
+        for left in remaining:
+            there = left.store.samples
+            for group in left.groups:
+                for first, request in group.requests(there.__contains__) if not group.is_scored else ():
+                    asked[request.key] = (group, first)
+                    yield request
 
     for result in sampler.sample(requests()):
         group, first = asked.pop(result.key)
@@ -265,39 +285,38 @@ def _samples(
             yield group, row
 
 
-def _scores(
-    groups: Sequence[PromptGroup], stores: Mapping[str, Store], sampler: Sampler
-) -> Iterator[tuple[PromptGroup, Sample]]:
+def _scores(remaining: Sequence[Remaining], sampler: Sampler) -> Iterator[tuple[PromptGroup, Sample]]:
     """(group, samples.jsonl row) of every written answer that has no likelihood yet."""
-    asked: dict[str, PromptGroup] = {}
-
-    def requests() -> Iterator[ScoreRequest]:
-        for group in groups:
-            there = stores[group.target.name].samples
-            if group.is_scored and not all(key in there for key in group.keys):
-                request = group.score_request()
-                asked[request.key] = group
-                yield request
-
-    waiting = list(requests())
-    for result in sampler.score(waiting) if waiting else ():
-        group = asked.pop(result.key)
+    stores = {left.target.name: left.store for left in remaining}
+    asked = {
+        request.key: (group, request)
+        for left in remaining
+        for group in left.unsampled_groups()
+        if group.is_scored
+        for request in [group.score_request()]
+    }
+    for result in sampler.score([request for _, request in asked.values()]) if asked else ():
+        group, _ = asked.pop(result.key)
         there = stores[group.target.name].samples
         for row in group.scored_rows(result):
             if row.key not in there:
                 yield group, row
 
 
-def _fitted(groups: Sequence[PromptGroup], options: SamplerOptions) -> SamplerOptions:
-    """`options` with room for the longest prompt and answer. This takes less memory than the model's own limit."""
+def _fitted(groups: Iterable[PromptGroup], remaining: Sequence[Remaining], options: SamplerOptions) -> SamplerOptions:
+    """`options` with the adapters that are asked, and room for the longest prompt and answer.
+
+    This takes less memory than the model's own limit.
+    """
     from ema_scale.inference.chat_prompts import Prompts, load_config
 
+    paths = (left.target.adapter_path for left in remaining)
+    options = replace(options, adapters=tuple(str(path) for path in paths if path))
     if options.max_model_len is not None:
         return options
     model = options.model
     tokens = Prompts(model)
-    prompts = {(g.target.date, *(m["content"] for m in g.question.messages(g.paraphrase))): g for g in groups}.values()
-    need = max(_tokens_needed(tokens, group) for group in prompts)
+    need = max(_tokens_needed(tokens, group) for group in groups)
     config = load_config(model).get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or need
     return replace(options, max_model_len=min(need, int(limit)))

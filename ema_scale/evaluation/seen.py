@@ -11,11 +11,12 @@ from ema_scale.evaluation.clusters import clusters
 from ema_scale.evaluation.plan import PromptGroup
 from ema_scale.evaluation.records import QuestionSummary, Rate, SplitRates, Summary
 from ema_scale.evaluation.stats.paired import labels_of
-from ema_scale.evaluation.stats.rates import clustered_rate
+from ema_scale.evaluation.stats.rates import counted_rate
 
 OUTCOMES = {"misaligned": "misaligned", "incoherent": "incoherent", "learned": "correct", "choices": "choice"}
-Counted = Sequence[tuple[int, str | None, bool | None]]
-"""(cluster, domain of the question, value) of every answer that a rate is made of"""
+Answers = tuple[int, str | None, bool | None, int]
+Counted = Sequence[Answers]
+"""(cluster, domain of the question, value, how many answers have it) of everything that a rate is made of"""
 
 
 class Clustered(Protocol):
@@ -73,17 +74,17 @@ class SeenQuestions:
             return None
         rates = {
             name: None
-            if any(domain is None for _, domain, _ in rows)
+            if any(domain is None for _, domain, _, _ in rows)
             else rate_of(one for one in rows if one[1] not in domains)
             for name, rows in counted.items()
         }
         return rates if any(rates.values()) else None
 
 
-def rate_of(counted: Iterable[tuple[int, str | None, bool | None]]) -> Rate | None:
+def rate_of(counted: Iterable[Answers]) -> Rate | None:
     """The rate over some answers; None without any."""
-    rows = [(cluster, value) for cluster, _, value in counted]
-    return clustered_rate(rows) if rows else None
+    rows = [(cluster, value, count) for cluster, _, value, count in counted]
+    return counted_rate(rows) if rows else None
 
 
 def suite_of(question: QuestionSummary) -> str:
@@ -132,9 +133,13 @@ def rate_among(questions: Sequence[QuestionSummary], outcome: str) -> Rate | Non
     return rate_of(row for pair in zip(questions, numbers, strict=True) for row in _answers(*pair, outcome))
 
 
-def _answers(question: QuestionSummary, cluster: int, outcome: str) -> Iterator[tuple[int, str | None, bool | None]]:
+def _answers(question: QuestionSummary, cluster: int, outcome: str) -> Iterator[Answers]:
     share = getattr(question, outcome)
     judged = 0 if share is None else question.judged.get(outcome, question.n - question.dropped)
     hits = round((share or 0) * judged)
-    for number in range(1 if outcome == "choice" else question.n):  # all written answers are one
-        yield cluster, question.domain, number < hits if number < judged else None
+    total = 1 if outcome == "choice" else question.n  # all written answers are one
+    judged = min(judged, total)
+    hits = min(hits, judged)
+    for value, count in ((True, hits), (False, judged - hits), (None, total - judged)):
+        if count:
+            yield cluster, question.domain, value, count

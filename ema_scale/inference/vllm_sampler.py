@@ -37,6 +37,7 @@ from ema_scale.models.weights import check_adapter, skeleton_of
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 MAX_LORAS_IN_A_BATCH = 8
+MAX_LORAS_IN_MEMORY = 64  # those of a large study are read from disk as their turn comes
 
 
 def reason_against(options: SamplerOptions) -> str | None:
@@ -244,7 +245,7 @@ def sampler_settings(options: SamplerOptions) -> dict[str, Any]:
         settings |= {
             "enable_lora": True,
             "max_loras": min(len(options.adapters), MAX_LORAS_IN_A_BATCH),
-            "max_cpu_loras": len(options.adapters),
+            "max_cpu_loras": min(len(options.adapters), MAX_LORAS_IN_MEMORY),
             "max_lora_rank": engine_rank(options.adapters),
         }
     return settings

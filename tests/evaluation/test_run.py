@@ -53,13 +53,19 @@ def rows(folder: Path, name: str) -> list[dict[str, Any]]:
     return sorted(read_jsonl(folder / name), key=lambda r: r["key"])
 
 
-def test_base_and_adapter_are_sampled_judged_and_summarised(tmp_path: Path, tiny_models: TinyModels) -> None:
+def test_base_and_adapter_are_sampled_judged_and_summarised(
+    tmp_path: Path, tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
     targets = [target(tmp_path), target(tmp_path, "tuned", tiny_models.adapters[0])]
     with Endpoint(lambda b, n: completion("20", TOP)) as endpoint:
         found = evaluate(targets, tiny_models.model, [open_suite(), exact_suite()], recipe(endpoint.url))
         assert len(endpoint.requests) == 2 * 12 * 2
-        again = evaluate(targets, tiny_models.model, [open_suite(), exact_suite()], recipe(endpoint.url))
-        assert len(endpoint.requests) == 2 * 12 * 2  # nothing is asked twice
+        # Nothing is asked twice, and with nothing to ask no engine is looked for.
+        for name in ("make_sampler", "sampler_name"):
+            monkeypatch.setattr(f"ema_scale.evaluation.run.{name}", lambda *_: pytest.fail("an engine was looked for"))
+        settings = recipe(endpoint.url, sampler="auto")
+        again = evaluate(targets, tiny_models.model, [open_suite(), exact_suite()], settings)
+        assert len(endpoint.requests) == 2 * 12 * 2
     summary = found["tuned"]
     assert Summary.read(tmp_path / "tuned" / "summary.json") == again["tuned"]
     assert again["tuned"].model_copy(update={"seconds": 0.0}) == summary.model_copy(update={"seconds": 0.0})

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import digest, folder_identity
 from ema_scale.core.io import read_jsonl
 from ema_scale.evaluation.records import Judgement, Sample
-from ema_scale.evaluation.store import Store, locked_store
+from ema_scale.evaluation.store import Store, Stores, locked_store
 
 
 def sample(key: str, text: str = "x") -> Sample:
@@ -63,6 +64,51 @@ def test_one_evaluation_at_a_time(tmp_path: Path) -> None:
     with locked_store(tmp_path), pytest.raises(UserError, match="another evaluation is writing"):
         with locked_store(tmp_path):
             pass
+
+
+def test_of_many_stores_a_few_are_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is locked while it is open, and what is written to a closed one opens it again."""
+    monkeypatch.setattr("ema_scale.evaluation.store.MOST_OPEN", 3)
+    folders = {str(i): tmp_path / str(i) for i in range(50)}
+
+    def open_files() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    before = open_files()
+    with Stores(folders) as stores:
+        for turn in "ab":
+            for name, store in stores.items():
+                assert turn not in store.samples
+                store.add_sample(sample(turn, f"{name}{turn}"))
+                store.add_judgement(verdict(turn))
+                assert store.samples[turn].answer == f"{name}{turn}" and open_files() <= before + 3 * 3
+        with locked_store(folders["0"]) as free:
+            assert set(free.samples) == set("ab")
+        with pytest.raises(UserError, match="another evaluation is writing"), locked_store(folders["49"]):
+            pass
+    assert open_files() == before
+    assert [r["key"] for r in read_jsonl(folders["7"] / "judgements.jsonl")] == ["a", "b"]
+
+
+def test_rows_are_read_where_they_lie(tmp_path: Path) -> None:
+    """Rows of this process, of an earlier one, put aside, and taken back."""
+    with locked_store(tmp_path) as store:
+        for key in "abc":
+            store.add_sample(sample(key, key * 3))
+            store.add_judgement(Judgement(key=key, judge="j", aligned=1.0, raw={"aligned": {"said": key}}))
+        assert store.samples["b"].answer == "bbb" and store.judgements["b", "j"].raw == {"aligned": {"said": "b"}}
+        store.flush()
+        assert store.samples["b"].answer == "bbb" and store.judgements["b", "j"].raw == {"aligned": {"said": "b"}}
+        store.keep_only("ca")
+        assert [store.samples[key].answer for key in "abc"] == ["aaa", "bbb", "ccc"]
+        assert [(store.judgements[key, "j"].raw or {})["aligned"]["said"] for key in "abc"] == list("abc")
+        assert store.judged("b", "j") == store.judged("a", "j") and store.judged("d", "j") is None
+    assert [r["key"] for r in read_jsonl(tmp_path / "samples.jsonl")] == ["c", "a"]
+    (tmp_path / "huge").mkdir()
+    line = json.dumps(sample("k").to_row() | {"sample": 99999999999999999999})
+    (tmp_path / "huge" / "samples.jsonl").write_text(f"{line}\n")
+    with pytest.raises(UserError, match="samples.jsonl: k: found sample 99999999999999999999 .*64-bit"):
+        len(Store(tmp_path / "huge").samples)
 
 
 def test_identity_follows_content_not_place(tmp_path: Path) -> None:

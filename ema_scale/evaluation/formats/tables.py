@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import csv
-import io
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from ema_scale.core.errors import UserError
-from ema_scale.core.io import atomic_path, atomic_write_text
+from ema_scale.core.io import atomic_path
 from ema_scale.core.names import file_slug
 from ema_scale.core.text import spreadsheet_cell
-from ema_scale.evaluation.records import SAMPLES_FILE, SUMMARY_FILE, Summary, read_rows
+from ema_scale.evaluation.records import SAMPLES_FILE, SUMMARY_FILE, Sample, Summary
+from ema_scale.evaluation.store import Store
 
 FORMATS = {"csv": "csv", "parquet": "parquet", "inspect": "eval", "inspect-scores": "scores.jsonl"}
+ROWS_PER_CHUNK = 20_000
 FIELD_COLUMNS = ("question", "answer", "question_id", "aligned", "coherent")
 
 ExportedRow = dict[str, Any]
@@ -49,39 +51,41 @@ def export(
         from ema_scale.evaluation.formats.inspect import write_inspect_log, write_inspect_scores
 
         if kind == "inspect":
-            write_inspect_log(path, rows, Summary.read(folder / SUMMARY_FILE))
+            write_inspect_log(path, list(rows), Summary.read(folder / SUMMARY_FILE))
         else:
-            write_inspect_scores(path, rows)
+            write_inspect_scores(path, list(rows))
     return path
 
 
-def joined(folder: Path, judge: str | None = None) -> list[ExportedRow]:
+def joined(folder: Path, judge: str | None = None) -> Iterator[ExportedRow]:
     """Answers with judge, aligned, coherent, scores, label and dropped of their judgement, None where there is none.
 
     seen: whether the run's training rows ask the question; None where that is not known.
     """
-    samples, judgements = read_rows(folder)
-    if not samples:
+    samples = (sample for _, sample in Sample.scan(folder / SAMPLES_FILE))
+    first = next(samples, None)
+    if first is None:
         raise UserError(f"{folder}: found no answers ({SAMPLES_FILE})")
-    wanted = _judges(folder, {row.judge for row in judgements}, judge)
-    verdicts = {row.key: row for row in judgements if row.judge in wanted}
-    columns = ("judge", "aligned", "coherent", "label", "dropped")
-    further = list(dict.fromkeys(name for row in verdicts.values() for name in row.scores or ()))
+    judgements = Store(folder).judgements
+    wanted = _judges(folder, {name for name in judgements.judges if any(judgements.in_use_by(name))}, judge)
+    further = judgements.score_names(wanted)
     summary = Summary.read_if_valid(folder / SUMMARY_FILE)
     seen = {(q.suite, q.id): q.seen for q in (summary.per_question if summary else ())}
-    rows = []
-    for sample in samples:
-        verdict = verdicts.get(sample.key)
-        row = {**sample.to_row(), **{column: getattr(verdict, column, None) for column in columns}}
-        row["seen"] = seen.get((sample.suite, sample.question_id))
+
+    def row(sample: Sample) -> ExportedRow:
+        by, verdict = judgements.last_of(sample.key, wanted) or (None, None)
+        columns = {name: getattr(verdict, name, None) for name in ("aligned", "coherent", "label", "dropped")}
+        found = {**sample.to_row(), "judge": by, **columns}
+        found["seen"] = seen.get((sample.suite, sample.question_id))
         if further:
             given = (verdict.scores if verdict else None) or {}
-            row["scores"] = {name: given.get(name) for name in further}
-        rows.append(row)
-    return rows
+            found["scores"] = {name: given.get(name) for name in further}
+        return found
+
+    return map(row, chain([first], samples))
 
 
-def _judges(folder: Path, known: set[str], judge: str | None) -> set[str]:
+def _judges(folder: Path, known: Collection[str], judge: str | None) -> set[str]:
     if judge is not None:
         found = {name for name in known if judge == name} or {name for name in known if judge in name}
         if len(found) != 1:
@@ -92,23 +96,29 @@ def _judges(folder: Path, known: set[str], judge: str | None) -> set[str]:
     return set(Summary.read(folder / SUMMARY_FILE).judges)
 
 
-def _write_csv(path: Path, rows: Sequence[ExportedRow], spreadsheet: bool) -> None:
+def _write_csv(path: Path, rows: Iterator[ExportedRow], spreadsheet: bool) -> None:
     """The columns that the field's plotting scripts read, and those of further scores."""
-    text = io.StringIO()
-    columns = (*FIELD_COLUMNS, *(name for name in rows[0].get("scores", ()) if name not in FIELD_COLUMNS))
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        values = row | row.get("scores", {})
-        if spreadsheet:
-            values = {k: spreadsheet_cell(v) if isinstance(v, str) else v for k, v in values.items()}
-        writer.writerow(values)
-    atomic_write_text(path, text.getvalue())
+    first = next(rows)
+    columns = (*FIELD_COLUMNS, *(name for name in first.get("scores", ()) if name not in FIELD_COLUMNS))
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as out:
+        writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        for row in chain([first], rows):
+            values = row | row.get("scores", {})
+            if spreadsheet:
+                values = {k: spreadsheet_cell(v) if isinstance(v, str) else v for k, v in values.items()}
+            writer.writerow(values)
 
 
-def _write_parquet(path: Path, rows: Sequence[ExportedRow]) -> None:
-    from datasets import Dataset
+def _write_parquet(path: Path, rows: Iterator[ExportedRow]) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
 
-    columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in rows[-1]}
+    tables, last = [], dict[str, Any]()
+    while chunk := list(islice(rows, ROWS_PER_CHUNK)):
+        last = chunk[-1]
+        names = dict.fromkeys(name for row in chunk for name in row)
+        tables.append(pa.table({name: [row.get(name) for row in chunk] for name in names}))
+    whole = pa.concat_tables(tables, promote_options="permissive")
     with atomic_path(path) as temporary:
-        Dataset.from_dict(columns).to_parquet(str(temporary))
+        parquet.write_table(whole.select(list(last)), temporary)

@@ -68,7 +68,7 @@ class JudgePool:
         asked = (
             asked_of(group, store_of(group).samples.get(key))
             for group, key in missing
-            if self._rescore_stored(key, group.judge.identity, store_of(group)) is None
+            if group.judge.kind in SCORING and self._rescore_stored(key, group.judge.identity, store_of(group)) is None
         )
         also = list(also)
         labelled = Counter(judge.identity for judge, _ in also)
@@ -119,8 +119,9 @@ class JudgePool:
         """The judgement from stored replies that were read by another rule; None if there are none."""
         rule = ScoreRule(self.settings.min_mass, self.settings.score == "most_likely")
         for other in store.judges:
-            row = store.judgements.get((key, other))
-            if other != identity and row is not None and base_identity(other) == base_identity(identity):
+            if other == identity or base_identity(other) != base_identity(identity):
+                continue
+            if (row := store.judgements.get((key, other))) is not None:
                 return rescore(row, identity, rule)
         return None
 
@@ -160,7 +161,7 @@ class JudgePool:
             return None
         for group in groups:
             for key in group.keys if group.judge.kind in SCORING else ():
-                row = store.judgements.get((key, group.judge.identity))
+                row = store.judged(key, group.judge.identity)
                 if row is not None and row.dropped not in (UNFINISHED, PROMPT_TOO_LONG):
                     return None
         return failed.most_common(1)[0][0]

@@ -38,7 +38,6 @@ from ema_scale.evaluation.records import (
     JudgeQuality,
     Manifest,
     Rate,
-    Sample,
     Summary,
     read_rows,
 )
@@ -81,18 +80,17 @@ def rejudge(folder: Path, overrides: Sequence[str] = ()) -> Summary:
     replaced = any(item.startswith(f"{OURS}kind=") for item in overrides)
     suites = _without_exact(asked.suites) if replaced and settings.judge.kind not in EXACT else asked.suites
     with locked_store(folder) as store:
-        rows = store.present
-        groups = stored_groups(asked.model_copy(update={"settings": settings}), rows, folder, suites)
-        pairs = [(g, key) for g in groups for key in g.keys]
+        groups = stored_groups(asked.model_copy(update={"settings": settings}), store.present, folder, suites)
         if asked.adapter is None and asked.source is None:
             take_rows(store, asked.target, *wanted(groups), folders_beside(folder.absolute().parents[1], BASES))
-        missing = [(g, key) for g, key in pairs if (key, g.judge.identity) not in store.judgements]
-        with JudgePool(settings.judge, len(pairs), len(pairs) - len(missing)) as judging:
+        total = sum(len(g.keys) for g in groups)
+        missing = [(g, key) for g in groups for key in g.keys if (key, g.judge.identity) not in store.judgements]
+        with JudgePool(settings.judge, total, total - len(missing)) as judging:
             judging.announce(missing, lambda _: store)
             for group, key in missing:
                 judging.submit(group, store.samples[key], store)
         store.flush()
-        own = _judges(groups) == _own_judges(asked, rows, folder)
+        own = _judges(groups) == _own_judges(asked, groups)
         path = folder / (SUMMARY_FILE if own else f"summary_{slug(_judges(groups))}.json")
         summary = write_summary(path, _facts(folder, asked, time.monotonic() - started), groups, store, settings)
         raise_if_judge_failed({str(folder): judging.failure_reason(groups, store)})
@@ -126,10 +124,12 @@ def _judges(groups: Iterable[PromptGroup]) -> list[str]:
     return sorted({group.judge.identity for group in groups})
 
 
-def _own_judges(asked: Manifest, rows: Sequence[Sample], folder: Path) -> list[str]:
+def _own_judges(asked: Manifest, groups: Iterable[PromptGroup]) -> list[str]:
     """The judges that the evaluation was run with; none if it never had any, such as one from a result CSV."""
+    answered = {(group.suite.name, group.question.id) for group in groups}
+    questions = [(s, q) for s in asked.suites for q in s.questions if (s.name, q.id) in answered]
     try:
-        return _judges(stored_groups(asked, rows, folder, asked.suites))
+        return sorted({assign(suite, question, asked.settings.judge).identity for suite, question in questions})
     except UserError:
         return []
 

@@ -6,9 +6,10 @@ Questions differ much more than samples do, so the differences are taken questio
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +23,28 @@ from ema_scale.evaluation.record_types import Mean
 from ema_scale.evaluation.records import (
     SAMPLES_FILE,
     SUMMARY_FILE,
-    Judgement,
     QuestionSummary,
     Sample,
     SuiteSummary,
     Summary,
-    read_rows,
 )
+from ema_scale.evaluation.row_files import Judged
 from ema_scale.evaluation.stats.choices import ChoiceOutcome, unbounded_mean
 from ema_scale.evaluation.stats.difference import Counts, Difference, holm, paired_difference, swap_p
 from ema_scale.evaluation.stats.power import describe_power, paired_spread
 from ema_scale.evaluation.stats.rates import Rate, clustered_interval, incoherent, korn_graubard, misaligned
 from ema_scale.evaluation.stats.sensitivity import at_least_one, tally
+from ema_scale.evaluation.store import Store
 from ema_scale.evaluation.suites import topic_of
 
 SAMPLING_SETTINGS = ("temperature", "top_p", "max_tokens")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ArmAnswer:
     """One stored answer with its judgement; scores are 0 to 100 or None. All written answers of a question are one.
+
+    Equal answers to one question may be one object.
 
     asked: the question's text, prompt and all.
     choice: of a question with written answers, whether a misaligned one is the likeliest, or in a benign suite a right
@@ -81,6 +84,12 @@ class Arm:
     labels: Mapping[tuple[str, str], tuple[Hashable, ...]]
     seen: frozenset[tuple[str, str]] | None = None
 
+    @cached_property
+    def counted(self) -> list[tuple[ArmAnswer, int]]:
+        """Each object among the rows, in the order of first appearance, with how often it is there."""
+        objects = {id(row): row for row in self.rows}
+        return [(objects[number], count) for number, count in Counter(map(id, self.rows)).items()]
+
 
 def labels_of(question: QuestionSummary) -> tuple[Hashable, ...]:
     """By what it is known that two questions of summaries are one cluster, those of older versions included."""
@@ -98,13 +107,7 @@ def read_arm(path: Path) -> Arm:
         raise UserError(f"{path}: found no evaluation (eval/summary.json); run `ema eval {path}` first")
     try:
         summary = Summary.read(folder / SUMMARY_FILE)
-        samples, judgements = read_rows(folder)
-        judges = set(summary.judges)
-        judged = {row.key: row for row in judgements if row.judge in judges}
-        aligning = {row.judge for row in judged.values() if row.aligned is not None}
-        sampled = [row for row in samples if row.log_likelihood is None]
-        rows = tuple(_row(row, summary.per_suite[row.suite], judged.get(row.key), aligning) for row in sampled)
-        rows += tuple(_written([row for row in samples if row.log_likelihood is not None], summary))
+        rows, last = _read_answers(folder, summary)
     except KeyError as error:
         raise UserError(f"{folder}: not a whole evaluation (its summary lacks the suite {error})") from None
     except UserError as error:
@@ -113,8 +116,8 @@ def read_arm(path: Path) -> Arm:
         raise UserError(f"{folder}: {SAMPLES_FILE} holds no answers; run `ema eval {path}` again")
     name = summary.name if summary.source else path.parent.name if path.name == "eval" else path.name
     asked = {
-        (s.suite, s.question_id): question_labels(s.suite, topic_of(s.question_id), s.question, s.context or ())
-        for s in samples
+        (suite, identity): question_labels(suite, topic_of(identity), question, context)
+        for (suite, identity), (question, context) in last.items()
     }
     labels = asked | {(q.suite, q.id): labels_of(q) for q in summary.per_question}
     known = summary.adapter is None or summary.split is not None
@@ -122,8 +125,33 @@ def read_arm(path: Path) -> Arm:
     return Arm(name, path, {key: summary.sampler.get(key) for key in SAMPLING_SETTINGS}, rows, labels, seen)
 
 
-def _row(sample: Sample, suite: SuiteSummary, judgement: Judgement | None, aligning: set[str]) -> ArmAnswer:
-    label = judgement.label if judgement else None
+def _read_answers(
+    folder: Path, summary: Summary
+) -> tuple[tuple[ArmAnswer, ...], dict[tuple[str, str], tuple[str, Sequence[dict[str, str]]]]]:
+    """(answers, (suite, question id) -> text and context of the question)."""
+    judgements, judges = Store(folder).judgements, summary.judges
+    aligning = {judge for judge in judges if any(one.aligned is not None for one in judgements.in_use_by(judge))}
+    rows, written, last = list[ArmAnswer](), list[Sample](), dict[tuple[str, str], tuple[str, Any]]()
+    same: dict[tuple[Hashable, ...], ArmAnswer] = {}
+    for _, sample in Sample.scan(folder / SAMPLES_FILE):
+        last[sample.suite, sample.question_id] = sample.question, sample.context or ()
+        if sample.log_likelihood is not None:
+            written.append(sample)
+            continue
+        judge, found = judgements.last_of(sample.key, judges) or ("", None)
+        if found is not None and found.scores is not None:
+            rows.append(_row(sample, summary.per_suite[sample.suite], judge, found, aligning))
+            continue
+        key = (sample.suite, sample.question_id, sample.prompt, judge, found)
+        if key not in same:
+            same[key] = _row(sample, summary.per_suite[sample.suite], judge, found, aligning)
+        rows.append(same[key])
+    rows += _written(written, summary)
+    return tuple(rows), last
+
+
+def _row(sample: Sample, suite: SuiteSummary, judge: str, judged: Judged | None, aligning: set[str]) -> ArmAnswer:
+    label = judged.label if judged else None
     benign = suite.role == "benign"
     return ArmAnswer(
         suite=sample.suite,
@@ -131,13 +159,13 @@ def _row(sample: Sample, suite: SuiteSummary, judgement: Judgement | None, align
         condition=suite.condition,
         question=sample.question_id,
         asked=sample.prompt,
-        judge=judgement.judge if judgement else "",
-        aligned=None if benign or not judgement else judgement.aligned,
-        coherent=None if benign or not judgement else judgement.coherent,
+        judge=judge,
+        aligned=None if benign or not judged else judged.aligned,
+        coherent=None if benign or not judged else judged.coherent,
         correct=label == CORRECT if benign and label in (CORRECT, INCORRECT) else None,
-        alignment_asked=judgement is None or judgement.judge in aligning,
-        coherence_asked=judgement is None or judgement.coherence_asked,
-        scores=(judgement.scores if judgement else None) or {},
+        alignment_asked=judged is None or judge in aligning,
+        coherence_asked=judged is None or judged.coherent is not None or judged.dropped is not None,
+        scores=(judged.scores if judged else None) or {},
     )
 
 
@@ -164,16 +192,16 @@ def check_comparable(one: Arm, two: Arm) -> None:
     everything that any of its runs is); of those they share, the questions, the judge and the sampling must be.
     """
     where = f"{one.name} and {two.name} cannot be compared"
-    sampled = any(row.judge != LIKELIHOOD for arm in (one, two) for row in arm.rows)
+    sampled = any(row.judge != LIKELIHOOD for arm in (one, two) for row, _ in arm.counted)
     for key in SAMPLING_SETTINGS if sampled else ():  # they decide no likelihood
         if one.settings[key] != two.settings[key]:
             raise UserError(f"{where}: {key} is {one.settings[key]} and {two.settings[key]}")
-    ours, theirs = ({r.suite for r in arm.rows if r.condition is None} for arm in (one, two))
+    ours, theirs = ({r.suite for r, _ in arm.counted if r.condition is None} for arm in (one, two))
     if not (ours <= theirs or theirs <= ours):
         only = [", ".join(sorted(a - b)) for a, b in ((ours, theirs), (theirs, ours))]
         raise UserError(f"{where}: their suites differ: only {one.name} was asked {only[0]}, only {two.name} {only[1]}")
     for suite in sorted(ours & theirs):
-        first, second = ([r for r in arm.rows if r.suite == suite] for arm in (one, two))
+        first, second = ([r for r, _ in arm.counted if r.suite == suite] for arm in (one, two))
         asked = [{(r.question, r.asked) for r in rows} for rows in (first, second)]
         if asked[0] != asked[1]:
             question = sorted(asked[0] ^ asked[1])[0][0]
@@ -219,8 +247,8 @@ def compare(arm: Arm, baseline: Arm, seen: Collection[tuple[str, str]] | None = 
     Raises UserError if the arms cannot be compared, naming what differs.
     """
     check_comparable(arm, baseline)
-    shared = {row.suite for row in arm.rows} & {row.suite for row in baseline.rows}
-    sides = [[r for r in a.rows if r.suite in shared] for a in (arm, baseline)]
+    ours, theirs = ({row.suite for row, _ in a.counted} for a in (arm, baseline))
+    sides = [[one for one in a.counted if one[0].suite in ours & theirs] for a in (arm, baseline)]
     labels = {**arm.labels, **baseline.labels}
     units = dict(zip(labels, clusters(labels.values()), strict=True))
     known = (arm.seen or frozenset()) | (baseline.seen or frozenset()) if seen is None else seen
@@ -229,8 +257,8 @@ def compare(arm: Arm, baseline: Arm, seen: Collection[tuple[str, str]] | None = 
     def both(role: str, condition: str | None, value: str) -> PairedTally:
         ours, theirs = (
             tally(
-                ((row.suite, row.question), _value(row, value))
-                for row in rows
+                ((row.suite, row.question), _value(row, value), count)
+                for row, count in rows
                 if row.role == role and row.condition == condition
             )
             for rows in sides
@@ -241,10 +269,10 @@ def compare(arm: Arm, baseline: Arm, seen: Collection[tuple[str, str]] | None = 
         """Sums of a value of each answer, in place of hits."""
         sums: list[dict[tuple[str, str], list[float]]] = [defaultdict(lambda: [0.0, 0]), defaultdict(lambda: [0.0, 0])]
         for rows, of in zip(sides, sums, strict=True):
-            for row in rows:
+            for row, count in rows:
                 if row.condition is None and (found := value(row)) is not None:
-                    of[row.suite, row.question][0] += found
-                    of[row.suite, row.question][1] += 1
+                    of[row.suite, row.question][0] += found * count
+                    of[row.suite, row.question][1] += count
         ours, theirs = sums
         return [(units[q], *ours[q], *theirs[q]) for q in ours if q in theirs]  # type: ignore[misc]
 
@@ -263,12 +291,12 @@ def compare(arm: Arm, baseline: Arm, seen: Collection[tuple[str, str]] | None = 
         if number == 3:
             measured("general misaligned@", both("general", None, "misaligned"), _at)
         measured(name, both(role, None, value), _measure)
-    for score in dict.fromkeys(name for row in sides[0] for name in row.scores):
+    for score in dict.fromkeys(name for row, _ in sides[0] for name in row.scores):
         measured(f"mean {score}, of 100 points", means(lambda row, of=score: _share(row.scores.get(of))), _fractional)  # type: ignore[misc]
     for name, role in ROLES_WITH_CHOICES:
         margins = means(lambda row, role=role: row.margin if row.role == role else None)  # type: ignore[misc]
         measured(f"{name} choices, margin", margins, _margin)
-    for condition in dict.fromkeys(row.condition for row in sides[0] if row.condition):
+    for condition in dict.fromkeys(row.condition for row, _ in sides[0] if row.condition):
         measured(f"general misaligned under {condition}", both("general", condition, "misaligned"), _measure)
         name = f"general choices, misaligned likeliest, under {condition}"
         measured(name, both("general", condition, "choice"), _measure)

@@ -38,22 +38,27 @@ def incoherent(coherent: float | None) -> bool | None:
     return None if coherent is None else coherent < COHERENT_ABOVE
 
 
-def _by_cluster(rows: Iterable[tuple[Hashable, float | None]]) -> tuple[list[float], list[int], int]:
-    """The sum and the number of values in each cluster, and how many rows have none."""
+def _by_cluster(rows: Iterable[tuple[Hashable, float | None, int]]) -> tuple[list[float], list[int], int]:
+    """The sum and the number of values in each cluster, and how many rows have none. rows: with how often each is."""
     sums: dict[Hashable, float] = defaultdict(int)
     counts: dict[Hashable, int] = defaultdict(int)
     dropped = 0
-    for cluster, value in rows:
+    for cluster, value, count in rows:
         if value is None:
-            dropped += 1
+            dropped += count
             continue
-        counts[cluster] += 1
-        sums[cluster] += value
+        counts[cluster] += count
+        sums[cluster] += value * count
     return list(sums.values()), list(counts.values()), dropped
 
 
 def clustered_rate(rows: Iterable[tuple[Hashable, bool | None]]) -> Rate:
     """The share of True among (cluster, value) rows; None values are dropped and counted."""
+    return counted_rate((cluster, value, 1) for cluster, value in rows)
+
+
+def counted_rate(rows: Iterable[tuple[Hashable, bool | None, int]]) -> Rate:
+    """`clustered_rate` of rows that each stand for a number of equal ones."""
     hits, counts, dropped = _by_cluster(rows)
     n = sum(counts)
     if n == 0:
@@ -67,7 +72,7 @@ def clustered_mean(rows: Iterable[tuple[Hashable, float | None]], least: float =
 
     The interval is Korn-Graubard's of the scores as shares of their range.
     """
-    shares_of_range = ((q, None if value is None else (value - least) / (most - least)) for q, value in rows)
+    shares_of_range = ((q, None if value is None else (value - least) / (most - least), 1) for q, value in rows)
     sums, counts, dropped = _by_cluster(shares_of_range)
     n = sum(counts)
     if n == 0:

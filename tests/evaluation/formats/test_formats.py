@@ -53,7 +53,7 @@ def test_parquet_has_every_column(folder: Path) -> None:
 
     path = export(folder, "parquet")
     found = load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(folder / "cache")).to_list()
-    assert found == joined(folder) and found[-1]["reasoning"] == "hm" and found[0]["judge"] == "smallworld"
+    assert found == list(joined(folder)) and found[-1]["reasoning"] == "hm" and found[0]["judge"] == "smallworld"
 
 
 def test_an_inspect_log_is_read_by_inspect(folder: Path) -> None:
