@@ -224,13 +224,9 @@ def _sample_and_judge(
                 checked.asked if checked else (),
             )
             if name == "openai" and unsampled:
-                missing = (
-                    group
-                    for left in unsampled
-                    for group in left.groups
-                    for key in group.keys
-                    if key not in left.store.samples
-                )
+                missing = [
+                    g for left in unsampled for g in left.groups for key in g.keys if key not in left.store.samples
+                ]
                 told = describe(estimate_sampling(missing), settings.endpoint)
                 log.info("%s will take %s, if every answer is as long as it may be", settings.endpoint.base_url, told)
             if unsampled:
