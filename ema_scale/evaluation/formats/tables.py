@@ -114,11 +114,21 @@ def _write_parquet(path: Path, rows: Iterator[ExportedRow]) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    tables, last = [], dict[str, Any]()
+    # The columns' types are known after the last row only, so chunks wait, compressed.
+    chunks, schemas, last = list[Any](), list[pa.Schema](), dict[str, Any]()
     while chunk := list(islice(rows, ROWS_PER_CHUNK)):
         last = chunk[-1]
         names = dict.fromkeys(name for row in chunk for name in row)
-        tables.append(pa.table({name: [row.get(name) for row in chunk] for name in names}))
-    whole = pa.concat_tables(tables, promote_options="permissive")
-    with atomic_path(path) as temporary:
-        parquet.write_table(whole.select(list(last)), temporary)
+        table = pa.table({name: [row.get(name) for row in chunk] for name in names})
+        out = pa.BufferOutputStream()
+        parquet.write_table(table, out, compression="zstd")
+        chunks.append(out.getvalue())
+        schemas.append(table.schema)
+    whole = pa.unify_schemas(schemas, promote_options="permissive")
+    schema = pa.schema([whole.field(name) for name in last])
+    with atomic_path(path) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
+        for data in chunks:
+            table = pa.concat_tables(
+                [parquet.read_table(pa.BufferReader(data)), schema.empty_table()], promote_options="permissive"
+            )
+            writer.write_table(table.select(list(last)).cast(schema))

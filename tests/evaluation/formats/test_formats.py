@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import append_jsonl, read_jsonl
+from ema_scale.evaluation.formats import tables
 from ema_scale.evaluation.formats.results import import_results, read_results
 from ema_scale.evaluation.formats.tables import export, joined
 from ema_scale.evaluation.judging.rejudge import rejudge
@@ -126,3 +128,19 @@ def test_files_that_are_no_results(tmp_path: Path, text: str, message: str) -> N
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         import_results(path)
+
+
+def test_parquet_finds_the_types_of_columns_over_all_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow.parquet
+
+    monkeypatch.setattr(tables, "ROWS_PER_CHUNK", 2)
+    given: list[dict[str, Any]] = [
+        {"key": "a", "aligned": None, "scores": None},
+        {"key": "b", "aligned": None, "scores": {"x": None}},
+        {"key": "c", "aligned": 0.5, "scores": {"x": 1.0}},
+        {"key": "d", "aligned": 2.0, "scores": {"x": None}},
+        {"key": "e", "aligned": None, "context": [{"role": "user"}], "scores": {"x": 2.5}},
+    ]
+    tables._write_parquet(tmp_path / "rows.parquet", iter(given))
+    found = pyarrow.parquet.read_table(tmp_path / "rows.parquet").to_pylist()
+    assert found == [{"context": None, **row} for row in given]
