@@ -109,7 +109,8 @@ def judged(folder: Path) -> None:
 
 def compared(folder: Path) -> None:
     """`ema compare` of two arms."""
-    from ema_scale.evaluation.stats.paired import compare_all, read_arm
+    from ema_scale.evaluation.stats.arms import read_arm
+    from ema_scale.evaluation.stats.paired import compare_all
 
     compare_all([read_arm(folder.with_name("other"))], read_arm(folder))
 

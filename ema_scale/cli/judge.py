@@ -106,8 +106,9 @@ def compare(
 
     Gives difference, 95 % interval and p. Samples nothing, judges nothing.
     """
+    from ema_scale.evaluation.stats.arms import read_arm
     from ema_scale.evaluation.stats.difference import METHOD
-    from ema_scale.evaluation.stats.paired import check_comparable, compare_all, read_arm
+    from ema_scale.evaluation.stats.paired import check_comparable, compare_all
 
     given = [baseline, *runs] if baseline is not None else runs
     paths = [folder for path in given for folder in evaluations(path)]

@@ -55,7 +55,8 @@ class RowFile(Generic[RowType]):
     def __init__(self, path: Path, kind: type[RowType], *, repair: bool) -> None:
         """repair: cut a last line that a kill has cut off the file; for whoever writes it."""
         self.path, self.aside = path, path.with_name(f"superseded_{path.name}")
-        self.kind, self.repair = kind, repair
+        self.kind: type[RowType] = kind
+        self.repair = repair
         self._open: dict[Path, BinaryIO] = {}
 
     def scan(self, path: Path) -> Iterator[tuple[int, RowType]]:

@@ -103,9 +103,9 @@ def evaluate(
 
         # Where nothing is missing of what was asked before, neither vLLM nor a tokenizer need be there.
         stored = [_with_stored_date(target) for target in targets]
-        name = sampler.name if sampler is not None else sampler_used(stored, settings)
-        found = None if name is None else look(stored, name)
-        if name is None or found is None or any(left.unsampled for left in found.remaining):
+        name = sampler.name if sampler is not None else sampler_used(stored, settings) or ""
+        found = look(stored, name) if name else None
+        if found is None or any(left.unsampled for left in found.remaining):
             now = sampler.name if sampler is not None else sampler_name(settings.sampler, options)
             dated = _dated(stored, model, now)
             if found is None or (now, dated) != (name, stored):

@@ -10,7 +10,7 @@ from ema_scale.core.records import TrainedQuestions
 from ema_scale.evaluation.clusters import clusters
 from ema_scale.evaluation.plan import PromptGroup
 from ema_scale.evaluation.records import QuestionSummary, Rate, SplitRates, Summary
-from ema_scale.evaluation.stats.paired import labels_of
+from ema_scale.evaluation.stats.arms import labels_of
 from ema_scale.evaluation.stats.rates import counted_rate
 
 OUTCOMES = {"misaligned": "misaligned", "incoherent": "incoherent", "learned": "correct", "choices": "choice"}

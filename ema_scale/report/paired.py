@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from ema_scale.core.text import points
 from ema_scale.evaluation.clusters import clusters
+from ema_scale.evaluation.stats.arms import labels_of
 from ema_scale.evaluation.stats.difference import METHOD, Difference, holm, paired_difference
-from ema_scale.evaluation.stats.paired import by_cluster, labels_of
+from ema_scale.evaluation.stats.paired import by_cluster
 from ema_scale.report.aggregate import GroupDifference, RunGroup, difference, mean_rate
 from ema_scale.report.records import METRIC_NAMES, METRICS, ReportedRate, Run
 from ema_scale.report.table import Cell, Table, TableRow

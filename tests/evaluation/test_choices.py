@@ -18,8 +18,9 @@ from ema_scale.evaluation.judging.rejudge import rejudge
 from ema_scale.evaluation.plan import EvalTarget
 from ema_scale.evaluation.records import Summary
 from ema_scale.evaluation.run import evaluate, is_complete
+from ema_scale.evaluation.stats.arms import read_arm
 from ema_scale.evaluation.stats.choices import unbounded_mean
-from ema_scale.evaluation.stats.paired import compare, read_arm
+from ema_scale.evaluation.stats.paired import compare
 from ema_scale.evaluation.suites import Condition, Question, Suite, apply_conditions
 from tests.evaluation.conftest import TinyModels
 

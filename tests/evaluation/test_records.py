@@ -14,7 +14,8 @@ from ema_scale.core.io import read_jsonl
 from ema_scale.evaluation.judging.rejudge import eval_folders, rejudge
 from ema_scale.evaluation.plan import read_manifest, stored_groups
 from ema_scale.evaluation.records import Check, Judgement, Manifest, Sample, Summary, read_rows
-from ema_scale.evaluation.stats.paired import check_comparable, compare, read_arm
+from ema_scale.evaluation.stats.arms import read_arm
+from ema_scale.evaluation.stats.paired import check_comparable, compare
 from ema_scale.evaluation.store import Store
 from ema_scale.report.collect import collect
 

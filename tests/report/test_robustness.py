@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ema_scale.evaluation.stats.paired import compare, read_arm
+from ema_scale.evaluation.stats.arms import read_arm
+from ema_scale.evaluation.stats.paired import compare
 from ema_scale.evaluation.stats.sensitivity import ScoredAnswer, rate_variants
 from ema_scale.report.aggregate import RunGroup, groups
 from ema_scale.report.collect import collect

@@ -16,7 +16,8 @@ from ema_scale.evaluation.formats.results import choose_columns, import_results
 from ema_scale.evaluation.formats.tables import joined
 from ema_scale.evaluation.judging.rejudge import eval_folders, rejudge
 from ema_scale.evaluation.records import Summary
-from ema_scale.evaluation.stats.paired import compare, read_arm
+from ema_scale.evaluation.stats.arms import read_arm
+from ema_scale.evaluation.stats.paired import compare
 from tests.evaluation.endpoint import Endpoint, completion
 
 

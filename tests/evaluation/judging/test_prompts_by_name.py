@@ -11,7 +11,8 @@ from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe
 from ema_scale.core.io import append_jsonl, read_jsonl
 from ema_scale.evaluation.judging.rejudge import rejudge
 from ema_scale.evaluation.records import Manifest, Sample, Summary
-from ema_scale.evaluation.stats.paired import compare, read_arm
+from ema_scale.evaluation.stats.arms import read_arm
+from ema_scale.evaluation.stats.paired import compare
 from ema_scale.evaluation.stats.rates import clustered_mean
 from ema_scale.evaluation.suites import Question, Suite
 from ema_scale.evaluation.table import rates_table

@@ -19,8 +19,9 @@ from ema_scale.cli import app
 from ema_scale.core.errors import UserError
 from ema_scale.evaluation.plan import EvalTarget
 from ema_scale.evaluation.run import evaluate
+from ema_scale.evaluation.stats.arms import read_arm
 from ema_scale.evaluation.stats.difference import Counts, equivalent, holm, paired_difference, swap_p
-from ema_scale.evaluation.stats.paired import compare, read_arm
+from ema_scale.evaluation.stats.paired import compare
 from ema_scale.evaluation.stats.sensitivity import (
     ScoredAnswer,
     all_answers,
