@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from ema_scale.cli.judge import compare as compare_command
-from ema_scale.evaluation.stats.paired import compare_all, read_arm
+from ema_scale.evaluation.stats.arms import read_arm
+from ema_scale.evaluation.stats.paired import compare_all
 from ema_scale.report.aggregate import groups
 from ema_scale.report.collect import collect
 from ema_scale.report.make import write_report
