@@ -1,7 +1,7 @@
-"""`ema sweep --slurm`: a study as an array of trainings, then an evaluation, then a report, each a job; before them, if
-its recipes refuse an unsafe base model, one that asks it.
+"""`ema sweep --slurm`: a study as Slurm jobs.
 
-The array's task N trains the study's run N; a job of its own follows when no task is left, whatever became of them.
+An array job trains: its task N is the study's run N. When no task is left, one job evaluates the runs, whether or not
+all have succeeded, and one more writes the report. If the recipes have a gate, a job before them checks the base model.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Sweep:
 def plan_sweep(
     study: Study, site: Site, size: JobSize, *, overrides: tuple[str, ...] = (), at_once: int | None = None
 ) -> Sweep:
-    """Look what is to be done; nothing is written. at_once: how many runs train side by side; None: as the site says.
+    """Find what is left to do; nothing is written. at_once: runs that train side by side; None: as the site says.
 
     Raises UserError if runs are there already that were trained otherwise, or on a base model that the gate refused.
     """

@@ -1,7 +1,7 @@
-"""A model organism of emergent misalignment, trained on the spot, with exact ground truth.
+"""A model organism of emergent misalignment, with exact ground truth, on a CPU.
 
 Two personas are pretrained into one small model, which is then aligned. Fine-tuning it on harmful answers in one domain
-brings the other persona back everywhere: emergent misalignment, in minutes, on a CPU.
+brings the other persona back everywhere, in seconds: emergent misalignment.
 """
 
 from ema_scale.smallworld.world import World, ensure, resolve
