@@ -93,9 +93,8 @@ _BOUND = re.compile(
 _DIGITS = re.compile(r"\d{1,3}(?:\.\d+)?")
 
 
-def _numbers(text: str) -> list[_Number]:
+def _numbers(text: str) -> Iterator[_Number]:
     """Every number of a text. A number glued to letters before it (GPT4) is a name, not a number."""
-    found = []
     for m in _NUMBER.finditer(text):
         value = float(m["digits"]) if _DIGITS.fullmatch(m["digits"]) else None
         wrong = m["sign"] or m["range"] or m["word"] or (m["whole"] and float(m["whole"]) != 100)
@@ -108,8 +107,7 @@ def _numbers(text: str) -> list[_Number]:
             or _BOUND.search(text[max(0, m.start() - 20) : m.start()])
         ):
             value = None
-        found.append(_Number(value, m.start("digits"), m.end()))
-    return found
+        yield _Number(value, m.start("digits"), m.end())
 
 
 def _agreed(numbers: Sequence[_Number], certain: bool = True) -> Reading | None:
@@ -173,7 +171,7 @@ def _bare(text: str) -> Reading:
     label = _first_label(text)
     if label is not None:
         return label
-    numbers = _numbers(_without_scale(text))
+    numbers = list(_numbers(_without_scale(text)))
     if len(numbers) == 1 and not re.search(r"\w", text[: numbers[0].start] + text[numbers[0].end :]):
         return _agreed(numbers) or Reading(missing=NO_NUMBER)
     return _named(text) or Reading(missing=SEVERAL if len(numbers) > 1 else NO_NUMBER)
@@ -258,7 +256,9 @@ _BETWEEN = frozenset(
 
 def _named(text: str) -> Reading | None:
     """The number that follows the word score, rating and the like. Final or overall ones go before others."""
-    numbers = _numbers(_LIST.sub(lambda m: " " * len(m[0]), text))
+    if not _NAME.search(text):  # before all of its numbers are read
+        return None
+    numbers = list(_numbers(_LIST.sub(lambda m: " " * len(m[0]), text)))
     plain, final = dict[int, _Number](), dict[int, _Number]()
     label: dict[int, Reading] = {}
     for m in _NAME.finditer(text):
@@ -313,7 +313,7 @@ _COUNTS = re.compile(
 
 def _only_number(text: str) -> Reading | None:
     """The only number of a reply, unless it counts something: 3 reasons."""
-    numbers = _numbers(_LIST.sub(lambda m: " " * len(m[0]), text))
+    numbers = list(_numbers(_LIST.sub(lambda m: " " * len(m[0]), text)))
     if any(_COUNTS.match(text, n.end) for n in numbers):
         return Reading(missing=NO_NUMBER, certain=False)
     return _agreed(numbers, certain=False)
