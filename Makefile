@@ -18,7 +18,7 @@ endif
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo real test test-fast test-slow test-engines test-cluster lint format clean
+.PHONY: help setup demo real test test-fast test-long lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -41,23 +41,16 @@ real: setup ## the same on a real chat model from the package index, without a h
 
 # .ci/run sets this to --cov=ema_scale if EMA_COVERAGE is set: the tests that take seconds are measured.
 COVERAGE ?=
-ENGINES := (vllm or zero3)
+LONG := slow or slurm or vllm or zero3
 
-test: test-fast ## all tests
-	@# Slurm's tests wait for their cluster much of the time, and leave the cores to the others.
-	$(MAKE) --keep-going --jobs=3 --output-sync=target test-engines test-cluster test-slow
+test: test-fast test-long ## all tests
 
 test-fast: setup ## the tests that take seconds, two at a time
-	$(BIN)/python -m pytest -q -n 2 -m "not (slow or slurm or $(ENGINES))" $(COVERAGE)
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not ($(LONG))" $(COVERAGE)
 
-test-slow: setup ## those that take longer
-	$(BIN)/python -m pytest -q -m "slow and not (slurm or $(ENGINES))"
-
-test-engines: setup ## those that start vLLM, or several processes with DeepSpeed or FSDP2
-	$(BIN)/python -m pytest -q -m "$(ENGINES)"
-
-test-cluster: setup ## those that start a Slurm cluster
-	$(BIN)/python -m pytest -q -m slurm tests/slurm
+test-long: setup ## those that take longer or start vLLM, DeepSpeed, FSDP2 or a Slurm cluster, three at a time
+	@# Slurm's tests wait for their cluster much of the time, and leave the cores to the others.
+	$(BIN)/python -m pytest -q -n 3 --dist loadgroup -m "$(LONG)"
 
 lint: setup ## ruff, mypy and the import table
 	$(BIN)/ruff check .

@@ -31,6 +31,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         _without(f"no Slurm: {gone}")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What `--dist=loadgroup` gives to one worker: a file, or all files that share something dear to start."""
+    for item in items:
+        folder, name = item.path.parent.name, item.path.relative_to(ROOT).as_posix()
+        shared = [mark for mark in ("slurm", "vllm") if item.get_closest_marker(mark)]
+        item.add_marker(pytest.mark.xdist_group(shared[0] if shared else "attacks" if folder == "attacks" else name))
+
+
 gc.disable()  # until all tests are imported
 
 
@@ -79,9 +88,20 @@ def shared_data() -> Path:
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The prefix of small-world references; ask for `?size=tiny`. One cache serves a whole test run.
 
-    EMA_TEST_CACHE names a folder to keep it in, so that repeated runs need not build the world again.
+    Workers of xdist share built worlds and fetched models, and each has the rest to itself. EMA_TEST_CACHE names a
+    folder to keep the shared part in, so that repeated runs need not build the world again.
     """
+    folder = tmp_path_factory.getbasetemp()
+    shared = Path(os.environ.get("EMA_TEST_CACHE") or _of_all_workers(folder) / "ema-shared")
+    cache = tmp_path_factory.mktemp("ema-cache")
+    for name in ("smallworld", "packaged"):
+        (shared / name).mkdir(parents=True, exist_ok=True)
+        (cache / name).symlink_to(shared / name)
     patch = pytest.MonkeyPatch()
-    patch.setenv("EMA_CACHE", os.environ.get("EMA_TEST_CACHE") or str(tmp_path_factory.mktemp("ema-cache")))
+    patch.setenv("EMA_CACHE", str(cache))
     yield "smallworld:"
     patch.undo()
+
+
+def _of_all_workers(folder: Path) -> Path:
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder

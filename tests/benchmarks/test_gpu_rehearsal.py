@@ -9,17 +9,22 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
 
 
-def rehearse(out, *sections, code=0, **environment):
+def rehearse(out, *sections, vllm=False):
     """Section -> name -> row, and the Markdown."""
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--rehearse", "--out", str(out), "--only", *sections],
-        cwd=out, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
+    return read(out, sections, warm.run(command(out, sections), cwd=out, vllm=vllm))
+
+
+def command(out, sections):
+    return [str(SCRIPT), "--rehearse", "--out", str(out), "--only", *sections]
+
+
+def read(out, sections, done, code=0):
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads((out / "gpu.json").read_text())
     assert found["rehearsal"]
@@ -61,7 +66,7 @@ def test_sharded(tmp_path):
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_engine(tmp_path):
-    rows, _ = rehearse(tmp_path, "vllm")
+    rows, _ = rehearse(tmp_path, "vllm", vllm=True)
     same, speed = rows["vllm"].values()
     assert same["ok"] and same["told apart"] == 3 and speed["answers_per_second"] > 0
 
@@ -70,5 +75,10 @@ def test_a_section_whose_process_dies_is_a_row(tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "sitecustomize.py").write_text("import os\nos.register_at_fork(after_in_child=lambda: os._exit(3))\n")
-    rows, table = rehearse(tmp_path, "exact", "loss", PYTHONPATH=f"{broken}:{ROOT}")
+    sections = ("exact", "loss")
+    done = subprocess.run(  # a new process, which reads sitecustomize
+        [sys.executable, *command(tmp_path, sections)],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": f"{broken}:{ROOT}"}, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    rows, table = read(tmp_path, sections, done)
     assert all("exit code 3" in section[name]["error"] for name, section in rows.items())

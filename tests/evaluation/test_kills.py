@@ -1,6 +1,6 @@
 """A study's answers survive kill -9: six adapters, 24 questions, through `ema eval` on real vLLM.
 
-12 samples a question here; with trained adapters and 100, which takes several minutes:
+6 samples per question here; with trained adapters and 100, which takes several minutes:
 
     EMA_KILLS_STUDY=runs/smallworld-defenses python -m pytest tests/evaluation/test_kills.py
 """
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINED = os.environ.get("EMA_KILLS_STUDY")
-ADAPTERS, QUESTIONS, SAMPLES = 6, 24, 100 if TRAINED else 12
+ADAPTERS, QUESTIONS, SAMPLES = 6, 24, 100 if TRAINED else 6
 ROWS = ADAPTERS * QUESTIONS * SAMPLES
 
 

@@ -7,8 +7,8 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
-import subprocess
 import sys
 import time
 import urllib.request
@@ -19,6 +19,7 @@ import pytest
 
 from ema_scale.cli import main
 from ema_scale.evaluation.records import Summary
+from tests import warm
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_rows"
 TEXT = (EXAMPLE / "README.md").read_text()
@@ -38,11 +39,11 @@ def judge(model: str, tmp_path: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--enforce-eager"]
+    command = ["-m", "vllm.entrypoints.openai.api_server", "--model", model, "--enforce-eager"]
     command += ["--served-model-name", "judge", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024"]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     with open(tmp_path / "server.txt", "w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        server = warm.start(command, env=environment, output=log, vllm=True)
     try:
         until = time.monotonic() + 900
         while True:
@@ -54,7 +55,7 @@ def judge(model: str, tmp_path: Path) -> Iterator[str]:
                 time.sleep(1)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        os.killpg(server.pid, 15)
+        server.send_signal(signal.SIGTERM)
         server.wait(60)
 
 

@@ -30,7 +30,7 @@ def trained(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, R
     for way in ("adapter_off", "two_stream", "cached"):
         overrides = (
             f"name={way}", f"output={folder}", f"model.path={model}", "model.dtype=float32", f"reference={way}",
-            "data.limit=4", "data.max_length=96", "training.max_steps=5", "training.warmup_steps=0",
+            "data.limit=4", "data.max_length=64", "training.max_steps=5", "training.warmup_steps=0",
             "training.per_device_train_batch_size=2", "training.logging_steps=1", "training.save_steps=5",
             "training.report_to=none", "training.drift_every=0", "evaluation.during.suites=[]",
         )  # fmt: skip

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from ema_scale.evaluation.judges.prompt import fill
 from ema_scale.evaluation.judges.scores import expected_score
 from ema_scale.inference.base import SampleRequest, SamplerOptions
 from ema_scale.inference.make import make_sampler
+from tests import warm
 from tests.evaluation.endpoint import judge_all
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -83,12 +83,12 @@ def server(judge_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         "--model": judge_model, "--served-model-name": "judge", "--host": "127.0.0.1", "--port": str(port),
         "--dtype": "float32", "--max-model-len": "512", "--max-num-seqs": "32",
     }  # fmt: skip
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
+    command = ["-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
     command += [part for option in options.items() for part in option]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "1"}
     environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     with open(log, "w") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        process = warm.start(command, env=environment, output=output, vllm=True)
         try:
             deadline = time.monotonic() + 180
             while True:
@@ -100,7 +100,7 @@ def server(judge_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
                     time.sleep(0.3)
             yield f"http://127.0.0.1:{port}/v1"
         finally:
-            process.terminate()
+            process.send_signal(signal.SIGTERM)
             process.wait(timeout=60)
 
 
