@@ -7,7 +7,6 @@ with one: code, out, err, cpu (seconds), wall (seconds), megabytes (over those o
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import json
 import os
@@ -35,12 +34,8 @@ _MOST = 1 << 20  # bytes of output that are kept
 
 def main() -> None:
     sys.dont_write_bytecode = True  # under a limit on the size of files Python keeps half a module for the next process
-    gc.disable()
     for name in WARM:
         importlib.import_module(name)
-    gc.collect()
-    gc.freeze()  # a collection in a fork would copy every page of the imports
-    gc.enable()
     before = _megabytes("VmRSS")
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints here must not look like an answer
