@@ -46,11 +46,11 @@ LONG := slow or slurm or vllm or zero3
 test: test-fast test-long ## all tests
 
 test-fast: setup ## the tests that take seconds, two at a time
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not ($(LONG))" $(COVERAGE)
+	$(BIN)/python -m pytest -q -n 2 -m "not ($(LONG))" $(COVERAGE)
 
 test-long: setup ## those that take longer or start vLLM, DeepSpeed, FSDP2 or a Slurm cluster, three at a time
 	@# Slurm's tests wait for their cluster much of the time, and leave the cores to the others.
-	$(BIN)/python -m pytest -q -n 3 --dist loadgroup -m "$(LONG)"
+	$(BIN)/python -m pytest -q -n 3 -m "$(LONG)"
 
 lint: setup ## ruff, mypy and the import table
 	$(BIN)/ruff check .

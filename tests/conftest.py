@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,13 +33,25 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         _without(f"no Slurm: {gone}")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What `--dist=loadgroup` gives to one worker: a file, or all files that share something dear to start."""
-    for item in items:
-        folder, name = item.path.parent.name, item.path.relative_to(ROOT).as_posix()
-        shared = [mark for mark in ("slurm", "vllm") if item.get_closest_marker(mark)]
-        item.add_marker(pytest.mark.xdist_group(shared[0] if shared else "attacks" if folder == "attacks" else name))
+# Files whose tests share something dear to start: a warm process and a project, a cluster, the imports of vLLM.
+TOGETHER = {
+    "attacks": "tests/attacks/",
+    "slurm": "tests/slurm/test_(cluster|runs|gate_on_slurm|sweep_on_slurm)",
+    "vllm": "tests/(inference/test_vllm|evaluation/(judges/test_vllm|test_kills)|real/test_(own_rows|smollm2)|"
+    "study/test_study|test_readme.py::test_commands|benchmarks/(test_evaluator|test_gpu_rehearsal.py::test_engine))",
+}
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give the tests of a file to one worker, and so those of files that belong together."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            together = (name for name, pattern in TOGETHER.items() if re.match(pattern, nodeid))
+            return next(together, nodeid.partition("::")[0])
+
+    return Scheduler(config, log)
 
 
 gc.disable()  # until all tests are imported
