@@ -90,7 +90,7 @@ def server(judge_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with open(log, "w") as output:
         process = warm.start(command, env=environment, output=output, vllm=True)
         try:
-            deadline = time.monotonic() + 180
+            deadline = time.monotonic() + 500
             while True:
                 assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
                 try:
