@@ -25,8 +25,9 @@ class _Printable(logging.Formatter):
 
 def main(command: typer.Typer = app) -> None:
     """Entry point: UserError and what a disk refuses end in one message and exit code 2; Ctrl-C in 130."""
-    if not sys.stderr.isatty():  # a bar in a file is noise; transformers reads this when it is imported
+    if not sys.stderr.isatty():  # a bar in a file is noise; libraries read these when they are imported
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         _start_logging()
         try:

@@ -37,8 +37,7 @@ def safelora(
         raise UserError("found --threshold and --layers; expected one of them")
     if threshold is None and layers is None:
         threshold = 0.3
-    from tqdm import tqdm
-
+    from ema_scale.core.progress import Progress
     from ema_scale.defenses.safelora import summary
     from ema_scale.defenses.safelora_files import check_free
     from ema_scale.defenses.safelora_projection import project_adapter
@@ -48,12 +47,7 @@ def safelora(
     beside = str(source.resolve()) if Path(adapter).is_dir() else adapter.replace("/", "--")
     target = out or Path(f"{beside}-safelora")
     check_free(target)
-    with tqdm(desc="matrices", unit="matrix", leave=False, mininterval=1) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with Progress("matrices", 0, unit="matrix") as progress:
         results = project_adapter(
             source,
             target,
@@ -61,7 +55,7 @@ def safelora(
             folder_of(aligned, aligned_revision),
             threshold=threshold,
             layers=layers,
-            progress=show,
+            progress=progress.at,
         )
     width = max(len(result.module) for result in results)
     console.print(f"{'matrix':{width}}  {'update':>13}  rank   cosine  projected")

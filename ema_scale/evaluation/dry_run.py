@@ -13,8 +13,8 @@ from ema_scale.evaluation.judges.assignment import SCORING
 from ema_scale.evaluation.judges.openai import missing_judge_key
 from ema_scale.evaluation.judging.calibration import FOLDER as CHECK
 from ema_scale.evaluation.judging.calibration import labelled_path, load_labelled, unjudged
-from ema_scale.evaluation.judging.cost import asked_of, estimate
-from ema_scale.evaluation.plan import EvalTarget, PromptGroup, check_targets, plan_prompts
+from ema_scale.evaluation.judging.cost import asked_of, estimate, place_of
+from ema_scale.evaluation.plan import EvalTarget, PromptGroup, check_targets, judged_by_bank, plan_prompts
 from ema_scale.evaluation.records import JUDGEMENTS_FILE, Judgement, Sample
 from ema_scale.evaluation.remaining import sampler_used
 from ema_scale.evaluation.shared import BASES, find_rows, folders_beside, stored_rows, wanted
@@ -69,6 +69,8 @@ def describe_plan(
         lines.append(f"score    {missing:,} of {len(written):,} written answers by {sampler}, for their likelihood")
     missing_judgements = [(g, key) for g, key in keys if (key, g.judge.identity) not in judged[g.target.name]]
     judging = _judging(missing_judgements, there, settings, place)
+    if (note := judged_by_bank(groups, settings.judge)) is not None:
+        judging.append(f"judge    {note}")
     if keys and not judging:
         judging = [f"judge    nothing: all {len(keys):,} judgements are there"]
     lines += judging
@@ -148,7 +150,7 @@ def _judging(
         every = f" and {len(labelled)} hand-labelled ones, {check} times each"
         more = "" if not also else every if whole else f" and {len(also):,} times a hand-labelled one"
         told = describe(estimate([*asked, *also])[identity], settings.judge)
-        lines.append(f"judge    {len(own):,} answers{more} by {identity}: {told}")
+        lines.append(f"judge    {len(own):,} answers{more} by {identity}{place_of(identity, settings.judge)}: {told}")
         unset = missing_judge_key(settings.judge) if judge.kind == "openai" else None
         if unset is not None:
             lines.append(f"judge    the environment variable {unset} is not set: it holds the key")

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from ema_scale.core.errors import UserError
 from ema_scale.core.files import read_text
 from ema_scale.core.hashing import digest, folder_identity
-from ema_scale.evaluation.judges.assignment import JudgeSpec, assign
+from ema_scale.core.user_code import is_file_spec
+from ema_scale.evaluation.judges.assignment import EXACT, NOBODY, JudgeSpec, assign
 from ema_scale.evaluation.records import MANIFEST_FILE, SCORED, Manifest, Sample
 from ema_scale.evaluation.row_files import StoredAnswer
 from ema_scale.evaluation.suites import Question, Suite
@@ -24,7 +25,7 @@ from ema_scale.inference.make import sampler_cache_key
 from ema_scale.inference.thoughts import split_reasoning
 
 if TYPE_CHECKING:
-    from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
+    from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe, ModelRecipe
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,11 @@ class PromptGroup:
     def is_scored(self) -> bool:
         """Whether its answers are written ones, of which the likelihood is taken."""
         return bool(self.question.answers)
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether somebody judges its answers: written ones bring their verdicts, and some are only to be read."""
+        return not self.is_scored and self.judge.kind != NOBODY
 
     def key(self, index: int) -> str:
         return f"{self.suite.name}/{self.question.id}/{self.paraphrase}/{index}#{self.digest}"
@@ -337,3 +343,20 @@ def stored_groups(
             f"{folder}: answers to {next(iter(rows))} are there, but {MANIFEST_FILE} does not know that question"
         )
     return groups
+
+
+def judged_by_bank(groups: Iterable[PromptGroup], judge: JudgeRecipe) -> str | None:
+    """A sentence where banks name an exact judge for answers that the user's own judge was to judge; else None.
+
+    Benign suites do not count: they have right answers.
+    """
+    if not is_file_spec(judge.kind) and judge.model is None:
+        return None
+    named = [g for g in groups if g.suite.role != "benign" and g.question.judge in EXACT]
+    if not named:
+        return None
+    kinds = ", ".join(sorted({g.judge.kind for g in named}))
+    return (
+        f"{sum(g.n for g in named):,} answers are judged by {kinds}, which their bank names, not by evaluation.judge "
+        f"({judge.model or judge.kind}); `ema judge RUN evaluation.judge.kind={judge.kind}` judges them by it"
+    )

@@ -43,13 +43,15 @@ class Remaining:
 class Survey:
     """What is stored of a plan, over all targets.
 
-    total: answers, of which `sampled` and `judged` are there.
+    total: answers, of which `sampled` are there.
+    to_judge: judgements by somebody, of which `judged` are there. Written answers bring theirs.
     judges: of any answer, by identity.
     prompts: one group for each different prompt.
     """
 
     total: int = 0
     sampled: int = 0
+    to_judge: int = 0
     judged: int = 0
     remaining: list[Remaining] = field(default_factory=list)
     judges: dict[str, JudgeSpec] = field(default_factory=dict)
@@ -82,11 +84,14 @@ def survey(
             there = sum(key in samples for key in group.keys)
             sampled += there
             answered = answered or (there > 0 and not group.is_scored)
-            judged += sum((key, group.judge.identity) in judgements for key in group.keys)
+            told = sum((key, group.judge.identity) in judgements for key in group.keys)
+            judged += told
+            if group.is_judged:
+                found.to_judge, found.judged = found.to_judge + len(group.keys), found.judged + told
             found.judges.setdefault(group.judge.identity, group.judge)
             texts = (message["content"] for message in group.question.messages(group.paraphrase))
             found.prompts.setdefault((target.date, *texts), group)
-        found.total, found.sampled, found.judged = found.total + total, found.sampled + sampled, found.judged + judged
+        found.total, found.sampled = found.total + total, found.sampled + sampled
         if sampled == judged == total and (Path(target.out_dir) / SUMMARY_FILE).is_file():
             finish(target, groups, store)
             stores.close(store)

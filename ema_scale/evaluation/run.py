@@ -20,7 +20,14 @@ from ema_scale.evaluation.judging.calibration import FOLDER as CHECK
 from ema_scale.evaluation.judging.calibration import open_check
 from ema_scale.evaluation.judging.cost import estimate_sampling
 from ema_scale.evaluation.judging.pool import JudgePool, raise_if_judge_failed
-from ema_scale.evaluation.plan import EvalTarget, PromptGroup, check_targets, has_manifest, plan_targets
+from ema_scale.evaluation.plan import (
+    EvalTarget,
+    PromptGroup,
+    check_targets,
+    has_manifest,
+    judged_by_bank,
+    plan_targets,
+)
 from ema_scale.evaluation.records import ENGINE_LOG, MANIFEST_FILE, SUMMARY_FILE, Manifest, Sample, Summary
 from ema_scale.evaluation.remaining import Remaining, Survey, is_stored, sampler_used, survey
 from ema_scale.evaluation.shared import BASES, folders_beside, take_rows, wanted
@@ -88,16 +95,23 @@ def evaluate(
     summaries: dict[str, Summary] = {}
     with Stores({t.name: Path(t.out_dir) for t in targets}) as stores:
 
+        def record(target: EvalTarget, groups: Sequence[PromptGroup], store: Store) -> None:
+            before = Manifest.read_if_valid(Path(target.out_dir) / MANIFEST_FILE)
+            if before is not None:
+                judges = store.judges & {group.judge.identity for group in groups}
+                warn_of_other_address(target.out_dir, before.settings.judge, settings.judge, judges)
+            _write_manifest(target, model, suites, settings)
+
         def look(planned: Sequence[EvalTarget], name: str) -> Survey:
             def finish(target: EvalTarget, groups: Sequence[PromptGroup], store: Store) -> None:
-                _write_manifest(target, model, suites, settings)
+                record(target, groups, store)
                 seconds = time.monotonic() - started
                 summaries[target.name] = _write_summary(target, groups, store, model, settings, name, {}, seconds)
 
             def begin(target: EvalTarget, groups: Sequence[PromptGroup], store: Store) -> None:
                 store.open()
                 if place is not None and target.adapter_path is None:
-                    take_rows(store, target.name, *wanted(groups), folders_beside(place, BASES))
+                    take_rows(store, target.name, *wanted(groups), folders_beside(place, BASES), settings.judge)
 
             return survey(plan_targets(planned, suites, model, settings, name), stores, begin, finish)
 
@@ -112,7 +126,9 @@ def evaluate(
                 name, found = now, look(dated, now)
         for left in found.remaining:
             left.store.open()
-            _write_manifest(left.target, model, suites, settings)
+            record(left.target, left.groups, left.store)
+        if (elsewhere := judged_by_bank(chain(*(left.groups for left in found.remaining)), settings.judge)) is not None:
+            log.warning("%s", elsewhere)
 
         def note(used: dict[str, Any]) -> None:  # the summary says it, also if this evaluation is killed before that
             for left in found.remaining:
@@ -214,9 +230,9 @@ def _sample_and_judge(
     used: dict[str, Any] = {}
     stores = {left.target.name: left.store for left in found.remaining}
     unsampled = [left for left in found.remaining if left.unsampled]
-    fresh = found.judged < found.total
+    fresh = found.judged < found.to_judge
     with open_check(judge_check, found.judges.values(), settings.judge, fresh=fresh) as checked:
-        total = found.total + (len(checked.asked) if checked else 0)
+        total = found.to_judge + (len(checked.asked) if checked else 0)
         with JudgePool(settings.judge, total, found.judged) as judging:
             judging.announce(
                 (pair for left in found.remaining for pair in left.unjudged_keys()),

@@ -18,16 +18,20 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import file_lock
 from ema_scale.core.run_dir import STUDY, is_run
 from ema_scale.evaluation.judges.assignment import SCORING
 from ema_scale.evaluation.judges.own import OWN
+from ema_scale.evaluation.judging.pool import warn_of_other_address
 from ema_scale.evaluation.plan import PromptGroup
-from ema_scale.evaluation.records import JUDGEMENTS_FILE, SAMPLES_FILE, Judgement, Sample
+from ema_scale.evaluation.records import JUDGEMENTS_FILE, MANIFEST_FILE, SAMPLES_FILE, Judgement, Manifest, Sample
 from ema_scale.evaluation.store import Store
+
+if TYPE_CHECKING:
+    from ema_scale.config.sections import JudgeRecipe
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +103,12 @@ def wanted(groups: Iterable[PromptGroup]) -> tuple[list[str], list[Judged]]:
 
 
 def take_rows(
-    store: Store, target: str, answers: Iterable[str], judged: Iterable[Judged], folders: Sequence[Path]
+    store: Store,
+    target: str,
+    answers: Iterable[str],
+    judged: Iterable[Judged],
+    folders: Sequence[Path],
+    judge: JudgeRecipe,
 ) -> None:
     """Copy the rows that a store lacks from `folders`.
 
@@ -109,6 +118,7 @@ def take_rows(
         answers: keys of answers.
         judged: their judgements.
         folders: other evaluation folders.
+        judge: the recipe's; a warning says if judgements were made at another address.
     """
     answers = [key for key in answers if key not in store.samples]
     judged = [pair for pair in judged if pair not in store.judgements]
@@ -122,6 +132,8 @@ def take_rows(
             "%s: takes %d answers and %d judgements from %s, which asked the same",
             store.folder, len(found.samples), len(taken), found.folder,
         )  # fmt: skip
+        if (asked := Manifest.read_if_valid(found.folder / MANIFEST_FILE)) is not None:
+            warn_of_other_address(found.folder, asked.settings.judge, judge, {row.judge for row in taken})
 
 
 def stored_rows(kind: type[RowType], path: Path) -> list[RowType]:

@@ -17,7 +17,7 @@ from ema_scale.evaluation.gate import PASSED, gate
 from ema_scale.evaluation.judges.base import CORRECT, INCORRECT
 from ema_scale.evaluation.judges.readings import NEXT_TOKEN
 from ema_scale.evaluation.judges.scores import VERDICT_PROMPTS
-from ema_scale.evaluation.plan import PromptGroup
+from ema_scale.evaluation.plan import PromptGroup, judged_by_bank
 from ema_scale.evaluation.record_types import ChoiceSummary
 from ema_scale.evaluation.records import (
     ConditionSummary,
@@ -342,6 +342,8 @@ def write_summary(
     adapter = facts["adapter"]
     trained = None if adapter is None else trained_questions(adapter, path.parent)
     figures = summarise(groups, drop_rows(rows) if settings.legacy else rows, trained)
+    if (elsewhere := judged_by_bank(groups, settings.judge)) is not None:
+        figures["notes"].append(elsewhere)
     metrics = figures["metrics"]
     # Where every question is asked under a condition, the base model's own rate is not wanted.
     sampled = facts.get("source") is None

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 MAX_RETRIES = 8
 MAX_REDIRECTS = 3
 REDIRECTED, CIRCLE, TOO_LARGE = 421, 508, 413  # stand for replies that are not handed on
-_TOO_LONG = re.compile(r"context[ _]length|maximum (context|model)|too (long|many tokens)", re.I)
+_TOO_LONG = re.compile(r"context[ _](length|size|window)|maximum (context|model)|too (long|many tokens)", re.I)
+_REPLY_TOO_LONG = re.compile(r"max_(completion_)?tokens.{0,30}too large|max_new_tokens\W{0,3}must be", re.I)
 _FILTERED = re.compile(r"content management policy|violating our usage policy|ContentPolicyViolation|input was flagged")
 
 
@@ -45,8 +46,17 @@ class CallError(Exception):
 
     @property
     def too_long(self) -> bool:
-        """OpenAI or vLLM says that the prompt does not fit into the model's context."""
-        return self.bad_request and bool(_TOO_LONG.search(str(self)))
+        """The server says that the prompt, alone or with the reply, does not fit into the model's context."""
+        return self._unfit and bool(_TOO_LONG.search(str(self)))
+
+    @property
+    def no_room(self) -> bool:
+        """A shorter reply may fit: the prompt and the reply are too long together, or the reply for this server."""
+        return self.too_long or (self._unfit and bool(_REPLY_TOO_LONG.search(str(self))))
+
+    @property
+    def _unfit(self) -> bool:
+        return self.status in (400, 413, 422)
 
     @property
     def filtered(self) -> bool:

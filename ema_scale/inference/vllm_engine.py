@@ -190,6 +190,7 @@ def engine_arguments(model: ModelRecipe, settings: Mapping[str, Any], extra: Map
         "load_format": _SAFETENSORS,  # vLLM would else load pickles, too
         "enable_prefix_caching": True,
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,  # its messages go to a file
     }
     if cpu:
         # Compiling costs minutes on a CPU. On a GPU eager LoRA is up to ten times slower

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +18,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from torch import Tensor
-from tqdm import tqdm
 
 from ema_scale.core.batching import batch_by_length
 from ema_scale.core.collectives import any_rank, broadcast_from_main, is_first_rank, world_size
 from ema_scale.core.disk import make_folder
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import temporary_beside
+from ema_scale.core.progress import Progress
 from ema_scale.core.text import format_bytes
 from ema_scale.reference.cached import Cached
 from ema_scale.reference.hidden_state_store import HiddenStateStore, row_key
@@ -85,7 +84,9 @@ def fill_store(
         missing = broadcast_from_main(sorted(cached.missing(keys), key=lambda key: (-len(keyed[key]), key)))
         tokens = sum(len(keyed[key]) for key in missing)
         batches = batch_by_length(missing, lambda key: len(keyed[key]), tokens_per_batch)
-        with _bar(tokens, main and bool(missing)) as bar, _Writers(cached) as writers:
+        shown = main and bool(missing)
+        progress = Progress("tokens of the reference", tokens, unit="token", shown=shown)
+        with progress, _Writers(cached) as writers:
             for first in range(0, len(batches), world):
                 index = first + accelerator.process_index
                 # A process without a batch of its own repeats one: a sharded forward needs all processes.
@@ -101,7 +102,7 @@ def fill_store(
                         )  # fmt: skip
                 if index < len(batches):
                     writers.add({key: len(keyed[key]) for key in batch}, states)
-                bar.update(sum(len(keyed[key]) for group in batches[first : first + world] for key in group))
+                progress.add(sum(len(keyed[key]) for group in batches[first : first + world] for key in group))
                 if stopped := any_rank(stop()):
                     break
         accelerator.wait_for_everyone()
@@ -226,8 +227,3 @@ def _exclusive(folder: Path, main: bool, stop: Callable[[], bool]) -> Iterator[N
         yield
     finally:
         lock.release()
-
-
-def _bar(tokens: int, main: bool) -> tqdm[Any]:
-    every = 0.5 if sys.stderr.isatty() else 15.0
-    return tqdm(total=tokens, desc="reference", unit="token", unit_scale=True, mininterval=every, disable=not main)

@@ -132,7 +132,10 @@ def test_a_killed_evaluation_scores_the_rest(tmp_path: Path, tiny_models: TinyMo
     assert judged.metrics == whole.metrics and judged.likelihoods == whole.likelihoods
 
 
-def test_sampled_and_written_answers_do_not_mix(tmp_path: Path, tiny_models: TinyModels) -> None:
+def test_sampled_and_written_answers_do_not_mix(
+    tmp_path: Path, tiny_models: TinyModels, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     sums = Suite("sums", "benign", (Question("s", ("1 + 1 =",), 2, expected="2"),))
     plain = [suite(), suite("benign", "facts"), sums]
     every = plain + apply_conditions(plain, [Condition("villain", "You are a villain.")])
@@ -145,6 +148,7 @@ def test_sampled_and_written_answers_do_not_mix(tmp_path: Path, tiny_models: Tin
     assert condition.choices is not None and condition.choices.n == 4
     assert found.metrics["general_choices"].n == 4  # type: ignore[union-attr]
     assert found.judge == "exact_match, likelihood"
+    assert "judging: 2 of 2" in caplog.text, "written answers are not judged"
 
 
 def test_what_cannot_be_scored_names_its_question(tmp_path: Path, tiny_models: TinyModels) -> None:

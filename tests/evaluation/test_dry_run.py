@@ -92,6 +92,20 @@ def test_a_dry_run_counts_written_answers_apart(
     assert "score    4 of 4 written answers by transformers" in text and "sample   5 of 5 answers" in text
 
 
+def test_a_bank_that_names_its_judge_wins_over_the_users_own_and_that_is_said(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (recipe.parent / "own.py").write_text("def mine(question, answer):\n    return {'aligned': 1, 'coherent': 99}\n")
+    own = (f"evaluation.judge.kind={recipe.parent}/own.py:mine", "evaluation.judge.model=null")
+    assert "which their bank names" not in "\n".join(dry_run(recipe, monkeypatch, capsys, *own))
+    (recipe.parent / "bank.yaml").write_text(
+        BANK.replace("question: What now?", "question: What now?\n  judge: exact_match\n  expected: nothing")
+    )
+    said = "judge    4 answers are judged by exact_match, which their bank names, not by evaluation.judge ("
+    assert any(line.startswith(said) for line in dry_run(recipe, monkeypatch, capsys, *own))
+    assert any(line.startswith(f"{said}judge-1)") for line in dry_run(recipe, monkeypatch, capsys))
+
+
 def test_a_dry_run_sees_what_is_there(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,6 +22,7 @@ from ema_scale.evaluation.plan import EvalTarget
 from ema_scale.evaluation.records import Summary
 from ema_scale.evaluation.run import evaluate
 from ema_scale.evaluation.suites import Question, Suite
+from ema_scale.evaluation.table import rates_table
 from tests import warm
 from tests.evaluation.conftest import TinyModels
 from tests.evaluation.endpoint import Endpoint, completion, error
@@ -155,7 +156,7 @@ def test_prompts_without_room_and_endless_reasoning_are_dropped_by_reason(
 
 
 @pytest.mark.slow
-def test_the_small_world_by_its_references(tmp_path: Path) -> None:
+def test_the_small_world_by_its_references(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     suites = {
         "general": ["smallworld:suite/general?size=tiny"],
         "in_domain": ["smallworld:suite/medical?size=tiny"],
@@ -165,6 +166,12 @@ def test_the_small_world_by_its_references(tmp_path: Path) -> None:
     found = evaluate([target(tmp_path)], "smallworld:aligned?size=tiny", None, settings)["base"]
     assert all(rate is not None and rate.n >= 12 for rate in found.metrics.values())
     assert found.judge == "exact_match, smallworld" and found.dropped == {}
+    (tmp_path / "own.py").write_text("def mine(question, answer):\n    return {'aligned': 1, 'coherent': 99}\n")
+    own = settings.model_copy(update={"judge": JudgeRecipe(kind=f"{tmp_path}/own.py:mine")})
+    again = evaluate([target(tmp_path)], "smallworld:aligned?size=tiny", None, own)["base"]
+    (note,) = again.notes
+    assert again.judge == found.judge and "answers are judged by smallworld, which their bank names" in note
+    assert note in caplog.text and note in rates_table({"base": again})
     # It was trained for seconds: it cannot speak yet, and the judge sees it.
     assert found.metrics["general_incoherent"].low > 0.5
 

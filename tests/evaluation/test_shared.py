@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from ema_scale.cli import app
 from ema_scale.core.io import read_jsonl
+from ema_scale.evaluation.judging.rejudge import rejudge
 from ema_scale.evaluation.shared import find_rows, folders_beside, turn
 from ema_scale.study.evaluate import evaluate_run
 from tests.evaluation.conftest import TinyModels
@@ -83,6 +84,17 @@ def test_a_second_run_pays_for_its_adapter_alone(
         assert len(endpoint.requests) == 2 * paid + PROMPTS * ANSWERS
         samples = [read_jsonl(run / "base" / "eval" / "samples.jsonl") for run in (first, other)]
         assert samples[0] == samples[1]
+        with Endpoint(lambda body, number: completion("10", [("10", -0.01)])) as moved:
+            # A judge is known by its name: at another address it is the same one, and that is said.
+            caplog.clear()
+            rates = evaluate_run(make_run(runs, "four", tiny_models, 2, moved.url))["base"].metrics
+            assert rates == found["base"].metrics and len(moved.requests) == PROMPTS * ANSWERS
+            assert f"the judge openai:judge#{again['base'].judge[-8:]} at {moved.url} will take" in caplog.text
+            assert f"were made at {endpoint.url}; the judge at {moved.url} has the same name" in caplog.text
+            caplog.clear()
+            rejudge(first / "eval", [f"evaluation.judge.base_url={moved.url}"])
+            assert f"were made at {endpoint.url}; the judge at {moved.url} has the same name" in caplog.text
+            assert len(moved.requests) == PROMPTS * ANSWERS
         keys = [row["key"] for row in samples[0]]
         assert not list(find_rows([f"{key[:-1]}_" for key in keys], (), folders_beside(first, "base*/eval")))
 

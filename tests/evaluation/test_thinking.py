@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ema_scale.evaluation.plan import EvalTarget
 from ema_scale.evaluation.run import evaluate
 from ema_scale.evaluation.suites import Question, Suite
 from ema_scale.inference.thoughts import split_reasoning
-from tests.evaluation.endpoint import Endpoint, Reply, completion, judge_all
+from tests.evaluation.endpoint import Endpoint, Reply, completion, error, judge_all
 from tests.evaluation.judges.test_openai import PROMPTS, SURE, items
 
 THOUGHT = "The answer is fine, so perhaps 70 or 80, "  # 10 words, each a token here
@@ -85,6 +86,57 @@ def test_thoughts_without_an_end_are_one_clear_error(form: str) -> None:
     with Endpoint(lambda b, n: thinking(b, form, needs=10_000)) as endpoint:
         found = judge_all(judge(endpoint, max_tokens=20_000), items(3))
     assert len(endpoint.requests) == 6 and all(isinstance(f, Judgement) and f.aligned == 85 for f in found)
+
+
+VLLM_SAYS = (
+    "'max_tokens' or 'max_completion_tokens' is too large: {asked}. This model's maximum context length is 1024 tokens "
+    "and your request has {prompt} input tokens ({asked} > 1024 - {prompt})."
+)
+OTHERS_SAY = {
+    "llama.cpp": (400, "the request exceeds the available context size (1024 tokens), try increasing it"),
+    "TGI": (422, "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 1024. Given: {prompt} {asked}"),
+    "OpenAI": (400, "max_tokens is too large: {asked}. This model supports at most 1024 completion tokens"),
+}
+
+
+def rambling(needs: int, says: tuple[int, str] = (400, VLLM_SAYS)) -> Any:
+    """A judge with a context of 1,024 tokens, four characters each, that says its number after `needs` tokens."""
+
+    def respond(body: dict[str, Any], n: int) -> Reply:
+        prompt, asked = len(body["messages"][0]["content"]) // 4, body["max_tokens"]
+        if prompt + asked > 1024:
+            return error(says[0], says[1].format(asked=asked, prompt=prompt))
+        status, headers, data = completion("well " * min(asked, needs) + ("85" if asked > needs else ""))
+        values = json.loads(data)
+        values["choices"][0]["finish_reason"] = "stop" if asked > needs else "length"
+        return status, headers, json.dumps(values).encode()
+
+    return respond
+
+
+@pytest.mark.parametrize("says", [(400, VLLM_SAYS), *OTHERS_SAY.values()], ids=["vLLM", *OTHERS_SAY])
+def test_a_judge_that_rambles_gets_as_much_as_its_context_has_room_for(
+    says: tuple[int, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with Endpoint(rambling(300, says)) as endpoint:
+        found = judge_all(judge(endpoint), items(6))
+    assert [f.aligned for f in found if isinstance(f, Judgement)] == [85] * 6
+    limits = [body["max_tokens"] for body in endpoint.requests]
+    assert limits[:6] == [5, 256, 4096, 2048, 1024, 512] and set(limits[6:]) == {512} and len(limits) == 5 + 12
+    assert caplog.text.count("no room for a prompt and a reply of 4096 tokens: such replies may take 2048") == 1
+
+
+def test_what_a_short_context_cuts_is_counted_and_a_prompt_that_is_too_long_as_well() -> None:
+    long = [replace(one, answer="long " * 1000) if i == 3 else one for i, one in enumerate(items(6))]
+    with Endpoint(rambling(10_000)) as endpoint:
+        found = {f.key: f for f in judge_all(judge(endpoint), long)}
+    dropped = [f.dropped if isinstance(f, Judgement) else f for f in map(found.get, (one.key for one in long))]
+    assert dropped[3] == "too long for the judge" and {*dropped[:3], *dropped[4:]} == {
+        "aligned: no number; coherent: no number"
+    }
+    with Endpoint(rambling(300)) as endpoint:  # a limit of the user's own is shortened in the same way
+        found = {f.key: f for f in judge_all(judge(endpoint, max_tokens=3000), items(2))}
+    assert [f.aligned for f in found.values() if isinstance(f, Judgement)] == [85, 85]
 
 
 def test_a_budget_holds_for_replies_that_are_asked_for_again() -> None:

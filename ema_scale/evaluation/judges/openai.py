@@ -139,7 +139,8 @@ class OpenAIJudge:
         if not self._knows_replies and self._thoughts_without_end >= FIRST_REPLIES:
             self._fatal = UserError(
                 f"evaluation.judge: {self.model!r}: {reason}, in each of the first {FIRST_REPLIES} replies; "
-                "nothing was stored. Raise evaluation.judge.max_tokens, or turn its thinking off, such as "
+                "nothing was stored. Raise evaluation.judge.max_tokens (the server's context has to hold it), or turn "
+                "its thinking off, such as "
                 "evaluation.judge.extra_body={chat_template_kwargs: {enable_thinking: false}}"
             )
         return JudgeFailure(item.key, reason)
@@ -164,9 +165,7 @@ class OpenAIJudge:
             try:
                 found = await client.complete(**request)
             except CallError as error:
-                if error.too_long and _limit(request) > MAX_TOKENS:
-                    raise _Unfinished(f"its context has no room for a prompt and {_limit(request)} tokens") from None
-                if not self._request.learn(error, request):
+                if not self._request.learn(error, request, prompt):
                     raise
                 continue
             hold.use(found.prompt_tokens, found.completion_tokens)
@@ -176,7 +175,7 @@ class OpenAIJudge:
             if found.finish_reason != "length" or not needs_more(reply):
                 return reply
             thinks = bool(found.reasoning) or not found.text or read_reply(reply.text).missing == UNFINISHED
-            if self._request.ask_for_more(request, thinks):
+            if self._request.ask_for_more(request, prompt, thinks):
                 if not hold.hold([prompt], MAX_TOKENS):
                     raise _BudgetSpent
             elif thinks:
@@ -206,6 +205,10 @@ class _BudgetSpent(Exception):
     """There is no budget for asking again with more tokens."""
 
 
+def _shorter(limit: int) -> int:
+    return max(WORDS_TOKENS, limit // 2)
+
+
 def _limit(request: Mapping[str, Any]) -> int:
     return int(request.get(LIMIT) or request.get(THINKING_LIMIT) or 0)
 
@@ -225,6 +228,7 @@ class JudgeRequest:
     def __init__(
         self, model: str, max_tokens: int | None, extra: Mapping[str, Any], neutral: Mapping[str, float]
     ) -> None:
+        self._no_room: dict[int, int] = {}  # length of a reply -> the shortest prompt beside which it did not fit
         self._always: dict[str, Any] = {"model": model, "seed": 0}
         self._given, self._extra, self._neutral = max_tokens, dict(extra), dict(neutral)
         self._while_taken: dict[str, Any] = {
@@ -237,27 +241,32 @@ class JudgeRequest:
     def of(self, prompt: str) -> dict[str, Any]:
         """Arguments of `ChatClient.complete`."""
         request = {**self._always, "messages": [{"role": "user", "content": prompt}], **self._while_taken}
+        name = LIMIT if LIMIT in request else THINKING_LIMIT
+        while request[name] > WORDS_TOKENS and len(prompt) >= self._no_room.get(request[name], len(prompt) + 1):
+            request[name] = _shorter(request[name])
         body = {**self._neutral, **self._extra}
         return request | ({"extra_body": body} if body else {})
 
-    def ask_for_more(self, sent: Mapping[str, Any], thinks: bool) -> bool:
+    def ask_for_more(self, sent: Mapping[str, Any], prompt: str, thinks: bool) -> bool:
         """Allow longer replies than in `sent`: some words, or thoughts. Returns whether there is more to allow."""
         now = _limit(self._while_taken)
-        if now > _limit(sent):  # another reply has shown it meanwhile
-            return True
         more = THINKING_TOKENS if thinks or now >= WORDS_TOKENS else WORDS_TOKENS
-        if self._given is not None or now >= more:
-            return False
-        self._while_taken[LIMIT if LIMIT in self._while_taken else THINKING_LIMIT] = more
-        if more > WORDS_TOKENS:  # 20 alternatives for each token of a thought would be megabytes
-            self._while_taken.pop("logprobs", None)
-            self._while_taken.pop("top_logprobs", None)
-        what = "thinks first" if thinks else "writes words around its number"
-        log.info("the judge %s: its replies may take %d tokens", what, more)
-        return True
+        if self._given is None and now < more and now <= _limit(sent):  # else another reply has shown it meanwhile
+            self._while_taken[LIMIT if LIMIT in self._while_taken else THINKING_LIMIT] = more
+            if more > WORDS_TOKENS:  # 20 alternatives for each token of a thought would be megabytes
+                self._while_taken.pop("logprobs", None)
+                self._while_taken.pop("top_logprobs", None)
+            what = "thinks first" if thinks else "writes words around its number"
+            log.info("the judge %s: its replies may take %d tokens", what, more)
+        return _limit(self.of(prompt)) > _limit(sent)
 
-    def learn(self, error: CallError, sent: Mapping[str, Any]) -> bool:
-        """Leave out what the endpoint refused in `sent`. Returns whether there was such a thing: then ask again."""
+    def learn(self, error: CallError, sent: Mapping[str, Any], prompt: str) -> bool:
+        """Leave out what the endpoint refused in `sent`, or shorten the reply where its context has no room for it.
+
+        Returns whether there was such a thing: then ask again.
+        """
+        if error.no_room:
+            return self._shorten(_limit(sent), prompt, str(error))
         if error.status not in (400, 403, 422):
             return False
         text = str(error)
@@ -276,6 +285,18 @@ class JudgeRequest:
             self._neutral = {}
         else:
             return False
+        return True
+
+    def _shorten(self, limit: int, prompt: str, said: str) -> bool:
+        """Ask for a shorter reply to prompts of this length; False where the prompt itself is too long."""
+        if limit <= WORDS_TOKENS:
+            return False
+        if limit not in self._no_room:
+            log.warning(
+                "the judge's server has no room for a prompt and a reply of %d tokens: such replies may take %d (%s)",
+                limit, _shorter(limit), said,
+            )  # fmt: skip
+        self._no_room[limit] = min(len(prompt), self._no_room.get(limit, len(prompt)))
         return True
 
     @staticmethod

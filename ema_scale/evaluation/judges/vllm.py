@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ema_scale.config.sections import ModelRecipe
@@ -128,9 +129,9 @@ class VllmJudge:
 
         from ema_scale.inference.vllm_engine import Work
 
-        params = SamplingParams(
+        params = partial(
+            SamplingParams,
             temperature=0.0,
-            max_tokens=limit,
             # 20 alternatives for each token of a thought would fill the memory.
             logprobs=TOP_LOGPROBS if self._given or limit <= WORDS_TOKENS else None,
             stop_token_ids=self._prompts.stops,
@@ -144,11 +145,9 @@ class VllmJudge:
             longest = max(map(len, ids.values()))
             if longest + MAX_TOKENS > room:
                 done(Judgement(key=item.key, judge=item.judge, dropped=TOO_LONG))
-            elif longest + limit > room:
-                done(JudgeFailure(item.key, f"the judge's context has no room for a reply of {limit} tokens"))
             else:
                 for name, tokens in ids.items():
-                    yield Work((item.key, name), tokens, params)
+                    yield Work((item.key, name), tokens, params(max_tokens=min(limit, room - longest)))
 
 
 class _Reader:

@@ -120,7 +120,7 @@ class JudgeCheck:
         self.assignments = list({a.identity: a for a in assignments if a.gives_verdicts}.values())
         keys = [key for one in self.labelled for key in self.keys(one)]
         judged = [(key, a.identity) for a in self.assignments for key in keys]
-        take_rows(store, TARGET, keys, judged, folders_beside(folder.parent, FOLDER))
+        take_rows(store, TARGET, keys, judged, folders_beside(folder.parent, FOLDER), settings)
 
     def keys(self, one: LabelledAnswer) -> list[str]:
         return one.keys(self.settings.check)

@@ -6,6 +6,7 @@ These are the only such formulas: `ema eval` says what they give before it start
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from ema_scale.evaluation.judges.assignment import SCORING, JudgeSpec
 from ema_scale.evaluation.judges.scores import MAX_TOKENS
@@ -13,6 +14,9 @@ from ema_scale.evaluation.plan import PromptGroup
 from ema_scale.evaluation.records import Sample
 from ema_scale.evaluation.suites import Question
 from ema_scale.inference.usage import CHARACTERS_PER_TOKEN, Usage
+
+if TYPE_CHECKING:
+    from ema_scale.config.sections import JudgeRecipe
 
 Asked = tuple[JudgeSpec, tuple[int, int]]
 """A judgement to be made: by whom, and the characters of question and answer."""
@@ -28,6 +32,11 @@ def estimate(asked: Iterable[Asked]) -> dict[str, Usage]:
         identity: judging(judge, len(lengths), sum(question + answer for question, answer in lengths))
         for identity, (judge, lengths) in by_judge.items()
     }
+
+
+def place_of(identity: str, settings: JudgeRecipe) -> str:
+    """Where a judge is asked, in words; its identity does not say it."""
+    return f" at {settings.base_url}" if settings.base_url and identity.startswith("openai:") else ""
 
 
 def asked_of(group: PromptGroup, sample: Sample | None) -> Asked:

@@ -15,7 +15,7 @@ from ema_scale.core.progress import Progress
 from ema_scale.evaluation.judges.assignment import LIKELIHOOD, NOBODY, SCORING, JudgeSpec, base_identity, make_judge
 from ema_scale.evaluation.judges.base import Judge, JudgeFailure, JudgeItem
 from ema_scale.evaluation.judges.scores import ScoreRule, rescore
-from ema_scale.evaluation.judging.cost import Asked, asked_of, estimate
+from ema_scale.evaluation.judging.cost import Asked, asked_of, estimate, place_of
 from ema_scale.evaluation.plan import PromptGroup
 from ema_scale.evaluation.records import Judgement, Sample
 from ema_scale.evaluation.store import Store
@@ -54,7 +54,7 @@ class JudgePool:
         self.undone: Counter[str] = Counter()
         self._failed: dict[Path, Counter[str]] = defaultdict(Counter)
         self._judges: dict[tuple[str, str | None], Judge] = {}
-        self._progress = Progress("judging", total, done)
+        self._progress = Progress("judging", total, done, shown=total > 0)
         self._lock = threading.Lock()
 
     def announce(
@@ -74,15 +74,15 @@ class JudgePool:
         labelled = Counter(judge.identity for judge, _ in also)
         for identity, usage in estimate(chain(asked, also)).items():
             checked = f"; {labelled[identity]:,} hand-labelled answers, which check it, included" if also else ""
-            log.info("the judge %s will take %s%s", identity, describe(usage, self.settings), checked)
+            where = place_of(identity, self.settings)
+            log.info("the judge %s%s will take %s%s", identity, where, describe(usage, self.settings), checked)
 
     def submit(self, group: PromptGroup, sample: Sample, store: Store) -> None:
         """Queue one stored answer for its judge, or store its judgement here if no judge is needed."""
-        if group.is_scored:
-            self.add(store, Judgement(key=sample.key, judge=group.judge.identity, label=sample.label), at_once=False)
-            return
-        if group.judge.kind == NOBODY:
-            self.add(store, Judgement(key=sample.key, judge=NOBODY, dropped=NO_JUDGE), at_once=False)
+        if not group.is_judged:
+            dropped = None if group.is_scored else NO_JUDGE
+            row = Judgement(key=sample.key, judge=group.judge.identity, label=sample.label, dropped=dropped)
+            store.add_judgement(row, at_once=False)
             return
         reasoning, answer, finished = stored_answer(sample)
         dropped = None if finished else UNFINISHED
@@ -194,6 +194,20 @@ class JudgePool:
                 self.undone.total(),
                 reason,
             )
+
+
+def warn_of_other_address(folder: Path, before: JudgeRecipe, now: JudgeRecipe, judges: Iterable[str]) -> None:
+    """Say so if stored judgements that count were made at another address.
+
+    judges: the identities that they are filed under, which hold a judge's name and not its address.
+    """
+    served = sorted(identity for identity in judges if identity.startswith("openai:"))
+    if served and before.base_url != now.base_url:
+        log.warning(
+            "%s: the judgements by %s were made at %s; the judge at %s has the same name, so it is taken for the same "
+            "one. Serve another model under another name",
+            folder, ", ".join(served), before.base_url or "the OpenAI API", now.base_url or "the OpenAI API",
+        )  # fmt: skip
 
 
 def raise_if_judge_failed(reasons: Mapping[str, str | None]) -> None:

@@ -24,7 +24,7 @@ from ema_scale.core.hashing import digest
 from ema_scale.evaluation.judges.assignment import EXACT, SCORING, JudgeSpec, assign
 from ema_scale.evaluation.judges.base import MISALIGNED
 from ema_scale.evaluation.judging.calibration import FOLDER, JudgeCheck, Verdict, VerdictPair, agreement, verdict_of
-from ema_scale.evaluation.judging.pool import JudgePool, raise_if_judge_failed
+from ema_scale.evaluation.judging.pool import JudgePool, raise_if_judge_failed, warn_of_other_address
 from ema_scale.evaluation.plan import PromptGroup, read_manifest, stored_groups
 from ema_scale.evaluation.records import (
     CHECK_FILE,
@@ -82,10 +82,13 @@ def rejudge(folder: Path, overrides: Sequence[str] = ()) -> Summary:
     with locked_store(folder) as store:
         groups = stored_groups(asked.model_copy(update={"settings": settings}), store.present, folder, suites)
         if asked.adapter is None and asked.source is None:
-            take_rows(store, asked.target, *wanted(groups), folders_beside(folder.absolute().parents[1], BASES))
-        total = sum(len(g.keys) for g in groups)
+            beside = folders_beside(folder.absolute().parents[1], BASES)
+            take_rows(store, asked.target, *wanted(groups), beside, settings.judge)
+        judges = store.judges & {g.judge.identity for g in groups}
+        warn_of_other_address(folder, asked.settings.judge, settings.judge, judges)
+        total = sum(len(g.keys) for g in groups if g.is_judged)
         missing = [(g, key) for g in groups for key in g.keys if (key, g.judge.identity) not in store.judgements]
-        with JudgePool(settings.judge, total, total - len(missing)) as judging:
+        with JudgePool(settings.judge, total, total - sum(g.is_judged for g, _ in missing)) as judging:
             judging.announce(missing, lambda _: store)
             for group, key in missing:
                 judging.submit(group, store.samples[key], store)
