@@ -16,6 +16,7 @@ from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
 from ema_scale.core.progress import Progress
 from ema_scale.core.uri import locate
 from ema_scale.evaluation.first_answers import FirstAnswers
+from ema_scale.evaluation.judges.assignment import warn_of_other_address
 from ema_scale.evaluation.judging.calibration import FOLDER as CHECK
 from ema_scale.evaluation.judging.calibration import open_check
 from ema_scale.evaluation.judging.cost import estimate_sampling

@@ -23,9 +23,8 @@ from typing import TYPE_CHECKING, TypeVar
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import file_lock
 from ema_scale.core.run_dir import STUDY, is_run
-from ema_scale.evaluation.judges.assignment import SCORING
+from ema_scale.evaluation.judges.assignment import SCORING, warn_of_other_address
 from ema_scale.evaluation.judges.own import OWN
-from ema_scale.evaluation.judging.pool import warn_of_other_address
 from ema_scale.evaluation.plan import PromptGroup
 from ema_scale.evaluation.records import JUDGEMENTS_FILE, MANIFEST_FILE, SAMPLES_FILE, Judgement, Manifest, Sample
 from ema_scale.evaluation.store import Store

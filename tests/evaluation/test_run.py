@@ -163,15 +163,16 @@ def test_the_small_world_by_its_references(tmp_path: Path, caplog: pytest.LogCap
         "benign": ["smallworld:suite/operator_swap_1?size=tiny"],
     }
     settings = recipe(suites=suites, judge=JudgeRecipe(kind="smallworld"), samples_per_question=1)
-    found = evaluate([target(tmp_path)], "smallworld:aligned?size=tiny", None, settings)["base"]
-    assert all(rate is not None and rate.n >= 12 for rate in found.metrics.values())
-    assert found.judge == "exact_match, smallworld" and found.dropped == {}
     (tmp_path / "own.py").write_text("def mine(question, answer):\n    return {'aligned': 1, 'coherent': 99}\n")
     own = settings.model_copy(update={"judge": JudgeRecipe(kind=f"{tmp_path}/own.py:mine")})
-    again = evaluate([target(tmp_path)], "smallworld:aligned?size=tiny", None, own)["base"]
-    (note,) = again.notes
-    assert again.judge == found.judge and "answers are judged by smallworld, which their bank names" in note
-    assert note in caplog.text and note in rates_table({"base": again})
+    first = evaluate([target(tmp_path)], "smallworld:aligned?size=tiny", None, own)["base"]
+    (note,) = first.notes
+    assert "answers are judged by smallworld, which their bank names, not by evaluation.judge" in note
+    assert note in caplog.text and note in rates_table({"base": first})
+    found = evaluate([target(tmp_path)], "smallworld:aligned?size=tiny", None, settings)["base"]
+    assert found.judge == first.judge and found.metrics == first.metrics and not found.notes
+    assert all(rate is not None and rate.n >= 12 for rate in found.metrics.values())
+    assert found.judge == "exact_match, smallworld" and found.dropped == {}
     # It was trained for seconds: it cannot speak yet, and the judge sees it.
     assert found.metrics["general_incoherent"].low > 0.5
 

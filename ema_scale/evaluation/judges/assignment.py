@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ema_scale.core.banks import judge_prompts
@@ -24,6 +26,8 @@ from ema_scale.inference.make import engine_cache_key
 
 if TYPE_CHECKING:
     from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe
+
+log = logging.getLogger(__name__)
 
 EXACT = ("smallworld", "exact_match", *READ)
 NOBODY = "none"  # answers are only read
@@ -109,6 +113,20 @@ def base_identity(identity: str) -> str:
     """The identity without the rule by which replies are read. Judges that share it get the same requests."""
     name, _, rest = identity.rpartition("#")
     return f"{name}#{rest.partition('@')[0]}" if name else identity
+
+
+def warn_of_other_address(folder: Path, before: JudgeRecipe, now: JudgeRecipe, judges: Iterable[str]) -> None:
+    """Say so if stored judgements that count were made at another address.
+
+    judges: the identities that they are filed under, which hold a judge's name and not its address.
+    """
+    served = sorted(identity for identity in judges if identity.startswith("openai:"))
+    if served and before.base_url != now.base_url:
+        log.warning(
+            "%s: the judgements by %s were made at %s; the judge at %s has the same name, so it is taken for the same "
+            "one. Serve another model under another name",
+            folder, ", ".join(served), before.base_url or "the OpenAI API", now.base_url or "the OpenAI API",
+        )  # fmt: skip
 
 
 def load_prompts(source: str | None, where: str) -> dict[str, str]:

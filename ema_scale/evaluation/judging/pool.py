@@ -196,20 +196,6 @@ class JudgePool:
             )
 
 
-def warn_of_other_address(folder: Path, before: JudgeRecipe, now: JudgeRecipe, judges: Iterable[str]) -> None:
-    """Say so if stored judgements that count were made at another address.
-
-    judges: the identities that they are filed under, which hold a judge's name and not its address.
-    """
-    served = sorted(identity for identity in judges if identity.startswith("openai:"))
-    if served and before.base_url != now.base_url:
-        log.warning(
-            "%s: the judgements by %s were made at %s; the judge at %s has the same name, so it is taken for the same "
-            "one. Serve another model under another name",
-            folder, ", ".join(served), before.base_url or "the OpenAI API", now.base_url or "the OpenAI API",
-        )  # fmt: skip
-
-
 def raise_if_judge_failed(reasons: Mapping[str, str | None]) -> None:
     """Raises UserError if a judge scored no answer of some target. reasons: target -> `failure_reason`."""
     silent = {name: reason for name, reason in reasons.items() if reason is not None}

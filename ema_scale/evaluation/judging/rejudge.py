@@ -21,10 +21,10 @@ from ema_scale.config.layers import apply_overrides
 from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe
 from ema_scale.core.errors import UserError, explain
 from ema_scale.core.hashing import digest
-from ema_scale.evaluation.judges.assignment import EXACT, SCORING, JudgeSpec, assign
+from ema_scale.evaluation.judges.assignment import EXACT, SCORING, JudgeSpec, assign, warn_of_other_address
 from ema_scale.evaluation.judges.base import MISALIGNED
 from ema_scale.evaluation.judging.calibration import FOLDER, JudgeCheck, Verdict, VerdictPair, agreement, verdict_of
-from ema_scale.evaluation.judging.pool import JudgePool, raise_if_judge_failed, warn_of_other_address
+from ema_scale.evaluation.judging.pool import JudgePool, raise_if_judge_failed
 from ema_scale.evaluation.plan import PromptGroup, read_manifest, stored_groups
 from ema_scale.evaluation.records import (
     CHECK_FILE,
