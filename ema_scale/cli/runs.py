@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ema_scale.cli.app import Overrides, RecipePath, app, console
+from ema_scale.cli.numbers import whole
 from ema_scale.cli.results import RESULT_FILES, evaluations
 from ema_scale.core.errors import UserError
 from ema_scale.core.records import DataReport
@@ -82,12 +83,26 @@ def evaluate(
     base: Annotated[bool, typer.Option(help="also evaluate the base model without the adapter")] = True,
     legacy: Annotated[bool, typer.Option("--legacy", help="count as the paper's released evaluator does")] = False,
     dry_run: Annotated[bool, typer.Option(help="say what would be asked and judged, and what is there")] = False,
+    engines: Annotated[int | None, whole(help="engines that sample together, each with GPUs of its own")] = None,
+    assisted: Annotated[
+        bool, typer.Option("--assisted", help="start one of them here; the others run `--assist-until` elsewhere")
+    ] = False,
+    assist_until: Annotated[
+        Path | None, typer.Option(help="only lend an engine to another process that evaluates, until this file exists")
+    ] = None,
 ) -> None:
     """Sample and judge answers, and show the rates.
 
     Everything is kept in <run>/eval/.
     """
+    from ema_scale.evaluation.runs import Engines, assist
     from ema_scale.study.evaluate import evaluate_run, planned_evaluation
+
+    if assist_until is not None:
+        assist(run, assist_until)
+        return
+    if assisted and engines is None:
+        raise UserError("--assisted: found no --engines; expected how many engines there are in all")
 
     settings = [*(overrides or ()), *(["evaluation.legacy=true"] if legacy else [])]
     if dry_run:
@@ -96,7 +111,8 @@ def evaluate(
         for group in planned_evaluation(run, tuple(settings), base):
             console.print(describe_plan(group.targets, group.model, group.settings, group.place))
         return
-    summaries = evaluate_run(run, tuple(settings), with_base=base)
+    together = None if engines is None else Engines(engines, assisted)
+    summaries = evaluate_run(run, tuple(settings), with_base=base, engines=together)
     if run.is_dir():
         from ema_scale.report.model_card import write_card
         from ema_scale.study.find import find_runs

@@ -36,6 +36,7 @@ from ema_scale.evaluation.store import Store, Stores
 from ema_scale.evaluation.suites import Suite, load_suites
 from ema_scale.evaluation.summary import write_summary
 from ema_scale.inference.base import Sampler, SampleRequest, SamplerOptions
+from ema_scale.inference.engines import Engines
 from ema_scale.inference.make import make_sampler, sampler_name
 from ema_scale.inference.usage import describe
 
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from ema_scale.inference.chat_prompts import Prompts
 
 log = logging.getLogger(__name__)
+
+ENGINES = "engines"  # the folder of a run or study in which its engines meet
 
 
 def evaluate(
@@ -56,6 +59,7 @@ def evaluate(
     sampler: Sampler | None = None,
     place: Path | None = None,
     check: bool = True,
+    engines: Engines | None = None,
 ) -> dict[str, Summary]:
     """Sample, score, judge and summarise every target; returns the summaries by target name.
 
@@ -77,6 +81,7 @@ def evaluate(
         place: the folder of the run or study that is evaluated. Rows that the places beside it have are taken from
             there (`shared`), and 0-100 judges also judge labelled answers, in its folder judge_check.
         check: whether they do, as `settings.judge` says.
+        engines: how many sample together, each a process of its own; None: one, here.
     """
     started = time.monotonic()
     model = ModelRecipe(path=model) if isinstance(model, str) else model
@@ -136,7 +141,9 @@ def evaluate(
                 _write_manifest(left.target, model, suites, settings, used)
 
         folder = place / CHECK if place is not None and check else None
-        used, judging = _sample_and_judge(found, settings, options, name, sampler, folder, note)
+        if engines is not None:
+            engines = replace(engines, folder=(place or Path(targets[0].out_dir)) / ENGINES)
+        used, judging = _sample_and_judge(found, settings, options, name, sampler, folder, note, engines)
         seconds = time.monotonic() - started
         for left in found.remaining:
             summaries[left.target.name] = _write_summary(
@@ -224,6 +231,7 @@ def _sample_and_judge(
     sampler: Sampler | None,
     judge_check: Path | None,
     note: Callable[[dict[str, Any]], None],
+    engines: Engines | None = None,
 ) -> tuple[dict[str, Any], JudgePool]:
     """Sample and judge everything that is missing; returns the sampler's description, and what became of judging."""
     if found.sampled:
@@ -259,7 +267,7 @@ def _sample_and_judge(
                     if sampler is None:
                         if name != "openai":
                             options = _fitted(found.prompts.values(), unsampled, options)
-                        sampler = make_sampler(name, options)
+                        sampler = make_sampler(name, options, engines)
                         stack.callback(sampler.close)
                     first = FirstAnswers({left.target.name for left in unsampled if left.answered})
                     with Progress("sampling", found.total, found.sampled) as progress:

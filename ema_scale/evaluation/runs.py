@@ -36,9 +36,10 @@ from ema_scale.defenses.base import FinishContext
 from ema_scale.evaluation.gate import note_other_references, refuse, refuses
 from ema_scale.evaluation.plan import EvalTarget
 from ema_scale.evaluation.records import MANIFEST_FILE, Manifest, Summary
-from ema_scale.evaluation.run import evaluate, is_complete
+from ema_scale.evaluation.run import ENGINES, evaluate, is_complete
 from ema_scale.evaluation.shared import AnotherAsks, turn
 from ema_scale.evaluation.suites import Condition, Suite, load_suites, training_condition, trigger_conditions
+from ema_scale.inference.engines import Engines
 from ema_scale.recipe import Recipe, load_recipe
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,11 @@ _NOT_JUDGED = {"budget_calls", "budget_tokens", "check", "labelled"} | _CALLS
 
 
 def evaluate_runs(
-    runs: Sequence[RunDir], base_dir: Path, overrides: tuple[str, ...] = (), with_base: bool = True
+    runs: Sequence[RunDir],
+    base_dir: Path,
+    overrides: tuple[str, ...] = (),
+    with_base: bool = True,
+    engines: Engines | None = None,
 ) -> dict[str, Summary]:
     """Evaluate the adapters of `runs` as their recipes say, and each base model once; returns summaries by target name.
 
@@ -71,20 +76,25 @@ def evaluate_runs(
             several base models.
         overrides: `key=value` for every recipe.
         with_base: whether base models are evaluated. Those that a gate may refuse always are.
+        engines: how many sample together; None: one, in this process.
     """
     summaries: dict[str, Summary] = {}
 
     def work(folder: Path, group: Sequence[tuple[RunDir, Recipe]]) -> None:
         recipes = [recipe for _, recipe in group]
         base = folder if with_base and wants_base(recipes) else None
-        summaries.update(evaluate_group([run for run, _ in group], recipes, base, base_dir.parent))
+        summaries.update(evaluate_group([run for run, _ in group], recipes, base, base_dir.parent, engines))
 
     for_each_group(group_by_base(with_recipes(runs, overrides), base_dir), work)
     return summaries
 
 
 def evaluate_group(
-    runs: Sequence[RunDir], recipes: Sequence[Recipe], base_dir: Path | None, beside: Path
+    runs: Sequence[RunDir],
+    recipes: Sequence[Recipe],
+    base_dir: Path | None,
+    beside: Path,
+    engines: Engines | None = None,
 ) -> dict[str, Summary]:
     """Evaluate runs of one base model in one way with one engine. Their suites may differ.
 
@@ -95,10 +105,13 @@ def evaluate_group(
         recipes: one per run, or those of runs that are not trained yet.
         base_dir: the base model's folder; None if it is not evaluated.
         beside: the run's or study's folder, which gets the judge's check.
+        engines: as in `evaluate_runs`.
     """
     first = recipes[0]
     targets = targets_of(runs, recipes, base_dir)
-    ask = functools.partial(evaluate, model=first.model, suites=None, settings=first.evaluation, place=beside)
+    ask = functools.partial(
+        evaluate, model=first.model, suites=None, settings=first.evaluation, place=beside, engines=engines
+    )
     with contextlib.ExitStack() as stack:
         if base_dir is not None and not is_complete(targets[:1], first.model, first.evaluation):
             what = digest(_identity(first))
@@ -114,6 +127,20 @@ def evaluate_group(
         refuse(summaries[base_dir.name].gate)
         note_other_references(recipes)
     return summaries
+
+
+def assist(place: Path, until: Path) -> None:
+    """Lend an engine to the evaluation of a run or study that another process runs with `Engines(assisted=True)`.
+
+    It may begin before that evaluation does, and ends when the file `until` is there. Raises UserError as samplers do.
+
+    Args:
+        place: the folder of the run or study.
+        until: a file that is written when the evaluation has ended.
+    """
+    from ema_scale.inference.engine_worker import serve
+
+    serve(place / ENGINES, until.exists)
 
 
 def targets_of(

@@ -17,15 +17,27 @@ from ema_scale.inference.base import Sampler, SamplerOptions
 
 if TYPE_CHECKING:
     from ema_scale.config.sections import EvaluationRecipe
+    from ema_scale.inference.engines import Engines
 
 log = logging.getLogger(__name__)
 
 
-def make_sampler(kind: str, options: SamplerOptions) -> Sampler:
+def make_sampler(kind: str, options: SamplerOptions, engines: Engines | None = None) -> Sampler:
     """`vllm`, `transformers`, `openai`, or `auto`: vLLM if it is installed and can run this model with adapters.
 
-    Raises UserError if vLLM is asked for and cannot serve the model, naming why.
+    engines: processes of their own that sample together; None: one engine, here.
+
+    Raises UserError if vLLM is asked for and cannot serve the model, naming why, and for engines of an endpoint.
     """
+    if engines is not None:
+        if kind == "openai":
+            raise UserError(
+                "--engines: found evaluation.sampler: openai, whose server has the engines; start it with as many "
+                "(vllm serve --data-parallel-size N), and leave the option out"
+            )
+        from ema_scale.inference.engines import ManyEngines
+
+        return ManyEngines(sampler_name(kind, options), options, engines)
     if kind not in ("auto", "vllm", "transformers", "openai"):
         raise UserError(f"evaluation.sampler: found {kind!r}, expected auto, vllm, transformers or openai")
     if kind == "openai":

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
+from ema_scale.core.devices import engine_gpus
 from ema_scale.core.errors import UserError
 from ema_scale.evaluation.judges.assignment import SCORING, JudgeSpec, assign
 from ema_scale.evaluation.judging.calibration import labelled_path, load_labelled, unjudged
 from ema_scale.evaluation.judging.cost import CHARACTERS_PER_TOKEN, Usage, estimate, judging, prompt_characters
 from ema_scale.evaluation.runs import asked_suites, asks_behind_rows
 from ema_scale.evaluation.suites import Condition, Suite
-from ema_scale.planning.engine_size import engine_gpus
 from ema_scale.planning.model_shapes import Shape, shape_of
 from ema_scale.planning.speed import Cluster
 from ema_scale.recipe import Recipe

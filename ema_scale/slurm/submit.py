@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ema_scale.core.devices import engine_gpus
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import append_jsonl, atomic_write_text, file_lock, read_jsonl
 from ema_scale.core.run_dir import RunDir
 from ema_scale.planning.describe import maker
-from ema_scale.planning.engine_size import engine_gpus
 from ema_scale.recipe import Recipe
 from ema_scale.slurm import client
 from ema_scale.slurm.site import Site, fill_script, sbatch_options, settings

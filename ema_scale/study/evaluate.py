@@ -12,6 +12,7 @@ from ema_scale.core.run_dir import RunDir, is_run
 from ema_scale.evaluation.plan import EvalTarget
 from ema_scale.evaluation.records import Summary
 from ema_scale.evaluation.runs import (
+    Engines,
     evaluate_group,
     evaluate_runs,
     group_by_base,
@@ -36,8 +37,12 @@ class PlannedGroup:
     place: Path
 
 
-def evaluate_run(path: Path, overrides: tuple[str, ...] = (), with_base: bool = True) -> dict[str, Summary]:
+def evaluate_run(
+    path: Path, overrides: tuple[str, ...] = (), with_base: bool = True, engines: Engines | None = None
+) -> dict[str, Summary]:
     """Evaluate one run folder (adapter and base), the trained runs in a folder, or the base model of a recipe file.
+
+    engines: how many sample together; None: one, in this process.
 
     Raises UserError if `path` is none of these, or no run has an adapter yet.
     """
@@ -45,11 +50,11 @@ def evaluate_run(path: Path, overrides: tuple[str, ...] = (), with_base: bool = 
         pairs = with_recipes([RunDir(path)], overrides)
         recipes = [recipe for _, recipe in pairs]
         base = path / "base" if with_base and wants_base(recipes) else None
-        return evaluate_group([run for run, _ in pairs], recipes, base, path)
+        return evaluate_group([run for run, _ in pairs], recipes, base, path, engines)
     if path.is_dir():
-        return evaluate_runs(_trained(path), path / "base", overrides, with_base)
+        return evaluate_runs(_trained(path), path / "base", overrides, with_base, engines)
     recipe = load_recipe(path, overrides)
-    return evaluate_group([], [recipe], recipe.run_path / "base", recipe.run_path)
+    return evaluate_group([], [recipe], recipe.run_path / "base", recipe.run_path, engines)
 
 
 def planned_evaluation(path: Path, overrides: tuple[str, ...] = (), with_base: bool = True) -> list[PlannedGroup]:

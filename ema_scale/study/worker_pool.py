@@ -18,6 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ema_scale.core.devices import one_of, visible_gpus
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import open_append
 from ema_scale.core.run_dir import RunDir
@@ -90,7 +91,7 @@ def _by_workers(recipes: Sequence[Recipe], jobs: int, logs: Path | None) -> Iter
         numbers = context.Queue()
         for number in range(jobs):
             numbers.put(number)
-        arguments = (numbers, jobs, _visible_gpus(), str(logs) if logs else None)
+        arguments = (numbers, jobs, visible_gpus(), str(logs) if logs else None)
         with ProcessPoolExecutor(jobs, context, _start_worker, arguments) as pool:
             futures: dict[Future[str | None], Recipe] = {
                 pool.submit(_train_plain, recipe.to_dict()): recipe for recipe in waiting.values()
@@ -117,22 +118,10 @@ def _interrupted(recipe: Recipe, began: float) -> bool:
     return True
 
 
-def _visible_gpus() -> list[str]:
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [gpu for gpu in named.split(",") if gpu]
-    import torch
-
-    return [str(n) for n in range(torch.cuda.device_count())]
-
-
 def _start_worker(numbers: Any, jobs: int, gpus: list[str], logs: str | None) -> None:
     # Before torch is imported: it reads both variables once.
     number = numbers.get()
-    if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
-    else:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    os.environ.update(one_of(jobs, number, gpus))
     if logs is not None:
         with open_append(_log(Path(logs), number)) as said:
             os.dup2(said.fileno(), sys.stdout.fileno())

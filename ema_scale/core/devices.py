@@ -1,0 +1,44 @@
+"""Which GPUs there are, and how many an engine takes. Importing this module does not load torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ema_scale.core.errors import UserError
+
+
+def engine_gpus(engine: Mapping[str, Any], where: str) -> int:
+    """tensor_parallel_size x pipeline_parallel_size.
+
+    where: the field, for the message. Raises UserError if they are no numbers of GPUs.
+    """
+    product = 1
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        size = engine.get(name, 1)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise UserError(f"{where}.{name}: found {size!r}, expected a number of GPUs")
+        product *= size
+    return product
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [gpu for gpu in named.split(",") if gpu]
+    import torch
+
+    return [str(n) for n in range(torch.cuda.device_count())]
+
+
+def one_of(processes: int, number: int, gpus: list[str], each: int = 1) -> dict[str, str]:
+    """The environment of process `number` of so many on this machine: its GPUs, or its share of the cores.
+
+    gpus: `visible_gpus`; each: how many a process takes. OMP_NUM_THREADS, where it is set, stays.
+    """
+    if gpus:
+        first = number * each % len(gpus)
+        return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[first : first + each])}
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))}
