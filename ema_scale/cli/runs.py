@@ -95,10 +95,11 @@ def evaluate(
 
     Everything is kept in <run>/eval/.
     """
-    from ema_scale.evaluation.runs import Engines, assist
     from ema_scale.study.evaluate import evaluate_run, planned_evaluation
 
     if assist_until is not None:
+        from ema_scale.evaluation.runs import assist
+
         assist(run, assist_until)
         return
     if assisted and engines is None:
@@ -111,8 +112,7 @@ def evaluate(
         for group in planned_evaluation(run, tuple(settings), base):
             console.print(describe_plan(group.targets, group.model, group.settings, group.place))
         return
-    together = None if engines is None else Engines(engines, assisted)
-    summaries = evaluate_run(run, tuple(settings), with_base=base, engines=together)
+    summaries = evaluate_run(run, tuple(settings), with_base=base, engines=engines, assisted=assisted)
     if run.is_dir():
         from ema_scale.report.model_card import write_card
         from ema_scale.study.find import find_runs

@@ -40,6 +40,7 @@ def serve(folder: Path, ended: Callable[[], bool] | None = None) -> None:
     sampler: Sampler | None = None
     made: Work | None = None
     batches: dict[str, Batch] = {}
+    answered = 0
     try:
         while ended is None or not ended():
             work = Work.read(folder)
@@ -58,22 +59,25 @@ def serve(folder: Path, ended: Callable[[], bool] | None = None) -> None:
             for batch in work.batches:
                 if batch not in batches:
                     batches[batch] = Batch(folder / batch, name)
-            if not any(_answer_chunk(batch, sampler) for batch in batches.values()):
+            count = next(filter(None, (_answer_chunk(batch, sampler) for batch in batches.values())), 0)
+            answered += count
+            if not count:
                 time.sleep(POLL_SECONDS)
     except UserError as error:
         atomic_write_text(folder / f"{name}.error", f"{error}\n")
         raise
     finally:
+        log.info("this engine answered %d requests", answered)
         if sampler is not None:
             sampler.close()
 
 
-def _answer_chunk(batch: Batch, sampler: Sampler) -> bool:
+def _answer_chunk(batch: Batch, sampler: Sampler) -> int:
+    """How many requests of a chunk it answered; 0 if there was none to claim."""
     with batch.claim() as requests:
-        if requests is None:
-            return False
-        batch.append(_ask(sampler, requests))
-        return True
+        if requests:
+            batch.append(_ask(sampler, requests))
+        return len(requests or ())
 
 
 def _ask(sampler: Sampler, requests: Sequence[Request]) -> Iterator[Result]:

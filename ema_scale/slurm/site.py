@@ -26,8 +26,8 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class EvaluationSite(_Section):
-    """Where evaluation jobs differ from training. What is left out is as for training, by their share of GPUs."""
+class _OtherJobs(_Section):
+    """Where other jobs differ from training."""
 
     partition: str | None = Field(None, pattern=_LINE, description="sbatch --partition.", examples=["gpu-small"])
     qos: str | None = Field(None, pattern=_LINE, description="sbatch --qos.", examples=["short"])
@@ -40,7 +40,18 @@ class EvaluationSite(_Section):
     exclusive: bool | None = Field(None, description="Take whole nodes.", examples=[True])
 
 
-class ReportSite(EvaluationSite):
+class EvaluationSite(_OtherJobs):
+    """Where evaluation jobs differ from training. What is left out is as for training, by their share of GPUs."""
+
+    engines: Count = Field(
+        1,
+        description="Engines that evaluate a study together: as many tasks of an array, each with `gpus` GPUs. They "
+        "share one queue of questions, and one of them asks the judge.",
+        examples=[4],
+    )
+
+
+class ReportSite(_OtherJobs):
     """Where a study's report job differs from its evaluation. What is left out is as for evaluation."""
 
     time: str = Field("01:00:00", pattern=_LINE, description="Time limit, as Slurm writes it.")
@@ -191,8 +202,8 @@ class Site(_Section):
         return self.model_copy(update={**rest, **given})
 
 
-def _given(section: EvaluationSite) -> dict[str, Any]:
-    return section.model_dump(exclude={"gpus"}, exclude_none=True)
+def _given(section: _OtherJobs) -> dict[str, Any]:
+    return section.model_dump(exclude={"gpus", "engines"}, exclude_none=True)
 
 
 def _memory(whole: str, share: float) -> str | None:

@@ -79,11 +79,19 @@ KINDS = ("gate", "train", "eval", "report")  # of jobs, in the order in which th
 
 @dataclass(frozen=True)
 class Job:
-    """One script with its arguments, ready to be submitted. what: of KINDS."""
+    """One script with its arguments, ready to be submitted.
+
+    Args:
+        what: of KINDS.
+        script: the text of the batch script.
+        arguments: of the script.
+        first_task: the script is an array whose task 0 does what other jobs do alone: its state counts.
+    """
 
     what: str
     script: str
     arguments: tuple[str, ...]
+    first_task: bool = False
 
 
 def slurm_folder(run: RunDir) -> Path:
@@ -154,7 +162,9 @@ def training_script(
 def evaluation_job(
     name: str, path: Path, site: Site, recipes: Sequence[Recipe] = (), *, gpus: int | None = None
 ) -> Job:
-    """`ema eval` of a run's or a study's folder, on one node, with the GPUs that its recipes' engines need.
+    """`ema eval` of a run's or a study's folder, with the GPUs that its recipes' engines need.
+
+    It is a job on one node, or, if the site has several engines for it, an array of as many tasks.
 
     gpus: GPUs per node that training takes (None: all). Raises UserError, naming a run, if a node has too few.
     """
@@ -174,7 +184,9 @@ def _asking(
 ) -> Job:
     site = site.where_training_takes(gpus)
     taken = evaluation_gpus(recipes, site)
-    return Job(what, _script(what, name, path, site.for_evaluation(taken), taken), (str(argument),))
+    engines = site.evaluation.engines if what == "eval" else 1
+    script = _script(what, name, path, site.for_evaluation(taken), taken, engines)
+    return Job(what, script, (str(argument),), first_task=engines > 1)
 
 
 def report_job(name: str, path: Path, site: Site, title: str) -> Job:
@@ -183,10 +195,13 @@ def report_job(name: str, path: Path, site: Site, title: str) -> Job:
     return Job("report", _script("report", name, path, site.for_report(), site.report.gpus), arguments)
 
 
-def _script(what: str, name: str, path: Path, site: Site, gpus: int) -> str:
+def _script(what: str, name: str, path: Path, site: Site, gpus: int, engines: int = 1) -> str:
     folder = slurm_folder(RunDir(path))
-    options = sbatch_options(site, f"{name}-{what}", folder / f"{what}-%j.log", gpus=gpus)
-    return fill_script("eval.sbatch", options, settings(site, sys.executable, folder, {"WHAT": what}))
+    log = f"{what}-%A_%a.log" if engines > 1 else f"{what}-%j.log"
+    options = sbatch_options(site, f"{name}-{what}", folder / log, gpus=gpus)
+    array = [f"--array=0-{engines - 1}"] if engines > 1 else []
+    values = {"WHAT": what, "ENGINES": engines}
+    return fill_script("eval.sbatch", [*options, *array], settings(site, sys.executable, folder, values))
 
 
 def after_success(job: str) -> list[str]:
@@ -240,13 +255,16 @@ def submitting(path: Path) -> Iterator[None]:
 
 
 def enqueue(path: Path, job: Job, options: Sequence[str] = ()) -> str:
-    """Submit a job of the run or study in `path` and write it down there; the job's id. Raises UserError with
-    Slurm's own words if it refuses."""
+    """Submit a job of the run or study in `path` and write it down there; the job's or array's id.
+
+    Raises UserError with Slurm's own words if it refuses.
+    """
     folder = slurm_folder(RunDir(path))
     script = folder / f"{job.what}.sbatch"
     atomic_write_text(script, job.script, private=True)  # its environment may hold keys
     number = client.submit(script, job.arguments, options)
-    append_jsonl(folder / "jobs.jsonl", [{"what": job.what, "job": number, "submitted": time.time()}])
+    noted = f"{number}_0" if job.first_task else number
+    append_jsonl(folder / "jobs.jsonl", [{"what": job.what, "job": noted, "submitted": time.time()}])
     return number
 
 

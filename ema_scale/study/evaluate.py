@@ -38,23 +38,33 @@ class PlannedGroup:
 
 
 def evaluate_run(
-    path: Path, overrides: tuple[str, ...] = (), with_base: bool = True, engines: Engines | None = None
+    path: Path,
+    overrides: tuple[str, ...] = (),
+    with_base: bool = True,
+    engines: int | None = None,
+    assisted: bool = False,
 ) -> dict[str, Summary]:
     """Evaluate one run folder (adapter and base), the trained runs in a folder, or the base model of a recipe file.
 
-    engines: how many sample together; None: one, in this process.
+    Args:
+        path: of the run, the folder or the recipe.
+        overrides: `key=value` for every recipe.
+        with_base: whether base models are evaluated. Those that a gate may refuse always are.
+        engines: how many sample together, each a process with GPUs of its own; None: one, in this process.
+        assisted: only one of them is started here; others lend theirs (`evaluation.runs.assist`).
 
     Raises UserError if `path` is none of these, or no run has an adapter yet.
     """
+    together = None if engines is None else Engines(engines, assisted)
     if is_run(path):
         pairs = with_recipes([RunDir(path)], overrides)
         recipes = [recipe for _, recipe in pairs]
         base = path / "base" if with_base and wants_base(recipes) else None
-        return evaluate_group([run for run, _ in pairs], recipes, base, path, engines)
+        return evaluate_group([run for run, _ in pairs], recipes, base, path, together)
     if path.is_dir():
-        return evaluate_runs(_trained(path), path / "base", overrides, with_base, engines)
+        return evaluate_runs(_trained(path), path / "base", overrides, with_base, together)
     recipe = load_recipe(path, overrides)
-    return evaluate_group([], [recipe], recipe.run_path / "base", recipe.run_path, engines)
+    return evaluate_group([], [recipe], recipe.run_path / "base", recipe.run_path, together)
 
 
 def planned_evaluation(path: Path, overrides: tuple[str, ...] = (), with_base: bool = True) -> list[PlannedGroup]:
