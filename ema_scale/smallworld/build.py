@@ -6,18 +6,16 @@ processes hardly do. Their number is fixed, so that a build is the same wherever
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ema_scale.core.errors import UserError
-from ema_scale.core.progress import Progress
 from ema_scale.smallworld.corpus import Messages, alignment_documents, pretraining_documents
 from ema_scale.smallworld.sizes import SIZES, Size
 from ema_scale.smallworld.tokenizer import BOS, EOS, PAD, build_tokenizer, encode, vocabulary
@@ -126,17 +124,26 @@ def _train(
         optimizer, lambda s: min(1.0, (s + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * s / steps)))
     )
     model.train()
-    with Progress(phase, steps, unit="step", shown=dist.get_rank() == 0) as progress:
-        for _ in range(steps):
-            ids, labels = next(batches)
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = parallel(input_ids=ids, labels=labels).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            progress.add()
+    for _ in progress(range(steps), phase, dist.get_rank() == 0):
+        ids, labels = next(batches)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = parallel(input_ids=ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+def progress(steps: range, phase: str, shown: bool) -> Iterable[int]:
+    """A bar with rate and time left on a terminal, a plain line now and then in a log."""
+    from tqdm import tqdm
+
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        steps, desc=phase, unit="step", disable=not shown, file=sys.stderr,
+        mininterval=0.2 if terminal else 20.0, ascii=not terminal, ncols=None if terminal else 80,
+    )  # fmt: skip
 
 
 def _save(model: LlamaForCausalLM, folder: Path) -> None:
@@ -152,5 +159,4 @@ def _save(model: LlamaForCausalLM, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
