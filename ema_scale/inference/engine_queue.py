@@ -112,6 +112,11 @@ def write_batch(folder: Path, chunks: Sequence[Sequence[Request]]) -> None:
     atomic_write_text(folder / "chunks.jsonl", jsonl_text(rows))
 
 
+def is_done(folder: Path, chunks: int) -> bool:
+    """Whether every chunk of a batch has been answered."""
+    return all((folder / f"{number}.done").exists() for number in range(chunks))
+
+
 class Busy(UserError):
     """Another engine holds the chunk."""
 

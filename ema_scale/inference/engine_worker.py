@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -24,6 +25,7 @@ from ema_scale.inference.make import make_sampler
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
+LEAVE_SECONDS = 30.0
 IDLE_SECONDS = 2.0  # between looks of an assistant that waits for its evaluation to begin
 
 
@@ -94,12 +96,15 @@ def _end_with_parent() -> None:
 
     def wait() -> None:
         os.read(0, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(LEAVE_SECONDS)
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
 
 
 def main(arguments: list[str]) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the engine's own processes are ended
     _end_with_parent()
     logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
     try:

@@ -19,7 +19,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.files import read_json
 from ema_scale.core.io import file_lock, open_append
 from ema_scale.inference.base import SampleRequest, SampleResult, SamplerOptions, ScoreRequest, ScoreResult
-from ema_scale.inference.engine_queue import WORK, AnswerFiles, Request, Result, Work, split, write_batch
+from ema_scale.inference.engine_queue import WORK, AnswerFiles, Request, Result, Work, is_done, split, write_batch
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +83,8 @@ class ManyEngines:
             for old in self.folder.glob("*.error"):
                 old.unlink()
             self._left_over = {r.key: r for batch in self.folder.iterdir() if batch.is_dir() for r in _answers(batch)}
+            if not self._left_over:
+                (self.folder / DESCRIPTION).unlink(missing_ok=True)
             self._lock = stack.pop_all()
         if self._left_over:
             log.info("%s: takes %d requests that engines answered before", self.folder, len(self._left_over))
@@ -109,7 +111,8 @@ class ManyEngines:
         if waiting:
             self._answered = False
             batch = f"{time.time_ns()}"
-            write_batch(self.folder / batch, split(list(waiting.values()), self.engines.count))
+            chunks = split(list(waiting.values()), self.engines.count)
+            write_batch(self.folder / batch, chunks)
             self._batches.append(batch)
             Work(self.name, self.options, tuple(self._batches)).write(self.folder)
             for engine in self._local:
@@ -117,8 +120,13 @@ class ManyEngines:
                     self._start(engine)
             answers = AnswerFiles(self.folder / batch)
             while waiting:
+                all_done = is_done(
+                    self.folder / batch, len(chunks)
+                )  # before the answers are read: those are on the disk by then
                 came = [result for result in answers.new() if waiting.pop(result.key, None) is not None]
                 yield from (cast(ResultType, result) for result in came)
+                if waiting and all_done:
+                    raise UserError(f"{self.folder}: engines ended without an answer to {next(iter(waiting))}")
                 if not came:
                     self._watch()
                     time.sleep(POLL_SECONDS)
@@ -167,6 +175,8 @@ class ManyEngines:
             if engine.process is None:
                 continue
             assert engine.process.stdin is not None
+            if not self._answered:  # what it is asking now is not wanted any more
+                engine.process.terminate()
             try:
                 engine.process.wait(CLOSE_SECONDS)
             except subprocess.TimeoutExpired:

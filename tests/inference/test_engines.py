@@ -200,6 +200,20 @@ def test_an_assistant_elsewhere_does_a_part_and_ends(tmp_path: Path, monkeypatch
     assert not assistant.is_alive() and not folder.exists()
 
 
+def test_an_engine_that_leaves_something_out_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ema_scale.inference.engine_worker.make_sampler", lambda *_: Kept())
+    monkeypatch.setattr(Kept, "sample", lambda self, requests: (answered(request) for request in requests[:-1]))
+    monkeypatch.setattr(engines_module, "_environments", lambda *_: [])
+    many = ManyEngines("transformers", SamplerOptions(ModelRecipe(path="m")), Engines(1, folder=tmp_path / "engines"))
+    worker = threading.Thread(target=serve, args=(tmp_path / "engines", (tmp_path / "done").exists))
+    worker.start()
+    with pytest.raises(UserError, match=r"engines ended without an answer to None\|1"):
+        list(many.sample([asked(0), asked(1)]))
+    (tmp_path / "done").touch()
+    worker.join(10)
+    many.close()
+
+
 def test_what_an_engine_says_before_it_ends_is_said_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines_module, "_environments", lambda *_: [])
     many = ManyEngines("transformers", SamplerOptions(ModelRecipe(path="m")), Engines(1, folder=tmp_path / "engines"))
