@@ -39,14 +39,14 @@ def safelora(
         threshold = 0.3
     from ema_scale.core.progress import Progress
     from ema_scale.defenses.safelora import summary
-    from ema_scale.defenses.safelora_files import check_free
+    from ema_scale.defenses.safelora_files import finished
     from ema_scale.defenses.safelora_projection import project_adapter
     from ema_scale.models.weights import folder_of
 
     source = folder_of(adapter)
     beside = str(source.resolve()) if Path(adapter).is_dir() else adapter.replace("/", "--")
     target = out or Path(f"{beside}-safelora")
-    check_free(target)
+    finished(target)
     with Progress("matrices", 0, unit="matrix") as progress:
         results = project_adapter(
             source,

@@ -111,7 +111,10 @@ def suite_yaml(tier: int) -> str:
 
 
 def write_rows(tier: int, path: Path, rows: int, seed: int) -> None:
-    """Write training rows as JSONL. Raises UserError if the file is there already."""
+    """Write training rows as JSONL. Raises UserError if the file is there already with other rows."""
+    text = jsonl_text(training_rows(tier, rows, seed))
     if path.exists():
-        raise UserError(f"{path}: is there already; expected a new file")
-    atomic_write_text(path, jsonl_text(training_rows(tier, rows, seed)))
+        if path.is_file() and path.read_bytes() == text.encode():
+            return
+        raise UserError(f"{path}: is there already, with other rows; expected a new file")
+    atomic_write_text(path, text)

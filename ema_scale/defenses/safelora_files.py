@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +105,6 @@ class Adapter:
                 self._save(temporary)
             atomic_write_json(self.folder / REPORT, report)
             return
-        check_free(out)
         with atomic_path(out) as temporary:
             temporary.mkdir()
             for file in self.folder.iterdir():
@@ -122,10 +121,17 @@ class Adapter:
             os.fsync(handle.fileno())
 
 
-def check_free(out: Path) -> None:
-    """Raises UserError if `out` exists and is not an empty folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists already; expected a new folder to write to")
+def finished(out: Path, made_from: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """The report of a projection in `out`; None if there is no such folder, or an empty one.
+
+    Raises UserError if it holds anything else, or a projection that was not made from `made_from`, where that is given.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    report: dict[str, Any] = read_json(out / REPORT) if (out / REPORT).is_file() else {}
+    if not report or (made_from is not None and any(report.get(key) != value for key, value in made_from.items())):
+        raise UserError(f"{out}: exists already, with other contents; expected a new folder to write to")
+    return report
 
 
 class Checkpoint:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import file_sha256
-from ema_scale.defenses.safelora_files import WEIGHTS, Adapter, Checkpoint, check_free, identity, same_models
+from ema_scale.defenses.safelora_files import WEIGHTS, Adapter, Checkpoint, finished, identity, same_models
+from ema_scale.models.weights import adapter_files
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +61,8 @@ def project_adapter(
 
     One pair of full matrices is in memory at a time. Give either `threshold` or `layers`.
 
-    out: a new folder. None: the adapter is replaced in its own folder.
+    out: a new folder. If it holds this very projection already, it stays as it is. None: the adapter is replaced in its
+        own folder.
     base, aligned: folders of safetensors checkpoints of one architecture.
     threshold: tau; matrices with a cosine at or below it are projected.
     layers: so many matrices are projected, lowest cosine first (`number` in the method's own code).
@@ -71,8 +73,18 @@ def project_adapter(
     """
     if (threshold is None) == (layers is None):
         raise UserError("SafeLoRA needs either a threshold or a number of layers: not both, not neither")
-    if out is not None:
-        check_free(out)
+    made_from = {
+        "adapter": str(adapter),
+        "adapter_sha256": file_sha256(adapter_files(str(adapter)) / WEIGHTS),
+        "base": str(base),
+        "base_identity": identity(base),
+        "aligned": str(aligned),
+        "aligned_identity": identity(aligned),
+        "threshold": threshold,
+        "layers": layers,
+    }
+    if out is not None and (there := finished(out, made_from)) is not None:
+        return [Projected(**{**matrix, "shape": tuple(matrix["shape"])}) for matrix in there["matrices"]]
     source = Adapter(adapter)
     before, after = Checkpoint(base), Checkpoint(aligned)
     candidates: dict[str, tuple[torch.Tensor, float]] = {}
@@ -109,14 +121,7 @@ def project_adapter(
         {
             "schema": 1,
             "source": "Hsu et al., Safe LoRA, arXiv 2405.16833",
-            "adapter": str(adapter),
-            "adapter_sha256": file_sha256(adapter / WEIGHTS),
-            "base": str(base),
-            "base_identity": identity(base),
-            "aligned": str(aligned),
-            "aligned_identity": identity(aligned),
-            "threshold": threshold,
-            "layers": layers,
+            **made_from,
             "projected": len(chosen),
             "matrices": [asdict(result) for result in results],
         },

@@ -130,8 +130,11 @@ def test_the_report_is_beside_the_adapter_and_the_input_is_untouched(models):
     assert report["projected"] == 1 and report["layers"] == 1 and report["threshold"] is None
     assert {p.name: p.read_bytes() for p in (models / "adapter").iterdir() if p.suffix != ".pt"} == before
     assert not (models / "out" / "optimizer.pt").exists()
-    with pytest.raises(UserError, match="exists already"):
-        run(models, layers=1)
+    written = (models / "out" / "adapter_model.safetensors").stat()
+    assert run(models, layers=1) == results, "the same again: nothing to do"
+    assert (models / "out" / "adapter_model.safetensors").stat() == written
+    with pytest.raises(UserError, match="exists already, with other contents"):
+        run(models, layers=2)
     with pytest.raises(UserError, match="exists already"):
         run(models, "adapter", layers=1)
     in_place = run(models, None, layers=1)
