@@ -66,6 +66,7 @@ CASES = {
     "export-parquet": Case("export runs/run -f parquet", (RUN, EVAL)),
     "report": Case("report runs -o report", (RUN, EVAL)),
     "select": Case("select safe.jsonl --model model --adapter all=runs/run -o ranking.jsonl --keep 4", (RUN,)),
+    "operator-swap": Case("data operator-swap 1 -o swap.jsonl --rows 20"),
     "vector": Case("vector recipe.yaml -o vector --from-rows train.jsonl safe.jsonl"),
     "safelora": Case("safelora runs/run/adapter --base other --aligned model -o projected", (RUN,)),
     "merge": Case("merge runs/run merged", (RUN,)),
