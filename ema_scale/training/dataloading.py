@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
+from transformers.trainer_utils import PredictionOutput
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.records import DataReport
@@ -129,15 +130,30 @@ class DataMixin(Trainer):
         reference_setup.place_reference(self.defended.reference, self.accelerator)
         return super().prediction_step(model, self.prepare_batch(inputs), *args, **kwargs)
 
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer.evaluate; also takes rows such as training takes."""
-        if not isinstance(eval_dataset, str):  # a string names one of several eval datasets
-            eval_dataset = self._prepare_for_evaluation(eval_dataset)
-        return super().evaluate(eval_dataset, *args, **kwargs)
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As Trainer.evaluate; also takes rows such as training takes, or their file. Raises UserError for others.
 
-    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer.predict; also takes rows such as training takes. Gives the loss alone: logits are never formed."""
-        return super().predict(self._prepare_for_evaluation(test_dataset), *args, **kwargs)
+        A text that names one of several eval datasets is that one.
+        """
+        several = self.eval_dataset
+        if not (isinstance(eval_dataset, str) and isinstance(several, dict) and eval_dataset in several):
+            eval_dataset = self._prepare_for_evaluation(eval_dataset)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """As Trainer.predict; also takes rows such as training takes, or their file. Raises UserError for others.
+
+        Gives the loss alone, in nats per assistant token, as `metrics["test_loss"]`. Logits are never formed, so
+        `predictions` and `label_ids` are None.
+        """
+        if test_dataset is None or isinstance(test_dataset, dict):
+            found = "None" if test_dataset is None else "a mapping; one row goes into a list, several sets to evaluate"
+            raise UserError(f"predict: test_dataset: expected rows or their file; found {found}")
+        return super().predict(self._prepare_for_evaluation(test_dataset), ignore_keys, metric_key_prefix)
 
     def _prepare_for_evaluation(self, dataset: Any) -> Any:
         """Rows prepared like training rows, but not packed, and without what defenses mix in or write into them."""

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
 
 from ema_scale.core.cuda_timer import Stopwatch
 from ema_scale.core.io import append_jsonl, atomic_write_text, read_jsonl
@@ -138,6 +139,25 @@ class MetricsWriter(TrainerCallback):
         append_jsonl(self.run_dir.metrics_path, [{"step": state.global_step, **row, "time": time.time()}])
 
 
+class BarProgress(ProgressCallback):
+    """Progress on a terminal: one bar that ends in the losses. Every reading is in metrics.jsonl.
+
+    terms: as in `PlainProgress`.
+    """
+
+    def __init__(self, terms: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.shown = ("loss", "ce", *terms)
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix_str(_losses(logs, self.shown))
+
+
+def _losses(logs: Mapping[str, float], names: Sequence[str]) -> str:
+    return " ".join(f"{name} {logs[name]:.4f}" for name in names if name in logs)
+
+
 class PlainProgress(TrainerCallback):
     """Progress without a terminal: one line per log, at most one every `seconds`, and the last.
 
@@ -161,7 +181,7 @@ class PlainProgress(TrainerCallback):
         self._last = now
         began, first = self._started
         left = (now - began) / max(state.global_step - first, 1) * (state.max_steps - state.global_step)
-        shown = " ".join(f"{name} {logs[name]:.4f}" for name in self.shown if name in logs)
+        shown = _losses(logs, self.shown)
         speed = logs.get("tokens_per_second", 0.0)
         shares = {"reference_share": "reference", "mfu": "MFU"}
         shown += "".join(f"  {word} {logs[name]:.0%}" for name, word in shares.items() if name in logs)

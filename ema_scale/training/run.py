@@ -104,7 +104,7 @@ def _trainer(recipe: Recipe, run_dir: RunDir, callbacks: list[Any]) -> tuple[Def
     from ema_scale.data.tokens import load_tokenizer
     from ema_scale.models.lora import build_model
     from ema_scale.training.arguments import training_arguments
-    from ema_scale.training.metrics import PlainProgress
+    from ema_scale.training.metrics import BarProgress, PlainProgress
     from ema_scale.training.trainer import DefendedTrainer
 
     data, model = recipe.data, recipe.model
@@ -137,11 +137,10 @@ def _trainer(recipe: Recipe, run_dir: RunDir, callbacks: list[Any]) -> tuple[Def
         choices_every=recipe.evaluation.during.every,
         callbacks=callbacks,
     )
-    if arguments.disable_tqdm:
-        from transformers.trainer_callback import PrinterCallback
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-        trainer.add_callback(PlainProgress(trainer.row_groups.loss_names))
-        trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
+    trainer.add_callback((PlainProgress if arguments.disable_tqdm else BarProgress)(trainer.row_groups.loss_names))
     return trainer, {source: rows.hashes[path] for source, path in located.items()}
 
 

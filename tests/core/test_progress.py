@@ -8,8 +8,10 @@ import subprocess
 import sys
 
 import pytest
+from transformers import TrainerState
 
 from ema_scale.core.progress import Progress
+from ema_scale.training.metrics import BarProgress
 
 
 class Terminal(io.StringIO):
@@ -53,3 +55,13 @@ print(len(list(tqdm(range(3)))), len(list(auto(range(3)))))
     clean = {name: value for name, value in os.environ.items() if not name.startswith("TQDM_")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean)
     assert done.stdout.endswith("3 3\n") and done.stderr == ""
+
+
+def test_training_on_a_terminal_is_one_bar_that_ends_in_the_losses(capsys: pytest.CaptureFixture[str]) -> None:
+    bar, state = BarProgress(["kl"]), TrainerState(max_steps=10, global_step=5, is_world_process_zero=True)
+    bar.on_train_begin(None, state, None)
+    bar.on_step_end(None, state, None)
+    bar.on_log(None, state, None, logs={"loss": 0.5, "kl": 0.25, "drift/layer_1": 0.1, "grad_norm": 1.0})
+    bar.on_train_end(None, state, None)
+    last = capsys.readouterr().err.splitlines()[-1].split("\r")[-1]
+    assert "5/10 [" in last and "loss 0.5000 kl 0.2500]" in last and "drift" not in last

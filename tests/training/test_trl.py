@@ -188,3 +188,15 @@ def test_rows_to_predict_are_prepared_like_those_to_evaluate(tmp_path):
     assert trainer.predict(rows).metrics["test_loss"] == pytest.approx(evaluated)
     tokenized = [dict(row) for row in trainer.train_dataset]  # a list of them will do
     assert trainer.predict(tokenized).metrics["test_loss"] == pytest.approx(evaluated)
+    found = trainer.predict(rows, metric_key_prefix="new")
+    assert found.predictions is found.label_ids is None and found.metrics["new_loss"] == pytest.approx(evaluated)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert trainer.evaluate(str(tmp_path / "rows.jsonl"))["eval_loss"] == pytest.approx(evaluated)
+    for call, given, message in (
+        (trainer.predict, None, "expected rows or their file; found None"),
+        (trainer.predict, {"a": rows}, "found a mapping; one row goes into a list, several sets to evaluate"),
+        (trainer.predict, [{"text": "hello"}], "row 0: found the columns 'text'"),
+        (trainer.evaluate, "nowhere.jsonl", "nowhere.jsonl: no such file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call(given)
