@@ -124,17 +124,16 @@ def evaluate(
 
 def describe_evaluated(summaries: Mapping[str, Summary], path: Path) -> str:
     """The rates, what they took, where the rest is, and what comes next. path: a run, a folder of runs, or a recipe."""
-    from ema_scale.evaluation.table import rates_table
+    from ema_scale.evaluation.table import rates_table, work_done
     from ema_scale.recipe import load_recipe
 
-    judges = dict.fromkeys(judge for s in summaries.values() for judge in s.judges)
-    answers = sum(s.samples for s in summaries.values())
-    seconds = max(s.seconds for s in summaries.values())
+    took = work_done(summaries)
+    took[-1] += f", in {format_clock(max(s.seconds for s in summaries.values()))}"
     where = path if path.is_dir() else load_recipe(path).run_path
     return "\n".join(
         (
             rates_table(summaries),
-            f"judged   {answers:,} answers by {', '.join(judges)}, in {format_clock(seconds)}",
+            *took,
             f"answers  {where}",
             f"next     ema report {shlex.quote(str(where))}",
         )

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ema_scale.core.text import limits, percent, printable
+from ema_scale.evaluation.judges.assignment import LIKELIHOOD, NOBODY
+from ema_scale.evaluation.judging.pool import NO_JUDGE
 from ema_scale.evaluation.record_types import ChoiceSummary
 from ema_scale.evaluation.records import Mean, Rate, Summary
 from ema_scale.evaluation.stats.rates import METRICS
+from ema_scale.evaluation.summary import NOT_JUDGED
+from ema_scale.inference.base import NOT_SAMPLED
 
 _NOTE = "percent of answers, with 95 % intervals over questions"
 
@@ -37,6 +41,21 @@ def rates_table(summaries: Mapping[str, Summary]) -> str:
         if summary.adapter is not None and summary.split is None:
             lines.append(f"{name}: which of these questions its training rows ask is not known")
     return "\n".join(lines)
+
+
+def work_done(summaries: Mapping[str, Summary]) -> list[str]:
+    """How many answers were judged, and by whom, and how many written ones were scored; a line for each."""
+    found = summaries.values()
+    written = sum(suite.samples for s in found for suite in s.per_suite.values() if suite.likelihoods is not None)
+    missing = sum(s.dropped.get(why, 0) for s in found for why in (NOT_JUDGED, NOT_SAMPLED, NO_JUDGE))
+    judges = dict.fromkeys(judge for s in found for judge in s.judges if judge not in (LIKELIHOOD, NOBODY))
+    lines = []
+    if judges:
+        judged = sum(s.samples for s in found) - written - missing
+        lines.append(f"judged   {judged:,} answers by {', '.join(judges)}")
+    if written:
+        lines.append(f"scored   {written:,} written answers by their likelihood")
+    return lines or [f"sampled  {sum(s.samples for s in found):,} answers, which nobody judged"]
 
 
 def _by_questions(name: str, summary: Summary) -> Iterator[tuple[str, Mapping[str, Rate | None]]]:

@@ -33,7 +33,7 @@ def describe_run(recipe: Recipe) -> str:
         f"data        {sources}{counted}, up to {recipe.data.max_length} tokens",
         f"training    {length}, {t.per_device_train_batch_size} {'packed sequences' if t.packing else 'rows'} x "
         f"{t.gradient_accumulation_steps} "
-        f"accumulated a process, lr {t.learning_rate:g} {t.lr_scheduler_type} after {t.warmup_steps} warm-up steps, "
+        f"accumulated per process, lr {t.learning_rate:g} {t.lr_scheduler_type} after {t.warmup_steps} warm-up steps, "
         f"seed {recipe.seed}",
     ]
     for defense in recipe.defenses:

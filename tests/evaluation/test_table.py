@@ -5,9 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from ema_scale.cli.runs import describe_evaluated
-from ema_scale.evaluation.records import SUMMARY_FILE, Rate, Summary
-from ema_scale.evaluation.table import rates_table
+from ema_scale.evaluation.record_types import ChoiceFigures, ChoiceSummary, Mean
+from ema_scale.evaluation.records import SUMMARY_FILE, Rate, SuiteSummary, Summary
+from ema_scale.evaluation.table import rates_table, work_done
 
+FIGURES = ChoiceFigures(
+    bad_likeliest=Rate(0.5, 0.4, 0.6, 10, 10, 0),
+    margin_per_token=Mean(0.1, 0.0, 0.2, 10, 10, 0),
+    margin=Mean(1, 0, 2, 10, 10, 0),
+)
 RUN = Path(__file__).resolve().parent.parent / "fixtures" / "run_v1"
 
 
@@ -34,3 +40,19 @@ def test_an_evaluation_says_what_it_took_and_what_comes_next(tmp_path: Path) -> 
     *_, judged, answers, following = text.splitlines()
     assert judged.endswith("in 0:01:05") and answers.split() == ["answers", str(tmp_path)]
     assert following == f"next     ema report {tmp_path}"
+
+
+def test_only_judged_answers_count_as_judged() -> None:
+    scored = SuiteSummary(role="general", samples=40, likelihoods=ChoiceSummary(raw=FIGURES))
+    judged = SuiteSummary(role="general", samples=60)
+    both = summary(per_suite={"c": scored, "s": judged}, judge="likelihood, openai:m#1", samples=100, dropped={})
+    assert work_done({"a": both}) == [
+        "judged   60 answers by openai:m#1",
+        "scored   40 written answers by their likelihood",
+    ]
+    some = both.model_copy(update={"dropped": {"not judged": 5, "aligned: no number": 3}})
+    assert work_done({"a": some, "b": both})[0] == "judged   115 answers by openai:m#1"
+    only = summary(per_suite={"c": scored}, judge="likelihood", samples=40, dropped={})
+    assert work_done({"a": only}) == ["scored   40 written answers by their likelihood"]
+    read = summary(per_suite={"s": judged}, judge="none", samples=60, dropped={"no judge was asked for": 60})
+    assert work_done({"a": read}) == ["sampled  60 answers, which nobody judged"]
