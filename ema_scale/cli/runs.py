@@ -119,17 +119,23 @@ def evaluate(
 
         for folder in find_runs([run]):
             write_card(RunDir(folder))
-    console.print(describe_evaluated(summaries, run))
+    console.print(describe_evaluated(summaries, run, tuple(settings)))
 
 
-def describe_evaluated(summaries: Mapping[str, Summary], path: Path) -> str:
-    """The rates, what they took, where the rest is, and what comes next. path: a run, a folder of runs, or a recipe."""
+def describe_evaluated(summaries: Mapping[str, Summary], path: Path, overrides: tuple[str, ...] = ()) -> str:
+    """The rates, what they took, where the rest is, and what comes next.
+
+    Args:
+        summaries: by target.
+        path: a run, a folder of runs, or a recipe.
+        overrides: of the recipe.
+    """
     from ema_scale.evaluation.table import rates_table, work_done
     from ema_scale.recipe import load_recipe
 
     took = work_done(summaries)
     took[-1] += f", in {format_clock(max(s.seconds for s in summaries.values()))}"
-    where = path if path.is_dir() else load_recipe(path).run_path
+    where = path if path.is_dir() else load_recipe(path, overrides).run_path
     return "\n".join(
         (
             rates_table(summaries),

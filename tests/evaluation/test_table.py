@@ -14,7 +14,8 @@ FIGURES = ChoiceFigures(
     margin_per_token=Mean(0.1, 0.0, 0.2, 10, 10, 0),
     margin=Mean(1, 0, 2, 10, 10, 0),
 )
-RUN = Path(__file__).resolve().parent.parent / "fixtures" / "run_v1"
+ROOT = Path(__file__).resolve().parents[2]
+RUN = ROOT / "tests" / "fixtures" / "run_v1"
 
 
 def summary(**changes: object) -> Summary:
@@ -40,6 +41,10 @@ def test_an_evaluation_says_what_it_took_and_what_comes_next(tmp_path: Path) -> 
     *_, judged, answers, following = text.splitlines()
     assert judged.endswith("in 0:01:05") and answers.split() == ["answers", str(tmp_path)]
     assert following == f"next     ema report {tmp_path}"
+    # The base model of a recipe, which an override sends elsewhere.
+    recipe = ROOT / "configs" / "recipes" / "smallworld.yaml"
+    told = describe_evaluated({"base": summary()}, recipe, (f"output={tmp_path}", "name=elsewhere"))
+    assert f"answers  {tmp_path}/elsewhere" in told
 
 
 def test_only_judged_answers_count_as_judged() -> None:
