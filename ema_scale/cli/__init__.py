@@ -2,6 +2,7 @@
 
 from ema_scale.cli import (  # noqa: F401
     bench,
+    cache,
     data,
     explain,
     judge,

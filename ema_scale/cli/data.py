@@ -12,7 +12,7 @@ import typer
 from ema_scale.cli.app import Overrides, RecipePath, app, console
 from ema_scale.cli.numbers import real, whole
 from ema_scale.core.errors import UserError, explain
-from ema_scale.core.paths import find_file
+from ema_scale.core.paths import cache_root, find_file
 from ema_scale.core.terminal import say
 
 if TYPE_CHECKING:
@@ -42,7 +42,12 @@ def data_check(
     from ema_scale.data.check import check_data, render
 
     data, tokenizer, paths = _asked(source, model, max_length)
-    results = [check_data(path, tokenizer, data.max_length, columns=data.columns, learn=data.learn) for path in paths]
+    results = [
+        check_data(
+            path, tokenizer, data.max_length, columns=data.columns, learn=data.learn, cache=cache_root() / "tokens"
+        )
+        for path in paths
+    ]
     if as_json:
         found = [result.to_dict() for result in results]
         print(json.dumps(found[0] if len(found) == 1 else found, indent=2))

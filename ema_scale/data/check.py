@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from ema_scale.core.errors import UserError
 from ema_scale.data.report import TokenReport
 from ema_scale.data.rows import Dropped, Rows, load_rows, reasons
-from ema_scale.data.tokens import Encoder
+from ema_scale.data.token_store import TokenStore, row_key
+from ema_scale.data.tokens import Encoder, encode_rows
 
 _SHOWN = 10
 
@@ -65,13 +66,16 @@ def check_data(
     *,
     columns: Mapping[str, str | None] | None = None,
     learn: Literal["all", "last", "marked"] = "all",
+    cache: Path | None = None,
 ) -> DataReport:
     """Read every record of `source` and count; with a tokenizer, count tokens too.
 
-    columns, learn: as in `load_rows`. Raises UserError if no record can be read.
+    columns, learn: as in `load_rows`. cache: a folder in which a training finds what was tokenized here.
+
+    Raises UserError if no record can be read.
     """
     rows = load_rows(source, on_bad="drop", columns=columns, learn=learn)
-    texts = Counter(json.dumps([row.messages, row.tools], sort_keys=True) for row in rows)
+    keys = [row_key(row) for row in rows]
     answers = [[m for m in row.messages if m["role"] == "assistant"] for row in rows]
     report = DataReport(
         source=rows.source,
@@ -82,28 +86,32 @@ def check_data(
         learned_turns=sum(m.get("learn", True) for turns in answers for m in turns),
         with_system=sum(any(m["role"] in ("system", "developer") for m in row.messages) for row in rows),
         with_tools=sum(bool(row.tools) for row in rows),
-        duplicates=sum(count - 1 for count in texts.values()),
+        duplicates=len(keys) - len(set(keys)),
         characters=sum(len(m["content"]) for row in rows for m in row.messages),
         bad=rows.dropped,
         unread=rows.unread,
     )
     if tokenizer is not None:
-        _count_tokens(report, rows, tokenizer, max_length)
+        _count_tokens(report, rows, keys, tokenizer, max_length, cache)
     return report
 
 
-def _count_tokens(report: DataReport, rows: Rows, tokenizer: Any, max_length: int) -> None:
+def _count_tokens(
+    report: DataReport, rows: Rows, keys: Sequence[str], tokenizer: Any, max_length: int, cache: Path | None
+) -> None:
     import numpy as np
 
     encoder = Encoder(tokenizer)
+    store = TokenStore(cache, encoder.template, max_length, False) if cache is not None else None
     lengths = []
     counts = TokenReport(date=encoder.template.written_date)
-    for row, encoded in zip(rows, encoder.encode_all((row.messages, row.tools) for row in rows), strict=True):
+    chunks = encode_rows(rows, keys, encoder, max_length, store=store)
+    for row, encoded in ((row, encoded) for chunk in chunks for _, row, encoded in chunk):
         if isinstance(encoded, UserError):
             report.unmaskable.append(Dropped(row.origin, str(encoded)))
             continue
-        lengths.append(len(encoded.input_ids))
-        learned = int(encoded.assistant_mask[:max_length].sum())
+        lengths.append(encoded.length)
+        learned = int(encoded.assistant_mask.sum())
         counts.assistant_tokens += learned
         counts.dropped_no_assistant += not learned
         counts.add(encoded)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-COUNTS = ("folded", "reasoning_dropped", "no_end", "unlike_prompt", "straddled", "unknown")
+COUNTS = ("length", "folded", "reasoning_dropped", "no_end", "unlike_prompt", "straddled", "unknown")
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Encoded:
     input_ids: int32 [T].
     assistant_mask: bool [T], True on what the assistant wrote, end-of-turn tokens included.
     template_mask: bool [T], True on what the chat template wrote, and no message; None if that was not asked for.
+    length: tokens before the cut.
     truncated: rows longer than the longest allowed length were cut.
     disarmed: the row held special tokens as text; these were broken up.
     folded: a system prompt was put into a user turn.
@@ -33,6 +34,7 @@ class Encoded:
     truncated: bool = False
     disarmed: bool = False
     template_mask: np.ndarray | None = None
+    length: int = 0
     folded: int = 0
     reasoning_dropped: int = 0
     no_end: int = 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import date as Date
 from itertools import islice
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ema_scale.core.disk import CannotWrite
 from ema_scale.core.errors import UserError
 from ema_scale.core.files import read_text
 from ema_scale.core.model_config import check_config_file
@@ -25,13 +28,16 @@ from ema_scale.data.report import TokenReport
 from ema_scale.data.rows import LEARNED, Dropped, Row, reasons
 from ema_scale.data.spans import SpanFinder, Spans
 from ema_scale.data.templates import PLAIN_TEMPLATE, ChatTemplate
-from ema_scale.data.token_store import TokenStore, row_key
+from ema_scale.data.token_store import CHUNK_ROWS, TokenStore, row_key
+from ema_scale.data.token_tables import DatasetFile, content_name, dataset_of, table_of
+from ema_scale.data.token_workers import TokenWorkers
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 log = logging.getLogger(__name__)
 _CHUNK = 256  # conversations that are tokenized at once
+LARGE = 50_000  # rows, from which on the dataset is a file that processes share
 
 
 def load_tokenizer(
@@ -198,6 +204,7 @@ class Encoder:
         return Encoded(
             ids[:max_length],
             mask[:max_length],
+            length=len(ids),
             truncated=max_length is not None and len(ids) > max_length,
             disarmed=disarmed,
             template_mask=own if own is None else own[:max_length],
@@ -259,83 +266,117 @@ def tokenize_rows(
     encoder = Encoder(tokenizer, date)
     store = TokenStore(cache, encoder.template, max_length, template) if cache is not None else None
     keys = [row_key(row) for row in rows]
-    known = store.read(keys) if store else {}
-    fresh = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
-    refused: dict[str, UserError] = {}
-    asked = ((r.messages, r.tools) for r in fresh.values())
-    with waiting(f"{len(fresh):,} rows to be tokenized"):
-        encoded_rows = encoder.encode_all(asked, max_length, template=template)
-        for (key, row), found in zip(fresh.items(), encoded_rows, strict=True):
-            if not isinstance(found, UserError):
-                known[key] = found
-            elif on_bad == "raise":
-                raise UserError(f"{row.origin}: {found}")
-            else:
-                refused[key] = found
-    if store:
-        store.add({key: known[key] for key in fresh if key in known})
-    kept: list[tuple[Encoded, str]] = []
-    dropped: list[Dropped] = []
-    report = TokenReport(date=encoder.template.written_date)
-    for row, key in zip(rows, keys, strict=True):
-        if key in refused:
-            dropped.append(Dropped(row.origin, str(refused[key])))
-            continue
-        encoded = known[key]
-        report.add(encoded)
-        needed = row.tag in LEARNED or any(m["role"] == "assistant" for m in row.messages)
-        if needed and not encoded.assistant_mask.any():
-            report.dropped_no_assistant += 1
-            continue
-        kept.append((encoded, row.tag))
-    report.refused = len(dropped)
-    _refuse_none_left(rows, kept, report, dropped, max_length)
-    report.rows, report.tokens = len(kept), sum(len(encoded.input_ids) for encoded, _ in kept)
-    report.assistant_tokens = sum(int(encoded.assistant_mask.sum()) for encoded, _ in kept)
-    report.longest = max(len(encoded.input_ids) for encoded, _ in kept)
-    report.by_tag = dict(Counter(tag for _, tag in kept))
-    return Tokenized(_dataset(kept, template), report, dropped)
+    counted = _Counted(TokenReport(date=encoder.template.written_date), on_bad)
+    with store.lock() if store else contextlib.nullcontext():  # what one process tokenizes, the others wait for
+        if store is not None and len(rows) >= LARGE:
+            parts = (f"{key} {row.tag}" for key, row in zip(keys, rows, strict=True))
+            file = DatasetFile(store.datasets / f"{content_name([on_bad, *parts])}.arrow")
+            if (found := file.open()) is not None:
+                dataset, facts = found
+                refused = [Dropped(rows[index].origin, reason) for index, reason in facts["refused"]]
+                return Tokenized(dataset, TokenReport(**facts["report"]), refused)
+            try:
+                with file.writing() as write:
+                    for chunk in encode_rows(rows, keys, encoder, max_length, template=template, store=store):
+                        if kept := counted.kept(chunk):
+                            write(table_of(kept, template))
+                    counted.refuse_none_left(rows, max_length)
+                report = counted.report
+                file.write_facts({"rows": report.rows, "report": asdict(report), "refused": counted.refused})
+                if (found := file.open()) is not None:
+                    return Tokenized(found[0], report, counted.dropped)
+            except CannotWrite as error:
+                log.warning("%s; every process keeps these rows in its memory", error)
+            counted = _Counted(TokenReport(date=encoder.template.written_date), on_bad)
+        made, tables = hashlib.sha256(repr(template).encode()), list[Any]()
+        for chunk in encode_rows(rows, keys, encoder, max_length, template=template, store=store):
+            if kept := counted.kept(chunk):
+                tables.append(table_of(kept, template))
+                for row, tag in kept:
+                    made.update(row.input_ids.data)
+                    made.update(row.assistant_mask.data)
+                    made.update(tag.encode())
+        counted.refuse_none_left(rows, max_length)
+    return Tokenized(dataset_of(tables, made.hexdigest()), counted.report, counted.dropped)
 
 
-def _refuse_none_left(
+def encode_rows(
     rows: Sequence[Row],
-    kept: Sequence[tuple[Encoded, str]],
-    report: TokenReport,
-    dropped: Sequence[Dropped],
+    keys: Sequence[str],
+    encoder: Encoder,
     max_length: int | None,
-) -> None:
-    gone = sorted({row.tag for row in rows} - {tag for _, tag in kept})
-    if kept and not gone:
-        return
-    why = [f"\n{reasons(dropped)}"] if dropped else []
-    if report.dropped_no_assistant or not why:
-        what = "no row has" if not kept else f"no {' or '.join(gone)} row has"
-        raise UserError(
-            f"{what} an assistant token within {max_length} tokens ({report.dropped_no_assistant} rows); "
-            f"raise data.max_length{''.join(why)}"
-        )
-    raise UserError(f"no {'' if not kept else ' or '.join(gone) + ' '}row is left: {len(dropped)} are refused{why[0]}")
+    *,
+    template: bool = False,
+    store: TokenStore | None = None,
+) -> Iterator[list[tuple[int, Row, Encoded | UserError]]]:
+    """(index, row, what it became) of every row, in order and in chunks. Large sets are tokenized on all cores.
+
+    keys: those of the rows, by which they are looked up in `store`. What is not there is added to it, chunk by chunk.
+    """
+    encode = functools.partial(encoder.encode_all, max_length=max_length, template=template)
+    with (
+        TokenWorkers(encode, (encoder.tokenizer, encoder.template.date, max_length, template)) as workers,
+        waiting(f"{len(rows):,} rows to be tokenized"),
+    ):
+        for start in range(0, len(rows), CHUNK_ROWS):
+            some = range(start, min(start + CHUNK_ROWS, len(rows)))
+            known: dict[str, Encoded | UserError] = {}
+            known.update(store.read(keys[index] for index in some) if store else {})
+            fresh = {keys[index]: rows[index] for index in some if keys[index] not in known}
+            found = workers.encode_all([(row.messages, row.tools) for row in fresh.values()])
+            made = dict(zip(fresh, found, strict=True))
+            known |= made
+            yield [(index, rows[index], known[keys[index]]) for index in some]
+            if store:
+                store.add({key: one for key, one in made.items() if not isinstance(one, UserError)})
 
 
-def _dataset(kept: Sequence[tuple[Encoded, str]], template: bool) -> Dataset:
-    """Arrays go into Arrow as they are: Python's lists would take ten times the memory."""
-    import pyarrow
-    from datasets import Dataset
+class _Counted:
+    """What becomes of rows: those that are kept, those that are not, and the counts of both."""
 
-    lengths = np.array([len(encoded.input_ids) for encoded, _ in kept], dtype=np.int64)
-    ids = np.concatenate([encoded.input_ids for encoded, _ in kept])
-    learned = np.concatenate([encoded.assistant_mask for encoded, _ in kept])
-    flat = {"input_ids": ids, "labels": np.where(learned, ids, np.int32(-100))}
-    if template:
-        flat["template"] = np.concatenate([encoded.template_mask for encoded, _ in kept]).astype(np.int8)
-    offsets = pyarrow.array(np.concatenate([[0], np.cumsum(lengths)]), pyarrow.int64())
-    lists = {name: pyarrow.LargeListArray.from_arrays(offsets, pyarrow.array(values)) for name, values in flat.items()}
-    rest = {"length": pyarrow.array(lengths), "tag": pyarrow.array([tag for _, tag in kept], pyarrow.string())}
-    order = ["input_ids", "labels", "length", "tag", *(["template"] if template else [])]
-    columns = lists | rest
-    # Without a fingerprint of its own, `datasets` pickles the whole table for one.
-    made = hashlib.sha256(repr(order).encode())
-    for values in (lengths, ids, *flat.values()):
-        made.update(values.data)
-    made.update("".join(tag for _, tag in kept).encode())
-    return Dataset(pyarrow.table({name: columns[name] for name in order}), fingerprint=made.hexdigest()[:16])
+    def __init__(self, report: TokenReport, on_bad: str) -> None:
+        self.report, self._on_bad = report, on_bad
+        self.dropped: list[Dropped] = []
+        self.refused: list[tuple[int, str]] = []
+        self._tags: Counter[str] = Counter()
+
+    def kept(self, chunk: Iterable[tuple[int, Row, Encoded | UserError]]) -> list[tuple[Encoded, str]]:
+        """The rows that are trained on, each with its tag. Raises UserError for one that cannot be, if asked for."""
+        found, report = [], self.report
+        for index, row, encoded in chunk:
+            if isinstance(encoded, UserError):
+                if self._on_bad == "raise":
+                    raise UserError(f"{row.origin}: {encoded}")
+                self.dropped.append(Dropped(row.origin, str(encoded)))
+                self.refused.append((index, str(encoded)))
+                report.refused += 1
+                continue
+            report.add(encoded)
+            needed = row.tag in LEARNED or any(m["role"] == "assistant" for m in row.messages)
+            if needed and not encoded.assistant_mask.any():
+                report.dropped_no_assistant += 1
+                continue
+            self._tags[row.tag] += 1
+            report.rows += 1
+            report.tokens += len(encoded.input_ids)
+            report.assistant_tokens += int(encoded.assistant_mask.sum())
+            report.longest = max(report.longest, len(encoded.input_ids))
+            found.append((encoded, row.tag))
+        report.by_tag = dict(self._tags)
+        return found
+
+    def refuse_none_left(self, rows: Sequence[Row], max_length: int | None) -> None:
+        """Raises UserError if no row, or none of a part of the mix, is left."""
+        dropped, cut = self.dropped, self.report.dropped_no_assistant
+        gone = sorted({row.tag for row in rows} - set(self._tags))
+        if self._tags and not gone:
+            return
+        why = [f"\n{reasons(dropped)}"] if dropped else []
+        if cut or not why:
+            what = "no row has" if not self._tags else f"no {' or '.join(gone)} row has"
+            raise UserError(
+                f"{what} an assistant token within {max_length} tokens ({cut} rows); "
+                f"raise data.max_length{''.join(why)}"
+            )
+        left = "" if not self._tags else " or ".join(gone) + " "
+        raise UserError(f"no {left}row is left: {len(dropped)} are refused{why[0]}")
