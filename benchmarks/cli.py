@@ -102,6 +102,18 @@ def answers_(
     finish("answers", list(bench_many_answers(questions, samples, targets)), options, threads=1, out=out)
 
 
+@bench.command("rows")
+def rows_(
+    rows: Annotated[int, typer.Option(min=1, help="training rows of about 280 tokens")] = 60_000,
+    out: Out = None,
+) -> None:
+    """Large training sets: seconds and peak memory of tokenizing them, once and again."""
+    from benchmarks.harness import finish
+    from benchmarks.many_rows import bench_many_rows
+
+    finish("rows", list(bench_many_rows(rows)), {"rows": rows}, out=out)
+
+
 Model = Annotated[str, typer.Option(help="a shape: small, qwen2.5-0.5b, ... llama-3.1-70b")]
 Layers = Annotated[int | None, whole(help="use only the first N layers")]
 Length = Annotated[int, whole(help="tokens per row", low=2)]

@@ -91,8 +91,8 @@ class DatasetFile:
             writer = writer or pyarrow.ipc.new_stream(str(temporary), table.schema)
             writer.write_table(table)
 
-        self._facts.unlink(missing_ok=True)
         with atomic_path(self.path) as temporary:
+            self._facts.unlink(missing_ok=True)
             try:
                 yield write
             finally:
