@@ -107,7 +107,7 @@ def rows_(
     rows: Annotated[int, typer.Option(min=1, help="training rows of about 280 tokens")] = 60_000,
     out: Out = None,
 ) -> None:
-    """Large training sets: seconds and peak memory of tokenizing them, once and again."""
+    """Large training sets: processor seconds and peak memory of tokenizing them, once and again."""
     from benchmarks.harness import finish
     from benchmarks.many_rows import bench_many_rows
 

@@ -1,26 +1,52 @@
-"""`ema cache ...`: what lies in the cache folder."""
+"""`ema cache ...`: fill the cache folder, list it and make room."""
 
 from __future__ import annotations
 
 import json
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from ema_scale.cli.app import app
+from ema_scale.cli.app import Overrides, RecipePath, app
 from ema_scale.cli.numbers import real
 from ema_scale.core.cache import KINDS, CacheEntry, entries, remove, superfluous
 from ema_scale.core.errors import UserError
 from ema_scale.core.paths import cache_root
 from ema_scale.core.terminal import say
 
+
+class RecipeOrCommand(TyperGroup):
+    """Takes `ema cache RECIPE` for `ema cache fill RECIPE`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        return super().resolve_command(ctx, ["fill", *args] if args[0].endswith((".yaml", ".yml")) else args)
+
+
 cache_app = typer.Typer(
-    help="Look at the cache folder (EMA_CACHE, or ~/.cache/ema_scale), and make room.", no_args_is_help=True
+    cls=RecipeOrCommand,
+    help="The cache folder (EMA_CACHE, or ~/.cache/ema_scale): fill it ahead of runs, list it, make room.",
+    no_args_is_help=True,
 )
 app.add_typer(cache_app, name="cache")
 
 Kinds = Annotated[list[str] | None, typer.Option("--kind", help=f"only {', '.join(KINDS)}; repeat for more")]
+
+
+@cache_app.command("fill")
+def cache_fill(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Compute the reference's hidden states once, for all runs; `ema cache RECIPE` does the same.
+
+    They are those of a recipe's rows; runs that train on the same rows read them.
+    """
+    from ema_scale.recipe import load_recipe
+    from ema_scale.training.distributed import is_main
+    from ema_scale.training.run import fill_cache
+
+    done = fill_cache(load_recipe(recipe, overrides or ()))
+    if is_main():
+        say(f"{done.rows} rows computed, {done.tokens} tokens, {done.seconds:.1f} s: {done.folder}")
 
 
 @cache_app.command("ls")

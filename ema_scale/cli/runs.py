@@ -178,21 +178,6 @@ def report(
 
 
 @app.command()
-def cache(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Compute the reference's hidden states once, for all runs.
-
-    They are those of a recipe's rows; runs that train on the same rows read them.
-    """
-    from ema_scale.recipe import load_recipe
-    from ema_scale.training.distributed import is_main
-    from ema_scale.training.run import fill_cache
-
-    done = fill_cache(load_recipe(recipe, overrides or ()))
-    if is_main():
-        console.print(f"{done.rows} rows computed, {done.tokens} tokens, {done.seconds:.1f} s: {done.folder}")
-
-
-@app.command()
 def defenses(
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
 ) -> None:

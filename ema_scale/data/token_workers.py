@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
 import queue
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -47,6 +49,7 @@ class TokenWorkers:
         self._processes = free_cores() if processes is None else processes
         self._started: list[subprocess.Popen[bytes]] = []
         self._free: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
+        self._ended, self._here = set[subprocess.Popen[bytes]](), threading.Lock()
 
     def encode_all(self, conversations: Sequence[Conversation]) -> Iterator[Encoded | UserError]:
         """What `encode` gives, in order."""
@@ -89,8 +92,13 @@ class TokenWorkers:
             found: list[Encoded | UserError] = pickle.load(worker.stdout)
             return found
         except (OSError, EOFError, pickle.UnpicklingError) as error:
-            log.warning("a tokenizing process has ended (%s); its rows are tokenized here", error or "without a word")
-            return list(self._encode(piece))
+            worker.kill()  # it may be out of step
+            with self._here:
+                if worker not in self._ended:
+                    self._ended.add(worker)
+                    why = error or "without a word"
+                    log.warning("a tokenizing process has ended (%s); its rows are tokenized here", why)
+                return list(self._encode(piece))
         finally:
             self._free.put(worker)
 
@@ -103,7 +111,8 @@ class TokenWorkers:
             worker.wait()
             for pipe in (worker.stdin, worker.stdout):
                 if pipe is not None:
-                    pipe.close()
+                    with contextlib.suppress(OSError):  # what was not sent cannot be any more
+                        pipe.close()
         self._started = []
 
 
