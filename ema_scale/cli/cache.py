@@ -26,7 +26,7 @@ class RecipeOrCommand(TyperGroup):
 
 cache_app = typer.Typer(
     cls=RecipeOrCommand,
-    help="The cache folder (EMA_CACHE, or ~/.cache/ema_scale): fill it ahead of runs, list it, make room.",
+    help="Fill, list or prune the cache folder (EMA_CACHE).",
     no_args_is_help=True,
 )
 app.add_typer(cache_app, name="cache")
