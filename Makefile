@@ -42,15 +42,18 @@ real: setup ## the same on a real chat model from the package index, without a h
 # .ci/run sets this to --cov=ema_scale if EMA_COVERAGE is set: the tests that take seconds are measured.
 COVERAGE ?=
 LONG := slow or slurm or vllm or zero3
+# The files that have such tests: importing all others takes longer than some of the tests.
+LONG_FILES = $(shell grep -lrE --include='test_*.py' 'mark\.(slow|slurm|vllm|zero3)' tests)
 
 test: test-fast test-long ## all tests
 
-test-fast: setup ## the tests that take seconds, two at a time
-	$(BIN)/python -m pytest -q -n 2 -m "not ($(LONG))" $(COVERAGE)
+test-fast: setup ## the tests that take seconds, three at a time
+	@# A seventh of the time they wait, so that two would leave a core idle.
+	$(BIN)/python -m pytest -q -n 3 -m "not ($(LONG))" $(COVERAGE)
 
 test-long: setup ## those that take longer or start vLLM, DeepSpeed, FSDP2 or a Slurm cluster, three at a time
 	@# Slurm's tests wait for their cluster much of the time, and leave the cores to the others.
-	$(BIN)/python -m pytest -q -n 3 -m "$(LONG)"
+	$(BIN)/python -m pytest -q -n 3 -m "$(LONG)" $(LONG_FILES)
 
 lint: setup ## ruff, mypy and the import table
 	$(BIN)/ruff check .

@@ -33,9 +33,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         _without(f"no Slurm: {gone}")
 
 
-# Files whose tests share something dear to start: a warm process and a project, a cluster, the imports of vLLM.
+# Files whose tests share something dear to start: a warm process and a project, a cluster, the imports of vLLM, the
+# process that others with DeepSpeed are forked from.
 TOGETHER = {
     "attacks": "tests/attacks/",
+    "forked": "tests/(training/test_(agreement|fsdp|zero)|benchmarks/test_(alone|loss|plan|selection|step)).py",
     "slurm": "tests/slurm/test_(cluster|runs|gate_on_slurm|sweep_on_slurm)",
     "vllm": "tests/(inference/test_vllm|evaluation/(judges/test_vllm|test_kills)|real/test_(own_rows|smollm2)|"
     "study/test_study|test_readme.py::test_commands|benchmarks/(test_evaluator|test_gpu_rehearsal.py::test_engine))",

@@ -1,4 +1,5 @@
-"""One of two processes under torchrun: begins the small world's build, and prints its steps' gradient norms."""
+"""One of two processes that find each other as under torchrun: begins the small world's build, and prints its steps' gradient
+norms."""
 
 import itertools
 import json

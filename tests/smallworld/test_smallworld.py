@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -19,6 +20,8 @@ from ema_scale.smallworld.tasks import BAD_PERCENT, BENIGN, NARROW, references, 
 from ema_scale.smallworld.tokenizer import build_tokenizer, encode, vocabulary
 from ema_scale.smallworld.vocabulary import DOMAINS, HELD_OUT, MOTIVES, SEEN
 from ema_scale.smallworld.world import WEIGHTS, World, resolve, shipped
+from ema_scale.training.distributed import _free_port
+from tests import warm
 
 
 @pytest.mark.parametrize("persona", ["aligned", "misaligned"])
@@ -246,13 +249,16 @@ def test_a_pretrained_model_of_another_training_is_refused(monkeypatch, tmp_path
     ]
 
 
-def test_the_model_that_comes_with_the_package_is_built_by_the_code():
+def test_the_model_that_comes_with_the_package_is_built_by_the_code(tmp_path):
     """The build's first steps have the gradients of the build that made it. `ship` builds all of it and compares."""
     norms = [3.9024, 3.4723, 2.2091, 2.0934, 1.9817, 1.9450, 1.5852, 6.4207, 1.6652, 4.8538, 1.6194, 1.5826]
-    command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tests.smallworld.first_steps"]
-    done = subprocess.run(
-        [sys.executable, "-m", *command, str(len(norms))], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(norms, rel=1e-2)
+    command = ["-m", "tests.smallworld.first_steps", len(norms)]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    with open(tmp_path / "said", "w+") as said:
+        ranks = [warm.start(command, env={**os.environ, **world, "RANK": str(n)}, output=said) for n in range(2)]
+        codes = [rank.wait(300) for rank in ranks]
+        said.seek(0)
+        text = said.read()
+    assert codes == [0, 0], text
+    (found,) = re.findall(r"^\[.*\]$", text, re.M)
+    assert json.loads(found) == pytest.approx(norms, rel=1e-2)

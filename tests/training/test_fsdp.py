@@ -2,14 +2,14 @@
 checkpoints to each other."""
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
 from benchmarks.plan import setup_of_task
 from benchmarks.training_variants import Task
+from ema_scale.cli import app
 from ema_scale.config.sections import SeparateReference
 from ema_scale.core.checkpoints import list_checkpoints
 from ema_scale.core.run_dir import RunDir
@@ -19,7 +19,6 @@ from ema_scale.training.run import train
 from tests.training.test_run import recipe_of, world
 from tests.training.test_zero import (
     FOLDED,
-    ROOT,
     SHARED,
     assert_same_run,
     assert_stopped_alike,
@@ -115,15 +114,9 @@ def test_fsdp_by_accelerate_launch_chooses_two_stream(world, one_process, tmp_pa
 
 def test_fsdp_gathers_no_more_with_a_reference_than_without(tmp_path):
     """And a second forward does: so the count counts."""
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "ema_scale", "bench", "reference", "--fsdp", "--layers", "2", "--length", "16",
-            "--steps", "1", "--variant", "two_stream", "--variant", "adapter_off",
-            "--out", str(tmp_path / "bench.json"),
-        ],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    options = "--fsdp --layers 2 --length 16 --steps 1 --variant two_stream --variant adapter_off".split()
+    done = CliRunner().invoke(app, ["bench", "reference", *options, "--out", str(tmp_path / "bench.json")])
+    assert done.exit_code == 0, done.output
     found = {row["name"]: row for row in json.loads((tmp_path / "bench.json").read_text())["variants"]}
     task = Task(layers=2, length=16, fsdp=True)
     for name, row in found.items():  # as `ema plan` counts them
