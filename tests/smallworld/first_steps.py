@@ -1,5 +1,4 @@
-"""One of two processes that find each other as under torchrun: begins the small world's build, and prints its steps' gradient
-norms."""
+"""One of two processes, started as under torchrun: begins the small world's build, prints its steps' gradient norms."""
 
 import itertools
 import json
