@@ -229,6 +229,7 @@ class _ChunkedLoss:
         self.slot_groups = (*shared, *(terms[index].group for index in by_row))
         self.scales = [torch.zeros_like(self.ce) for _ in self.slot_groups]
         self.gradients = [torch.zeros_like(policy) for _ in self.slot_groups] if backward else None
+        self.moves = [backward and bool(term.weights.any()) for term in terms]  # else it is only measured
         self.reads_reference = _reads_reference(terms, factors)
         # Of the labels, for factors per row.
         self.label_reference, self.log_ratio = (torch.full_like(self.ce, torch.nan) for _ in range(2))
@@ -272,7 +273,7 @@ class _ChunkedLoss:
             if isinstance(term.measure, str):
                 assert ref_logits is not None
                 value, grad = divergence(
-                    logits, ref_logits, term.measure, term.temperature, (probs, logz), backward=backward,
+                    logits, ref_logits, term.measure, term.temperature, (probs, logz), backward=self.moves[index],
                     overwrite=index == len(self.terms) - 1,
                 )  # fmt: skip
             else:

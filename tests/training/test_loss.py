@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from ema_scale.defenses.ceiling import excess
 from ema_scale.models.head import Head
+from ema_scale.training.divergence import divergence as divergence_whole
 from ema_scale.training.loss import LossTerm, fused_loss
 
 DIRECTIONS = ["policy_reference", "reference_policy", "jensen_shannon"]
@@ -130,7 +131,14 @@ def test_tokens_without_weight_are_skipped():
     assert torch.count_nonzero(x.grad[unused]) == 0
 
 
-def test_zero_weight_measures_without_a_gradient():
+def test_zero_weight_measures_without_a_gradient(monkeypatch):
+    asked = []
+
+    def divergence(*arguments, backward, **options):
+        asked.append(backward)
+        return divergence_whole(*arguments, backward=backward, **options)
+
+    monkeypatch.setattr("ema_scale.training.loss.divergence", divergence)
     policy, reference, head, labels, ce_weights, g = problem()
     measured = LossTerm(torch.zeros(37), torch.ones(37, dtype=torch.bool))
     with_term, without = policy.clone().requires_grad_(), policy.clone().requires_grad_()
@@ -139,6 +147,7 @@ def test_zero_weight_measures_without_a_gradient():
     fused_loss(without, None, head, labels, ce_weights).loss.backward()
     assert got.terms.min() > 0
     torch.testing.assert_close(with_term.grad, without.grad, rtol=0, atol=1e-15)
+    assert asked and not any(asked)
 
 
 def test_jensen_shannon_of_disjoint_distributions_is_ln2():
