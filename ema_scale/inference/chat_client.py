@@ -24,7 +24,10 @@ MAX_RETRIES = 8
 MAX_REDIRECTS = 3
 REDIRECTED, CIRCLE, TOO_LARGE = 421, 508, 413  # stand for replies that are not handed on
 _TOO_LONG = re.compile(r"context[ _](length|size|window)|maximum (context|model)|too (long|many tokens)", re.I)
-_REPLY_TOO_LONG = re.compile(r"max_(completion_)?tokens.{0,30}too large|max_new_tokens\W{0,3}must be", re.I)
+_REPLY_TOO_LONG = re.compile(
+    r"max_(completion_)?tokens.{0,30}(too large|cannot be greater)|fewer output tokens|max_new_tokens\W{0,3}must be",
+    re.I,
+)
 _FILTERED = re.compile(r"content management policy|violating our usage policy|ContentPolicyViolation|input was flagged")
 
 

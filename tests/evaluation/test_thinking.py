@@ -93,6 +93,11 @@ VLLM_SAYS = (
     "and your request has {prompt} input tokens ({asked} > 1024 - {prompt})."
 )
 OTHERS_SAY = {
+    "vLLM 0.32": (
+        400,
+        "max_tokens={asked} cannot be greater than max_model_len=1024. Please request fewer output tokens. "
+        "(parameter=max_tokens, value={asked})",
+    ),
     "llama.cpp": (400, "the request exceeds the available context size (1024 tokens), try increasing it"),
     "TGI": (422, "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 1024. Given: {prompt} {asked}"),
     "OpenAI": (400, "max_tokens is too large: {asked}. This model supports at most 1024 completion tokens"),
