@@ -125,7 +125,8 @@ def unusable(folder: Path) -> str | None:
     mark, text, problem = broadcast_from_main((mark, text, problem))
     if problem:
         return problem
-    if any_rank(not any(_reads(mark, text, wait) for wait in (0.0, 0.5, 1.5))):
+    seen = folder / mark.name  # each process looks into its own folder
+    if any_rank(not any(_reads(seen, text, wait) for wait in (0.0, 0.5, 1.5))):
         problem = f"EMA_CACHE ({folder}) is not a folder that all processes share"
     if is_first_rank():
         mark.unlink(missing_ok=True)
