@@ -45,7 +45,8 @@ LONG := slow or slurm or vllm or zero3
 # The files that have such tests: importing all others takes longer than some of the tests.
 LONG_FILES = $(shell grep -lrE --include='test_*.py' 'mark\.(slow|slurm|vllm|zero3)' tests)
 
-test: test-fast test-long ## all tests
+test: test-fast ## all tests
+	@$(MAKE) test-long
 
 test-fast: setup ## the tests that take seconds, three at a time
 	@# A seventh of the time they wait, so that two would leave a core idle.
