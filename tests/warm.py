@@ -45,6 +45,8 @@ LIBRARIES = (
 VLLM = ("vllm", "vllm.entrypoints.llm", "vllm.engine.arg_utils", "vllm.v1.worker.cpu_worker")
 # What libraries read when they are imported, or the interpreter when it starts.
 READ_ONCE = ("HF_", "TRANSFORMERS_", "TORCH", "OMP_", "MKL_", "CUDA_", "LD_", "MALLOC_", "PYTHONHASHSEED")
+# Of these, what importing vLLM sets in a process that has started.
+SET_BY_IMPORTS = ("LD_LIBRARY_PATH", "TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS")
 
 
 class Process:
@@ -91,6 +93,10 @@ def start(
     """
     given = dict(os.environ if env is None else env)
     server = _server(vllm)
+    for name in SET_BY_IMPORTS:
+        if given.get(name) == os.environ.get(name):  # inherited, not asked for
+            given.pop(name, None)
+            given |= {name: server.environment[name]} if name in server.environment else {}
     for name in sorted({*given, *os.environ}):
         if name.startswith(READ_ONCE) and given.get(name, "") != server.environment.get(name, ""):
             raise ValueError(f"{name} is read at the start of a process: a warm one cannot have another; start it cold")
