@@ -128,10 +128,14 @@ def append_jsonl(path: Path | str, rows: Iterable[dict[str, Any]]) -> None:
 def append_lines(path: Path | str, lines: Iterable[bytes]) -> int:
     """Append lines with their newlines, and flush them to the disk: all of them or none.
 
+    A last line that a kill has cut off makes way: readers leave it out, and what follows must not be joined to it.
     Returns the offset of the first. Raises CannotWrite for what the disk refuses, and if `path` is no regular file.
     """
     with open_append(path) as handle:
         size: int = handle.seek(0, os.SEEK_END)
+        if (whole := _end_of_lines(handle.fileno(), size)) != size:
+            os.ftruncate(handle.fileno(), whole)
+            size = whole
         try:
             for line in lines:
                 view = memoryview(line)
@@ -143,6 +147,16 @@ def append_lines(path: Path | str, lines: Iterable[bytes]) -> int:
                 os.ftruncate(handle.fileno(), size)
             raise
     return size
+
+
+def _end_of_lines(descriptor: int, size: int) -> int:
+    """The offset behind the last newline in the first `size` bytes."""
+    while size:
+        start = max(0, size - 65536)
+        if found := os.pread(descriptor, size - start, start).rfind(b"\n") + 1:
+            return start + found
+        size = start
+    return 0
 
 
 @contextlib.contextmanager

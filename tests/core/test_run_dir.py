@@ -51,6 +51,17 @@ def test_a_torn_last_line_is_left_out_and_repaired(tmp_path):
     assert read_jsonl(path) == [{"a": 1}, {"a": 2}, {"a": 3}]
 
 
+@pytest.mark.parametrize("before", [[], [{"a": 1}], [{"a": "x" * 100_000}]])
+def test_a_row_after_a_torn_one_is_a_line_of_its_own(tmp_path, before):
+    """Whoever appends may not have read the file."""
+    path = tmp_path / "rows.jsonl"
+    append_jsonl(path, before)
+    with open(path, "ab") as handle:
+        handle.write(b'{"a": "' + b"y" * 70_000)
+    append_jsonl(path, [{"a": 3}])
+    assert read_jsonl(path) == [*before, {"a": 3}]
+
+
 def test_a_bad_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\nnot json\n{"a": 2}\n')
