@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 from benchmarks.alone import alone
 from benchmarks.harness import Measured, peak_rss
 from benchmarks.tokenize_rows import BLOCK, CHATML, blocks_of, tokenizer_of
+from ema_scale.core.devices import free_cores
 
 WORDS = 205  # about 280 tokens
 MAX_LENGTH = 2048
@@ -72,7 +71,7 @@ def checked(folder: str) -> dict[str, float]:
 
 def bench_many_rows(rows: int) -> Iterator[Measured]:
     """One row per way, each in a process of its own."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    cores = free_cores()
     with tempfile.TemporaryDirectory() as root:
         write_rows(Path(root, "rows.jsonl"), rows)
         write_tokenizer(Path(root, "tokenizer"))

@@ -15,6 +15,7 @@ from ema_scale.core.cache import KINDS, CacheEntry, entries, remove, superfluous
 from ema_scale.core.errors import UserError
 from ema_scale.core.paths import cache_root
 from ema_scale.core.terminal import say
+from ema_scale.core.text import format_bytes
 
 
 class RecipeOrCommand(TyperGroup):
@@ -63,10 +64,10 @@ def cache_ls(
         those = [entry for entry in found if entry.kind == name]
         if not those:
             continue
-        say(f"{name}: {meaning}, {_size(sum(e.size for e in those))}")
+        say(f"{name}: {meaning}, {format_bytes(sum(e.size for e in those))}")
         for entry in reversed(those):
             say(f"  {_line(entry)}")
-    say(f"{cache_root()}: {_size(sum(e.size for e in found))} in all")
+    say(f"{cache_root()}: {format_bytes(sum(e.size for e in found))} in all")
 
 
 @cache_app.command("prune")
@@ -87,7 +88,7 @@ def cache_prune(
     for entry in in_use:
         say(f"in use, kept: {entry.path}")
     told = "would be removed" if dry_run else "removed"
-    say(f"{len(gone)} entries, {_size(sum(e.size for e in gone))}, {told}")
+    say(f"{len(gone)} entries, {format_bytes(sum(e.size for e in gone))}, {told}")
 
 
 def _chosen(kinds: list[str] | None) -> list[CacheEntry]:
@@ -98,8 +99,4 @@ def _chosen(kinds: list[str] | None) -> list[CacheEntry]:
 
 
 def _line(entry: CacheEntry) -> str:
-    return f"{_size(entry.size):>10}  {(time.time() - entry.used) / 86400:6.1f} days  {entry.path}"
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+    return f"{format_bytes(entry.size):>10}  {(time.time() - entry.used) / 86400:6.1f} days  {entry.path}"

@@ -1,4 +1,4 @@
-"""Which GPUs there are, and how many an engine takes. Importing this module does not load torch."""
+"""Which GPUs and cores there are, and how many an engine takes. Importing this module does not load torch."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ def engine_gpus(engine: Mapping[str, Any], where: str) -> int:
             raise UserError(f"{where}.{name}: found {size!r}, expected a number of GPUs")
         product *= size
     return product
+
+
+def free_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def visible_gpus() -> list[str]:

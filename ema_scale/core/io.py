@@ -12,7 +12,7 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from ema_scale.core.disk import CannotWrite, make_folder, refuse_special, writing
 from ema_scale.core.errors import UserError
-from ema_scale.core.files import MissingFile, open_file, parse_json
+from ema_scale.core.files import MissingFile, open_file, parse_json, read_json
 from ema_scale.core.waiting import waiting
 
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
@@ -68,6 +68,20 @@ def temporary_beside(path: Path) -> Path:
             ):
                 _remove(found)
     return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.tmp")
+
+
+def made_before(out: Path, record: str, made_from: Mapping[str, Any] | None, taken: UserError) -> dict[str, Any] | None:
+    """The JSON file `record` in the folder `out`, which says what the folder was made from; None if `out` is not there
+    or is empty.
+
+    Raises `taken` if `out` holds anything else, or was not made from `made_from`, where that is given.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    found: dict[str, Any] = read_json(out / record) if (out / record).is_file() else {}
+    if not found or (made_from is not None and any(found.get(key) != value for key, value in made_from.items())):
+        raise taken
+    return found
 
 
 def _lives(process: int) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from ema_scale.core.devices import free_cores
 from ema_scale.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,11 +27,6 @@ Conversation = tuple["Sequence[Message]", "Sequence[Mapping[str, Any]]"]
 Encode = Callable[[Sequence[Conversation]], "Iterator[Encoded | UserError]"]
 LEAST_ROWS = 4096  # fewer are done before another process has started
 _PIECE = 512
-
-
-def free_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class TokenWorkers:

@@ -13,7 +13,7 @@ from ema_scale.core.disk import copy_regular
 from ema_scale.core.errors import UserError
 from ema_scale.core.files import read_json
 from ema_scale.core.hashing import sampled_sha256
-from ema_scale.core.io import atomic_path, atomic_write_json
+from ema_scale.core.io import atomic_path, atomic_write_json, made_before
 from ema_scale.models.weights import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -126,12 +126,8 @@ def finished(out: Path, made_from: Mapping[str, Any] | None = None) -> dict[str,
 
     Raises UserError if it holds anything else, or a projection that was not made from `made_from`, where that is given.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    report: dict[str, Any] = read_json(out / REPORT) if (out / REPORT).is_file() else {}
-    if not report or (made_from is not None and any(report.get(key) != value for key, value in made_from.items())):
-        raise UserError(f"{out}: exists already, with other contents; expected a new folder to write to")
-    return report
+    taken = UserError(f"{out}: exists already, with other contents; expected a new folder to write to")
+    return made_before(out, REPORT, made_from, taken)
 
 
 class Checkpoint:

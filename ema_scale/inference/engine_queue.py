@@ -23,7 +23,7 @@ from typing import Any
 from ema_scale.choices.margins import Likelihood
 from ema_scale.config.sections import ModelRecipe
 from ema_scale.core.errors import UserError
-from ema_scale.core.files import parse_json
+from ema_scale.core.files import MissingFile, parse_json, read_json
 from ema_scale.core.io import append_jsonl, atomic_write_json, atomic_write_text, file_lock, jsonl_text, read_jsonl
 from ema_scale.inference.base import SampleRequest, SampleResult, SamplerOptions, ScoreRequest, ScoreResult
 
@@ -92,10 +92,9 @@ class Work:
     def read(cls, folder: Path) -> Work | None:
         """None if nobody waits for answers."""
         try:
-            text = (folder / WORK).read_text(encoding="utf-8")
-        except FileNotFoundError:
+            values = read_json(folder / WORK)
+        except MissingFile:
             return None
-        values = parse_json(text, str(folder / WORK))
         given = values["options"]
         options = SamplerOptions(
             ModelRecipe.model_validate(values["model"]),

@@ -120,9 +120,8 @@ class ManyEngines:
                     self._start(engine)
             answers = AnswerFiles(self.folder / batch)
             while waiting:
-                all_done = is_done(
-                    self.folder / batch, len(chunks)
-                )  # before the answers are read: those are on the disk by then
+                # Before the answers are read: if all are done, all are on the disk.
+                all_done = is_done(self.folder / batch, len(chunks))
                 came = [result for result in answers.new() if waiting.pop(result.key, None) is not None]
                 yield from (cast(ResultType, result) for result in came)
                 if waiting and all_done:

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from ema_scale.config.sections import ModelRecipe
 from ema_scale.core.errors import UserError
-from ema_scale.core.files import read_json
 from ema_scale.core.hashing import folder_identity
-from ema_scale.core.io import atomic_path, atomic_write_json
+from ema_scale.core.io import atomic_path, atomic_write_json, made_before
 from ema_scale.core.uri import locate
 from ema_scale.models.load import load_base, model_problems
 from ema_scale.models.lora import with_adapters
@@ -30,10 +29,9 @@ def merge_adapter(model: ModelRecipe, adapter: Path, out: Path) -> Path:
         "base_identity": folder_identity(source, model.revision),
         "adapter_identity": folder_identity(str(adapter)),
     }
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if (out / MERGED_FROM).is_file() and read_json(out / MERGED_FROM) == merged_from:
-            return out
-        raise UserError(f"{out}: holds other files already; expected a new or an empty folder")
+    taken = UserError(f"{out}: holds other files already; expected a new or an empty folder")
+    if made_before(out, MERGED_FROM, merged_from, taken) is not None:
+        return out
     from transformers import AutoConfig, AutoTokenizer
 
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}

@@ -114,19 +114,20 @@ def fill_store(
 
 def unusable(folder: Path) -> str | None:
     """Why a folder cannot hold a cache for all processes of this run, as a clause; None if it can. A collective."""
-    mark, text, problem = folder, uuid.uuid4().hex, None
+    name, text, problem = "", uuid.uuid4().hex, None
     if is_first_rank():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             mark = temporary_beside(folder / "seen")
             mark.write_text(text)
+            name = mark.name
         except OSError as error:
             problem = f"EMA_CACHE ({folder}) cannot be written: {error.strerror}"
-    mark, text, problem = broadcast_from_main((mark, text, problem))
+    name, text, problem = broadcast_from_main((name, text, problem))
     if problem:
         return problem
-    seen = folder / mark.name  # each process looks into its own folder
-    if any_rank(not any(_reads(seen, text, wait) for wait in (0.0, 0.5, 1.5))):
+    mark = folder / name  # each process looks into its own folder
+    if any_rank(not any(_reads(mark, text, wait) for wait in (0.0, 0.5, 1.5))):
         problem = f"EMA_CACHE ({folder}) is not a folder that all processes share"
     if is_first_rank():
         mark.unlink(missing_ok=True)
