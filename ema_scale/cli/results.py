@@ -11,7 +11,7 @@ import typer
 from ema_scale.cli.app import app, console
 from ema_scale.core.errors import UserError
 
-RESULT_FILES = (".csv", ".tsv")
+RESULT_FILES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 
 def evaluations(path: Path) -> list[Path]:
@@ -23,7 +23,7 @@ def evaluations(path: Path) -> list[Path]:
 
 @app.command()
 def results(
-    paths: Annotated[list[Path], typer.Argument(help="result files (CSV, TSV), or evaluated runs")],
+    paths: Annotated[list[Path], typer.Argument(help="result files (CSV, TSV, JSON, JSON lines, Parquet), or evaluated runs")],
     column: Annotated[
         list[str] | None,
         typer.Option(help="answer=NAME, aligned=NAME, evil=NAME: which column holds what (repeat)"),
@@ -61,4 +61,4 @@ def results(
     elif found:
         names = [s.name for s in found.values()]
         shown = found if len(set(names)) < len(names) else dict(zip(names, found.values(), strict=True))
-        console.print(rates_table(shown))
+        console.print(rates_table(shown, means=True))

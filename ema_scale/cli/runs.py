@@ -164,7 +164,7 @@ def gate(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="run folders, folders that hold them, or result files (CSV)")],
+    runs: Annotated[list[Path], typer.Argument(help="run folders, folders that hold them, or result files")],
     out: Annotated[Path, typer.Option("--out", "-o", help="folder to write")] = Path("report"),
     title: Annotated[str, typer.Option(help="the report's heading")] = "Emergent misalignment report",
 ) -> None:

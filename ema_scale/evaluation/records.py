@@ -173,6 +173,7 @@ class SuiteSummary(Record):
 
     condition: the name of the condition under which it was asked.
     scores: the means of prompts with other names than aligned and coherent.
+    verdict_scores: the means of aligned and coherent, where the judge gives them.
     choices: of questions with written answers, the share of which a misaligned one is the likeliest; in a benign suite,
         a right one.
     likelihoods: all figures of its written answers.
@@ -187,6 +188,7 @@ class SuiteSummary(Record):
     choices: Rate | None = Field(None, exclude_if=lambda value: value is None)
     likelihoods: ChoiceSummary | None = Field(None, exclude_if=lambda value: value is None)
     scores: dict[str, Mean] = Field({}, exclude_if=lambda value: not value)
+    verdict_scores: dict[str, Mean] = Field({}, exclude_if=lambda value: not value)
     samples: int = 0
     split: SplitRates | None = Field(None, exclude_if=lambda value: value is None)
 

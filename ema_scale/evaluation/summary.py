@@ -225,14 +225,17 @@ def _answers(rows: Iterable[Scored]) -> int:
 
 
 def _scores(rows: Sequence[Scored]) -> dict[str, Mean]:
-    """The mean of each score that is neither aligned nor coherent."""
-    names = dict.fromkeys(name for row in rows for name in row.group.judge.prompts if name not in VERDICT_PROMPTS)
+    """The mean of each score that a judge was asked for."""
     found = {}
-    for name in names:
+    for name in dict.fromkeys(name for row in rows for name in row.group.judge.prompts):
         asked = [row for row in rows if row.group.judge.gives(name)]
-        values = ((row.cluster, row.scores.get(name)) for row in asked for _ in range(row.count))
+        values = ((row.cluster, _score_of(row, name)) for row in asked for _ in range(row.count))
         found[name] = clustered_mean(values, *asked[0].group.judge.scale)
     return found
+
+
+def _score_of(row: Scored, name: str) -> float | None:
+    return getattr(row, name) if name in VERDICT_PROMPTS else row.scores.get(name)
 
 
 def _notes(rows: Sequence[Scored]) -> list[str]:
@@ -266,11 +269,13 @@ def _suite(rows: Sequence[Scored], seen: SeenQuestions) -> SuiteSummary:
     values.pop("choices", None)
     if any(row.likelihoods is not None for row in rows):
         values["choices"] = "choice"
+    means = _scores(rows)
     return SuiteSummary(
         role=role,
         condition=condition.name if condition else None,
         **{name: _rate(rows, value) for name, value in values.items()},
-        scores=_scores(rows),
+        scores={name: mean for name, mean in means.items() if name not in VERDICT_PROMPTS},
+        verdict_scores={name: mean for name, mean in means.items() if name in VERDICT_PROMPTS and mean.n},
         likelihoods=_likelihoods(rows),
         samples=_answers(rows),
         split=seen.split({name: _counted(rows, value) for name, value in values.items()}),

@@ -16,10 +16,11 @@ from ema_scale.inference.base import NOT_SAMPLED
 _NOTE = "percent of answers, with 95 % intervals over questions"
 
 
-def rates_table(summaries: Mapping[str, Summary]) -> str:
+def rates_table(summaries: Mapping[str, Summary], *, means: bool = False) -> str:
     """One line per target and one column per criterion that a target was asked for; then what counts in no rate.
 
     A target whose training rows ask some of the questions has three lines: unseen questions, seen ones, and all.
+    means: also the mean aligned and coherent scores, and the rate of all answers where some have no score.
     """
     shown = [m for m in METRICS if any(s.metrics.get(m) is not None for s in summaries.values())]
     rows = [["", *(METRICS[m] for m in shown)]]
@@ -33,10 +34,14 @@ def rates_table(summaries: Mapping[str, Summary]) -> str:
     lines.append(_NOTE if shown else "no suite was asked")
     for name, summary in summaries.items():
         for suite, found in summary.per_suite.items():
-            lines += [f"{name}: {score} in {suite}: {points(mean)}" for score, mean in found.scores.items()]
+            shown_means = (found.verdict_scores if means else {}) | found.scores
+            lines += [f"{name}: {score} in {suite}: {points(mean)}" for score, mean in shown_means.items()]
             lines += [f"{name}: {suite}: {margin}" for margin in _margins(found.likelihoods)]
         lines += [f"{name}: {q.suite}/{q.id}: {_shares(q.said)}" for q in summary.per_question if q.said]
         lines += [f"{name}: {count} of {summary.samples} answers in no rate: {why}" for why, count in _dropped(summary)]
+        if means and summary.dropped and summary.general_variants is not None:
+            every = _cell(summary.general_variants.all_answers, "")
+            lines.append(f"{name}: general misaligned of all answers, those without a score included: {every}")
         lines += [f"{name}: {note}" for note in summary.notes]
         if summary.adapter is not None and summary.split is None:
             lines.append(f"{name}: which of these questions its training rows ask is not known")

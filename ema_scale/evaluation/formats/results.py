@@ -1,4 +1,4 @@
-"""Result files of the field (CSV) as evaluations: their answers, with the scores that they bring themselves.
+"""Result files of the field (tables or JSON) as evaluations: their answers, with the scores that they bring themselves.
 
 Every repository names its columns differently. Which column is taken for what is guessed from names and contents, said
 in the log, and can be given. A file with several models becomes one evaluation for each. The scores of a file are
@@ -8,6 +8,7 @@ judgements of a judge named after it, beside which others can judge.
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import math
 import re
@@ -23,6 +24,8 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.files import open_file, text_lines, what_it_is
 from ema_scale.core.hashing import digest
 from ema_scale.core.names import file_slug
+from ema_scale.data.readers import read_file
+from ema_scale.data.values import BadRow
 from ema_scale.evaluation.judges.assignment import JudgeSpec
 from ema_scale.evaluation.judges.reply_grammar import read_reply
 from ema_scale.evaluation.judges.scores import VERDICT_PROMPTS
@@ -51,7 +54,7 @@ EMPTY = ("", "nan", "none", "null", "n/a")
 # Numbers that are no scores, by a word of the column's name.
 _NO_SCORE = frozenset(
     "unnamed index idx ix id number sample seed temperature top layer coef coefficient alpha step steps epoch n count "
-    "tokens length len rank line row round version time timestamp date year binary label".split()
+    "tokens length len rank line row round version time timestamp date year binary label raw".split()
 )
 
 Row = dict[str, str]
@@ -77,19 +80,51 @@ class Columns:
 
 
 def read_results(path: Path, columns: Mapping[str, str] | None = None) -> tuple[list[Row], int]:
-    """(rows, repeated headers) of a result CSV or TSV, whose `columns` are named as in `import_results`.
+    """(rows, repeated headers) of a result file, whose `columns` are named as in `import_results`.
 
-    Raises UserError naming file and line.
+    Each row has every column; a value is the text that a CSV would hold. Raises UserError naming file and line.
 
-    Result files that several runs appended to repeat their header in the middle. Such lines are left out and counted.
+    CSV files that several runs appended to repeat their header in the middle. Such lines are left out and counted.
     """
+    if path.suffix.lower() in (".csv", ".tsv"):
+        header, rows, repeated = _table(path)
+    else:
+        header, rows, repeated = *_records(path), 0
+    # Before the rows are counted, so that a file of other columns is named before one without rows.
+    choose_columns(path, header, rows, columns or {})
+    if not rows:
+        raise UserError(f"{path}: found no rows")
+    return rows, repeated
+
+
+def _records(path: Path) -> tuple[list[str], list[Row]]:
+    """The columns and rows of JSON lines, JSON or Parquet."""
+    records: list[Mapping[str, Any]] = []
+    for place, record in read_file(path):
+        if not isinstance(record, Mapping):
+            found = str(record) if isinstance(record, BadRow) else f"found {type(record).__name__}"
+            raise UserError(f"{place}: {found}, expected an object with question, answer and scores")
+        records.append(record)
+    header = list(dict.fromkeys(name for record in records for name in record))
+    return header, [{name: _cell(record.get(name)) for name in header} for record in records]
+
+
+def _cell(value: Any) -> str:
+    """A value as the cell of a CSV: text as it is, nothing as an empty cell."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _table(path: Path) -> tuple[list[str], list[Row], int]:
+    """Header, rows and repeated headers of a CSV or TSV."""
     csv.field_size_limit(min(sys.maxsize, 1 << 30))
     try:
         with open_file(path, "the results") as handle:
             if known := what_it_is(handle.read(200)):
                 raise UserError(f"{path}: {known}")
             handle.seek(0)
-            reader = csv.reader(text_lines(path, handle), delimiter="\t" if path.suffix == ".tsv" else ",")
+            reader = csv.reader(text_lines(path, handle), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
             header = next(reader, [])
             twice = [name for name, count in Counter(header).items() if count > 1]
             if twice:
@@ -106,12 +141,7 @@ def read_results(path: Path, columns: Mapping[str, str] | None = None) -> tuple[
         raise UserError(f"{path}: cannot read the results ({error.strerror})") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not a CSV in UTF-8 ({error})") from None
-    choose_columns(
-        path, header, rows, columns or {}
-    )  # so that a file of other columns is named before one without rows
-    if not rows:
-        raise UserError(f"{path}: found no rows")
-    return rows, repeated
+    return header, rows, repeated
 
 
 def choose_columns(path: Path, header: Sequence[str], rows: Sequence[Row], given: Mapping[str, str]) -> Columns:
@@ -163,7 +193,7 @@ def import_results(
     by: str | None = None,
     legacy: bool = False,
 ) -> list[Path]:
-    """Make (or complete) the evaluations of a result CSV in `<name>_judged` beside it; returns their folders.
+    """Make (or complete) the evaluations of a result file in `<name>_judged` beside it; returns their folders.
 
     Each folder has the answers of one arm, and where the file has scores also their summary. Raises UserError naming
     file and line.
