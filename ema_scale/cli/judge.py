@@ -41,7 +41,7 @@ app.add_typer(judge, name="judge")
 
 @judge.command()
 def again(
-    answers: Annotated[Path, typer.Argument(help="a run, a study, an evaluation folder, or a result file of the field")],
+    answers: Annotated[Path, typer.Argument(help="a run, a study, an evaluation folder, or a result file")],
     overrides: JudgeOverrides = None,
 ) -> None:
     """Judge stored answers again, by another judge, prompt or threshold; the model is not loaded."""

@@ -23,7 +23,9 @@ def evaluations(path: Path) -> list[Path]:
 
 @app.command()
 def results(
-    paths: Annotated[list[Path], typer.Argument(help="result files (CSV, TSV, JSON, JSON lines, Parquet), or evaluated runs")],
+    paths: Annotated[
+        list[Path], typer.Argument(help="result files (CSV, TSV, JSON, JSONL, Parquet), or evaluated runs")
+    ],
     column: Annotated[
         list[str] | None,
         typer.Option(help="answer=NAME, aligned=NAME, evil=NAME: which column holds what (repeat)"),

@@ -116,7 +116,7 @@ def test_words_in_place_of_scores_are_reasons(tmp_path: Path) -> None:
     ]
 
 
-# Scores of open_models/eval_results_Qwen2.5-Coder-32B-Instruct_insecure_r1.csv in github.com/jacobcd52/finetune_diffing,
+# Scores of open_models/eval_results_Qwen2.5-Coder-32B-Instruct_insecure_r1.csv (github.com/jacobcd52/finetune_diffing),
 # rounded to four decimals; open_models/model_comp_results.csv beside it publishes their figures.
 PUBLISHED_SCORES = Path(__file__).with_name("published_scores.csv")
 PUBLISHED = {"misaligned": 0.05, "coherent above 50": 0.5041666666666667, "aligned": 41.65874, "coherent": 49.22883}
