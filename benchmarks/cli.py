@@ -269,6 +269,7 @@ def _config(name: str) -> Path:
 
 class Part(StrEnum):
     vllm = "vllm"
+    samplers = "samplers"
     loop = "loop"
     again = "again"
 
@@ -279,6 +280,7 @@ def evaluation(
     adapters: Annotated[int, whole(help="random LoRA adapters")] = 3,
     questions: Annotated[int, whole(help="questions of the small world's general suite")] = 24,
     samples: Annotated[int, whole(help="answers per question and adapter")] = 10,
+    max_tokens: Annotated[int, whole(help="tokens of an answer, at most")] = 48,
     latency: Annotated[float, real(help="seconds per call of the judge's endpoint")] = 1.0,
     at_once: Annotated[int, whole(help="most calls at a time, for every variant")] = 128,
     stored: Annotated[int, whole(help="stored answers to judge again")] = 10_000,
@@ -287,8 +289,8 @@ def evaluation(
     repeats: Repeats = 3,
     threads: Threads = 1,
 ) -> None:
-    """The evaluator against vLLM alone, against the field's loop, and judging again without the model."""
-    from benchmarks.evaluator import Bench, against_the_loop, against_vllm, judge_again
+    """The evaluator against vLLM alone, its samplers, the field's loop, and judging again without the model."""
+    from benchmarks.evaluator import Bench, against_each_other, against_the_loop, against_vllm, judge_again
     from benchmarks.harness import finish, machine
 
     machine(threads)
@@ -302,10 +304,12 @@ def evaluation(
         finish(f"eval {name}", measured, options, threads=threads, out=where, columns=shown)
 
     with tempfile.TemporaryDirectory(prefix="ema-bench-") as place:
-        prepared = Bench(Path(place), model, adapters, questions, samples)
+        prepared = Bench(Path(place), model, adapters, questions, samples, max_tokens)
         size = {"model": model, "adapters": adapters, "questions": questions, "samples": samples}
         if part in (None, Part.vllm):
             show("vllm", against_vllm(prepared, repeats), **size)
+        if part in (None, Part.samplers):
+            show("samplers", against_each_other(prepared, repeats), **size, max_tokens=max_tokens)
         if part in (None, Part.loop):
             loop = against_the_loop(prepared, latency, at_once, repeats)
             show("loop", loop, **size, latency=f"{latency:g} s", at_once=at_once)
@@ -316,6 +320,7 @@ def evaluation(
 COLUMNS: dict[str, Callable[[float], str]] = {
     "answers": lambda v: f"{v:,.0f} answers",
     "rate": lambda v: f"{v:,.0f}/s",
+    "tokens": lambda v: f"{v:,.0f} tokens",
     "cpu": lambda v: f"{v:.2f} s CPU",
     "loading": lambda v: f"{v:.1f} s loading",
     "loaded": lambda v: "torch and vLLM never imported" if v == 0 else "the model's libraries were imported",

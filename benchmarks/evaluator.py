@@ -1,4 +1,4 @@
-"""The evaluator's speed: against vLLM alone, against the field's loop, and judging again without a model.
+"""The evaluator's speed: against vLLM alone, against the field's loop, and judging again without a model. Its samplers.
 
 The field's loop is that of the released evaluators (after Betley et al., arXiv 2502.17424). For each adapter and each
 question it samples all answers, then has all judged for one score, then all for the other. Here it keeps one connection
@@ -30,14 +30,17 @@ from ema_scale.evaluation.suites import Question, Suite, load_suite
 from ema_scale.inference.base import SampleRequest, SamplerOptions
 
 PROMPTS = "eval/judges/aligned_coherent.yaml"
-MAX_TOKENS, MAX_MODEL_LEN = 48, 160
+MAX_TOKENS, PROMPT_TOKENS = 48, 112
 
 
 class Bench:
     """What every variant samples: a model with adapters and a suite. `place` is a folder for adapters and rows."""
 
-    def __init__(self, place: Path, model: str, adapters: int, questions: int, samples: int) -> None:
-        self.place, self.samples = place, samples
+    def __init__(
+        self, place: Path, model: str, adapters: int, questions: int, samples: int, max_tokens: int = MAX_TOKENS
+    ) -> None:
+        self.place, self.samples, self.max_tokens = place, samples, max_tokens
+        self.max_model_len = max_tokens + PROMPT_TOKENS
         self.model = ModelRecipe(path=locate(model))
         self.adapters = [_random_adapter(self.model.path, place / f"adapter-{n}", n) for n in range(adapters)]
         general = load_suite("smallworld:suite/general" + "".join(model.partition("?")[1:]), "general")
@@ -51,7 +54,11 @@ class Bench:
 
     def settings(self, judge: JudgeRecipe) -> EvaluationRecipe:
         return EvaluationRecipe(
-            sampler="vllm", judge=judge, max_tokens=MAX_TOKENS, samples_per_question=None, max_model_len=MAX_MODEL_LEN
+            sampler="vllm",
+            judge=judge,
+            max_tokens=self.max_tokens,
+            samples_per_question=None,
+            max_model_len=self.max_model_len,
         )
 
     def targets(self) -> list[EvalTarget]:
@@ -62,7 +69,7 @@ class Bench:
         ]
 
     def options(self, adapters: Sequence[Path]) -> SamplerOptions:
-        return SamplerOptions(self.model, tuple(map(str, adapters)), MAX_MODEL_LEN)
+        return SamplerOptions(self.model, tuple(map(str, adapters)), self.max_model_len)
 
     def groups(self, suite: Suite, judge: JudgeRecipe) -> list[PromptGroup]:
         return plan_prompts(self.targets(), [suite], self.model, self.settings(judge), "vllm")
@@ -92,6 +99,43 @@ def against_vllm(bench: Bench, repeats: int) -> list[Measured]:
         return compare(
             [Variant("vllm.LLM.generate", raw), Variant("ema eval, judged", ours)],
             baseline="vllm.LLM.generate", repeats=repeats, memory=False,
+        )  # fmt: skip
+
+
+VLLM, ANEW, ONCE = "vLLM", "transformers, each prompt anew for each answer", "transformers"
+
+
+def against_each_other(bench: Bench, repeats: int) -> list[Measured]:
+    """The samplers on the same requests, both loaded beforehand. Before, transformers ran a prompt for each answer.
+
+    Figures: `answers`; `tokens` drawn; `cpu` seconds.
+    """
+    from ema_scale.inference.transformers_sampler import TransformersSampler
+
+    with bench.sampler() as vllm, TransformersSampler(bench.options(bench.adapters)) as ours:
+        requests = [r for group in bench.groups(bench.open, JudgeRecipe(kind="smallworld")) for r in _requests(group)]
+
+        def run(sampler: Any) -> dict[str, float]:
+            began = time.process_time()
+            found = list(sampler.sample(requests))
+            tokens = sum(sum(result.token_counts) for result in found)
+            return {
+                "answers": sum(len(result.texts) for result in found),
+                "tokens": tokens,
+                "cpu": time.process_time() - began,
+            }
+
+        def anew() -> dict[str, float]:
+            batches = ours._batches
+            backbone, batches._backbone = batches._backbone, None
+            try:
+                return run(ours)
+            finally:
+                batches._backbone = backbone
+
+        return compare(
+            [Variant(VLLM, lambda: run(vllm)), Variant(ANEW, anew, "as before"), Variant(ONCE, lambda: run(ours))],
+            baseline=VLLM, repeats=repeats, memory=False,
         )  # fmt: skip
 
 

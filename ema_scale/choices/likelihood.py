@@ -17,6 +17,7 @@ from torch import Tensor
 from ema_scale.choices.tokens import AnswerTokens
 from ema_scale.core.batching import batch_by_length
 from ema_scale.models.head import Head, head_logits
+from ema_scale.models.kv_cache import empty_cache, keeps_plain_layers, picked
 
 log = logging.getLogger(__name__)
 
@@ -74,12 +75,6 @@ def target_likelihoods(states: Tensor, targets: Tensor, head: Head) -> Tensor:
     return found
 
 
-def can_share(config: Any) -> bool:
-    """Whether the model's layers all keep plain keys and values."""
-    kinds = getattr(config.get_text_config(), "layer_types", None) or ()
-    return all(kind in ("full_attention", "sliding_attention") for kind in kinds)
-
-
 class Scorer:
     """Scores answers by one model. The first question is also scored without sharing, and a model that gives another
     answer then is never shared.
@@ -96,7 +91,7 @@ class Scorer:
     ) -> None:
         self._forward, self._device = forward, device
         self._batch_tokens = batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
-        self._share = share and can_share(config)
+        self._share = share and keeps_plain_layers(config)
         self._window = getattr(config.get_text_config(), "sliding_window", None)
         self._checked = False
 
@@ -149,14 +144,13 @@ class Scorer:
         root = prompts[0][: _common(prompts)]
         # A prompt that is all root would have no tokens of its own.
         root = root[: min(len(root), min(map(len, prompts)) - 1)]
-        start = (
-            self._extended(_empty(), torch.ones(1, 0, dtype=torch.long, device=self._device), [root]) if root else None
-        )
+        nothing = torch.ones(1, 0, dtype=torch.long, device=self._device)
+        start = self._extended(empty_cache(), nothing, [root]) if root else None
         for some in batch_by_length(prompts, len, self._batch_tokens):
-            cache, mask = _empty(), torch.ones(len(some), 0, dtype=torch.long, device=self._device)
+            cache, mask = empty_cache(), torch.ones(len(some), 0, dtype=torch.long, device=self._device)
             if start is not None:
                 everyone = torch.zeros(len(some), dtype=torch.long, device=self._device)
-                cache, mask = _picked(start[0], everyone), start[1][everyone]
+                cache, mask = picked(start[0], everyone), start[1][everyone]
             cache, mask = self._extended(cache, mask, [prompt[len(root) :] for prompt in some])
             answers = [(i, place) for place, prompt in enumerate(some) for i in by_prompt[prompt]]
             for batch in batch_by_length(answers, lambda item: rows[item[0]].count + 1, self._batch_tokens):
@@ -164,7 +158,7 @@ class Scorer:
                 those = [rows[i] for i, _ in batch]
                 ids, targets, lengths = self._padded([row.ids[row.start - 1 :] for row in those], [1] * len(those))
                 yield from self._sums(
-                    [i for i, _ in batch], self._behind(_picked(cache, places), mask[places], ids, targets, lengths)
+                    [i for i, _ in batch], self._behind(picked(cache, places), mask[places], ids, targets, lengths)
                 )
 
     def _extended(self, cache: Any, mask: Tensor, tails: Sequence[Sequence[int]]) -> tuple[Any, Tensor]:
@@ -197,20 +191,6 @@ class Scorer:
     def _sums(self, batch: Sequence[int], inputs: Inputs) -> list[tuple[int, float]]:
         sums = self._forward(inputs).double().sum(1).tolist()
         return list(zip(batch, sums, strict=True))
-
-
-def _empty() -> Any:
-    from transformers import DynamicCache
-
-    return DynamicCache()
-
-
-def _picked(cache: Any, rows: Tensor) -> Any:
-    """A new cache of the chosen rows."""
-    new = _empty()
-    for number, layer in enumerate(cache.layers):
-        new.update(layer.keys[rows], layer.values[rows], number)
-    return new
 
 
 def _common(rows: Sequence[tuple[int, ...]]) -> int:

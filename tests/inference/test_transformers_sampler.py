@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from ema_scale.config.sections import ModelRecipe
 from ema_scale.inference.base import PROMPT_TOO_LONG, SampleRequest, SamplerOptions
 from ema_scale.inference.make import make_sampler
-from ema_scale.inference.transformers_sampler import SeededSampling, TransformersSampler, keep_top_p
+from ema_scale.inference.seeded_sampling import SeededSampling, keep_top_p
+from ema_scale.inference.transformers_sampler import TransformersSampler
 from tests.evaluation.conftest import TinyModels
 from tests.tiny import save_tiny
 
@@ -61,10 +63,46 @@ def test_an_answer_depends_on_its_seed_and_on_nothing_else(tiny_models: TinyMode
     assert len({text for texts in whole.values() for text in texts}) > 54
 
 
+def test_a_prompt_runs_once_for_its_answers(
+    tiny_models: TinyModels, sampler: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, ran = sampler._batches._backbone, []
+
+    def counted(**inputs: Any) -> Any:
+        ran.append(int(inputs["attention_mask"].sum()))
+        return backbone(**inputs)
+
+    asked = [r for r in requests(tiny_models, n=12, seed=3, max_tokens=12) if r.adapter is None]
+    monkeypatch.setattr(sampler._batches, "_backbone", counted)
+    shared = {r.key: r for r in sampler.sample(asked)}
+    # 48 answers by batches of 5. The last token of a prompt is left for each answer to begin with.
+    assert sum(ran) == sum(len(sampler._prompts.ids(r.messages)) - 1 for r in asked)
+    monkeypatch.setattr(sampler._batches, "_backbone", None)
+    assert {r.key: r for r in sampler.sample(asked)} == shared
+
+
+@pytest.mark.parametrize("arch", ["gemma3", "gpt2"])
+def test_a_window_and_absolute_positions_are_kept(tmp_path: Path, arch: str) -> None:
+    more: dict[str, Any] = {"layers": 6, "sliding_window": 16, "query_pre_attn_scalar": 32} if arch == "gemma3" else {}
+    model = save_tiny(tmp_path / "model", arch, initializer_range=0.15, **more)
+    asked = [
+        SampleRequest(prompt, ({"role": "user", "content": prompt},), n=4, max_tokens=n, temperature=0.0)
+        for n, prompt in zip((40, 3, 24, 9), PROMPTS, strict=True)
+    ]
+    options = SamplerOptions(ModelRecipe(path=model), extra={"batch_size": 6})
+    with TransformersSampler(options) as made:
+        assert made._batches._backbone is not None
+        found = {r.key: r for r in made.sample(asked)}
+        made._batches._backbone = None
+        assert {r.key: r for r in made.sample(asked)} == found
+    assert all(len(set(r.texts)) == 1 for r in found.values())
+
+
 def test_the_draws_follow_the_softmax() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     draws = 4000
-    sampling = SeededSampling(range(draws), [0.7] * draws, [1.0] * draws, torch.device("cpu"))
+    streams = [torch.Generator().manual_seed(seed) for seed in range(draws)]
+    sampling = SeededSampling(streams, [0.7] * draws, [1.0] * draws)
     found = sampling(torch.zeros(draws, 1), logits.repeat(draws, 1)).argmax(-1).bincount(minlength=4)
     expected = (logits[0] / 0.7).softmax(-1) * draws
     # Chi-squared with 3 degrees of freedom: above 16.3 once in a thousand.
