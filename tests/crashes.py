@@ -301,7 +301,7 @@ class Sweep:
     wrong: list[str]
 
 
-def sweep(name: str, folder: Path, sample: int | None, rng: random.Random) -> Sweep:
+def sweep(name: str, folder: Path, sample: int | None, rng: random.Random, start: int = 1) -> Sweep:
     """Kill the command at each event, or at `sample` of them. wrong: what the runs after the kills left, in words."""
     case, prepared, work = CASES[name], folder / "prepared", folder / "work"
     _fresh(folder / "world", work)
@@ -315,10 +315,12 @@ def sweep(name: str, folder: Path, sample: int | None, rng: random.Random) -> Sw
         return Sweep(0, [f"{name}: undisturbed, it ended with {calm.code}: {calm.said[-2000:]}"])
     kills = [(number, False) for number in range(1, len(calm.events) + 1)]
     kills += [(n, True) for n, (kind, _) in enumerate(calm.events, start=1) if kind in ("fsync", "save")]
+    kills = kills[start - 1 :]
     if sample is not None:
         kills = sorted(rng.sample(kills, min(sample, len(kills))))
     wrong = []
-    for number, torn in kills:
+    for done, (number, torn) in enumerate(kills, start=start):
+        print(f"\r{name}: kill {done} of {len(kills) + start - 1}", end="", file=sys.stderr, flush=True)
         _fresh(prepared, work)
         killed = run(folder, case.command, number, torn)
         kind, path = calm.events[number - 1]
@@ -348,6 +350,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--all", action="store_true", help="every command")
     parser.add_argument("--sample", type=int, help="so many events per command; default: every one")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--start", type=int, default=1, help="the first kill, to go on with a sweep")
     given = parser.parse_args(arguments)
     names = given.commands or (list(CASES) if given.all or given.sample else [])
     if not names or set(names) - set(CASES):
@@ -359,7 +362,7 @@ def main(arguments: Sequence[str]) -> int:
         make_world(Path(folder) / "world")
         for name in names:
             began = time.monotonic()
-            found = sweep(name, Path(folder), given.sample, random.Random(f"{given.seed} {name}"))
+            found = sweep(name, Path(folder), given.sample, random.Random(f"{given.seed} {name}"), given.start)
             kills, wrong = kills + found.kills, wrong + found.wrong
             took = time.monotonic() - began
             print(f"{name}: {found.kills} kills, {len(found.wrong)} differ, {took:.0f} s", flush=True)
