@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -15,6 +16,8 @@ from ema_scale.defenses.terms import Direction, LabelMeasure
 CUDA_BYTES, CPU_BYTES = 3 * 2**29, 80 * 2**20
 # With fewer tokens per chunk, reading the head takes longer than multiplying with it.
 MIN_CHUNK_TOKENS = 128
+# Of the logits that are read at once on a CPU: with what is made of them they stay in a core's cache.
+TILE_BYTES = 2**21
 # Buffers of the cross-entropy: the policy's logits and probabilities, and their product for the entropy.
 CROSS_ENTROPY = 3
 
@@ -28,6 +31,16 @@ def default_chunk(weight: Tensor, buffers: int = CROSS_ENTROPY) -> int:
 def chunk_tokens(vocabulary: int, buffers: int, *, cuda: bool, bytes_each: int = 4) -> int:
     """Tokens per chunk, if so many [chunk, vocabulary] buffers of `bytes_each` bytes per element are alive at once."""
     return max(MIN_CHUNK_TOKENS, (CUDA_BYTES if cuda else CPU_BYTES) // (vocabulary * bytes_each * buffers))
+
+
+def tile_tokens(weight: Tensor, dtype: torch.dtype) -> int:
+    """Tokens of a chunk whose logits in `dtype` are read at once, for a head `weight` [V, H].
+
+    A GPU reads the whole chunk. On a CPU a dozen passes over a whole chunk would each wait for the memory.
+    """
+    if weight.device.type != "cpu":
+        return sys.maxsize
+    return max(1, TILE_BYTES // (weight.shape[0] * dtype.itemsize))
 
 
 class Measured(Protocol):
@@ -56,7 +69,7 @@ def _buffers_at(term: Measured, index: int, count: int) -> int:
     if not isinstance(term.measure, str):
         return shared + 1  # the reference's probabilities
     if term.measure == "policy_reference":
-        # A temporary, and log p - log q, which the last term writes over the reference's logits. At another
-        # temperature: both probabilities, and the logits that these are made of.
-        return shared + (3 if heated else 1 + (not last))
+        # A temporary, and the difference of the logits, which the last term writes over the reference's. At another
+        # temperature the policy's probabilities again.
+        return shared + 1 + heated + (not last)
     return shared + 2 + (not last) + heated  # the reference's probabilities stay

@@ -18,7 +18,7 @@ def label_log_probs(logits: Tensor, ref_logits: Tensor | None, logz: Tensor, lab
         unread = torch.full_like(policy, torch.nan)
         return LabelLogProbs(policy, unread, unread)
     ref_at_label = ref_logits.gather(1, labels)
-    ref_logz = softmax(ref_logits)[1]
+    ref_logz = softmax(ref_logits).logz
     log_ratio = at_label - ref_at_label - (logz - ref_logz)
     return LabelLogProbs(policy, (ref_at_label - ref_logz).squeeze(1), log_ratio.squeeze(1))
 

@@ -8,7 +8,7 @@ tensor larger than a chunk exists, and backward does not need the head (under Ze
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ema_scale.defenses.terms import Direction, LabelLogProbs, LabelMeasure
-from ema_scale.models.head import Head, head_logits
-from ema_scale.training.chunk_size import default_chunk, live_buffers
+from ema_scale.models.head import Head, head_logits, head_products, logits_of
+from ema_scale.training.chunk_size import default_chunk, live_buffers, tile_tokens
 from ema_scale.training.divergence import divergence, softmax
 from ema_scale.training.label_values import label_log_probs, label_value, logits_gradient
+
+FromHead = Callable[[Tensor, Head, torch.dtype], Tensor]
 
 
 @dataclass(frozen=True)
@@ -239,19 +241,53 @@ class _ChunkedLoss:
     def run_chunk(self, rows: Tensor, has_ce: bool) -> None:
         """Tokens `rows` [C] of the batch: a cross-entropy if `has_ce`, and all terms. `live_buffers` counts the [C, V]
         tensors that are alive here."""
-        backward = self.gradients is not None
-        logits = head_logits(self.policy[rows], self.head, self.dtype)
-        probs, logz = softmax(logits)
-        ref_logits = None
+        tile = tile_tokens(self.head.weight, self.dtype)
+        if tile < len(rows):
+            grads = self._read_by_tiles(tile, rows, has_ce)
+        else:
+            grads = self._read(rows, *self._of_both(head_logits, rows), has_ce)
+        for slot in range(len(grads)):
+            grad_logits, grads[slot] = grads[slot], None
+            if grad_logits is not None:
+                assert self.gradients is not None
+                into = self.gradients[slot]
+                into[rows] = torch.mm(grad_logits.to(self.head.weight.dtype), self.head.weight).to(into.dtype)
+
+    def _read_by_tiles(self, tile: int, rows: Tensor, has_ce: bool) -> list[Tensor | None]:
+        """As `_read`, so many tokens at a time. The first gradient takes the place of the policy's products."""
+        products, ref_products = self._of_both(head_products, rows)
+        grads: list[Tensor | None] = [None for _ in self.slot_groups]
+        for at in (slice(start, start + tile) for start in range(0, len(rows), tile)):
+            logits = logits_of(products[at], self.head, self.dtype)
+            ref_logits = None if ref_products is None else logits_of(ref_products[at], self.reference_head, self.dtype)
+            for slot, found in enumerate(self._read(rows[at], logits, ref_logits, has_ce)):
+                if found is not None:
+                    whole = grads[slot]
+                    if whole is None:
+                        whole = grads[slot] = products if slot == 0 else torch.empty_like(products)
+                    whole[at] = found
+        return grads
+
+    def _of_both(self, through: FromHead, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[C, V] of policy and, if it is read, reference."""
+        ref = None
         if self.reads_reference:
             assert self.reference is not None
-            ref_logits = head_logits(self.reference[rows], self.reference_head, self.dtype)
+            ref = through(self.reference[rows], self.reference_head, self.dtype)
+        return through(self.policy[rows], self.head, self.dtype), ref
+
+    def _read(self, rows: Tensor, logits: Tensor, ref_logits: Tensor | None, has_ce: bool) -> list[Tensor | None]:
+        """By slot the gradient of tokens `rows` [C] by the head's products [C, V], if there is one. Both logits [C, V]
+        may be overwritten."""
+        backward = self.gradients is not None
+        known = softmax(logits)
+        probs, logz, top = known
 
         weight = self.ce_weights[rows].to(self.dtype)
         if has_ce:
             target = self.labels[rows].unsqueeze(1)
             self.ce[rows] = (logz - logits.gather(1, target)).squeeze(1)
-            self.correct[rows] = (logits.argmax(1) == target.squeeze(1)).to(self.dtype)
+            self.correct[rows] = (top == target).squeeze(1).to(self.dtype)
             self.entropy[rows] = logz.squeeze(1) - (probs * logits).sum(1)
             if self.weighted:
                 weight = weight * self._factors(rows, logits, ref_logits, logz, target)
@@ -273,7 +309,7 @@ class _ChunkedLoss:
             if isinstance(term.measure, str):
                 assert ref_logits is not None
                 value, grad = divergence(
-                    logits, ref_logits, term.measure, term.temperature, (probs, logz), backward=self.moves[index],
+                    logits, ref_logits, term.measure, term.temperature, known, backward=self.moves[index],
                     overwrite=index == len(self.terms) - 1,
                 )  # fmt: skip
             else:
@@ -293,21 +329,22 @@ class _ChunkedLoss:
                 grads[slot] = grad.mul_(factor) if earlier is None else earlier.addcmul_(grad, factor)
             del grad
         if self.gradients is None:
-            return
+            return grads
 
         if has_ce:  # the gradient of the cross-entropy is probs - one_hot(target)
             weight = (weight / scales[0]).unsqueeze(1)
             first = grads[0]
             first = probs.mul_(weight) if first is None else first.addcmul_(probs, weight)
             grads[0] = first.scatter_add_(1, target, -weight)
-        del probs, ref_logits
+        del known, probs, ref_logits
         if self.head.softcap is not None:  # the derivative of the cap, in place of the logits
             logits.div_(self.head.softcap).square_().neg_().add_(1)
-        for slot in slots:
-            grad_logits, grads[slot] = grads[slot], None
-            if grad_logits is not None:
-                into = self.gradients[slot]
-                into[rows] = _grad_hidden(grad_logits, logits, self.head).to(into.dtype)
+        for grad in grads:
+            if grad is not None and self.head.softcap is not None:
+                grad.mul_(logits)
+            if grad is not None and self.head.scale != 1.0:
+                grad.mul_(self.head.scale)
+        return grads
 
     def weigh_rows(self, with_ce: Tensor) -> None:
         """Multiply in what is made of whole rows, when the likelihoods of all tokens are known."""
@@ -355,15 +392,3 @@ class _ChunkedLoss:
         if self.head.weight.dtype == torch.float16:
             exponent = exponent - 8  # room below, for small probabilities
         return torch.ldexp(torch.ones_like(weights[0]), exponent)
-
-
-def _grad_hidden(grad_logits: Tensor, cap: Tensor, head: Head) -> Tensor:
-    """Gradient by the hidden states [C, H], from that by the logits [C, V], which is overwritten.
-
-    cap: [C, V], the derivative of the logits' cap, if the head has one.
-    """
-    if head.softcap is not None:
-        grad_logits.mul_(cap)
-    if head.scale != 1.0:
-        grad_logits.mul_(head.scale)
-    return torch.mm(grad_logits.to(head.weight.dtype), head.weight)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ema_scale.models.head import Head
-from ema_scale.training.divergence import divergence
+from ema_scale.training.divergence import BLOCK, divergence, first_largest
 from ema_scale.training.loss import LossTerm, fused_loss
 
 DIRECTIONS = ["policy_reference", "reference_policy", "jensen_shannon"]
@@ -47,16 +47,25 @@ def test_float32_is_precise_near_the_reference(direction, temperature):
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_float32_is_precise_far_from_the_reference(direction):
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_float32_is_precise_far_from_the_reference(direction, temperature):
     """Also where exp(d) overflows, and where one of both probabilities is 0 in float32."""
     made = torch.Generator().manual_seed(0)
     for far in (1.0, 10.0, 60.0, 200.0):
         logits, reference = (far * torch.randn(32, 500, generator=made) for _ in range(2))
         reference[:16, 0], logits[:16, 0] = logits[:16].amax(1) - 5, logits[:16].amin(1) - far
-        value, slope = divergence(logits, reference.clone(), direction)
-        expected, gradient = exact(logits, reference, direction)
+        value, slope = divergence(logits, reference.clone(), direction, temperature)
+        expected, gradient = exact(logits, reference, direction, temperature)
         torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-7)
         assert (slope - gradient).norm() < 1e-6 * far * (gradient.norm() + 1), far
+
+
+@pytest.mark.parametrize("size", [5, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK + 7])
+def test_the_first_of_the_largest_is_found_in_any_block(size):
+    made = torch.Generator().manual_seed(0)
+    ties = torch.randint(0, 4, (50, size), generator=made).float()
+    for logits in (ties, ties.sort(1).values, torch.zeros(2, size), torch.eye(size)):
+        assert torch.equal(first_largest(logits).squeeze(1), logits.argmax(1))
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from ema_scale.defenses.ceiling import excess
 from ema_scale.models.head import Head
+from ema_scale.training.chunk_size import tile_tokens
 from ema_scale.training.divergence import divergence as divergence_whole
 from ema_scale.training.loss import LossTerm, fused_loss
 
@@ -116,6 +117,40 @@ def test_chunk_size_does_not_matter():
         results.append(x.grad)
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("shape", [{}, {"softcap": 2.0, "scale": 1.5, "bias": True}])
+@pytest.mark.parametrize("tile", [1, 3])
+def test_reading_a_chunk_by_tiles_changes_nothing(shape, tile, monkeypatch):
+    policy, reference, head, labels, ce_weights, g = problem(**shape)
+    label_term = LossTerm(torch.rand(37, generator=g, dtype=torch.float64), labels != -100, excess, group=1)
+    measured = LossTerm(torch.zeros(37), torch.ones(37, dtype=torch.bool), "jensen_shannon", 2.0)
+    asked: list[list[LossTerm]] = [[], [measured], [term(g, 37, "policy_reference"), label_term, measured]]
+    for terms in asked:
+        found = []
+        for size in (1000, tile):
+            monkeypatch.setattr("ema_scale.training.loss.tile_tokens", lambda *_, size=size: size)
+            x = policy.clone().requires_grad_()
+            got = fused_loss(x, reference, head, labels, ce_weights, terms, chunk=8)
+            got.loss.backward()
+            found.append((x.grad, got.losses, got.ce, got.terms, got.correct, got.entropy))
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+def test_a_large_vocabulary_is_read_by_tiles_on_a_cpu():
+    """In bfloat16, whose gradient by the logits is rounded on its way to the product with the head."""
+    policy, reference, head, labels, ce_weights, g = problem(n=8, v=200_000, dtype=torch.bfloat16)
+    assert tile_tokens(head.weight, torch.float32) < 8 <= tile_tokens(head.weight[:50_000], torch.float32)
+    asked, ce_weights = [term(g, 8, "policy_reference", dtype=torch.float32)], ce_weights.float()
+    small, exact = policy.clone().requires_grad_(), policy.double().requires_grad_()
+    wide = Head(head.weight.double())
+    got = fused_loss(small, reference, head, labels, ce_weights, asked)
+    expected = fused_loss(exact, reference.double(), wide, labels, ce_weights.double(), asked)
+    got.loss.backward()
+    expected.loss.backward()
+    torch.testing.assert_close(got.loss.double(), expected.loss, rtol=1e-3, atol=0)
+    assert (small.grad.double() - exact.grad).norm() < 2e-2 * exact.grad.norm()
 
 
 def test_tokens_without_weight_are_skipped():
