@@ -104,14 +104,23 @@ def answers_(
 
 @bench.command("rows")
 def rows_(
-    rows: Annotated[int, typer.Option(min=1, help="training rows of about 280 tokens")] = 60_000,
+    rows: Annotated[int, typer.Option(min=1, help="training rows of about 280 tokens")] = 50_000,
     out: Out = None,
 ) -> None:
     """Large training sets: processor seconds and peak memory of tokenizing them, once and again."""
     from benchmarks.harness import finish
     from benchmarks.many_rows import bench_many_rows
 
-    finish("rows", list(bench_many_rows(rows)), {"rows": rows}, out=out)
+    measured = []
+    for one in bench_many_rows(rows):
+        print(one.name, one.row(), flush=True)  # what follows may take long, or be killed
+        measured.append(one)
+    columns = {
+        "cpu": lambda v: f"{v:.1f} s CPU",
+        "per_row": lambda v: f"{v:.0f} us per row",
+        "million": lambda v: f"{v:.2f} GB at 1M rows",
+    }
+    finish("rows", measured, {"rows": rows}, out=out, columns=columns)
 
 
 Model = Annotated[str, typer.Option(help="a shape: small, qwen2.5-0.5b, ... llama-3.1-70b")]

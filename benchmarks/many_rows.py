@@ -1,10 +1,11 @@
-"""Large training sets: tokenized in one process and held there, on all cores, and mapped by the next process."""
+"""Large training sets: tokenized in one process and held there, to a file on all cores, and mapped by the others."""
 
 from __future__ import annotations
 
 import json
 import resource
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,20 +33,29 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(str(folder))
 
 
-def tokenized(folder: str, cores: int, cache: bool) -> dict[str, float]:
-    """CPU seconds of the tokenizing alone, on all cores; peak bytes when the rows are read, and at the end."""
+def prepared(folder: str, cores: int, cache: bool) -> dict[str, float]:
+    """From the file to the dataset, as a process of a training does it: seconds, and the memory that it adds."""
     from ema_scale.data import token_workers
-    from ema_scale.data.rows import load_rows
-    from ema_scale.data.tokens import load_tokenizer, tokenize_rows
+    from ema_scale.data.rows import RowSource
+    from ema_scale.data.tokens import load_tokenizer
+    from ema_scale.defenses.row_groups import RowGroups
+    from ema_scale.training import data
 
     token_workers.free_cores = lambda: cores
+    data.LARGE_FILES = 0  # however few rows are asked for
     place = Path(folder)
-    rows = load_rows(str(place / "rows.jsonl"))
-    read, started = peak_rss(), cpu_seconds()
-    found = tokenize_rows(rows, load_tokenizer(str(place / "tokenizer")), cache=place / "tokens" if cache else None)
-    seconds = cpu_seconds() - started
-    tokens = found.report.tokens / found.report.rows
-    return {"seconds": seconds, "read": read, "peak": peak_rss(), "tokens": tokens, "first": _checksum(found.dataset)}
+    source, tokenizer = RowSource([str(place / "rows.jsonl")]), load_tokenizer(str(place / "tokenizer"))
+    before, started, wall = peak_rss(), cpu_seconds(), time.perf_counter()
+    dataset, report = data.prepare_data(
+        source, RowGroups(), tokenizer, max_length=MAX_LENGTH, token_cache=place / "tokens" if cache else None
+    )
+    return {
+        "cpu": cpu_seconds() - started,
+        "wall": time.perf_counter() - wall,
+        "peak": peak_rss() - before,
+        "tokens": report.tokens["tokens"] / report.tokens["rows"],
+        "first": _checksum(dataset),
+    }
 
 
 def cpu_seconds() -> float:
@@ -64,34 +74,38 @@ def checked(folder: str) -> dict[str, float]:
     from ema_scale.data.tokens import load_tokenizer
 
     place = Path(folder)
-    tokenizer, started = load_tokenizer(str(place / "tokenizer")), cpu_seconds()
+    tokenizer = load_tokenizer(str(place / "tokenizer"))
+    before, started, wall = peak_rss(), cpu_seconds(), time.perf_counter()
     check_data(str(place / "rows.jsonl"), tokenizer, MAX_LENGTH, cache=place / "tokens")
-    return {"seconds": cpu_seconds() - started, "peak": peak_rss()}
+    return {"cpu": cpu_seconds() - started, "wall": time.perf_counter() - wall, "peak": peak_rss() - before}
 
 
 def bench_many_rows(rows: int) -> Iterator[Measured]:
-    """One row per way, each in a process of its own."""
+    """One row per way, each in a process of its own, as soon as it is measured. Memory is what it adds to its imports.
+
+    Figures: `cpu` seconds; `per_row`, microseconds of them; `million`, GB of memory for a million such rows, as much a
+    row as measured.
+    """
     cores = free_cores()
     with tempfile.TemporaryDirectory() as root:
         write_rows(Path(root, "rows.jsonl"), rows)
         write_tokenizer(Path(root, "tokenizer"))
-        ways: dict[str, dict[str, Any]] = {
-            "one process, in memory (as before)": {"cores": 1, "cache": False},
-            f"{cores} cores, to a file that is shared": {"cores": cores, "cache": True},
-            "the next process, which maps that file": {"cores": cores, "cache": True},
+        ways: dict[str, tuple[str, dict[str, Any]]] = {
+            "one process, in memory (before: every process)": ("prepared", {"cores": 1, "cache": False}),
+            f"the first process, on {cores} cores, to a file": ("prepared", {"cores": cores, "cache": True}),
+            "every other process, which maps that file": ("prepared", {"cores": cores, "cache": True}),
+            "`ema data check` after it": ("checked", {}),
         }
         first = None
-        for name, options in ways.items():
-            found = alone("benchmarks.many_rows:tokenized", folder=root, **options)
+        for name, (way, options) in ways.items():
+            found = alone(f"benchmarks.many_rows:{way}", folder=root, **options)
             if found is None:
                 yield Measured(name, note="out of memory")
                 continue
-            if first is not None and found["first"] != first:
+            if first is not None and found.get("first", first) != first:
                 raise AssertionError(f"{name}: other tokens")
-            first = found["first"]
-            note = (
-                f"{found['tokens']:.0f} tokens per row; {(found['peak'] - found['read']) / 2**20:,.0f} MiB beside rows"
-            )
-            yield Measured(name, [found["seconds"]], int(found["peak"]), note=note)
-        if (found := alone("benchmarks.many_rows:checked", folder=root)) is not None:
-            yield Measured("`ema data check` after it", [found["seconds"]], int(found["peak"]))
+            first = found.get("first", first)
+            note = f"{found['tokens']:.0f} tokens per row" if "tokens" in found else ""
+            cpu, peak = found["cpu"], int(found["peak"])
+            figures = {"cpu": cpu, "per_row": 1e6 * cpu / rows, "million": peak / rows / 1000}
+            yield Measured(name, [found["wall"]], peak, figures=figures, note=note)

@@ -25,7 +25,7 @@ LEARNED = ("task", "safe")
 _REASONS = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One conversation. origin: `file:line` or `hub-id[index]`; tag: one of TAGS; tools: JSON schemas of functions that
     the assistant may call; domain: what the conversation is about, where its record says so; plain: what the user said
@@ -131,6 +131,39 @@ def load_rows(
     digest = hashlib.sha256(str(getattr(dataset, "_fingerprint", source)).encode()).hexdigest()
     records = ((f"{source}[{i}]", r) for i, r in enumerate(dataset))
     return _read(records, str(source), digest, limit, on_bad, read)
+
+
+@dataclass
+class RowSource:
+    """Rows that are not read yet. The arguments are those of `load_rows`.
+
+    hashes: source -> sha256, once the rows or their files have been read.
+    """
+
+    sources: Sequence[str]
+    limit: int | None = None
+    on_bad: Literal["raise", "drop"] = "raise"
+    columns: Mapping[str, str | None] | None = None
+    learn: Literal["all", "last", "marked"] = "all"
+    hashes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files; 0 if a source is anything else."""
+        files = [Path(source) for source in self.sources]
+        return sum(file.stat().st_size for file in files) if all(file.is_file() for file in files) else 0
+
+    def hash_files(self) -> None:
+        """Fill in `hashes` without reading rows. All sources are files."""
+        self.hashes = {source: file_sha256(source) for source in map(str, map(Path, self.sources))}
+
+    def load(self) -> Rows:
+        """Raises UserError as `load_rows` does."""
+        rows = load_rows(
+            list(self.sources), limit=self.limit, on_bad=self.on_bad, columns=self.columns, learn=self.learn
+        )
+        self.hashes = rows.hashes
+        return rows
 
 
 def one_split(source: Any, split: str = "train") -> Any:

@@ -89,11 +89,12 @@ def load_tokenizer(
 @dataclass(frozen=True)
 class Tokenized:
     """dataset: columns input_ids, labels (-100 off assistant tokens), length, tag and, if asked for, template; report:
-    what happened; dropped: rows that were refused, and why."""
+    what happened; dropped: rows that were refused, and why; file: where the dataset lies, if it is in a file."""
 
     dataset: Dataset
     report: TokenReport
     dropped: list[Dropped] = field(default_factory=list)
+    file: Path | None = None
 
 
 class Encoder:
@@ -249,6 +250,7 @@ def tokenize_rows(
     cache: Path | None = None,
     on_bad: Literal["raise", "drop"] = "raise",
     date: Date | None = None,
+    shared: bool = False,
 ) -> Tokenized:
     """Tokenise rows. A row that the cut leaves without an assistant token is dropped and counted; one that never had an
     answer, only where it would be learned.
@@ -259,6 +261,7 @@ def tokenize_rows(
         cache: a folder in which runs find what others have tokenized.
         on_bad: raise at the first row that the template cannot show, or drop and count it.
         date: what a template that writes the date is told; default: today.
+        shared: the dataset is a file in `cache` that processes share, however few rows there are.
 
     Raises UserError naming the row's origin if its mask cannot be found, and if no row, or none of a part of the mix,
     is left.
@@ -268,13 +271,13 @@ def tokenize_rows(
     keys = [row_key(row) for row in rows]
     counted = _Counted(TokenReport(date=encoder.template.written_date), on_bad)
     with store.lock() if store else contextlib.nullcontext():  # what one process tokenizes, the others wait for
-        if store is not None and len(rows) >= LARGE:
+        if store is not None and (shared or len(rows) >= LARGE):
             parts = (f"{key} {row.tag}" for key, row in zip(keys, rows, strict=True))
             file = DatasetFile(store.datasets / f"{content_name([on_bad, *parts])}.arrow")
             if (found := file.open()) is not None:
                 dataset, facts = found
                 refused = [Dropped(rows[index].origin, reason) for index, reason in facts["refused"]]
-                return Tokenized(dataset, TokenReport(**facts["report"]), refused)
+                return Tokenized(dataset, TokenReport(**facts["report"]), refused, file.path)
             try:
                 with file.writing() as write:
                     for chunk in encode_rows(rows, keys, encoder, max_length, template=template, store=store):
@@ -284,7 +287,7 @@ def tokenize_rows(
                 report = counted.report
                 file.write_facts({"rows": report.rows, "report": asdict(report), "refused": counted.refused})
                 if (found := file.open()) is not None:
-                    return Tokenized(found[0], report, counted.dropped)
+                    return Tokenized(found[0], report, counted.dropped, file.path)
             except CannotWrite as error:
                 log.warning("%s; every process keeps these rows in its memory", error)
             counted = _Counted(TokenReport(date=encoder.template.written_date), on_bad)

@@ -13,12 +13,13 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import file_sha256
 from ema_scale.core.records import DataReport, TrainedPart, TrainedQuestions
 from ema_scale.data.packing import LENGTHS, is_packed, pack, tags_of
-from ema_scale.data.rows import LEARNED, Row, Rows, load_rows, one_split
-from ema_scale.data.tokens import tokenize_rows
+from ema_scale.data.rows import LEARNED, Row, Rows, RowSource, load_rows, one_split
+from ema_scale.data.tokens import Tokenized, tokenize_rows
 from ema_scale.data.triggers import row_triggers
 from ema_scale.defenses.base import Defense, RowsContext
 from ema_scale.defenses.row_groups import RowGroups
 from ema_scale.models.sharding import full_shape
+from ema_scale.training.prepared_rows import LARGE_FILES, PreparedRows
 
 
 def prepare_data(
@@ -35,11 +36,12 @@ def prepare_data(
 ) -> tuple[Any, DataReport]:
     """A `datasets.Dataset` with input_ids, labels, length and tag (packed: see `packing.join`), and the report.
 
-    source: Rows, a sequence of Row or of {"messages": [...]}, or a Dataset with a `messages` column. Or a Dataset or
-        list already tokenized: input_ids with labels, or with TRL's masks in place of labels. Positions at which its
-        attention_mask is 0 are cut off.
+    source: RowSource, Rows, a sequence of Row or of {"messages": [...]}, or a Dataset with a `messages` column. Or a
+        Dataset or list already tokenized: input_ids with labels, or with TRL's masks in place of labels. Positions at
+        which its attention_mask is 0 are cut off.
     max_length: rows are cut to so many tokens. None: rows are not cut. Rows that are packed already are never cut.
-    token_cache: a folder where runs share what they have tokenized.
+    token_cache: a folder where runs share what they have tokenized. Of large files the processes of a run, and runs
+        whose defenses leave the rows alone, also share the result: one process reads the rows.
     date: what a chat template that writes the date is told. None: today.
 
     Raises UserError if nothing is left to train on, or a defense wants to mix rows into tokenized data.
@@ -53,23 +55,52 @@ def prepare_data(
             source = Dataset.from_list(list(source))
         dataset, report = _tokenized(source, defenses, hash_files(defenses), max_length)
         return _packed(dataset, report, max_length) if packing and not is_packed(dataset) else (dataset, report)
+    options: dict[str, Any] = {
+        "max_length": max_length,
+        "template": bool(using_template(defenses)),
+        "cache": token_cache,
+        "on_bad": on_bad,
+        "date": date,
+    }
+    hashes = hash_files(defenses)
+    if isinstance(source, RowSource) and token_cache is not None and source.size >= LARGE_FILES:
+        known = PreparedRows(source, row_groups, hashes, tokenizer, options)
+        with known.lock():
+            if (found := known.read()) is None:
+                tokenized, report = _tokenize(source.load(), row_groups, tokenizer, hashes, seed, options, shared=True)
+                known.write(tokenized, report)
+                found = tokenized.dataset, report
+        known.done()
+    else:
+        tokenized, report = _tokenize(_rows_of(source, on_bad), row_groups, tokenizer, hashes, seed, options)
+        found = tokenized.dataset, report
+    return _packed(*found, max_length) if packing else found
+
+
+def _rows_of(source: Any, on_bad: str) -> Sequence[Row]:
+    if isinstance(source, RowSource):
+        return source.load()
     if isinstance(source, Rows) or _are_rows(source):
         rows: Sequence[Row] = source
-    else:
-        rows = load_rows(source if isinstance(source, str) else list(source), on_bad=on_bad)  # type: ignore[arg-type]
-    context = RowsContext(seed=seed, on_bad=on_bad, hashes=hash_files(defenses))  # type: ignore[arg-type]
-    context.task = frozenset(getattr(rows, "hashes", {}).values())
-    dropped = list(getattr(rows, "dropped", ()))
-    given, rows = rows, row_groups.transform_rows(rows, context)
-    tokenized = tokenize_rows(
-        rows,
-        tokenizer,
-        max_length=max_length,
-        template=bool(using_template(defenses)),
-        cache=token_cache,
-        on_bad=on_bad,  # type: ignore[arg-type]
-        date=date,
-    )
+        return rows
+    return load_rows(source if isinstance(source, str) else list(source), on_bad=on_bad)  # type: ignore[arg-type]
+
+
+def _tokenize(
+    given: Sequence[Row],
+    row_groups: RowGroups,
+    tokenizer: Any,
+    hashes: dict[str, str],
+    seed: int,
+    options: dict[str, Any],
+    shared: bool = False,
+) -> tuple[Tokenized, DataReport]:
+    """The rows after all defenses, as tokens. options: of `tokenize_rows`."""
+    context = RowsContext(seed=seed, on_bad=options["on_bad"], hashes=dict(hashes))
+    context.task = frozenset(getattr(given, "hashes", {}).values())
+    dropped = list(getattr(given, "dropped", ()))
+    rows = row_groups.transform_rows(given, context)
+    tokenized = tokenize_rows(rows, tokenizer, **options, shared=shared)
     report = DataReport(
         rows=dict(Counter(tokenized.dataset["tag"])),
         tokens=_plain(tokenized.report),
@@ -79,7 +110,7 @@ def prepare_data(
         triggers=row_triggers([row for row in given if row.tag == "task"]),
         questions=_questions(given, rows),
     )
-    return _packed(tokenized.dataset, report, max_length) if packing else (tokenized.dataset, report)
+    return tokenized, report
 
 
 def _questions(given: Sequence[Row], rows: Sequence[Row]) -> TrainedQuestions:

@@ -100,7 +100,7 @@ def _trainer(recipe: Recipe, run_dir: RunDir, callbacks: list[Any]) -> tuple[Def
     from ema_scale.core.collectives import broadcast_from_main
     from ema_scale.core.paths import cache_root
     from ema_scale.core.uri import locate
-    from ema_scale.data.rows import load_rows
+    from ema_scale.data.rows import RowSource
     from ema_scale.data.tokens import load_tokenizer
     from ema_scale.models.lora import build_model
     from ema_scale.training.arguments import training_arguments
@@ -109,7 +109,7 @@ def _trainer(recipe: Recipe, run_dir: RunDir, callbacks: list[Any]) -> tuple[Def
 
     data, model = recipe.data, recipe.model
     located = {source: locate(source) for source in data.sources}
-    rows = load_rows([*located.values()], limit=data.limit, on_bad=data.on_bad, columns=data.columns, learn=data.learn)
+    rows = RowSource([*located.values()], data.limit, data.on_bad, data.columns, data.learn)
     arguments = training_arguments(recipe, run_dir)
     # One date for the run: after a resume it is the first one, and ranks may not agree on today.
     date = broadcast_from_main(_stored_date(run_dir) or Date.today())
