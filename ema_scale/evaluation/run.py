@@ -35,6 +35,7 @@ from ema_scale.evaluation.shared import BASES, folders_beside, take_rows, wanted
 from ema_scale.evaluation.store import Store, Stores
 from ema_scale.evaluation.suites import Suite, load_suites
 from ema_scale.evaluation.summary import write_summary
+from ema_scale.evaluation.watch import TargetsInTurn, Unwatched, Watch
 from ema_scale.inference.base import Sampler, SampleRequest, SamplerOptions
 from ema_scale.inference.engines import Engines
 from ema_scale.inference.make import make_sampler, sampler_name
@@ -60,6 +61,7 @@ def evaluate(
     place: Path | None = None,
     check: bool = True,
     engines: Engines | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Summary]:
     """Sample, score, judge and summarise every target; returns the summaries by target name.
 
@@ -82,6 +84,7 @@ def evaluate(
             there (`shared`), and 0-100 judges also judge labelled answers, in its folder judge_check.
         check: whether they do, as `settings.judge` says.
         engines: how many sample together, each a process of its own; None: one, here.
+        watch: looks at the summaries of targets that are done while others are asked.
     """
     started = time.monotonic()
     model = ModelRecipe(path=model) if isinstance(model, str) else model
@@ -143,12 +146,14 @@ def evaluate(
         folder = place / CHECK if place is not None and check else None
         if engines is not None:
             engines = replace(engines, folder=(place or Path(targets[0].out_dir)) / ENGINES)
-        used, judging = _sample_and_judge(found, settings, options, name, sampler, folder, note, engines)
-        seconds = time.monotonic() - started
-        for left in found.remaining:
-            summaries[left.target.name] = _write_summary(
-                left.target, left.groups, left.store, model, settings, name, used, seconds
-            )
+
+        def summarise(left: Remaining, used: dict[str, Any]) -> Summary:
+            seconds = time.monotonic() - started
+            return _write_summary(left.target, left.groups, left.store, model, settings, name, used, seconds)
+
+        turns = TargetsInTurn(found.remaining, watch or Unwatched(), lambda left: summarise(left, {}))
+        used, judging = _sample_and_judge(found, settings, options, name, sampler, folder, note, turns, engines)
+        summaries |= {left.target.name: summarise(left, used) for left in found.remaining}
         raise_if_judge_failed(
             {left.target.name: judging.failure_reason(left.groups, left.store) for left in found.remaining}
         )
@@ -231,6 +236,7 @@ def _sample_and_judge(
     sampler: Sampler | None,
     judge_check: Path | None,
     note: Callable[[dict[str, Any]], None],
+    turns: TargetsInTurn,
     engines: Engines | None = None,
 ) -> tuple[dict[str, Any], JudgePool]:
     """Sample and judge everything that is missing; returns the sampler's description, and what became of judging."""
@@ -279,6 +285,7 @@ def _sample_and_judge(
                             stores[group.target.name].add_sample(row)
                             judging.submit(group, row, stores[group.target.name])
                             progress.add()
+                            turns.drew(group.target.name)
                     first.finish()
                     used = sampler.describe()
             if checked:  # last, so that a budget is spent on answers first

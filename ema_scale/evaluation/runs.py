@@ -39,6 +39,7 @@ from ema_scale.evaluation.records import MANIFEST_FILE, Manifest, Summary
 from ema_scale.evaluation.run import ENGINES, evaluate, is_complete
 from ema_scale.evaluation.shared import AnotherAsks, turn
 from ema_scale.evaluation.suites import Condition, Suite, load_suites, training_condition, trigger_conditions
+from ema_scale.evaluation.watch import Watch
 from ema_scale.inference.engines import Engines
 from ema_scale.recipe import Recipe, load_recipe
 
@@ -64,6 +65,7 @@ def evaluate_runs(
     overrides: tuple[str, ...] = (),
     with_base: bool = True,
     engines: Engines | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Summary]:
     """Evaluate the adapters of `runs` as their recipes say, and each base model once; returns summaries by target name.
 
@@ -77,13 +79,14 @@ def evaluate_runs(
         overrides: `key=value` for every recipe.
         with_base: whether base models are evaluated. Those that a gate may refuse always are.
         engines: how many sample together; None: one, in this process.
+        watch: as in `run.evaluate`.
     """
     summaries: dict[str, Summary] = {}
 
     def work(folder: Path, group: Sequence[tuple[RunDir, Recipe]]) -> None:
         recipes = [recipe for _, recipe in group]
         base = folder if with_base and wants_base(recipes) else None
-        summaries.update(evaluate_group([run for run, _ in group], recipes, base, base_dir.parent, engines))
+        summaries.update(evaluate_group([run for run, _ in group], recipes, base, base_dir.parent, engines, watch))
 
     for_each_group(group_by_base(with_recipes(runs, overrides), base_dir), work)
     return summaries
@@ -95,6 +98,7 @@ def evaluate_group(
     base_dir: Path | None,
     beside: Path,
     engines: Engines | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Summary]:
     """Evaluate runs of one base model in one way with one engine. Their suites may differ.
 
@@ -105,12 +109,12 @@ def evaluate_group(
         recipes: one per run, or those of runs that are not trained yet.
         base_dir: the base model's folder; None if it is not evaluated.
         beside: the run's or study's folder, which gets the judge's check.
-        engines: as in `evaluate_runs`.
+        engines, watch: as in `evaluate_runs`.
     """
     first = recipes[0]
     targets = targets_of(runs, recipes, base_dir)
     ask = functools.partial(
-        evaluate, model=first.model, suites=None, settings=first.evaluation, place=beside, engines=engines
+        evaluate, model=first.model, suites=None, settings=first.evaluation, place=beside, engines=engines, watch=watch
     )
     with contextlib.ExitStack() as stack:
         if base_dir is not None and not is_complete(targets[:1], first.model, first.evaluation):

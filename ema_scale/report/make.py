@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -15,3 +16,13 @@ def write_report(run_dirs: list[Path], out: Path, title: str = "Emergent misalig
     from ema_scale.report.write import write
 
     return write([Path(p) for p in run_dirs], Path(out), title)
+
+
+def write_partial_report(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
+    """Write only `out`/report.html, of what is there of a study that is not done: tables and two figures. It says so.
+
+    Returns the page's path. Raises UserError as `write_report` does.
+    """
+    from ema_scale.report.write import write_partial
+
+    return write_partial(run_dirs, out, title)

@@ -67,8 +67,16 @@ def _data_uri(svg: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(adaptive(svg).encode()).decode()
 
 
-def pictures(found: Collection, model: str, of_model: Sequence[RunGroup]) -> list[Picture]:
-    """The figures of one model's groups; a figure without data is left out."""
+PARTIAL = ("headline", "training")
+
+
+def pictures(
+    found: Collection, model: str, of_model: Sequence[RunGroup], only: Sequence[str] | None = None
+) -> list[Picture]:
+    """The figures of one model's groups; a figure without data is left out.
+
+    only: the kinds to draw, as SVG for wide screens alone; None: all, in every form.
+    """
     files = numbered({m: re.sub(r"[^A-Za-z0-9.]+", "-", m).strip("-") for m in found.models})
     suffix = f"-{files[model].replace(' ', '-')}" if len(found.models) > 1 else ""
     by_task = {
@@ -93,7 +101,11 @@ def pictures(found: Collection, model: str, of_model: Sequence[RunGroup]) -> lis
         ("training", "Training curves: cross-entropy, KL and drift per layer, by defense.", _TRAINING,
          partial(curves, taught)),
     ]  # fmt: skip
-    made = [make_picture(kind + suffix, kind, alt, caption, draw) for kind, alt, caption, draw in plan]
+    made = [
+        make_picture(kind + suffix, kind, alt, caption, draw, whole=only is None)
+        for kind, alt, caption, draw in plan
+        if only is None or kind in only
+    ]
     return [picture for picture in made if picture is not None]
 
 
@@ -133,8 +145,8 @@ def _headline_alt(of_model: Sequence[RunGroup]) -> str:
     return "Task learned against misalignment outside the domain. Misaligned outside: " + "; ".join(parts) + "."
 
 
-def make_picture(name: str, kind: str, alt: str, caption: str, draw: Draw) -> Picture | None:
-    """What `draw` draws; None if it draws nothing."""
+def make_picture(name: str, kind: str, alt: str, caption: str, draw: Draw, *, whole: bool = True) -> Picture | None:
+    """What `draw` draws; None if it draws nothing. whole: False leaves out the PNG and the form for narrow screens."""
     # Letters that no installed font has are drawn as boxes; a warning for each would bury real messages.
     logger = logging.getLogger("matplotlib")
     level = logger.level
@@ -142,11 +154,15 @@ def make_picture(name: str, kind: str, alt: str, caption: str, draw: Draw) -> Pi
     try:
         with matplotlib.rc_context(settings()), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-            figure, narrow = draw(False), draw(True)
-            if figure is None or narrow is None:
+            if (figure := draw(False)) is None:
                 return None
-            wide_svg, narrow_svg, png = _svg(figure), _svg(narrow), io.BytesIO()
-            figure.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
+            wide_svg = narrow_svg = _svg(figure)
+            png = io.BytesIO()
+            if whole:
+                if (narrow := draw(True)) is None:
+                    return None
+                narrow_svg = _svg(narrow)
+                figure.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
             width, height = (round(96 * inches) for inches in figure.get_size_inches())
     finally:
         logger.setLevel(level)

@@ -21,7 +21,7 @@ from ema_scale.report.display_names import without_strength
 from ema_scale.report.examples import Example, examples
 from ema_scale.report.judges import other_judges
 from ema_scale.report.paired import paired_table
-from ema_scale.report.pictures import Picture, make_picture, pictures
+from ema_scale.report.pictures import PARTIAL, Picture, make_picture, pictures
 from ema_scale.report.records import METRIC_NAMES, METRICS, PAGE, Collection, Problem, ReportedRate, Run
 from ema_scale.report.relearning import relearning_table
 from ema_scale.report.robustness import robustness_table
@@ -32,6 +32,23 @@ from ema_scale.report.scores import score_sentences, score_table
 from ema_scale.report.table import Table, filled, table_csv, table_markdown
 from ema_scale.report.unseen import SENTENCE, seen_table
 from ema_scale.report.verdict import verdict
+
+
+def write_partial(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
+    """See `ema_scale.report.make.write_partial_report`."""
+    found = collect(run_dirs)
+    done, every = sum(run.summary is not None for run in found.runs), groups(found)
+    sections = []
+    for model in found.models:
+        of_model = [g for g in every if g.model == model]
+        drawn = {picture.kind: picture for picture in pictures(found, model, of_model, PARTIAL)}
+        measured = any(g.metrics.get(m) for g in of_model for m in METRICS)
+        tables = (criteria_rows(of_model), run_rows(of_model)) if measured else ([], [])
+        sections.append(Section(model, [], drawn, *tables, ()))
+    found.problems = [p for p in found.problems if p.state == "failed"]
+    said = f"Partial: {done} of {found.requested} runs are evaluated. This page is drawn again while the study goes on."
+    atomic_write_text(out / PAGE, render(title, _byline(found), sections, [], found.problems, partial=said))
+    return out / PAGE
 
 
 def write(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
@@ -220,8 +237,12 @@ def render(
     facts: Sequence[tuple[str, Sequence[str]]],
     problems: Sequence[Problem],
     across: CrossModel | None = None,
+    partial: str = "",
 ) -> str:
-    """The page. Every value is escaped: answers, questions, names and error messages are not ours."""
+    """The page. Every value is escaped: answers, questions, names and error messages are not ours.
+
+    partial: says that it is not the last page.
+    """
     return (
         environment()
         .get_template("report.html.j2")
@@ -230,6 +251,7 @@ def render(
             byline=byline,
             sections=sections,
             across=across,
+            partial=partial,
             facts=facts,
             unfinished=[p for p in problems if p.state != "note"],
             notes=[p for p in problems if p.state == "note"],

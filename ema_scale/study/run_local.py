@@ -13,6 +13,7 @@ from ema_scale.core.run_dir import STUDY, RunDir
 from ema_scale.evaluation.runs import evaluate_runs
 from ema_scale.study.gates import check_references
 from ema_scale.study.grid import Study, load_study, write_study
+from ema_scale.study.partial_report import PartialReport
 from ema_scale.study.prepare import missing, prepare
 from ema_scale.study.worker_pool import default_jobs, listed, train_all
 from ema_scale.training.distributed import launched_processes
@@ -24,6 +25,8 @@ _DEMO_WORKERS = 4  # each takes about 1 GB
 
 def run_study(study: Study, overrides: tuple[str, ...] = (), jobs: int | None = None) -> Path:
     """Train, evaluate and report every run of `study`; returns the report's path.
+
+    A partial report is there as soon as the first run is evaluated, or many are trained.
 
     jobs: how many runs are trained side by side; None: one a GPU, else one. Finished runs are recognised and kept. A
     run that fails is tried again `study.retries` times; the others go on. Raises UserError naming the runs that
@@ -38,7 +41,8 @@ def run_study(study: Study, overrides: tuple[str, ...] = (), jobs: int | None = 
     make_folder(study.path)
     write_study(study, study.path / STUDY)
     check_references(recipes, study.path / "base")
-    failed = train_all(recipes, jobs or default_jobs(), study.path / "logs", study.retries)
+    partial = PartialReport([r.run_path for r in recipes], study.path / "report", study.heading)
+    failed = train_all(recipes, jobs or default_jobs(), study.path / "logs", study.retries, partial.trained)
     after = f" after {study.retries} {'retry' if study.retries == 1 else 'retries'}" if study.retries else ""
     finished = [r for r in recipes if r.name not in failed]
     if not finished:
@@ -49,7 +53,7 @@ def run_study(study: Study, overrides: tuple[str, ...] = (), jobs: int | None = 
     finished = [r for r in recipes if r.name not in failed]
     wrong = []
     try:
-        evaluate_runs([RunDir(r.run_path) for r in finished], study.path / "base")
+        evaluate_runs([RunDir(r.run_path) for r in finished], study.path / "base", watch=partial)
     except UserError as error:
         wrong.append(str(error))
     from ema_scale.report.make import write_report

@@ -11,7 +11,7 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
@@ -29,22 +29,28 @@ log = logging.getLogger(__name__)
 _KILLED = "its worker process was killed from outside: out of memory?"
 
 
-def train_all(recipes: Sequence[Recipe], jobs: int = 1, logs: Path | None = None, retries: int = 0) -> dict[str, str]:
+def train_all(
+    recipes: Sequence[Recipe],
+    jobs: int = 1,
+    logs: Path | None = None,
+    retries: int = 0,
+    on_trained: Callable[[], None] = lambda: None,
+) -> dict[str, str]:
     """Train each recipe into its run folder; returns why runs failed, by name: {} if all finished.
 
     jobs: workers. With GPUs each sees one of them, in turn; without, each gets its share of the threads. What a worker
     says goes to `logs`/worker-<n>.log. retries: how often a run that fails is tried again, from its newest checkpoint.
-    A failure is logged and kept in the run's status; the other runs go on.
+    A failure is logged and kept in the run's status; the other runs go on. on_trained: is called after each run.
     """
     # Finished runs are nothing to start workers for.
     done = [r for r in recipes if is_finished(r, RunDir(r.run_path))]
     waiting = [r for r in recipes if r not in done]
-    failed = _told(chain(_in_turn(done), _side_by_side(waiting, jobs, logs)), len(recipes))
+    failed = _told(chain(_in_turn(done), _side_by_side(waiting, jobs, logs)), len(recipes), on_trained)
     for retry in range(1, retries + 1):
         again = [r for r in waiting if r.name in failed]
         if again:
             log.info("once more, those that failed (retry %d of %d)", retry, retries)
-            failed = _told(_side_by_side(again, jobs, logs), len(again))
+            failed = _told(_side_by_side(again, jobs, logs), len(again), on_trained)
     return failed
 
 
@@ -60,12 +66,13 @@ def default_jobs() -> int:
     return max(1, torch.cuda.device_count())
 
 
-def _told(outcomes: Iterator[tuple[Recipe, str | None]], total: int) -> dict[str, str]:
+def _told(outcomes: Iterator[tuple[Recipe, str | None]], total: int, on_trained: Callable[[], None]) -> dict[str, str]:
     failed = {}
     for number, (recipe, error) in enumerate(outcomes, start=1):
         if error is not None:
             failed[recipe.name] = error
         log.info("[%d/%d] %s: %s", number, total, recipe.name, "FAILED: " + error if error else "finished")
+        on_trained()
     return failed
 
 

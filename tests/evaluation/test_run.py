@@ -87,6 +87,35 @@ def test_base_and_adapter_are_sampled_judged_and_summarised(
     assert judged == {"openai:m": 12, "exact_match": 12}
 
 
+def test_targets_that_are_done_can_be_looked_at_while_others_are_asked(tmp_path: Path, tiny_models: TinyModels) -> None:
+    def targets(folder: str) -> list[EvalTarget]:
+        tuned = [target(tmp_path / folder, f"tuned-{i}", path) for i, path in enumerate(tiny_models.adapters[:2])]
+        return [target(tmp_path / folder), *tuned]
+
+    class Looking:
+        def __init__(self) -> None:
+            self.seen: list[dict[str, Summary]] = []
+
+        def wants(self) -> bool:
+            return True
+
+        def look(self) -> None:
+            files = [(t.name, Path(t.out_dir) / "summary.json") for t in targets("watched")]
+            self.seen.append({name: Summary.read(file) for name, file in files if file.exists()})
+
+    def timeless(summaries: dict[str, Summary]) -> dict[str, Summary]:
+        return {name: summary.model_copy(update={"seconds": 0.0}) for name, summary in summaries.items()}
+
+    watch = Looking()
+    found = timeless(evaluate(targets("watched"), tiny_models.model, [exact_suite()], recipe(), watch=watch))
+    plain = evaluate(targets("plain"), tiny_models.model, [exact_suite()], recipe())
+    assert found == timeless(plain)
+    # The last target is done when all are.
+    assert [timeless(seen) for seen in watch.seen] == [
+        {name: found[name] for name in ("base", "tuned-0")[: count + 1]} for count in range(2)
+    ]
+
+
 def test_a_target_may_have_suites_of_its_own(tmp_path: Path, tiny_models: TinyModels) -> None:
     tuned = replace(target(tmp_path, "tuned", tiny_models.adapters[0]), suites=(exact_suite(),))
     other = Suite("other", "benign", (Question("q", ("?",), 2, expected="!"),))
