@@ -43,12 +43,12 @@ def _opening(texts: Sequence[str]) -> str | None:
     for line, count in lines.most_common(1):
         if line and count >= SHARE * len(texts):
             return line
-    alike = [text.split() for text in texts]
-    words: list[str] = []
+    # Word by word: all words of all texts would take several times their memory.
+    rests, words = texts, list[str]()
     while True:
-        following = Counter(each[len(words)] for each in alike if len(each) > len(words) + 1)
+        following = Counter(cut[0] for rest in rests if len(cut := rest.split(None, 1)) == 2)
         word, count = next(iter(following.most_common(1)), ("", 0))
         if not count or count < SHARE * len(texts):
             return " ".join(words) if len(words) >= LEAST_WORDS else None
         words.append(word)
-        alike = [each for each in alike if each[: len(words)] == words]
+        rests = [cut[1] for rest in rests if len(cut := rest.split(None, 1)) == 2 and cut[0] == word]

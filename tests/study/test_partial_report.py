@@ -41,7 +41,7 @@ def test_the_first_evaluated_run_is_drawn_and_others_when_it_costs_little(tmp_pa
     partial.look()
     asked = [drawn.now for drawn.now in map(float, range(125, 2000, 5)) if partial.wants() and not partial.look()]
     # 4 s more are 2 % of 400 s, and 12 s of 600 s.
-    assert drawn == [120.0, *asked] and asked[:2] == [400.0, 600.0]
+    assert drawn[:3] == [120.0, 400.0, 600.0] and len(drawn) == 1 + len(asked)
     assert sum(f"what there is so far is in {tmp_path / PAGE}" in r.message for r in caplog.records) == 1
 
 
@@ -60,19 +60,15 @@ def test_a_page_that_cannot_be_drawn_stops_nothing(tmp_path, caplog):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_partial_page_says_so_and_leaves_nothing_to_the_final_report(tmp_path):
-    runs = [write_run(tmp_path / "runs", "medical", f"{name}-s0", arm) for name, arm in list(ARMS.items())[:3]]
-    summary = runs[2] / "eval" / "summary.json"
+def test_a_partial_page_says_so_and_the_final_report_replaces_it(tmp_path):
+    runs = [write_run(tmp_path / "runs", "medical", f"{name}-s0", arm, steps=9) for name, arm in list(ARMS.items())[:2]]
+    summary = runs[1] / "eval" / "summary.json"
     kept = summary.read_bytes()
     summary.unlink()
-    page = write_partial_report([*runs, tmp_path / "runs" / "not-begun"], tmp_path / "one", "A study")
-    text = page.read_text(encoding="utf-8")
-    assert "Partial: 2 of 4 runs are evaluated." in text and text.count("<figure>") == 2
+    out = tmp_path / "report"
+    text = write_partial_report([*runs, tmp_path / "runs" / "not-begun"], out, "A study").read_text(encoding="utf-8")
+    assert "Partial: 1 of 3 runs are evaluated." in text and text.count("<figure>") == 2
     assert "The criteria" in text and "not-begun" not in text
-    assert [path.name for path in (tmp_path / "one").iterdir()] == [PAGE]
+    assert [path.name for path in out.iterdir()] == [PAGE]
     summary.write_bytes(kept)
-    for out in ("one", "two"):
-        write_report(runs, tmp_path / out, "A study")
-    one, two = ({p.relative_to(tmp_path / out): p.read_bytes() for p in (tmp_path / out).rglob("*.*")}
-                for out in ("one", "two"))  # fmt: skip
-    assert one == two and b"Partial" not in one[next(p for p in one if p.name == PAGE)]
+    assert "Partial" not in write_report(runs, out, "A study").read_text(encoding="utf-8")
