@@ -78,6 +78,7 @@ def test_every_figure_is_beside_the_page_and_whole(study: tuple[list[Path], Path
 def test_page_asks_for_nothing_outside_itself(study: tuple[list[Path], Path]) -> None:
     text = (study[1] / "report.html").read_text()
     page = Page(text)
+    assert "Partial:" not in text
     assert page.references and all(r.startswith(("data:image/svg+xml;base64,", "#")) for r in page.references)
     assert "script" not in page.tags and "link" not in page.tags and not page.handlers
     style = text[text.index("<style>") : text.index("</style>")]
