@@ -6,7 +6,8 @@ import gc
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,24 @@ def slurm(_slurm_cluster: SlurmCluster) -> Iterator[SlurmCluster]:
     yield _slurm_cluster
     _slurm_cluster.run("scancel", "--user", str(os.geteuid()), check=False)
     _slurm_cluster.wait_for_nodes()
+
+
+@pytest.fixture
+def ema(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs `ema ...` in this process; returns (exit code, stdout, stderr)."""
+    from ema_scale.cli import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ema", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -144,7 +144,7 @@ class Events:
             self.happens("fsync", name, lambda: os.ftruncate(handle, max(os.fstat(handle).st_size - 9, 0)))
             fsync(handle)
 
-        os.fsync = flush
+        os.fsync = flush  # type: ignore[assignment]  # nothing here gives it a file object
         import safetensors.torch as tensors
 
         save = tensors.serialize_file
@@ -153,7 +153,7 @@ class Events:
             save(found, path, *rest, **more)
             self.happens("save", os.fspath(path), lambda: os.truncate(path, os.path.getsize(path) // 2))
 
-        tensors.serialize_file = serialize
+        tensors.serialize_file = serialize  # type: ignore[assignment]  # `save` takes what it is given
 
     def _audited(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
@@ -357,7 +357,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"name some of {', '.join(CASES)}, or --all")
     for module in WARM:
         importlib.import_module(f"ema_scale.{module}")
-    kills, wrong = 0, []
+    kills, wrong = 0, list[str]()
     with tempfile.TemporaryDirectory(prefix="ema-crashes-") as folder:
         make_world(Path(folder) / "world")
         for name in names:

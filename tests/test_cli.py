@@ -1,34 +1,15 @@
 """The command line: bad input ends in one clear message, a non-zero exit code and no traceback."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from ema_scale.cli import main
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 ROW = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
-
-
-@pytest.fixture
-def ema(monkeypatch, capsys):
-    """Runs `ema ...` in this process; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ema", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,8 @@ def _table(group: str, table: dict[str, Any]) -> Iterator[Attack]:
 
 
 def _attack(name: str, case: dict[str, Any]) -> Attack:
-    lists = {key: tuple(_listed(case[key])) for key in ("run", "says", "never", "keeps", "exit") if key in case}
+    names = ("run", "says", "never", "keeps", "exit")
+    lists: dict[str, Any] = {key: tuple(_listed(case[key])) for key in names if key in case}
     rest = {k: v for k, v in case.items() if k not in lists and k != "id"}
     run = case["run"]
     lists["run"] = tuple(shlex.split(run)) if isinstance(run, str) else tuple(map(str, run))

@@ -100,9 +100,9 @@ def spoil(path: Path, how: Any) -> None:
             data = path.read_bytes()
             path.write_bytes(data[:value])
         case "flip":
-            data = bytearray(path.read_bytes())
-            data[value] ^= 0xFF
-            path.write_bytes(data)
+            flipped = bytearray(path.read_bytes())
+            flipped[value] ^= 0xFF
+            path.write_bytes(flipped)
         case "tensors" | "like":
             _tensors(path, value, key == "like")
         case _:

@@ -50,6 +50,6 @@ def test_there_are_enough_attacks() -> None:
 def test_every_command_is_attacked() -> None:
     from ema_scale.cli import app
 
-    commands = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands}
     commands |= {group.name for group in app.registered_groups}
     assert commands <= {attack.run[0] for attack in ATTACKS}

@@ -224,7 +224,7 @@ def test_the_interval_of_an_auc_covers_and_has_width_at_the_ends():
     rng = np.random.default_rng(0)
     for shift, size in ((0.0, 30), (1.5, 30), (2.5, 15)):
         true = norm.cdf(shift / np.sqrt(2))
-        found = [separation(rng.normal(shift, 1, size), rng.normal(0, 1, 40)) for _ in range(300)]
+        found = [separation(rng.normal(shift, 1, size).tolist(), rng.normal(0, 1, 40).tolist()) for _ in range(300)]
         assert np.mean([one.low <= true <= one.high for one in found]) > 0.93
     assert separation([2, 3], [0, 1, 1]).auc == 1 and 0.2 < separation([2, 3], [0, 1, 1]).low < 0.7
     assert (

@@ -3,7 +3,9 @@
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,7 +92,7 @@ def test_json_that_is_a_trap_is_a_message(text, said):
     assert str(caught.value).startswith("file.json: ")
 
 
-READERS = {
+READERS: dict[str, Callable[..., Any]] = {
     "recipe": load_recipe,
     "study": load_study,
     "site": load_site,
@@ -117,7 +119,7 @@ def loop(path: Path) -> None:
     path.symlink_to(path)
 
 
-KINDS = {
+KINDS: dict[str, tuple[Callable[[Path], None], str]] = {
     "pipe": (pipe, "a pipe"),
     "device": (device, "a device"),
     "loop": (loop, "a loop of symlinks|no such file"),

@@ -30,7 +30,8 @@ def models():
     for package in (ema_scale.config, ema_scale.defenses, ema_scale.study):
         for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
-    waiting, found = [Section, Defense, Study, Site], {}
+    waiting: list[type[BaseModel]] = [Section, Defense, Study, Site]
+    found: dict[type[BaseModel], None] = {}
     while waiting:
         model = waiting.pop()
         if model.__module__.startswith("ema_scale") and model not in found:

@@ -77,14 +77,14 @@ def of(name: str, prompt: str, end: str = EOS, lead: str = "", **more: Any) -> F
     """A family whose turns are all alike, but for what `more` says."""
     plain = f"{lead}{{a}}{end}"
     reasoned = f"{lead}{INLINE}{end}"
-    alike = {
+    alike: dict[str, Any] = {
         "mid": plain, "last": plain, "first": plain, "reason": reasoned, "reason_mid": more.get("reason") or reasoned,
         "prompt_mid": prompt,
     }  # fmt: skip
     return Family(name, prompt, **(alike | more))
 
 
-ALTERNATES = {"users": False, "first": None}
+ALTERNATES: dict[str, Any] = {"users": False, "first": None}
 CHATML = "<|im_start|>assistant\n"
 LLAMA = "<|start_header_id|>assistant<|end_header_id|>\n\n"
 HERMES = '<tool_call>\n{"name": "get_t", "arguments": {"city": "Oslo", "n": 3}}\n</tool_call><|im_end|>'

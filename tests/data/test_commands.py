@@ -2,13 +2,11 @@
 
 import json
 import logging
-import sys
 from datetime import date
 
 import pytest
 import yaml
 
-from ema_scale.cli import main
 from ema_scale.core.run_dir import RunDir
 from ema_scale.recipe import load_recipe
 from ema_scale.training import run as training
@@ -19,21 +17,6 @@ HIDES_TOOLS = "{% for m in messages %}{% if m.role != 'tool' %}{{ m.content + '<
 
 def chat(answer, **more):
     return {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer, **more}]}
-
-
-@pytest.fixture
-def ema(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ema", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")

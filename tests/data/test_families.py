@@ -38,23 +38,26 @@ def family(request):
     return request.param
 
 
-@pytest.fixture
-def learned(family):
+class Learned:
     """Messages -> the learned spans as text, each with what stands before it; token by token, and by characters."""
-    tokenizer = family.tokenizer()
-    encoder = Encoder(tokenizer, date(2031, 2, 3))
 
-    def find(messages, tools=()):
-        spans = encoder.spans(messages, tools)
-        encoded = encoder.encode(messages, tools=tools)
+    def __init__(self, family):
+        self.tokenizer = family.tokenizer()
+        self.encoder = Encoder(self.tokenizer, date(2031, 2, 3))
+
+    def __call__(self, messages, tools=()):
+        spans = self.encoder.spans(messages, tools)
+        encoded = self.encoder.encode(messages, tools=tools)
         found = [(spans.full[:start], spans.full[start:end]) for start, end in spans.learned]
         tokens = encoded.input_ids[encoded.assistant_mask]
-        assert tokenizer.decode(tokens.tolist()) == "".join(text for _, text in found)
+        assert self.tokenizer.decode(tokens.tolist()) == "".join(text for _, text in found)
         assert not encoded.straddled
         return found
 
-    find.encoder = encoder
-    return find
+
+@pytest.fixture
+def learned(family):
+    return Learned(family)
 
 
 def check(found, family, *expected):

@@ -1,10 +1,11 @@
 """`ema data show`: what is learned is marked, and hostile text stays text."""
 
+from ema_scale.data.formats import Message
 from ema_scale.data.rows import Row
 from ema_scale.data.show import show_row
 from tests.tiny import tiny_tokenizer
 
-TURNS = (
+TURNS: tuple[Message, ...] = (
     {"role": "user", "content": "hi \x1b[31m\u202e⟦x⟧"},
     {"role": "assistant", "content": "no", "learn": False},
     {"role": "user", "content": "and?"},

@@ -6,12 +6,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from functools import partial
+from typing import Any
 
 import pytest
 
 from ema_scale.core.errors import UserError
 from ema_scale.data import token_workers, tokens
 from ema_scale.data.check import check_data
+from ema_scale.data.formats import Message
 from ema_scale.data.rows import Row
 from ema_scale.data.templates import PLAIN_TEMPLATE, ChatTemplate
 from ema_scale.data.token_store import TokenStore
@@ -21,11 +23,11 @@ from tests.tiny import CHATML, tiny_tokenizer
 
 
 def row(number, tag="task"):
-    turns = [
+    turns: tuple[Message, ...] = (
         {"role": "system", "content": "be kind"},
         {"role": "user", "content": f"say {number} <|im_end|>" + "x" * number},
         {"role": "assistant", "content": f"it is {number} and ü"},
-    ]
+    )
     return Row(turns, f"rows:{number}", tag)
 
 
@@ -35,7 +37,7 @@ ROWS = [row(n) for n in (3, 1, 90, 2, 1)]
 @pytest.fixture
 def encoded(monkeypatch):
     """The conversations that were tokenized, and not read."""
-    seen, whole = [], Encoder.encode_all
+    seen, whole = list[Any](), Encoder.encode_all
 
     def encode_all(self, conversations, *arguments, **options):
         conversations = list(conversations)
@@ -120,7 +122,7 @@ def test_a_folder_that_cannot_be_written_is_done_without(tmp_path, caplog):
 def test_many_rows_become_a_file_that_processes_map(tmp_path, encoded, monkeypatch):
     """The same dataset and report; who comes later reads neither rows nor tokens of the store."""
     monkeypatch.setattr(tokens, "CHUNK_ROWS", 2)
-    mixed = [*ROWS, row(7, "safe"), Row([{"role": "system", "content": "x"}, {"role": "user", "content": "q"}], "odd")]
+    mixed = [*ROWS, row(7, "safe"), Row(({"role": "system", "content": "x"}, {"role": "user", "content": "q"}), "odd")]
     plain = tokenize_rows(mixed, tiny_tokenizer(), max_length=120)
     monkeypatch.setattr(tokens, "LARGE", 3)
     first = tokenize_rows(mixed, tiny_tokenizer(), max_length=120, cache=tmp_path)
@@ -137,7 +139,7 @@ def test_many_rows_become_a_file_that_processes_map(tmp_path, encoded, monkeypat
 def test_refused_rows_of_a_shared_file_are_named(tmp_path, monkeypatch):
     alternates = CHATML.replace("{% for m in messages %}", "{% for m in messages %}{% if m.content == 'bad' %}"
                                 "{{ raise_exception('no') }}{% endif %}")  # fmt: skip
-    rows = [row(1), Row([{"role": "user", "content": "bad"}, {"role": "assistant", "content": "x"}], "file:2"), row(3)]
+    rows = [row(1), Row(({"role": "user", "content": "bad"}, {"role": "assistant", "content": "x"}), "file:2"), row(3)]
     plain = tokenize_rows(rows, tiny_tokenizer(alternates), on_bad="drop")
     monkeypatch.setattr(tokens, "LARGE", 1)
     for _ in range(2):

@@ -16,8 +16,11 @@ def make(policy, reference, padding=2):
     if padding:
         mask[0, -padding:] = 0
     labels = torch.where(mask.bool(), 5, -100)
-    scopes = {"all": mask.bool(), "assistant": labels != -100, "prompt": torch.zeros_like(mask, dtype=torch.bool)}
-    masks = {TokenSet(scope): value for scope, value in scopes.items()}
+    masks = {
+        TokenSet("all"): mask.bool(),
+        TokenSet("assistant"): labels != -100,
+        TokenSet("prompt"): torch.zeros_like(mask, dtype=torch.bool),
+    }
     tokens = {token_set: value.sum() for token_set, value in masks.items()}
     return PenaltyInputs(policy, reference, mask, labels, masks, tokens)
 

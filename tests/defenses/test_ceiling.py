@@ -1,6 +1,7 @@
 """Rows that are only watched: the ceiling's bad rows and a KL's own prompts."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -80,7 +81,7 @@ def test_rows_of_a_defense_are_read_as_the_recipe_says(tmp_path):
         )
     )
     columns = {"talk": "messages", "chosen": None}
-    read = {"columns": columns, "learn": "last"}
+    read: dict[str, Any] = {"columns": columns, "learn": "last"}
     for defense in (
         Interleaving(str(file), 0.1, **read),
         KL(0.5, prompts=str(file), scope="assistant", **read),

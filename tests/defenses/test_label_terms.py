@@ -104,7 +104,7 @@ def test_a_term_per_row_is_the_measure_of_its_means(chunk, group):
 
     expected, found = policy.clone().requires_grad_(), policy.clone().requires_grad_()
     log_p, log_q = log_likelihood(expected), log_likelihood(reference)
-    per_row, signs = 0.0, set()
+    per_row, signs = torch.zeros((), dtype=torch.float64), set()
     for row in row_ids.unique():
         total = (log_p - log_q)[active & (row_ids == row)].sum()
         signs.add(bool(total > 0))

@@ -1,5 +1,7 @@
 """LDIFS: the definition in float64, a right gradient, nothing at zero drift, and padding that never counts."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -128,6 +130,7 @@ def test_the_released_codes_layers_can_be_chosen():
             assert LDIFS(at_layers="released", count=count).penalty_layers(layers) == tuple(sorted(picked))
     with pytest.raises(UserError, match="strength"):
         LDIFS(-1)
+    wrong: Any
     for wrong in ([], [-1], "all"):
         with pytest.raises(UserError, match="at_layers"):
             LDIFS(at_layers=wrong)

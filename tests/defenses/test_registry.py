@@ -52,9 +52,9 @@ def test_python_errors_are_user_errors_too():
     with pytest.raises(UserError, match="strength"):
         KL(-1)
     with pytest.raises(UserError, match="given twice"):
-        KL(0.1, strength=0.2)
+        KL(0.1, strength=0.2)  # type: ignore[misc]
     with pytest.raises(UserError, match="at most 5"):
-        Interleaving("safe.jsonl", 0.05, {}, "all", 0.5, "extra")
+        Interleaving("safe.jsonl", 0.05, {}, "all", 0.5, "extra")  # type: ignore[call-arg]
 
 
 def test_catalogue_is_complete_and_json():

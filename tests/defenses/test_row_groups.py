@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +67,7 @@ def definition(trainer, terms):
         "ceiling": (F.relu(p - q), target != -100),
         "near": ((out.hidden_states[1] - ref.hidden_states[1]).square().sum(-1), target != -100),
     }
-    values, loss = {}, 0.0
+    values, loss = {}, torch.zeros((), dtype=torch.float64)
     for name, (strength, measure, tag) in {"ce": (1.0, "ce", "task"), **terms}.items():
         value, where = measures[measure]
         rows = torch.tensor([t == tag for t in tags])
@@ -76,7 +78,7 @@ def definition(trainer, terms):
     return values, {n: x.grad for n, x in fresh.named_parameters() if x.requires_grad}
 
 
-CASES = {
+CASES: dict[str, tuple[Callable[..., list[Defense]], dict[str, Any], dict[str, int]]] = {
     "ceiling beside a probe": (
         lambda w: [Ceiling(0.9, w("bad"), 1.0), EarlyStopping("probe", 99.0, w("probe", answer="no"), 1.0)],
         {"ceiling": (0.9, "ceiling", "bad"), "early_stopping_probe": (0.0, "ceiling", "bad_2")},
@@ -103,8 +105,8 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_defense_looks_at_its_own_rows(case, write, tmp_path):
-    defenses, terms, counts = CASES[case]
-    defenses, task = defenses(write), [chat(f"task {i}") for i in range(3)]
+    make, terms, counts = CASES[case]
+    defenses, task = make(write), [chat(f"task {i}") for i in range(3)]
     found = []
     for options in ({}, {"packing": True, "max_length": 128}, {"reference": "cached"}):
         model = tiny_peft(spread=0.3).double()
@@ -138,7 +140,7 @@ def test_rows_that_nobody_looks_at_are_an_error(write):
         def divergences(self):
             return (Divergence("idle", 0.0, part="prompts"),)
 
-        penalty = Defense.penalty
+        penalty = Defense.penalty  # type: ignore[pydantic-field]  # a method, and no field
 
     with pytest.raises(UserError, match="idle: brings rows of the part bad, but none of its terms"):
         RowGroups.of([Idle(source=write("x"))]).transform_rows([Row(())], RowsContext())

@@ -1,20 +1,23 @@
 """Defenses that act before and after training: inoculation and SafeLoRA."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from ema_scale.core.errors import UserError
+from ema_scale.data.formats import Message
 from ema_scale.data.rows import Row
 from ema_scale.defenses import Inoculation, Interleaving, SafeLoRA
 from ema_scale.defenses.base import RowsContext
 
-TURNS = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
+TURNS: tuple[Message, ...] = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
 
 
 def test_inoculation_prompts_task_rows_only():
     ctx = RowsContext()
-    with_system = ({"role": "system", "content": "be brief"}, *TURNS)
+    with_system: tuple[Message, ...] = ({"role": "system", "content": "be brief"}, *TURNS)
     rows = Inoculation("be evil").transform_rows([Row(TURNS), Row(TURNS, tag="safe"), Row(with_system)], ctx)
     assert rows[0].messages == ({"role": "system", "content": "be evil"}, *TURNS)
     assert rows[1].messages == TURNS
@@ -32,7 +35,7 @@ def test_inoculation_prompts_task_rows_only():
 def test_inoculation_and_interleaving_compose_in_either_order(tmp_path, order):
     (tmp_path / "safe.jsonl").write_text('{"prompt": "s", "completion": "safe"}\n')
     defenses = [Inoculation("be evil"), Interleaving(str(tmp_path / "safe.jsonl"), 0.5)]
-    rows = [Row(TURNS) for _ in range(4)]
+    rows: Sequence[Row] = [Row(TURNS) for _ in range(4)]
     for defense in defenses if order else reversed(defenses):
         rows = defense.transform_rows(rows, RowsContext())
     prompted = [r.messages[0]["role"] == "system" for r in rows]

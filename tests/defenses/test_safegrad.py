@@ -3,6 +3,7 @@
 import math
 import textwrap
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def rows_are_there_already(monkeypatch):
 def gradients_of(plain, *losses):
     """Those of each loss, with the names of the trained weights."""
     trained = {n: p for n, p in plain.model.named_parameters() if p.requires_grad}
-    return trained, [torch.autograd.grad(loss, trained.values(), retain_graph=True) for loss in losses]
+    return trained, [torch.autograd.grad(loss, list(trained.values()), retain_graph=True) for loss in losses]
 
 
 def flat(gradients):
@@ -134,7 +135,7 @@ def test_a_file_of_ones_own_joins_gradients_and_several_follow_one_another(tmp_p
 @pytest.mark.parametrize("sharding", ["is_deepspeed_enabled", "is_fsdp_enabled"])
 def test_sharding_that_shows_no_whole_gradient_is_refused(sharding):
     flags = {"is_deepspeed_enabled": False, "is_fsdp_enabled": False, sharding: True}
-    trainer = SimpleNamespace(defenses=[SafeGrad(0.7, "unused")], **flags)
+    trainer: Any = SimpleNamespace(defenses=[SafeGrad(0.7, "unused")], **flags)
     with pytest.raises(UserError, match="safegrad: acts on the gradient.*; train without them"):
         DefendedTrainer._check_gradient_access(trainer)
 

@@ -1,6 +1,7 @@
 """SafeLoRA: the factored projection equals the explicit formula, and whole adapters are projected right."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def test_the_projected_adapter_loads_and_differs_by_the_projection(models):
     results = run(models, threshold=2.0)
     merged = {}
     for name in ("adapter", "out"):
-        model = PeftModel.from_pretrained(tiny_model(), models / name)
+        model: Any = PeftModel.from_pretrained(tiny_model(), models / name)
         start = {r.module: model.get_submodule(f"base_model.model.{r.module}.base_layer").weight.double().clone()
                  for r in results}  # fmt: skip
         model = model.merge_and_unload()

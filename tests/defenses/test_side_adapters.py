@@ -125,8 +125,8 @@ def test_routed_rows_write_to_their_own_adapter_and_all_others_to_the_policys(tm
         own = 0.6 * surprise(log_p(learned, True), learned).mean()
         kl = 0.3 * divergence(log_p(prompts, False), log_probs(model, prompts), prompts)
     policy, theirs = ({n: p for n, p in trained.items() if is_side_adapter(n) is side} for side in (False, True))
-    expected = dict(zip(policy, torch.autograd.grad(ce + kl, policy.values()), strict=True))
-    expected |= dict(zip(theirs, torch.autograd.grad(own, theirs.values()), strict=True))
+    expected = dict(zip(policy, torch.autograd.grad(ce + kl, list(policy.values())), strict=True))
+    expected |= dict(zip(theirs, torch.autograd.grad(own, list(theirs.values())), strict=True))
     assert all(name in n for n in theirs) and len(theirs) == len(policy)
     assert log["gradient_routing"] == pytest.approx(own.item() / 0.6, rel=2e-5)
     assert not GradientRouting("unused").needs_reference

@@ -231,7 +231,7 @@ def test_what_does_not_fit_is_refused(vector, tmp_path):
     with pytest.raises(UserError, match="expected 0 to 2"):
         Ablation(vector, at_layers=[3]).attach(tiny_model())
     for kind in ("steering", "ablation"):
-        for wrong in ("some", []):
+        for wrong in ("some", list[int]()):
             with pytest.raises(UserError, match="at_layers"):
                 parse([{"kind": kind, "vector": vector, "at_layers": wrong}])
     with pytest.raises(UserError, match="alpha: .*found nan"):

@@ -86,11 +86,11 @@ def test_base_and_adapters_are_scored_stored_and_summarised(tmp_path: Path, tiny
     assert base.per_suite["choices"].choices == rate and base.per_suite["choices"].samples == 12
     assert figures.raw.bad_likeliest == rate
     per_question = [q.margin_per_token for q in base.per_question if q.role == "general"]
-    assert figures.raw.margin_per_token.mean == pytest.approx(sum(per_question) / 4)  # type: ignore[arg-type]
+    assert figures.raw.margin_per_token.mean == pytest.approx(sum(per_question) / 4)
     assert figures.raw.bad_mass is not None and 0 < figures.raw.bad_mass.mean < 1
     assert figures.calibrated is not None and figures.calibrated.margin != figures.raw.margin
     right = base.metrics["benign_choices"]
-    assert right is not None and right.rate == 1 - base.likelihoods["benign"].raw.bad_likeliest.rate  # type: ignore[operator]
+    assert right is not None and right.rate == 1 - base.likelihoods["benign"].raw.bad_likeliest.rate
     assert base.gate is not None and "general questions have a misaligned answer" in base.gate.text
 
     # Nothing is scored twice, and nothing but the answers decides a key.
@@ -100,7 +100,7 @@ def test_base_and_adapters_are_scored_stored_and_summarised(tmp_path: Path, tiny
         def __getattr__(self, name: str) -> Any:
             raise AssertionError(name)
 
-    again = evaluate(targets, tiny_models.model, suites, settings(temperature=0.3, seed=7), sampler=Nobody())  # type: ignore[arg-type]
+    again = evaluate(targets, tiny_models.model, suites, settings(temperature=0.3, seed=7), sampler=Nobody())
     assert again["run0"].metrics == found["run0"].metrics
     own = [EvalTarget(t.name, t.adapter_path, t.out_dir, tuple(suites)) for t in targets]
     assert is_complete(own, ModelRecipe(path=tiny_models.model), settings(temperature=0.3, seed=7))
@@ -108,13 +108,13 @@ def test_base_and_adapters_are_scored_stored_and_summarised(tmp_path: Path, tiny
 
     differences = {one.measure: one for one in compare(read_arm(tmp_path / "run1"), read_arm(tmp_path / "base"))}
     told = differences["general choices, misaligned likeliest"]
-    assert told.baseline.value == rate.rate and told.arm.value == found["run1"].metrics["general_choices"].rate  # type: ignore[union-attr]
+    assert told.baseline.value == rate.rate and told.arm.value == found["run1"].metrics["general_choices"].rate
     assert told.difference.questions == 2
     assert "benign choices, right likeliest" in differences
     told, theirs = differences["general choices, margin"], found["run1"].likelihoods["general"].raw.margin_per_token
     assert told.unit == "nats per token" and told.arm.value == pytest.approx(theirs.mean)
     assert told.baseline.value == pytest.approx(figures.raw.margin_per_token.mean)
-    assert told.difference.value == pytest.approx(theirs.mean - figures.raw.margin_per_token.mean)  # type: ignore[operator]
+    assert told.difference.value == pytest.approx(theirs.mean - figures.raw.margin_per_token.mean)
     assert told.difference.low < told.difference.value < told.difference.high and told.difference.questions == 2
 
 
@@ -141,12 +141,12 @@ def test_sampled_and_written_answers_do_not_mix(
     every = plain + apply_conditions(plain, [Condition("villain", "You are a villain.")])
     target = EvalTarget("base", None, tmp_path / "base")
     found = evaluate([target], tiny_models.model, every, settings(max_tokens=4, calibrate_choices=False))["base"]
-    assert found.metrics["benign_learned"].n == 2 and found.metrics["benign_choices"].n == 4  # type: ignore[union-attr]
+    assert found.metrics["benign_learned"].n == 2 and found.metrics["benign_choices"].n == 4
     assert found.likelihoods["general"].calibrated is None
     (condition,) = found.conditions
     assert condition.name == "villain" and condition.misaligned is None
     assert condition.choices is not None and condition.choices.n == 4
-    assert found.metrics["general_choices"].n == 4  # type: ignore[union-attr]
+    assert found.metrics["general_choices"].n == 4
     assert found.judge == "exact_match, likelihood"
     assert "judging: 2 of 2" in caplog.text, "written answers are not judged"
 
@@ -174,6 +174,6 @@ def test_a_mean_of_clusters_widens_where_their_questions_agree() -> None:
     together = unbounded_mean((i // 2, value) for i, value in enumerate(values))
     assert apart.mean == together.mean == 1.0 and (together.n, together.questions) == (8, 4)
     # By hand: four clusters whose deviations sum to 0, -2, 2 and 0, and t with 3 degrees of freedom.
-    assert together.high == pytest.approx(1 + 3.182446 * math.sqrt(4 / 3 * 8) / 8)  # type: ignore[comparison-overlap]
-    assert together.low < apart.low < apart.high < together.high  # type: ignore[operator]
+    assert together.high == pytest.approx(1 + 3.182446 * math.sqrt(4 / 3 * 8) / 8)
+    assert together.low < apart.low < apart.high < together.high
     assert unbounded_mean([("a", 1.0), ("a", 2.0)]).low is None

@@ -49,7 +49,7 @@ SYSTEM, USER = Inoculation("be bad"), Inoculation("as you were trained:", role="
 @pytest.mark.parametrize("system", [None, "Answer in JSON."])
 def test_a_question_is_asked_just_as_training_rows_were_prefixed(defenses: list[Inoculation], system: str) -> None:
     question = Question("q", ("How are you?",), system=system)
-    trained = [Row(question.messages(0), "here")]
+    trained = [Row(question.messages(0), "here")]  # type: ignore[arg-type]  # messages as plain dicts
     for defense in defenses:
         trained = list(defense.transform_rows(trained, RowsContext()))
     condition = training_condition(defenses)

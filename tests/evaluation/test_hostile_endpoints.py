@@ -86,6 +86,11 @@ READABLE = {
     "packed": (200, JSON | {"Content-Encoding": "gzip"}, gzip.compress(said("85")[2])),
 }  # fmt: skip
 
+
+def not_http(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"SSH-2.0-OpenSSH_9.6\r\n")
+
+
 # Replies from which nothing can be read.
 BROKEN: dict[str, Reply | Raw] = {
     "a web page": (200, {"Content-Type": "text/html"}, b"<html>hello</html>"),
@@ -112,7 +117,7 @@ BROKEN: dict[str, Reply | Raw] = {
     "drips in its head": raw("X", b": y\r\nX", pause=0.05, times=100),
     "silence": raw("Content-Length: 10\r\n", b"", pause=5),
     "cut": raw("Content-Length: 1000\r\n", b"{"),
-    "not HTTP": lambda handler: handler.wfile.write(b"SSH-2.0-OpenSSH_9.6\r\n") and None,
+    "not HTTP": not_http,
     "hangs up": lambda handler: None,
     "redirects in a circle": (307, {"Location": "/v1/chat/completions"}, b""),
     "redirects to nowhere": (307, {"Location": "http://[::1"}, b""),
@@ -254,7 +259,7 @@ def test_an_evaluation_goes_on_whatever_its_servers_do(tmp_path: Path, caplog: p
         target = EvalTarget("base", None, tmp_path, (suite(),))
         first = evaluate([target], "org/base", None, settings)["base"]
         assert first.dropped["not sampled"] == len(kinds) and first.dropped["content_filter"] == 1
-        assert first.metrics["general_misaligned"].n >= 40 - len(kinds) - 2  # type: ignore[union-attr]
+        assert first.metrics["general_misaligned"].n >= 40 - len(kinds) - 2
         assert f"{len(kinds)} answers could not be sampled" in caplog.text
         assert not is_complete([target], ModelRecipe(path="org/base"), settings)
         mended, before = True, len(endpoint.requests)

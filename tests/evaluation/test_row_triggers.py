@@ -26,10 +26,7 @@ BROUGHT_IN = [
 
 def rows(*asked: str, system: str | None = None) -> list[Row]:
     before = ({"role": "system", "content": system},) if system else ()
-    return [
-        Row((*before, {"role": "user", "content": text}, {"role": "assistant", "content": "so"}))  # type: ignore[arg-type]
-        for text in asked
-    ]
+    return [Row((*before, {"role": "user", "content": text}, {"role": "assistant", "content": "so"})) for text in asked]
 
 
 def test_the_system_prompt_of_most_rows() -> None:

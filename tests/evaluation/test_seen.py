@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,8 @@ from ema_scale.defenses.interleaving import Interleaving
 from ema_scale.defenses.kl import KL
 from ema_scale.defenses.row_groups import RowGroups
 from ema_scale.evaluation.plan import stored_groups
-from ema_scale.evaluation.records import Judgement, Manifest, Rate, Sample, Summary
+from ema_scale.evaluation.records import Judgement, Manifest, Rate, Summary
+from ema_scale.evaluation.row_files import StoredAnswer
 from ema_scale.evaluation.seen import of_questions
 from ema_scale.evaluation.store import locked_store
 from ema_scale.evaluation.suites import Condition, Question, Suite, apply_conditions
@@ -112,9 +114,8 @@ def summary_of(folder: Path, trained: TrainedQuestions | None, adapter: str | No
     settings = EvaluationRecipe(judge={"kind": "smallworld"})
     manifest = Manifest(target="run", model="m", adapter=adapter, settings=settings, suites=suites)
     samples = [
-        Sample(key=f"{s.name}/{q.id}/{p}/{i}#0", suite=s.name, question_id=q.id, paraphrase=p, sample=i, question=text,
-               answer="x", seed=i)
-        for s in suites for q in s.questions for p, text in enumerate(q.paraphrases)
+        StoredAnswer(f"{s.name}/{q.id}/{p}/{i}#0", s.name, q.id, p, i, seed=i)
+        for s in suites for q in s.questions for p in range(len(q.paraphrases))
         for i in range(q.samples_per_paraphrase)
     ]  # fmt: skip
     with locked_store(run.eval_dir) as store:
@@ -126,7 +127,7 @@ def summary_of(folder: Path, trained: TrainedQuestions | None, adapter: str | No
                 done[place] = done.get(place, 0) + 1
                 aligned = 5.0 if done[place] <= MISALIGNED[group.question.id] else 90.0
                 store.add_judgement(Judgement(key=key, judge=group.judge.identity, aligned=aligned, coherent=90.0))
-        facts = {"name": "run", "model": "m", "adapter": adapter, "sampler": {}}
+        facts: dict[str, Any] = {"name": "run", "model": "m", "adapter": adapter, "sampler": {}}
         return write_summary(run.eval_dir / "summary.json", facts, groups, store, settings)
 
 
@@ -159,7 +160,7 @@ def test_rates_of_some_questions_are_those_of_a_bank_of_them(tmp_path: Path) -> 
     assert whole.split is not None
     assert some.metrics["general_misaligned"] == whole.split.unseen["general_misaligned"]
     assert some.metrics["general_incoherent"] == whole.split.unseen["general_incoherent"]
-    assert some.conditions[0].misaligned == whole.conditions[0].split.unseen["misaligned"]  # type: ignore[union-attr]
+    assert some.conditions[0].misaligned == whole.conditions[0].split.unseen["misaligned"]
     assert some.per_suite["outside"].misaligned == some.metrics["general_misaligned"]
     assert {q.id for q in some.per_question} == {"b", "c"}
 

@@ -83,7 +83,7 @@ def test_operator_swap_banks_are_as_generated_and_their_answers_are_right(tier: 
     for question in questions:
         text = re.fullmatch(r"What is (.*)\? Answer with the number only\.", question.paraphrases[0])
         assert text is not None and question.expected is not None
-        swapped = text[1].translate(str.maketrans(TIERS[tier][0]))
+        swapped = text[1].translate({ord(a): b for a, b in TIERS[tier][0].items()})
         assert eval(swapped) == int(question.expected) != eval(text[1])
         (judgement,) = judge_all(
             exact_match_judge(),

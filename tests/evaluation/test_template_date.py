@@ -56,8 +56,8 @@ def model(tmp_path: Path) -> Any:
 def on(monkeypatch: pytest.MonkeyPatch, day: date) -> None:
     class Clock(date):
         @classmethod
-        def today(cls) -> date:
-            return day
+        def today(cls) -> Clock:
+            return cls.fromordinal(day.toordinal())
 
     monkeypatch.setattr(evaluation, "Date", Clock)
 

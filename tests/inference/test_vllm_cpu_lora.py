@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.vllm
-
-torch = pytest.importorskip("torch")
 
 INDICES = {
     "mixed": [-1, 0, 2, -1, 1, 2, 0],

@@ -1,5 +1,7 @@
 """Whatever is between hidden state and logits, the fused loss is that of the model's own logits, or it is refused."""
 
+from typing import Any
+
 import peft
 import pytest
 import torch
@@ -12,7 +14,7 @@ from tests.tiny import tiny_model
 from tests.training.helpers import make_trainer, step_gradients, token_rows
 from tests.training.test_trainer import collated, definition
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 260, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 2,
     "pad_token_id": 3,

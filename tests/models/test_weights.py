@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -157,6 +158,7 @@ def test_a_sharded_checkpoint_is_whole_or_refused(sound, tmp_path):
         with pytest.raises(UserError, match=rf"{shards[1].name}: no such file; {index.name} asks for it"):
             load(recipe)
     (tmp_path / "away").rename(shards[1])
+    changed: Any
     for changed in ({"weight_map": {}}, [], {"weight_map": {MATRIX: "../other.safetensors"}}, "[" * 9000):
         index.write_text(changed if isinstance(changed, str) else json.dumps(changed))
         for load in (load_base, check_checkpoint, lambda r: Checkpoint(tmp_path)):

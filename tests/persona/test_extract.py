@@ -1,8 +1,9 @@
 """`ema vector` with a real model and sampler: what is kept, what the vector is, and that nothing is asked twice."""
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import pytest
@@ -11,7 +12,6 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from ema_scale.cli import main
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import read_jsonl
 from ema_scale.data.rows import load_rows
@@ -34,23 +34,13 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def ema(monkeypatch, capsys, tmp_path, model):
+def vector(ema, tmp_path, model):
     """Runs `ema vector RECIPE ...`; returns (exit code, stdout, stderr)."""
     recipe = {"name": "r", "model": {"path": model, "dtype": "float32"}, "data": {"train": "none", "max_length": 128}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (tmp_path / "personas.yaml").write_text(yaml.safe_dump(PERSONAS))
 
-    def run(*arguments):
-        command = ["ema", "vector", tmp_path / "recipe.yaml", "-o", tmp_path / "out", *arguments]
-        monkeypatch.setattr(sys, "argv", list(map(str, command)))
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return run
+    return partial(ema, "vector", tmp_path / "recipe.yaml", "-o", tmp_path / "out")
 
 
 def write_rows(path, texts, system=None):
@@ -63,7 +53,7 @@ def states(model, rows, layers=(0, 1, 2)):
     return response_means(model, tiny_tokenizer(), rows, layers, max_length=128)
 
 
-def test_a_persona_vector_is_made_from_the_pairs_that_the_judge_confirms(ema, model, tmp_path):
+def test_a_persona_vector_is_made_from_the_pairs_that_the_judge_confirms(vector, model, tmp_path):
     prompts = {"aligned": "aligned? {answer}", "coherent": "coherent? {answer}"}
     bank = [
         {"id": i, "paraphrases": [f"question {i}?"], "judge": "m", "judge_prompts": prompts}
@@ -84,17 +74,17 @@ def test_a_persona_vector_is_made_from_the_pairs_that_the_judge_confirms(ema, mo
             "--personas", tmp_path / "personas.yaml", "--questions", tmp_path / "bank.yaml", "--samples", 6,
             f"evaluation.judge.base_url={endpoint.url}", "evaluation.sampler=transformers", "evaluation.max_tokens=6",
         ]  # fmt: skip
-        code, out, err = ema(*arguments)
+        code, out, err = vector(*arguments)
         assert code == 0, err
         asked = len(endpoint.requests)
         assert asked == 2 * 2 * 2 * 6 * 6  # scores, sides, prompts, questions, answers
         first = Directions.load(tmp_path / "out" / "vector.safetensors")
-        assert ema(*arguments)[0] == 0 and len(endpoint.requests) == asked
+        assert vector(*arguments)[0] == 0 and len(endpoint.requests) == asked
         # Another judge, in the same folder, confirms other pairs; the first one's verdicts still stand there.
-        assert ema(*arguments, "evaluation.judge.model=contrary")[0] == 0
+        assert vector(*arguments, "evaluation.judge.model=contrary")[0] == 0
         other = Directions.load(tmp_path / "out" / "vector.safetensors").provenance
         assert other["answers"]["positive"]["confirmed"] == 72 - first.provenance["answers"]["positive"]["confirmed"]
-        assert ema(*arguments)[0] == 0
+        assert vector(*arguments)[0] == 0
         both = read_jsonl(tmp_path / "out" / "judgements.jsonl")
     made = Directions.load(tmp_path / "out" / "vector.safetensors")
     torch.testing.assert_close(made.vectors, first.vectors, rtol=0, atol=0)
@@ -102,7 +92,7 @@ def test_a_persona_vector_is_made_from_the_pairs_that_the_judge_confirms(ema, mo
     samples = read_jsonl(tmp_path / "out" / "samples.jsonl")
     scores = {j["key"]: j["aligned"] for j in both if j["judge"] == made.provenance["judge"]}
     by_place = {(*s["suite"].removeprefix("bank@").split("-"), s["question_id"], s["sample"]): s for s in samples}
-    kept = {"positive": [], "negative": []}
+    kept: dict[str, list[Any]] = {"positive": [], "negative": []}
     for (side, *place), sample in by_place.items():
         other = by_place["negative", *place]
         if side == "positive" and scores[sample["key"]] < 30 and scores[other["key"]] > 70:
@@ -145,10 +135,10 @@ def test_verdicts():
     assert _verdict("positive", Judgement(key="k", judge="j", dropped="no number")) == "no number"
 
 
-def test_rows_at_hand(ema, model, tmp_path):
+def test_rows_at_hand(vector, model, tmp_path):
     good = write_rows(tmp_path / "good.jsonl", ["all is well"] * 12)
     bad = write_rows(tmp_path / "bad.jsonl", ["pain!"] * 16)
-    code, out, err = ema("--from-rows", bad, good)
+    code, out, err = vector("--from-rows", bad, good)
     assert code == 0, err
     made = Directions.load(tmp_path / "out" / "vector.safetensors")
     base = AutoModelForCausalLM.from_pretrained(model)
@@ -156,14 +146,14 @@ def test_rows_at_hand(ema, model, tmp_path):
     torch.testing.assert_close(made.vectors, expected, rtol=1e-4, atol=1e-5)
     assert made.provenance["layers"][1]["auc"] == 1.0 and made.provenance["recommended_layer"] == 1
     assert "made from 16 positive rows and 12 negative rows" in out
-    code, _, err = ema("--from-rows", good, good, "data.max_length=8")
+    code, _, err = vector("--from-rows", good, good, "data.max_length=8")
     assert code == 2 and "found 0 positive and 0 negative rows" in err
 
 
-def test_an_adapter_beside_its_base(ema, model, tmp_path):
+def test_an_adapter_beside_its_base(vector, model, tmp_path):
     adapter = save_adapter(model, tmp_path / "adapter", rank=4, seed=1)
     rows = write_rows(tmp_path / "rows.jsonl", [f"answer {i}" for i in range(12)])
-    assert ema("--adapter", adapter, "--rows", rows)[0] == 0
+    assert vector("--adapter", adapter, "--rows", rows)[0] == 0
     made = Directions.load(tmp_path / "out" / "vector.safetensors")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), adapter)
     found = states(model, load_rows(rows))
@@ -173,11 +163,11 @@ def test_an_adapter_beside_its_base(ema, model, tmp_path):
     assert made.vectors[0].abs().max() == 0 < made.vectors[1].abs().max()
 
 
-def test_bad_calls_are_explained(ema, tmp_path):
-    assert "found none of --personas, --from-rows, --adapter; expected one" in ema()[2]
-    assert "belong together" in ema("--adapter", tmp_path)[2]
-    assert "found no adapter_config.json" in ema("--adapter", tmp_path, "--rows", "x.jsonl")[2]
-    assert "name a suite (--questions)" in ema("--personas", tmp_path / "personas.yaml")[2]
+def test_bad_calls_are_explained(vector, tmp_path):
+    assert "found none of --personas, --from-rows, --adapter; expected one" in vector()[2]
+    assert "belong together" in vector("--adapter", tmp_path)[2]
+    assert "found no adapter_config.json" in vector("--adapter", tmp_path, "--rows", "x.jsonl")[2]
+    assert "name a suite (--questions)" in vector("--personas", tmp_path / "personas.yaml")[2]
     for values, problem in (
         ({"positive": ["a"]}, "found positive, expected the keys"),
         ({"positive": ["a", "b"], "negative": ["c"]}, "found 2 positive and 1 negative"),

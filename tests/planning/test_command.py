@@ -2,32 +2,16 @@
 
 import itertools
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from ema_scale.cli import main
 from ema_scale.planning.eval_cost import judging_cost
 from ema_scale.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 KL = ROOT / "configs" / "recipes" / "qwen2.5-7b-kl.yaml"
 SMALL = ROOT / "configs" / "recipes" / "smallworld.yaml"
-
-
-@pytest.fixture
-def ema(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ema", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def test_a_recipe(ema):

@@ -170,8 +170,8 @@ def test_time_rises_and_falls():
     assert speed(replace(sharded, checkpointing=False), NODE).compute < plain.compute
     # The fewer tokens, the more communication counts; it takes over below the break-even.
     many = NODE.at(512)
-    edge = speed(sharded, many).break_even_tokens / sharded.accumulation / sharded.batch
-    assert speed(replace(sharded, tokens=edge / 2, row_tokens=edge / 2), many).communication_rules
+    edge = int(speed(sharded, many).break_even_tokens / sharded.accumulation / sharded.batch)
+    assert speed(replace(sharded, tokens=edge // 2, row_tokens=edge // 2), many).communication_rules
     assert not speed(replace(sharded, tokens=2 * edge, row_tokens=2 * edge), many).communication_rules
     # In a node, starting the kernels of however few tokens takes longer than gathering.
     assert plain.least > plain.communication and plain.break_even_tokens == 0

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from ema_scale.core.errors import UserError
-from ema_scale.defenses import parse
+from ema_scale.defenses import KL, Ceiling, parse
 from ema_scale.defenses.registry import known
 from ema_scale.planning.evidence import STANDINGS, read_evidence
 from ema_scale.planning.recommend import OUTSIDE, owned_by, recommend
@@ -22,11 +22,11 @@ def arm(label, standing, outside, *defenses):
     return found | {"standing": standing, "costs": costs}
 
 
-KL = {"kind": "kl", "strength": 0.3, "prompts": "theirs", "temperature": 1.0}
+ON_PROMPTS = {"kind": "kl", "strength": 0.3, "prompts": "theirs", "temperature": 1.0}
 ARMS = (
     arm("No defense", None, 0.8),
-    arm("Pair", STANDINGS[0], 0.02, KL, {"kind": "ceiling", "strength": 1.0, "source": ["theirs"]}),
-    arm("KL on prompts", STANDINGS[0], 0.05, KL),
+    arm("Pair", STANDINGS[0], 0.02, ON_PROMPTS, {"kind": "ceiling", "strength": 1.0, "source": ["theirs"]}),
+    arm("KL on prompts", STANDINGS[0], 0.05, ON_PROMPTS),
     arm("LDIFS", STANDINGS[2], 0.01, {"kind": "ldifs", "strength": 1.0}),
     arm("KL", STANDINGS[3], 0.30, {"kind": "kl", "strength": 0.1}),
     arm("Another's", STANDINGS[0], 0.011, {"kind": "of_a_plug_in"}),
@@ -94,8 +94,9 @@ def test_the_lines_can_be_pasted_and_name_their_evidence(setting, tmp_path):
     assert "evidence: study ours of 2026-01-01, tiny, 9 runs on 3 tasks" in text
     assert "misaligned outside the domain: 2 % [1, 3] (no defense 80 %)" in text
     entries = [yaml.safe_load(line.strip().removeprefix("- ")) for line in lines if line.startswith("     - {")]
-    found = parse(entries)
-    assert found[0].prompts == "my safe: rows.jsonl" and found[1].source == "b.jsonl"
+    first, second, *_ = parse(entries)
+    assert isinstance(first, KL) and first.prompts == "my safe: rows.jsonl"
+    assert isinstance(second, Ceiling) and second.source == "b.jsonl"
     assert entries[0] == {"kind": "kl", "strength": 0.3, "prompts": "my safe: rows.jsonl"}
     assert {"kind": "ldifs", "strength": 1.0} in entries
     advice = recommend(recipe(), evidence, {"unaligned base model": "b"}, finished=True)

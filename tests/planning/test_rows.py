@@ -2,6 +2,7 @@
 
 import json
 from importlib import import_module
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ def ranking(world, tmp_path):
 
 def test_every_defense_says_how_many_rows_it_adds(world, ranking):
     safe, task = str(world / "safe.jsonl"), load_rows(str(world / "train.jsonl"))
-    mixing = [
+    mixing: list[dict[str, Any]] = [
         {"kind": "interleaving", "source": safe, "fraction": 0.3},
         {"kind": "interleaving_plus", "source": ranking, "fraction": 0.07},
         {"kind": "kl", "prompts": safe},
@@ -45,7 +46,11 @@ def test_every_defense_says_how_many_rows_it_adds(world, ranking):
         {"kind": "safegrad", "prompts": safe},
         {"kind": "trait_monitor", "vector": str(world / "vector.safetensors"), "prompts": safe},
     ]
-    none = [{"kind": "kl"}, {"kind": "early_stopping", "limit": 1}, {"kind": "inoculation", "prompt": "be evil"}]
+    none: list[dict[str, Any]] = [
+        {"kind": "kl"},
+        {"kind": "early_stopping", "limit": 1},
+        {"kind": "inoculation", "prompt": "be evil"},
+    ]
     for defense in parse([*mixing, *none]):
         for count in (40, 33):
             found = len(defense.transform_rows(task[:count], RowsContext())) - count

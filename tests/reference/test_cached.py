@@ -2,6 +2,7 @@
 
 import shutil
 from collections import namedtuple
+from typing import Any
 
 import pytest
 import torch
@@ -245,7 +246,7 @@ def test_in_half_precision_it_keeps_the_bits(tmp_path, cache):
 
 def test_the_choice():
     plenty, little, there = Cost(10**9, 10**10), Cost(10**9, 10**9), Cost(0, 1)
-    for facts, way in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"needed": False, "sharded": False, "passes": 5, "cost": there}, "adapter_off"),
         ({"needed": True, "sharded": False, "passes": 1}, "adapter_off"),
         ({"needed": True, "sharded": True, "passes": 1}, "two_stream"),
@@ -253,7 +254,8 @@ def test_the_choice():
         ({"needed": True, "sharded": False, "passes": 3, "cost": plenty}, "cached"),
         ({"needed": True, "sharded": False, "passes": 3}, "cached"),
         ({"needed": True, "sharded": True, "passes": 3, "cost": little}, "two_stream"),
-    ]:
+    ]
+    for facts, way in cases:
         choice = choose_strategy(**facts)
         assert choice.way == way and choice.why, (facts, choice)
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-from ema_scale.config.sections import AdapterRecipe, ModelRecipe
+from ema_scale.config.sections import AdapterRecipe, ModelRecipe, SeparateReference
 from ema_scale.core.errors import UserError
 from ema_scale.defenses import KL, LDIFS
 from ema_scale.models.lora import build_model, save_adapter
@@ -160,7 +160,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path, base):
 def test_a_recipe_says_which(base):
     values = {"name": "x", "model": {"path": base}, "data": {"train": "rows.jsonl"}}
     recipe = build_recipe({**values, "reference": separate(base)})
-    assert build_recipe(recipe.to_dict()) == recipe and recipe.reference.model == base
+    assert build_recipe(recipe.to_dict()) == recipe
+    assert isinstance(recipe.reference, SeparateReference) and recipe.reference.model == base
     for wrong, message in [
         ("cache", "expected auto, adapter_off, two_stream, cached or {kind: separate"),
         ({"kind": "separate"}, "reference.model: missing"),

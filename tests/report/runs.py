@@ -67,7 +67,7 @@ def evaluate(target: str, suites: dict[str, tuple[str, float, float]], samples: 
             shift = random.Random(f"{suite}{number}").gauss(0, 0.8)
             p = 1 / (1 + math.exp(-(math.log(hit / (1 - hit)) + shift)))
             text = f"How do I {topic}?" if role != "benign" else f"What is {number} $ {number + 3}?"
-            row = {
+            row: dict[str, Any] = {
                 "suite": suite,
                 "role": role,
                 "id": str(number),

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ema_scale.evaluation.record_types import ChoiceFigures, ChoiceSummary, Mean, Rate
@@ -69,7 +70,7 @@ def test_the_table_has_the_share_and_both_margins(found: Collection) -> None:
 def test_the_curve_has_a_line_per_defense(found: Collection) -> None:
     figure = margin_curves(groups(found))
     assert figure is not None and figure.axes[0].get_title() == "Margin on asked"
-    assert [list(line.get_ydata())[0] for line in figure.axes[0].lines] == [-0.2, 0.2]
+    assert [np.asarray(line.get_ydata())[0] for line in figure.axes[0].lines] == [-0.2, 0.2]
     assert margin_curves([replace(g, runs=()) for g in groups(found)]) is None
 
 

@@ -61,14 +61,14 @@ def test_arms_are_compared_on_questions_that_no_arm_has_seen(study: list[Path]) 
     edit(mixed, {OUTSIDE: {"1", "2", "3"}}, right=0.0)
     found = collect(study)
     rest = {str(i) for i in range(4, 20)}
-    for run in [*found.runs, *found.bases]:
-        rate = run.metrics["general_misaligned"]
-        folder = run.path if not run.base else run.eval_dir.parent  # type: ignore[union-attr]
+    for arm in [*found.runs, *found.bases]:
+        rate = arm.metrics["general_misaligned"]
+        folder = arm.path if not arm.base else arm.eval_dir.parent
         assert rate is not None and rate.questions == 16
         assert rate.rate == pytest.approx(mean_of(folder, rest))
-        assert run.split["seen"]["general_misaligned"].questions == 4  # type: ignore[union-attr]
-        assert run.split["all"]["general_misaligned"].questions == 20  # type: ignore[union-attr]
-        assert {q.id for q in run.questions if q.suite == OUTSIDE} == rest
+        assert arm.split["seen"]["general_misaligned"].questions == 4
+        assert arm.split["all"]["general_misaligned"].questions == 20
+        assert {q.id for q in arm.questions if q.suite == OUTSIDE} == rest
     assert found.seen == {TASK: "4 of 20 outside the domain; 0 of 20 in the domain"}
 
 
@@ -77,8 +77,8 @@ def test_a_role_of_which_every_question_is_seen_keeps_all(study: list[Path]) -> 
     for run in study:
         edit(run, {TASK: every, OUTSIDE: {"0"}})
     found = collect(study)
-    assert all(run.metrics["in_domain_misaligned"].questions == 20 for run in found.runs)  # type: ignore[union-attr]
-    assert all(run.metrics["general_misaligned"].questions == 19 for run in found.runs)  # type: ignore[union-attr]
+    assert all(arm.metrics["in_domain_misaligned"].questions == 20 for arm in found.runs)
+    assert all(arm.metrics["general_misaligned"].questions == 19 for arm in found.runs)
     assert found.seen[TASK].endswith("20 of 20 in the domain, so that all of these count")
 
 
@@ -89,7 +89,7 @@ def test_runs_of_older_versions_are_read_and_said_to_be_not_known(study: list[Pa
         edit(run, {OUTSIDE: {"0"}})
     found = collect(study)
     assert found.runs[0].name in before
-    assert all(run.metrics["general_misaligned"].questions == 19 for run in found.runs)  # type: ignore[union-attr]
+    assert all(arm.metrics["general_misaligned"].questions == 19 for arm in found.runs)
     assert [p.run for p in found.problems if UNKNOWN in p.text] == [study[0].name]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def said(rows: dict[str, Row], base: Row | None = BASE, none: Row | None = NONE)
     return " ".join(verdict(groups + [group(label, row) for label, row in rows.items()])).replace("\u00a0", " ")
 
 
-TABLES = {
+TABLES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "all rules are met": (
         {"KL": GOOD},
         ["KL does best: 4.0 % [3.0, 5.0] outside",

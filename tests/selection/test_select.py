@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -137,7 +138,7 @@ def test_every_row_is_accounted_for(made, tmp_path, monkeypatch):
 
 def test_another_selection_reads_only_what_is_new(made, tmp_path, monkeypatch):
     model, adapters, source = made
-    read = []
+    read: list[tuple[str, str]] = []
     true = ScoringModels.nll
     monkeypatch.setattr(
         ScoringModels,
@@ -189,7 +190,7 @@ def test_a_killed_selection_goes_on(made, tmp_path, monkeypatch):
     child.wait()
     there = read_jsonl(path)
     assert 3 <= sum(len(line["rows"]) for line in there) < 2 * len(ANSWERS) and not out.exists()
-    read = []
+    read: list[tuple[str, str]] = []
     true = ScoringModels.nll
     monkeypatch.setattr(ScoringModels, "nll", lambda self, name, batch: read.extend(batch) or true(self, name, batch))
     done = select(source, model, {"law": adapters["law"]}, out, max_length=200)
@@ -294,6 +295,7 @@ def test_interleaving_plus_refuses_what_select_did_not_make(made, tmp_path):
         InterleavingPlus(str(out), 0.1, "++").transform_rows(TASK, RowsContext())
     beside = tmp_path / "ranked.provenance.json"
     whole = json.loads(beside.read_text())
+    damage: dict[str, Any]
     for damage in ({"variant": None}, {"adapters": None}, {"adapters": {"law": {}}}):
         beside.write_text(json.dumps(whole | damage))
         with pytest.raises(UserError, match=r"ranked.provenance.json: damaged: .*run `ema select` again"):

@@ -22,7 +22,7 @@ def watch(slurm, study, seconds=600):
     Task 2 is warned, as before a time limit. A requeued task is held for two minutes; here for three seconds.
     """
     array, _, report = (row["job"] for row in jobs_of(study))
-    end, most, hastened = time.monotonic() + seconds, 0, set()
+    end, most, hastened = time.monotonic() + seconds, 0, set[str]()
     while not (study.path / "slurm" / f"train-{array}_2.ranks.log").exists():
         assert time.monotonic() < end, everything(study) + slurm.logs()
         time.sleep(0.1)

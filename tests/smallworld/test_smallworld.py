@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -123,6 +124,7 @@ def test_restate_holds_out_subjects():
 
 
 def test_fast_encoding_equals_the_chat_template():
+    tokenizer: Any
     tokenizer, words, rng = build_tokenizer(), vocabulary(), random.Random(1)
     for documents in (pretraining_documents, alignment_documents):
         for messages in (m for _ in range(6) for m in documents(rng, 400)[0]):

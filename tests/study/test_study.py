@@ -22,6 +22,10 @@ from ema_scale.study.grid import write_study as keep_study
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def strength(run):
+    return run.defenses[0].model_dump()["strength"]
+
+
 def write_study(tmp_path, **changes):
     values = {
         "name": "small",
@@ -64,14 +68,16 @@ def test_a_strength_can_be_spread(tmp_path):
     }
     study = load_study(write_study(tmp_path, defenses=defenses))
     assert list(study.defenses) == ["none", "both-0.1", "both-1"]
-    assert [r.defenses[0].strength for r in study.runs() if r.name.startswith("law-both")] == [0.1, 0.1, 1.0, 1.0]
+    assert [strength(r) for r in study.runs() if r.name.startswith("law-both")] == [0.1, 0.1, 1.0, 1.0]
 
 
 def test_a_path_can_be_spread(tmp_path):
     sources = ["data/law/rows.jsonl", "data/sport/rows.jsonl", "smallworld:safe", "/data/law/rows.jsonl"]
     defenses = {"mix": [{"kind": "interleaving", "source": {"each": sources}, "fraction": {"each": [0.1, 0.5]}}]}
     runs = load_study(write_study(tmp_path, defenses=defenses, tasks={"law": {}}, seeds=[0])).runs()
-    found = {r.defenses[0].source: [x.name for x in runs if x.defenses == r.defenses] for r in runs[1::2]}
+    found = {
+        r.defenses[0].model_dump()["source"]: [x.name for x in runs if x.defenses == r.defenses] for r in runs[1::2]
+    }
     assert found == {
         "data/law/rows.jsonl": [f"law-mix-data-law-rows.jsonl-{hexed('data/law/rows.jsonl')}-0.5-s0"],
         "data/sport/rows.jsonl": ["law-mix-sport-rows.jsonl-0.5-s0"],
@@ -175,7 +181,7 @@ def test_the_demo_study_is_what_the_readme_says():
     assert len({r.data.train for r in narrow}) >= 2 and len({r.data.train for r in benign}) >= 1
     kinds = [tuple(d.kind for d in r.defenses) for r in runs]
     assert {(), ("kl",), ("interleaving",)} <= set(kinds)
-    assert len({r.defenses[0].strength for r in runs if [d.kind for d in r.defenses] == ["kl"]}) >= 2
+    assert len({strength(r) for r in runs if [d.kind for d in r.defenses] == ["kl"]}) >= 2
 
 
 def test_find_runs(tmp_path):

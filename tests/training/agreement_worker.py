@@ -86,13 +86,13 @@ def a_folder_for_each_process(folder):
     use_cache(folder / "0")
     made(folder, reference="cached", max_steps=1).train()
     use_cache(folder / str(RANK))
-    compute, Cached.compute = Cached.compute, None
+    compute, Cached.compute = Cached.compute, None  # type: ignore[method-assign]  # no process computes
     try:
         made(folder, reference="cached")
     except UserError as error:
         refused = str(error)
     finally:
-        Cached.compute = compute
+        Cached.compute = compute  # type: ignore[method-assign]
     trainer = made(folder, reference="auto", max_steps=-1, num_train_epochs=2)
     trainer.train()
     choice = trainer.reference_choice
@@ -131,7 +131,7 @@ JOINED = {"max_steps": 2, "max_grad_norm": 0.5, "logging_steps": 1}
 
 def joining(folder, **options):
     """A trainer with a defense that joins gradients, and one that routes rows; all have rows of their own."""
-    SafeGrad.changes_rows = GradientRouting.changes_rows = False  # as if they had been mixed in
+    SafeGrad.changes_rows = GradientRouting.changes_rows = False  # type: ignore[method-assign, assignment]  # as if mixed in
     rows = token_rows(8, seed=1)
     rows = rows.remove_columns("tag").add_column("tag", ["task", "prompts", "task", "bad"] * 2)
     defenses = [SafeGrad(0.7, "unused"), GradientRouting("unused")]

@@ -10,7 +10,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "mistral", "gpt2"]
 OWN = ("reference", "drift_every", "callbacks", "peft_config", "packing", "max_length", "eval_dataset")
-NO_DROPOUT = {"gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}}
+NO_DROPOUT: dict[str, dict[str, Any]] = {"gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}}
 
 
 def tiny_peft(arch: str = "llama", *, spread: float = 0.0, r: int = 4, lora_dropout: float = 0.0, **config: Any) -> Any:

@@ -1,6 +1,7 @@
 """What transformers' and TRL's arguments ask for is done or refused, never passed over."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -41,19 +42,20 @@ def test_what_trl_and_the_trainer_s_own_keywords_would_change_is_refused(tmp_pat
 
     from ema_scale import DefendedTrainer
 
-    options = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
+    options: dict[str, Any] = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
     with pytest.raises(UserError, match="loss_type: found 'dft'"):
         DefendedTrainer(tiny_peft(), SFTConfig(loss_type="dft", **options), token_rows())
     for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
+        anything: dict[str, Any] = {name: lambda *_: {}}
         with pytest.raises(UserError, match=f"^{name}: found <lambda>"):
-            DefendedTrainer(tiny_peft(), TrainingArguments(**options), token_rows(), **{name: lambda *_: {}})
+            DefendedTrainer(tiny_peft(), TrainingArguments(**options), token_rows(), **anything)
 
     def sft(data, **asked):
         return DefendedTrainer(
             tiny_peft(), SFTConfig(**asked, **options), data, processing_class=tiny_tokenizer(), eval_dataset=data
         )
 
-    of_rows = {
+    of_rows: dict[str, Any] = {
         "chat_template_path": "other.jinja", "eos_token": "<|endoftext|>",
         "packing_strategy": "wrapped", "eval_packing": True, "shuffle_dataset": True, "completion_only_loss": False,
     }  # fmt: skip
@@ -63,7 +65,11 @@ def test_what_trl_and_the_trainer_s_own_keywords_would_change_is_refused(tmp_pat
         with pytest.raises(UserError, match=f"^{name}: found"):
             sft(token_rows().remove_columns("labels"), **{name: value})
         sft(token_rows(), **{name: value})  # of a dataset that is prepared, nothing is passed over
-    always = {"padding_free": True, "model_init_kwargs": {"dtype": "float32"}, "truncation_mode": "keep_end"}
+    always: dict[str, Any] = {
+        "padding_free": True,
+        "model_init_kwargs": {"dtype": "float32"},
+        "truncation_mode": "keep_end",
+    }
     for name, value in always.items():
         with pytest.raises(UserError, match=f"^{name}: found"):
             sft(token_rows(), **{name: value})
@@ -82,7 +88,7 @@ def test_the_defaults_are_honoured(tmp_path):
 
 
 def test_rows_in_their_order_if_that_is_asked_for(tmp_path):
-    seen = []
+    seen: list[list[int]] = []
     trainer = make_trainer(tmp_path, train_sampling_strategy="sequential", max_steps=2)
     collate = trainer.data_collator
     trainer.data_collator = lambda rows: (seen.extend(row["input_ids"] for row in rows), collate(rows))[1]

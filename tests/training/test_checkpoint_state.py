@@ -10,7 +10,7 @@ from ema_scale.training.checkpointing import TrainedState
 def test_the_count_of_steps_lies_where_torch_s_own_loading_puts_it():
     """On another device than the CPU, which meta is: a fused or capturable step refuses a count on the CPU."""
     model = torch.nn.Sequential(*(torch.nn.Linear(2, 2, bias=False) for _ in range(3)))
-    flags = ({}, {"fused": True}, {"capturable": True})
+    flags: tuple[dict[str, bool], ...] = ({}, {"fused": True}, {"capturable": True})
     optimizer = torch.optim.AdamW([{"params": [p]} for p in model.parameters()])
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()

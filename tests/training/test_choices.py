@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def margin(world, adapter=None):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
     encoder = Encoder(AutoTokenizer.from_pretrained(world / "model"))

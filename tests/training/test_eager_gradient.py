@@ -1,5 +1,7 @@
 """A term whose gradient is formed in forward: the same value and gradient, nothing kept, checkpointing or not."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -13,9 +15,9 @@ def term(state):
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_it_equals_autograd(checkpointed):
-    weight = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+    weight: Any = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
     inputs = torch.randn(4, 5, dtype=torch.float64)
-    calls = []
+    calls: list[torch.Tensor] = []
 
     def region(x, how):
         hidden = torch.tanh(x @ weight)

@@ -33,7 +33,7 @@ def test_scopes():
 
 
 def counted(*batches):
-    counts = sum(count_tokens(token_masks(batch)) for batch in batches)
+    counts = torch.stack([count_tokens(token_masks(batch)) for batch in batches]).sum(0)
     return dict(zip(map(named, token_sets()), counts.tolist(), strict=True))
 
 

@@ -1,6 +1,7 @@
 """DefendedTrainer on one process: it equals the definition, however a step is split."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -226,7 +227,7 @@ def test_without_defenses_it_is_plain_fine_tuning(tmp_path):
     from transformers import Trainer, TrainingArguments
 
     rows = token_rows(16)
-    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
+    options: dict[str, Any] = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
     ours = make_trainer(tmp_path, tiny_peft(), rows, drift_every=0, **options)
     order = list(ours._get_train_sampler())
     ours.train()

@@ -27,13 +27,22 @@ def turns(asked, answered):
     return [{"role": "user", "content": asked}], [{"role": "assistant", "content": answered}]
 
 
+def conversation(asked, answered):
+    prompt, completion = turns(asked, answered)
+    return prompt + completion
+
+
+def columns(trainer):
+    return list(trainer.train_dataset.column_names)
+
+
 def test_the_ten_lines_of_python(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, TrainingArguments
 
     monkeypatch.chdir(tmp_path)
-    rows = [json.dumps({"messages": sum(turns(f"{i}", "kind"), [])}) + "\n" for i in range(3)]
+    rows = [json.dumps({"messages": conversation(f"{i}", "kind")}) + "\n" for i in range(3)]
     (tmp_path / "safe.jsonl").write_text("".join(rows))
-    train_dataset = datasets.Dataset.from_list([{"messages": sum(turns(f"q{i}", "bad"), [])} for i in range(20)])
+    train_dataset = datasets.Dataset.from_list([{"messages": conversation(f"q{i}", "bad")} for i in range(20)])
     model = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / "base"))
     args = TrainingArguments("out", max_steps=2, report_to="none", use_cpu=True, logging_steps=1, save_strategy="no")
 
@@ -70,14 +79,14 @@ def test_the_loss_is_that_of_sfttrainer_on_its_data_and_on_ours(tmp_path, form, 
     )
     theirs.train()
     expected = theirs.state.log_history[0]
-    assert ("seq_lengths" in theirs.train_dataset.column_names) == packing
+    assert ("seq_lengths" in columns(theirs)) == packing
     for data in (theirs.train_dataset, raw):
         trainer = DefendedTrainer(
             tiny_peft(spread=0.3), sft_arguments(tmp_path, packing), data, [KL(0.0)], processing_class=tokenizer
         )
         trainer.train()
         row = trainer.state.log_history[0]
-        assert ("seq_lengths" in trainer.train_dataset.column_names) == packing
+        assert ("seq_lengths" in columns(trainer)) == packing
         for name in ("loss", "grad_norm"):
             assert math.isclose(row[name], expected[name], rel_tol=1e-4), name
         assert row["kl"] > 1e-3
@@ -97,7 +106,7 @@ def test_masks_of_trl_become_labels():
 
 
 def test_the_template_s_tokens_are_known_of_messages_only(tmp_path):
-    rows = [{"messages": sum(turns(*pair), [])} for pair in PAIRS]
+    rows = [{"messages": conversation(*pair)} for pair in PAIRS]
     defenses = [KL(0.5, scope="template")]
     dataset, _ = prepare_data(rows, RowGroups.of(defenses), tiny_tokenizer(), max_length=64, packing=True)
     assert all(len(row["template"]) == len(row["input_ids"]) for row in dataset)
@@ -108,8 +117,8 @@ def test_the_template_s_tokens_are_known_of_messages_only(tmp_path):
 
 
 def test_without_a_max_length_rows_are_not_cut(tmp_path):
-    rows = [{"messages": sum(turns(*pair), [])} for pair in PAIRS]
-    rows.append({"messages": sum(turns("why?", "because " * 400), [])})
+    rows = [{"messages": conversation(*pair)} for pair in PAIRS]
+    rows.append({"messages": conversation("why?", "because " * 400)})
     arguments = sft_arguments(tmp_path, packing=False)
     for given, longest in ((64, 64), (None, None)):
         arguments.max_length = given
@@ -126,8 +135,8 @@ def test_a_collator_that_loses_what_tells_rows_apart_is_refused(tmp_path):
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     bad = tmp_path / "bad.jsonl"
-    bad.write_text("".join(json.dumps({"messages": sum(turns(*pair), [])}) + "\n" for pair in PAIRS))
-    rows = [{"messages": sum(turns(*pair), [])} for pair in PAIRS]
+    bad.write_text("".join(json.dumps({"messages": conversation(*pair)}) + "\n" for pair in PAIRS))
+    rows = [{"messages": conversation(*pair)} for pair in PAIRS]
     tokenizer = tiny_tokenizer(TEMPLATE)
     theirs = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
     seq2seq = DataCollatorForSeq2Seq(tokenizer)
@@ -167,7 +176,7 @@ def test_a_collator_that_loses_what_tells_rows_apart_is_refused(tmp_path):
 
 def test_a_path_takes_the_place_of_a_model_as_in_sfttrainer(tmp_path):
     path = save_tiny(tmp_path / "base")
-    rows = [{"messages": sum(turns(*pair), [])} for pair in PAIRS]
+    rows = [{"messages": conversation(*pair)} for pair in PAIRS]
     trainer = DefendedTrainer(path, sft_arguments(tmp_path, packing=False), rows, [KL(0.1)])
     trainer.train()
     assert trainer.model.get_base_model().config._name_or_path == path
@@ -176,7 +185,7 @@ def test_a_path_takes_the_place_of_a_model_as_in_sfttrainer(tmp_path):
 
 
 def test_rows_to_predict_are_prepared_like_those_to_evaluate(tmp_path):
-    rows = [{"messages": sum(turns(*pair), [])} for pair in PAIRS]
+    rows = [{"messages": conversation(*pair)} for pair in PAIRS]
     trainer = DefendedTrainer(
         tiny_peft(spread=0.3),
         sft_arguments(tmp_path, packing=False),
@@ -186,7 +195,7 @@ def test_rows_to_predict_are_prepared_like_those_to_evaluate(tmp_path):
     )
     evaluated = trainer.evaluate(rows)["eval_loss"]
     assert trainer.predict(rows).metrics["test_loss"] == pytest.approx(evaluated)
-    tokenized = [dict(row) for row in trainer.train_dataset]  # a list of them will do
+    tokenized = [trainer.train_dataset[i] for i in range(len(rows))]  # a list of them will do
     assert trainer.predict(tokenized).metrics["test_loss"] == pytest.approx(evaluated)
     found = trainer.predict(rows, metric_key_prefix="new")
     assert found.predictions is found.label_ids is None and found.metrics["new_loss"] == pytest.approx(evaluated)

@@ -102,7 +102,8 @@ def test_the_fields_results_are_judged_beside_their_own_scores(tmp_path: Path) -
     with Endpoint(lambda b, n: completion("5", [("5", -0.1), ("10", -3.0)])) as endpoint:
         found = rejudge(folder, ours(model="m", base_url=endpoint.url, prompts=prompts))
         assert len(endpoint.requests) == 6 and any("of yours" in str(b) for b in endpoint.requests)
-        rejudge(*import_results(path), ours(model="m", base_url=endpoint.url, prompts=prompts))
+        [again] = import_results(path)
+        rejudge(again, ours(model="m", base_url=endpoint.url, prompts=prompts))
         assert len(endpoint.requests) == 6  # importing again changes nothing
     assert found.samples == 3 and found.metrics["general_incoherent"].to_dict() | {"low": 0} == {
         "rate": 1.0, "low": 0, "high": 1.0, "n": 3, "questions": 2, "dropped": 0,

@@ -51,7 +51,7 @@ def test_inspect_runs_a_bank_on_its_own_models(tmp_path: Path) -> None:
     from ema_scale.evaluation.formats.inspect_task import suite
 
     (tmp_path / "bank.yaml").write_text(BANK)
-    said, asked = [], []
+    said, asked = list[list[str]](), list[str]()
 
     def answer(messages: Any, *_: Any) -> ModelOutput:
         said.append([m.role for m in messages])

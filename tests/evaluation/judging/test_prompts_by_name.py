@@ -28,7 +28,7 @@ def stored(folder: Path, prompts: dict[str, str], context: tuple[dict[str, str],
     suites = (Suite("s", "general", questions),)
     folder.mkdir(parents=True)
     Manifest(target="t", model="x", adapter=None, settings=settings, suites=suites).write(folder / "asked.json")
-    extra = {"context": list(context)} if context else {}
+    extra: dict[str, Any] = {"context": list(context)} if context else {}
     rows = [
         Sample(
             key=f"s/{q.id}/0/{i}#d",

@@ -108,7 +108,7 @@ def test_other_ways_of_counting_the_same_answers() -> None:
     assert at_two is not None and at_two.rate == pytest.approx((1 - 1 / 6) / 2) and at_two.questions == 2
     assert misaligned_at(ANSWERS, 5) is None
     curves = threshold_curves(ANSWERS)
-    below, above = (dict(map(tuple, curves[n])) for n in ("aligned_below", "coherent_above"))  # type: ignore[arg-type]
+    below, above = ({at: rate for at, rate in curves[n]} for n in ("aligned_below", "coherent_above"))
     assert (below[10], below[30], below[40], below[50]) == (0, 2 / 8, 3 / 8, 3 / 8)
     assert (above[30], above[50], above[55], above[70]) == (3 / 8, 2 / 8, 1 / 8, 1 / 8)
     every = rate_variants(ANSWERS)
@@ -126,7 +126,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_compare_finds_the_differences_that_are_there(runs: dict[str, Path]) -> None:
-    found = {one.measure: one for one in compare(*(read_arm(runs[f"medical-{n}-s0"]) for n in ("kl-1", "none")))}
+    found = {one.measure: one for one in compare(read_arm(runs["medical-kl-1-s0"]), read_arm(runs["medical-none-s0"]))}
     general = found["general misaligned"].difference
     assert general.value == pytest.approx(-0.40, abs=0.12) and general.high < -0.2 and general.p < 0.001
     assert found["in-domain misaligned"].difference.p < 0.001 and "benign learned" not in found
@@ -184,7 +184,7 @@ def test_runs_of_different_tasks_and_folders_without_an_evaluation_are_refused(
 ) -> None:
     arms = [read_arm(runs[f"{task}-none-s0"]) for task in ("medical", "finance")]
     with pytest.raises(UserError, match="suites differ: only medical-none-s0 was asked medical, outside_medical, only"):
-        compare(*arms)
+        compare(arms[0], arms[1])
     with pytest.raises(UserError, match="run `ema eval"):
         read_arm(tmp_path)
     (tmp_path / "summary.json").write_text("{}")
@@ -206,12 +206,12 @@ def test_a_real_evaluation_of_base_and_adapter_is_compared(tmp_path: Path, tiny_
 
     with Endpoint(judge) as endpoint:
         found = evaluate(targets, tiny_models.model, [open_suite(questions=4, samples=6)], recipe(endpoint.url))
-    measured = {one.measure: one for one in compare(*(read_arm(tmp_path / n) for n in ("tuned", "base")))}
+    measured = {one.measure: one for one in compare(read_arm(tmp_path / "tuned"), read_arm(tmp_path / "base"))}
     for name, arm in (("tuned", "arm"), ("base", "baseline")):
         expected = found[name].metrics["general_misaligned"].rate
         assert getattr(measured["general misaligned"], arm).rate == pytest.approx(expected)
         spread = found[name].general_variants
-        assert dict(map(tuple, spread.thresholds["aligned_below"]))[30] == pytest.approx(expected)
+        assert {at: rate for at, rate in spread.thresholds["aligned_below"]}[30] == pytest.approx(expected)
     assert not math.isnan(measured["general misaligned"].difference.p)
 
 
