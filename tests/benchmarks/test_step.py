@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import step
-from benchmarks.cli import _config
+from benchmarks.cli_training import _config
 from benchmarks.phases import PHASES
 from benchmarks.plan import setup_of_task
 from benchmarks.training_variants import CACHED, OFF, PLAIN, SECOND, TWO, VARIANTS, WITH, Task, Trained, chosen, train
