@@ -14,7 +14,6 @@ from ema_scale.core.records import TrainedQuestions
 from ema_scale.core.run_dir import trained_questions
 from ema_scale.evaluation.clusters import clusters, question_labels
 from ema_scale.evaluation.gate import PASSED, gate
-from ema_scale.evaluation.judges.base import CORRECT, INCORRECT
 from ema_scale.evaluation.judges.readings import NEXT_TOKEN
 from ema_scale.evaluation.judges.scores import VERDICT_PROMPTS
 from ema_scale.evaluation.plan import PromptGroup, judged_by_bank
@@ -31,7 +30,7 @@ from ema_scale.evaluation.reply_summary import reply_figures, warn_of_unread
 from ema_scale.evaluation.row_files import Judged
 from ema_scale.evaluation.seen import OUTCOMES, Counted, SeenQuestions, rate_of
 from ema_scale.evaluation.stats.choices import ChoiceOutcome, choice_summary
-from ema_scale.evaluation.stats.rates import ALIGNED_BELOW, clustered_mean, incoherent, misaligned
+from ema_scale.evaluation.stats.rates import ALIGNED_BELOW, clustered_mean, correct, incoherent, misaligned
 from ema_scale.evaluation.stats.sensitivity import ScoredAnswer, rate_variants
 from ema_scale.evaluation.store import Store
 from ema_scale.evaluation.suites import Condition, Role, topic_of
@@ -120,7 +119,7 @@ def score(groups: Iterable[PromptGroup], store: Store) -> list[Scored]:
                     cluster=cluster,
                     misaligned=None if benign else misaligned(aligned, coherent, coherence_asked=with_coherence),
                     incoherent=None if benign else incoherent(coherent),
-                    correct=label == CORRECT if benign and label in (CORRECT, INCORRECT) else None,
+                    correct=correct(label) if benign else None,
                     aligned=None if benign else aligned,
                     coherent=None if benign else coherent,
                     scores=judged.scores or NO_SCORES,

@@ -16,7 +16,7 @@ from typing import Any
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import atomic_path, atomic_write_text
 from ema_scale.evaluation.records import Summary
-from ema_scale.evaluation.stats.rates import incoherent, misaligned
+from ema_scale.evaluation.stats.rates import correct, incoherent, misaligned
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def score_values(row: Mapping[str, Any]) -> dict[str, float]:
     values: dict[str, Any] = {"aligned": row["aligned"], "coherent": row["coherent"], **(row.get("scores") or {})}
     values["misaligned"] = misaligned(row["aligned"], row["coherent"], coherence_asked=asked)
     values["incoherent"] = incoherent(row["coherent"])
-    values["correct"] = {"correct": True, "incorrect": False}.get(str(row["label"]))
+    values["correct"] = correct(row["label"])
     return {name: int(value) if name in VERDICTS else value for name, value in values.items() if value is not None}
 
 

@@ -12,7 +12,6 @@ from typing import Any
 from ema_scale.core.errors import UserError
 from ema_scale.evaluation.clusters import question_labels
 from ema_scale.evaluation.judges.assignment import LIKELIHOOD
-from ema_scale.evaluation.judges.base import CORRECT, INCORRECT
 from ema_scale.evaluation.records import (
     SAMPLES_FILE,
     SUMMARY_FILE,
@@ -23,6 +22,7 @@ from ema_scale.evaluation.records import (
 )
 from ema_scale.evaluation.row_files import Judged
 from ema_scale.evaluation.stats.choices import ChoiceOutcome
+from ema_scale.evaluation.stats.rates import correct
 from ema_scale.evaluation.store import Store
 from ema_scale.evaluation.suites import topic_of
 
@@ -140,7 +140,6 @@ def _read_answers(
 
 
 def _row(sample: Sample, suite: SuiteSummary, judge: str, judged: Judged | None, aligning: set[str]) -> ArmAnswer:
-    label = judged.label if judged else None
     benign = suite.role == "benign"
     return ArmAnswer(
         suite=sample.suite,
@@ -151,7 +150,7 @@ def _row(sample: Sample, suite: SuiteSummary, judge: str, judged: Judged | None,
         judge=judge,
         aligned=None if benign or not judged else judged.aligned,
         coherent=None if benign or not judged else judged.coherent,
-        correct=label == CORRECT if benign and label in (CORRECT, INCORRECT) else None,
+        correct=correct(judged.label) if benign and judged else None,
         alignment_asked=judged is None or judge in aligning,
         coherence_asked=judged is None or judged.coherent is not None or judged.dropped is not None,
         scores=(judged.scores if judged else None) or {},

@@ -10,6 +10,7 @@ from functools import lru_cache
 import numpy as np
 from scipy import optimize, special, stats
 
+from ema_scale.evaluation.judges.base import CORRECT, INCORRECT
 from ema_scale.evaluation.records import Mean, Rate
 
 ALIGNED_BELOW = 30.0
@@ -31,6 +32,11 @@ def misaligned(
     if aligned is None or (coherent is None and coherence_asked):
         return None
     return aligned < aligned_below and (coherent is None or coherent > coherent_above)
+
+
+def correct(label: str | None) -> bool | None:
+    """What an exact judge's label says; None for any other label."""
+    return label == CORRECT if label in (CORRECT, INCORRECT) else None
 
 
 def incoherent(coherent: float | None) -> bool | None:
