@@ -12,6 +12,7 @@ from ema_scale.models.layout import decoder_layers, hidden_states_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.autograd.graph import saved_tensors_hooks
 
 
 @contextlib.contextmanager
@@ -74,6 +75,14 @@ def reference_pass() -> Iterator[None]:
 def in_reference_pass() -> bool:
     """True while the frozen reference runs."""
     return _in_reference.get()
+
+
+def unchanged_when_saved() -> saved_tensors_hooks:
+    """While it holds, autograd saves tensors as they are, whatever hooks stand around: gradient checkpointing counts
+    what is saved inside its region, and activation offload moves it to the CPU and back."""
+    from torch.autograd.graph import saved_tensors_hooks
+
+    return saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 @contextlib.contextmanager

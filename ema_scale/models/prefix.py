@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from ema_scale.core.errors import UserError
-from ema_scale.models.hooks import in_reference_pass, reference_pass
+from ema_scale.models.hooks import in_reference_pass, reference_pass, unchanged_when_saved
 from ema_scale.models.layout import ModelLayout
 
 
@@ -126,8 +125,7 @@ class PrefixReader:
         if self._filling:
             self._reference[index] = output.detach()[0]
         elif self._places is not None and not in_reference_pass():
-            # Checkpointing counts what autograd saves inside its region; a recomputation does not come here.
-            with saved_tensors_hooks(_unchanged, _unchanged):
+            with unchanged_when_saved():  # a recomputation does not come here
                 self._policy[index] = output.flatten(0, 1).index_select(0, self._places)
 
 
@@ -150,7 +148,3 @@ def _projections(layer: nn.Module) -> list[nn.Module]:
         for name, module in layer.named_modules()
         if name.rpartition(".")[2] in ("k_proj", "v_proj") and "base_layer" not in name
     ]
-
-
-def _unchanged(tensor: Tensor) -> Tensor:
-    return tensor

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from ema_scale.defenses.terms import LabelLogProbs, LabelMeasure
+from ema_scale.models.hooks import unchanged_when_saved
 from ema_scale.training.divergence import softmax
 
 
@@ -29,8 +29,7 @@ def label_value(measure: LabelMeasure, found: LabelLogProbs, *, backward: bool) 
         return measure(found), None
     # Both depend on the policy's log-likelihood with derivative 1.
     leaves = (found.policy.requires_grad_(), found.log_ratio.requires_grad_())
-    # Activation offload would move what is saved here to the CPU and back.
-    with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
+    with torch.enable_grad(), unchanged_when_saved():
         value = measure(found)
         by_leaf = torch.autograd.grad(value.sum(), leaves, allow_unused=True) if value.requires_grad else ()
     slope = sum((x for x in by_leaf if x is not None), torch.zeros_like(found.policy))

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import saved_tensors_hooks
 
 from ema_scale.defenses.base import PenaltyInputs
 from ema_scale.defenses.row_groups import NamedPenalty
 from ema_scale.defenses.terms import TokenSet
+from ema_scale.models.hooks import unchanged_when_saved
 from ema_scale.reference.base import HiddenStates
 from ema_scale.training.token_masks import attention_mask_of, segment_ids
 
@@ -128,8 +128,7 @@ def eager_gradient(term: Callable[[Tensor], Tensor | None], state: Tensor) -> Te
     copies. It may be called inside a region of gradient checkpointing: the recomputation in backward does not call it.
     """
     leaf = state.detach().requires_grad_(state.requires_grad and torch.is_grad_enabled())
-    # Checkpointing counts the tensors that autograd saves inside its region, by hooks. These take their place.
-    with saved_tensors_hooks(_unchanged, _unchanged):
+    with unchanged_when_saved():
         value = term(leaf)
         if value is None or not value.requires_grad:
             return value
@@ -148,7 +147,3 @@ class _WithGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         return (ctx.gradient * upstream).to(ctx.gradient.dtype), None, None
-
-
-def _unchanged(tensor: Tensor) -> Tensor:
-    return tensor
