@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ema_scale.core.errors import UserError
+from ema_scale.core.errors import UserError, options_of
 from ema_scale.core.numbers import MOST
 
 _PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "any", dict: "mapping"}
@@ -147,7 +147,7 @@ def _fields(model: type[BaseModel], prefix: str) -> Iterator[FieldDoc]:
 def _inner(model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
     """Fields that are sections, or lists of sections, whose fields are known."""
     for name, field in model.model_fields.items():
-        for option in _options(field.annotation):
+        for option in options_of(field.annotation):
             items = get_args(option)[:1] if get_origin(option) is list else (option,)
             for item in items:
                 if isinstance(item, type) and issubclass(item, BaseModel) and item.model_fields:
@@ -155,7 +155,7 @@ def _inner(model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
 
 
 def _type(annotation: Any) -> str:
-    options = [*dict.fromkeys(_one_type(option) for option in _options(annotation))]
+    options = [*dict.fromkeys(_one_type(option) for option in options_of(annotation))]
     return ", or ".join(options)
 
 
@@ -175,15 +175,6 @@ def _one_type(annotation: Any) -> str:
 
 def _plural(word: str) -> str:
     return f"{word}s" if word in ("text", "whole number", "number", "mapping", SECTION) else word
-
-
-def _options(annotation: Any) -> list[Any]:
-    """The options of a type: a union's without None, else the type itself."""
-    if get_origin(annotation) is Annotated:
-        return _options(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return [o for a in get_args(annotation) if a is not type(None) for o in _options(a)]
-    return [annotation]
 
 
 def _bounds(field: FieldInfo) -> str:
@@ -228,7 +219,7 @@ def _example(field: FieldInfo) -> Any:
         return None
     if isinstance(field.default, bool):
         return not field.default
-    for option in _options(field.annotation):
+    for option in options_of(field.annotation):
         if get_origin(option) is Literal:
             return next((value for value in get_args(option) if value != field.default), None)
     return field.default

@@ -149,7 +149,7 @@ def _field(problem: Any, model: Any) -> str:
         if problem["type"] == "extra_forbidden" and not location:
             path.append(str(part))
             break
-        options = _options(annotation)
+        options = options_of(annotation)
         if len(options) > 1:
             tagged = [o for o in options if _is_tag(part, o)]
             if tagged:
@@ -171,12 +171,12 @@ def _is_tag(part: Any, option: Any) -> bool:
     return re.match(rf"(function-\w+\[.*)?{re.escape(name)}\[", part.lower()) is not None
 
 
-def _options(annotation: Any) -> list[Any]:
+def options_of(annotation: Any) -> list[Any]:
     """The options of a type: a union's without None, else the type itself."""
     if get_origin(annotation) is Annotated:
-        return _options(get_args(annotation)[0])
+        return options_of(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
-        return [o for a in get_args(annotation) if a is not type(None) for o in _options(a)]
+        return [o for a in get_args(annotation) if a is not type(None) for o in options_of(a)]
     return [annotation]
 
 
@@ -195,15 +195,15 @@ def _inside(options: Sequence[Any], part: Any) -> Any:
 def _section_at(model: Any, path: Sequence[str]) -> Any:
     annotation = model
     for part in path:
-        annotation = _inside(_options(annotation), part)
-    return next((o for o in _options(annotation) if hasattr(o, "model_fields")), None)
+        annotation = _inside(options_of(annotation), part)
+    return next((o for o in options_of(annotation) if hasattr(o, "model_fields")), None)
 
 
 def _paths(model: Any, prefix: str = "") -> Iterator[str]:
     """Dotted paths of all fields of nested sections, shallow ones last, so that they win in a mapping by name."""
     own: Mapping[str, Any] = getattr(model, "model_fields", {})
     for name, field in own.items():
-        for option in _options(field.annotation):
+        for option in options_of(field.annotation):
             if hasattr(option, "model_fields"):
                 yield from _paths(option, f"{prefix}{name}.")
     yield from (f"{prefix}{name}" for name in own)
