@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -42,7 +42,7 @@ from ema_scale.defenses.registry import parse as parse_defenses
 class Recipe(Section):
     """One run: model, data, adapter, training, defenses, reference, evaluation."""
 
-    arguments: ClassVar[Mapping[str, str]] = {"seed": "seed"}
+    arguments: ClassVar[Collection[str]] = ("seed",)
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -129,7 +129,7 @@ def _table(fields: Iterable[FieldDoc]) -> str:
 
 
 def _fields(model: type[BaseModel], prefix: str) -> Iterator[FieldDoc]:
-    arguments: Mapping[str, str] = getattr(model, "arguments", {})
+    arguments: Collection[str] = getattr(model, "arguments", ())
     for name, field in model.model_fields.items():
         key = _join(prefix, name)
         example = _example(field)
@@ -139,7 +139,7 @@ def _fields(model: type[BaseModel], prefix: str) -> Iterator[FieldDoc]:
             _default(field),
             _bounds(field),
             field.description or "",
-            arguments.get(name, ""),
+            name if name in arguments else "",
             "" if example is None else f"{key}={_inline(example)}",
         )
 

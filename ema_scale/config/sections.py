@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
@@ -119,25 +119,11 @@ class TrainingRecipe(Section):
     except that its optimizer is 8-bit AdamW.
     """
 
-    arguments: ClassVar[Mapping[str, str]] = {
-        "num_train_epochs": "num_train_epochs",
-        "max_steps": "max_steps",
-        "learning_rate": "learning_rate",
-        "warmup_steps": "warmup_steps",
-        "lr_scheduler_type": "lr_scheduler_type",
-        "weight_decay": "weight_decay",
-        "optim": "optim",
-        "per_device_train_batch_size": "per_device_train_batch_size",
-        "gradient_accumulation_steps": "gradient_accumulation_steps",
-        "max_grad_norm": "max_grad_norm",
-        "gradient_checkpointing": "gradient_checkpointing",
-        "logging_steps": "logging_steps",
-        "save_steps": "save_steps",
-        "save_total_limit": "save_total_limit",
-        "report_to": "report_to",
-        "deepspeed": "deepspeed",
-        "fsdp": "fsdp",
-    }
+    arguments: ClassVar[Collection[str]] = (
+        "num_train_epochs", "max_steps", "learning_rate", "warmup_steps", "lr_scheduler_type", "weight_decay", "optim",
+        "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "gradient_checkpointing",
+        "logging_steps", "save_steps", "save_total_limit", "report_to", "deepspeed", "fsdp",
+    )  # fmt: skip
 
     num_train_epochs: Positive = Field(1.0, description="How often each row is seen.")
     max_steps: Steps = Field(-1, description="Optimizer steps. -1: as many as the epochs take.", examples=[100])
