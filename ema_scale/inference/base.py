@@ -6,12 +6,10 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from ema_scale.choices.margins import Likelihood
-
-if TYPE_CHECKING:
-    from ema_scale.config.sections import EndpointRecipe, ModelRecipe
+from ema_scale.config.sections import EndpointRecipe, ModelRecipe
 
 log = logging.getLogger(__name__)
 

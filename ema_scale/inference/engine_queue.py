@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ema_scale.choices.margins import Likelihood
-from ema_scale.config.sections import ModelRecipe
+from pydantic import TypeAdapter
+
 from ema_scale.core.errors import UserError
 from ema_scale.core.files import MissingFile, parse_json, read_json
 from ema_scale.core.io import append_jsonl, atomic_write_json, atomic_write_text, file_lock, jsonl_text, read_jsonl
@@ -83,31 +83,24 @@ class Work:
     batches: tuple[str, ...] = ()
 
     def write(self, folder: Path) -> None:
-        o = self.options
-        options = {"adapters": list(o.adapters), "max_model_len": o.max_model_len, "seed": o.seed, "extra": o.extra}
-        values = {"sampler": self.sampler, "batches": list(self.batches), "options": options}
-        atomic_write_json(folder / WORK, {**values, "model": o.model.model_dump(mode="json")})
+        atomic_write_json(folder / WORK, _WORK.dump_python(self, mode="json"))
 
     @classmethod
     def read(cls, folder: Path) -> Work | None:
         """None if nobody waits for answers."""
         try:
-            values = read_json(folder / WORK)
+            return _WORK.validate_python(read_json(folder / WORK))
         except MissingFile:
             return None
-        given = values["options"]
-        options = SamplerOptions(
-            ModelRecipe.model_validate(values["model"]),
-            tuple(given["adapters"]),
-            given["max_model_len"],
-            given["seed"],
-            given["extra"],
-        )
-        return cls(values["sampler"], options, tuple(values["batches"]))
+
+
+_WORK = TypeAdapter(Work)
+_REQUESTS: TypeAdapter[list[Request]] = TypeAdapter(list[Request])
+_RESULT: TypeAdapter[Result] = TypeAdapter(Result)
 
 
 def write_batch(folder: Path, chunks: Sequence[Sequence[Request]]) -> None:
-    rows = ({"requests": [_request_row(request) for request in chunk]} for chunk in chunks)
+    rows = ({"requests": [asdict(request) for request in chunk]} for chunk in chunks)
     atomic_write_text(folder / "chunks.jsonl", jsonl_text(rows))
 
 
@@ -125,7 +118,7 @@ class Batch:
 
     def __init__(self, folder: Path, engine: str) -> None:
         self.folder, self.file = folder, folder / f"{engine}.jsonl"
-        self._chunks = [list(map(_request_of, row["requests"])) for row in read_jsonl(folder / "chunks.jsonl")]
+        self._chunks = [_REQUESTS.validate_python(row["requests"]) for row in read_jsonl(folder / "chunks.jsonl")]
         self._left = set(range(len(self._chunks)))
 
     @contextlib.contextmanager
@@ -146,7 +139,7 @@ class Batch:
                     self._left.discard(number)
                     stack.pop_all().close()
                     continue
-                answered = set(AnswerFiles(self.folder).read_keys()) if touched else set()
+                answered = {result.key for result in AnswerFiles(self.folder).new()} if touched else set()
                 yield [request for request in self._chunks[number] if request.key not in answered]
                 (self.folder / f"{number}.done").touch()
                 self._left.discard(number)
@@ -185,39 +178,12 @@ class AnswerFiles:
             if whole:
                 self._read[path] = self._read.get(path, 0) + len(whole) + 1
                 for line in whole.split(b"\n"):
-                    yield _result_of(parse_json(line, str(path)))
-
-    def read_keys(self) -> Iterator[str]:
-        return (result.key for result in self.new())
-
-
-def _request_row(request: Request) -> Mapping[str, Any]:
-    return {"kind": type(request).__name__, **asdict(request)}
-
-
-def _request_of(row: dict[str, Any]) -> Request:
-    row = {**row, "messages": tuple(row["messages"])}
-    if row.pop("kind") == SampleRequest.__name__:
-        return SampleRequest(**row)
-    alone = None if row["alone"] is None else tuple(row["alone"])
-    return ScoreRequest(**{**row, "answers": tuple(row["answers"]), "alone": alone})
+                    yield _RESULT.validate_python(parse_json(line, str(path)))
 
 
 def _result_row(result: Result) -> dict[str, Any]:
-    if isinstance(result, SampleResult):
-        lists = (list(result.texts), list(result.finish_reasons), list(result.token_counts))
-        return {"key": result.key, "texts": lists[0], "finish_reasons": lists[1], "token_counts": lists[2]}
-    # As text: a likelihood that is no finite number has no JSON, and is refused with its question later.
-    found = [[str(one.total), one.tokens, None if one.alone is None else str(one.alone)] for one in result.likelihoods]
-    return {"key": result.key, "likelihoods": found}
-
-
-def _result_of(row: dict[str, Any]) -> Result:
-    if "likelihoods" not in row:
-        lists = (tuple(row[name]) for name in ("texts", "finish_reasons", "token_counts"))
-        return SampleResult(row["key"], *lists)
-    found = (
-        Likelihood(float(total), tokens, None if alone is None else float(alone))
-        for total, tokens, alone in row["likelihoods"]
-    )
-    return ScoreResult(row["key"], tuple(found))
+    row = asdict(result)
+    for one in row.get("likelihoods", ()):
+        # As text: a likelihood that is no finite number has no JSON, and is refused with its question later.
+        one |= {"total": str(one["total"]), "alone": None if one["alone"] is None else str(one["alone"])}
+    return row
