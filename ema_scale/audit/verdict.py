@@ -137,10 +137,10 @@ def separation(
     return Separation(auc, _lower(auc, m, n), 1 - _lower(1 - auc, m, n))
 
 
-def _lower(auc: float, m: int, n: int, confidence: float = 0.95) -> float:
+def _lower(auc: float, m: int, n: int) -> float:
     """The smallest A that does not reject `auc`: auc - A = z sd(A), Hanley and McNeil's variance with both sample sizes
     in its exponents replaced by their mean. Newcombe, Statistics in Medicine 25 (2006) 559-573, method 5."""
-    z = float(stats.norm.ppf(0.5 + confidence / 2))
+    z = float(stats.norm.ppf(0.975))
 
     def beyond(a: float) -> float:
         others = (m + n) / 2 - 1

@@ -17,12 +17,12 @@ def file_sha256(path: Path | str) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def sampled_sha256(file: Path, blocks: int = 64, block: int = 1 << 16) -> str:
+def sampled_sha256(file: Path) -> str:
     """Hex SHA-256 of a weight file's size and of some blocks. Files of up to 256 MiB are read whole.
 
     Fine-tunes of one model differ in every block, so some blocks identify them.
     """
-    size = file.stat().st_size
+    size, blocks, block = file.stat().st_size, 64, 1 << 16
     if size <= 1 << 28:
         return file_sha256(file)
     hasher = hashlib.sha256(str(size).encode())

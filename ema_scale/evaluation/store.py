@@ -192,16 +192,17 @@ class Store:
 
 
 class Stores(Mapping[str, Store]):
-    """The stores of many targets by name, of which a bounded number is open: the least recently used ones are closed.
+    """The stores of many targets by name, which no other evaluation may write to meanwhile. A bounded number is open:
+    the least recently used ones are closed.
 
     Use as a context manager; its end closes all.
     """
 
-    def __init__(self, folders: Mapping[str, Path], *, exclusive: bool = True) -> None:
+    def __init__(self, folders: Mapping[str, Path]) -> None:
         self._lock = threading.RLock()
         self._open: OrderedDict[Path, int] = OrderedDict()
         self._stores = {
-            name: Store(folder, exclusive=exclusive, used=self._keep_open, lock=self._lock)
+            name: Store(folder, exclusive=True, used=self._keep_open, lock=self._lock)
             for name, folder in folders.items()
         }
         self._by_folder = {store.folder: store for store in self._stores.values()}

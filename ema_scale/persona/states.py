@@ -106,7 +106,6 @@ def project_rows(
     *,
     max_length: int = 2048,
     batch_tokens: int = BATCH_TOKENS,
-    label: str = "projections",
 ) -> list[float]:
     """One number per row: the mean hidden state of its assistant tokens, times the layer's unit direction.
 
@@ -122,6 +121,6 @@ def project_rows(
     layer = directions.recommended_layer if layer is None else layer
     unit = directions.unit(layer)
     means = response_means(
-        model, tokenizer, rows, [layer], max_length=max_length, batch_tokens=batch_tokens, label=label
+        model, tokenizer, rows, [layer], max_length=max_length, batch_tokens=batch_tokens, label="projections"
     )
     return [float(value) for value in means[:, 0] @ unit]

@@ -22,10 +22,8 @@ FIELD_COLUMNS = ("question", "answer", "question_id", "aligned", "coherent")
 ExportedRow = dict[str, Any]
 
 
-def export(
-    folder: Path, kind: str, out: Path | None = None, judge: str | None = None, *, spreadsheet: bool = False
-) -> Path:
-    """Write the answers of `folder`, each with its judgement; returns the file.
+def export(folder: Path, kind: str, judge: str | None = None, *, spreadsheet: bool = False) -> Path:
+    """Write the answers of `folder`, each with its judgement, to `answers.<suffix>` in it; returns the file.
 
     Raises UserError for an unknown format, a folder without answers, a judge that did not judge here, and a missing
     package.
@@ -33,15 +31,15 @@ def export(
     Args:
         folder: an evaluation folder.
         kind: a key of FORMATS.
-        out: the file, in place of `<folder>/answers.<suffix>` (`answers_<judge>.<suffix>` for a named judge).
-        judge: whose judgements, by identity or a part of it that names one; None: those of summary.json.
+        judge: whose judgements, by identity or a part of it that names one, which the file then has in its name; None:
+            those of summary.json.
         spreadsheet: for csv: no cell of text begins a formula.
     """
     if kind not in FORMATS:
         raise UserError(f"format {kind!r}: expected one of {', '.join(FORMATS)}")
     if spreadsheet and kind != "csv":
         raise UserError(f"--spreadsheet: found the format {kind}, expected csv")
-    path = out or folder / f"answers{'' if judge is None else '_' + file_slug(judge)}.{FORMATS[kind]}"
+    path = folder / f"answers{'' if judge is None else '_' + file_slug(judge)}.{FORMATS[kind]}"
     rows = joined(folder, judge)
     if kind == "csv":
         _write_csv(path, rows, spreadsheet)

@@ -22,9 +22,9 @@ class Spread:
     between: float
     within: float
 
-    def half_width(self, questions: int, samples: float, confidence: float = 0.95) -> float:
-        """Half the interval of a mean over `questions`, `samples` answers each (infinity: the limit)."""
-        t = float(stats.t.ppf(0.5 + confidence / 2, questions - 1))
+    def half_width(self, questions: int, samples: float) -> float:
+        """Half the 95 % interval of a mean over `questions`, `samples` answers each (infinity: the limit)."""
+        t = float(stats.t.ppf(0.975, questions - 1))
         return t * math.sqrt((self.between + self.within / samples) / questions)
 
     def questions_for(self, half_width: float, samples: float) -> int | None:
