@@ -319,8 +319,8 @@ def sweep(name: str, folder: Path, sample: int | None, rng: random.Random, start
     if sample is not None:
         kills = sorted(rng.sample(kills, min(sample, len(kills))))
     wrong = []
-    for done, (number, torn) in enumerate(kills, start=start):
-        print(f"\r{name}: kill {done} of {len(kills) + start - 1}", end="", file=sys.stderr, flush=True)
+    for count, (number, torn) in enumerate(kills, start=start):
+        print(f"\r{name}: kill {count} of {len(kills) + start - 1}", end="", file=sys.stderr, flush=True)
         _fresh(prepared, work)
         killed = run(folder, case.command, number, torn)
         kind, path = calm.events[number - 1]

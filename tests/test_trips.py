@@ -117,7 +117,7 @@ def is_of(event, names):
     """Whether this is a call of one of a trip's names: a function, or a method of a class or of one of its kind."""
     _, file, qualified = event
     for name in names:
-        *_, kind, method = ["", *name.split(".")]
+        kind, method = ["", *name.split(".")][-2:]
         anywhere = kind in ("Reference", "Defense") and file.parts[0] == name.partition(".")[0]
         if qualified.endswith(f".{method}") if anywhere else qualified in (method, f"{kind}.{method}"):
             return True

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from ema_scale.choices import likelihood
 from ema_scale.choices.bank import Choice
 from ema_scale.choices.likelihood import Inputs, Scorer, target_likelihoods
 from ema_scale.choices.margins import Likelihood, margins
 from ema_scale.choices.tokens import AnswerTokens, encode_answers
 from ema_scale.core.errors import UserError
 from ema_scale.data.tokens import Encoder
+from ema_scale.models.kv_cache import empty_cache
 from ema_scale.models.layout import ModelLayout
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -75,13 +75,13 @@ def test_a_model_that_cannot_share_is_scored_row_by_row(caplog: pytest.LogCaptur
     layout = ModelLayout.of(model, adapters=False)
 
     def forgetful(inputs: Inputs) -> torch.Tensor:
-        given = inputs.arguments() | ({"past_key_values": likelihood._empty()} if inputs.cache is not None else {})
+        given = inputs.arguments() | ({"past_key_values": empty_cache()} if inputs.cache is not None else {})
         given["attention_mask"] = None
         return target_likelihoods(layout.backbone(**given)[0], inputs.targets, layout.head())
 
     every = rows()
     found = dict(Scorer(forgetful, model.config, torch.device("cpu")).totals(every))
-    assert "cannot share prefixes" in caplog.text
+    assert "cannot share prefixes between answers" in caplog.text and "nats apart" in caplog.text
     assert [found[i] for i in range(5)] == pytest.approx([one_at_a_time(model, row) for row in every], abs=2e-4)
 
 
