@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ema_scale.inference.completion import CONTENT_FILTER, Completion, clean, read_completion, read_object
+from ema_scale.inference.context_room import room_for_reply
 
 if TYPE_CHECKING:
     from ema_scale.config.endpoints import CallsRecipe
@@ -32,11 +33,16 @@ _FILTERED = re.compile(r"content management policy|violating our usage policy|Co
 
 
 class CallError(Exception):
-    """A call that gave no completion. status: of the reply; None if there was none, or one that is no completion."""
+    """A call that gave no completion.
 
-    def __init__(self, message: str, status: int | None = None, code: str | None = None) -> None:
+    status: of the reply; None if there was none, or one that is no completion.
+    room: see `room_for_reply`.
+    """
+
+    def __init__(self, message: str, status: int | None = None, code: str | None = None, whole: str = "") -> None:
         super().__init__(message)
         self.status, self.code = status, code
+        self.room = room_for_reply(whole or message) if status in (400, 413, 422) else None
 
     @property
     def refused(self) -> bool:
@@ -50,11 +56,13 @@ class CallError(Exception):
     @property
     def too_long(self) -> bool:
         """The server says that the prompt, alone or with the reply, does not fit into the model's context."""
-        return self._unfit and bool(_TOO_LONG.search(str(self)))
+        return self._unfit and (self.room is not None or bool(_TOO_LONG.search(str(self))))
 
     @property
     def no_room(self) -> bool:
         """A shorter reply may fit: the prompt and the reply are too long together, or the reply for this server."""
+        if self.room is not None:
+            return self.room > 0
         return self.too_long or (self._unfit and bool(_REPLY_TOO_LONG.search(str(self))))
 
     @property
@@ -152,7 +160,7 @@ class ChatClient:
         except openai.APIStatusError as error:
             code = error.code if isinstance(error.code, str) else None
             hint = f"; most servers want /v1 at the end of {self.base_url}" if self._may_lack_v1(error) else ""
-            raise CallError(self._short(error) + hint, error.status_code, code) from None
+            raise CallError(self._short(error) + hint, error.status_code, code, str(error)) from None
         except Exception as error:  # whatever a server does must not end the evaluation
             raise CallError(self._short(error)) from None
 

@@ -37,6 +37,8 @@ from ema_scale.inference.usage import CHARACTERS_PER_TOKEN, Usage, describe
 
 log = logging.getLogger(__name__)
 
+# The least room for a reply that is looked for where the server does not say how much there is.
+_LEAST_TOKENS = 16
 # What OpenAI's own API takes of NEUTRAL_SAMPLING; it has no other such settings, and refuses the names.
 _OPENAI_TAKES = ("presence_penalty", "frequency_penalty")
 
@@ -84,6 +86,7 @@ class OpenAISampler:
         self._served: dict[str, Any] = {}
         self._failed: Counter[str] = Counter()
         self._failed_in_a_row = self._answered = 0
+        self._room: dict[str, int] = {}  # request's key -> tokens of reply, where the context has no room for all
         self.used = Usage()
 
     def sample(self, requests: Iterable[SampleRequest]) -> Iterator[SampleResult]:
@@ -107,6 +110,14 @@ class OpenAISampler:
                 yield _result(request, sorted(answers.pop(request.key), key=lambda one: one.index))
         if self.used.calls:
             log.info("%s took %s", self.endpoint.base_url, describe(self.used, self.endpoint))
+        if self._room:
+            log.warning(
+                "%s has no room in its context for %d prompts and replies of the length asked for: "
+                "their answers were cut, the shortest after %d tokens",
+                self.endpoint.base_url,
+                len(self._room),
+                min(self._room.values()),
+            )
         if self._failed:
             reason = self._failed.most_common(1)[0][0]
             if not self._answered:
@@ -134,17 +145,8 @@ class OpenAISampler:
 
     async def _answer(self, request: SampleRequest, index: int, client: ChatClient) -> _Answer:
         model = self._base if request.adapter is None else self._names[request.adapter]
-        extra = {**self._neutral, **self.endpoint.extra_body}
         try:
-            found = await client.complete(
-                model=model,
-                messages=list(request.messages),
-                temperature=request.temperature,
-                top_p=request.top_p,
-                max_tokens=request.max_tokens,
-                seed=request.seed + index,
-                **({"extra_body": extra} if extra else {}),
-            )
+            found = await self._complete(request, index, model, client)
         except CallError as error:
             return self._without_answer(request, index, model, error)
         self._failed_in_a_row = 0
@@ -154,6 +156,29 @@ class OpenAISampler:
         if found.reasoning:  # as a model writes it
             text = f"<think>{found.reasoning}" + (f"</think>{text}" if text else "")
         return _Answer(request, index, found.finish_reason, text, found.completion_tokens or 0)
+
+    async def _complete(self, request: SampleRequest, index: int, model: str, client: ChatClient) -> Completion:
+        """One answer, shortened where the server's context has no room for all of it, as the other samplers do."""
+        extra = {**self._neutral, **self.endpoint.extra_body}
+        while True:
+            limit = self._room.get(request.key, request.max_tokens)
+            try:
+                return await client.complete(
+                    model=model,
+                    messages=list(request.messages),
+                    temperature=request.temperature,
+                    top_p=request.top_p,
+                    max_tokens=limit,
+                    seed=request.seed + index,
+                    **({"extra_body": extra} if extra else {}),
+                )
+            except CallError as error:
+                least = 1 if error.room else _LEAST_TOKENS
+                shorter = error.room if error.room and error.room < limit else limit // 2
+                if not error.no_room or shorter < least:
+                    self._room.pop(request.key, None)
+                    raise
+                self._room[request.key] = min(shorter, self._room.get(request.key, shorter))
 
     def _count(self, found: Completion, request: SampleRequest) -> None:
         """Add a call that was answered. What the server does not count is guessed from characters."""
