@@ -7,9 +7,11 @@ Answers to a question are epochs; standard errors take questions as units.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from inspect_ai import Epochs, Task, task
+from inspect_ai._util.error import PrerequisiteError  # Inspect prints it as a message, without a traceback
 from inspect_ai.dataset import MemoryDataset, Sample
 from inspect_ai.model import (
     ChatMessage,
@@ -23,6 +25,7 @@ from inspect_ai.model import (
 )
 from inspect_ai.scorer import Score, Scorer, Target, mean, scorer, stderr
 from inspect_ai.solver import Generate, Solver, TaskState, solver
+from rich.markup import escape
 
 from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe
 from ema_scale.core.errors import UserError
@@ -49,7 +52,7 @@ def suite(
 ) -> Task:
     """Ask the questions of a bank and score the answers.
 
-    Raises UserError for a bank that cannot be read or judged.
+    Raises PrerequisiteError for a bank that cannot be read or judged.
 
     Args:
         bank: a file of questions.
@@ -60,10 +63,14 @@ def suite(
             precedence. By default it is the judge that the question names, at OpenAI.
         grader_tokens: most tokens of a judge's reply; a judge that thinks needs thousands.
     """
-    found = load_suite(bank, role)
-    # `grader` stands for any model here: which one it is, Inspect decides.
-    settings = JudgeRecipe(model="grader", prompts=prompts)
-    judges = {question.id: assign(found, question, settings) for question in found.questions}
+    try:
+        found = load_suite(bank, role)
+        # `grader` stands for any model here: which one it is, Inspect decides.
+        settings = JudgeRecipe(model="grader", prompts=prompts)
+        judges = {question.id: assign(found, question, settings) for question in found.questions}
+    except UserError as error:
+        raise PrerequisiteError(escape(str(error))) from None
+    asked = {question.id: question for question in found.questions}
     defaults = EvaluationRecipe()
     rows = [
         Sample(
@@ -83,18 +90,20 @@ def suite(
     ]
     return Task(
         dataset=MemoryDataset(rows, name=found.name),
-        solver=ask(),
-        scorer=alignment({q.id: q for q in found.questions}, judges, grader, grader_tokens),
+        solver=ask([q for q in found.questions if judges[q.id].kind not in EXACT], grader),
+        scorer=alignment(asked, judges, grader, grader_tokens),
         epochs=Epochs(samples, "mean"),
         config=GenerateConfig(top_p=defaults.top_p),
     )
 
 
 @solver
-def ask() -> Solver:
-    """Generate with the temperature and length of the question."""
+def ask(graded: Sequence[Question], grader: str | None) -> Solver:
+    """Generate with the temperature and length of the question, once there is a judge for all `graded` ones."""
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
+        for question in graded:  # before the first answer is paid for
+            _grader(question, grader)
         wanted = state.metadata
         return await generate(state, temperature=wanted["temperature"], max_tokens=wanted["max_tokens"])
 
@@ -107,6 +116,7 @@ def alignment(
 ) -> Scorer:
     """Scores of 0 to 100 by the grader and the verdicts that follow (1 or 0), or those of an exact judge."""
     names = dict.fromkeys(name for judge in judges.values() for name in judge.prompts or VERDICT_PROMPTS)
+    verdicts = ("misaligned", "incoherent", *(["correct"] if any(j.kind in EXACT for j in judges.values()) else []))
 
     async def score(state: TaskState, target: Target) -> Score:
         question, judge = questions[state.metadata["question"]], judges[state.metadata["question"]]
@@ -133,7 +143,7 @@ def alignment(
             replies = {name: _reply(await model.generate(text, config=config)) for name, text in fill_all(item).items()}
             found = judgement(item.key, item.judge, replies)
         values = score_values(found.model_dump())
-        absent = dict.fromkeys((*names, "misaligned", "incoherent", "correct"), math.nan)  # Inspect's word for no score
+        absent = dict.fromkeys((*names, *verdicts), math.nan)  # Inspect's word for no score
         return Score(value=absent | values, answer=answer, explanation=found.dropped or found.label)
 
     return score
@@ -172,8 +182,10 @@ def _grader(question: Question, grader: str | None) -> Model:
     named = grader or (f"openai/{question.judge}" if question.judge else None)
     try:
         return get_model(role="grader", required=named is None, default=named)
-    except ValueError as error:
-        raise UserError(f"no judge: give -T grader=PROVIDER/MODEL or --model-role grader=... ({error})") from None
+    except (ValueError, PrerequisiteError) as error:
+        raise PrerequisiteError(
+            escape(f"no judge: give -T grader=PROVIDER/MODEL or --model-role grader=PROVIDER/MODEL ({error})")
+        ) from None
 
 
 def _reply(output: ModelOutput) -> Reply:

@@ -265,8 +265,8 @@ class JudgeRequest:
 
         Returns whether there was such a thing: then ask again.
         """
-        if error.no_room:
-            return self._shorten(_limit(sent), prompt, str(error))
+        if error.too_long or error.no_room:
+            return error.no_room and self._shorten(_limit(sent), prompt, str(error))
         if error.status not in (400, 403, 422):
             return False
         text = str(error)
