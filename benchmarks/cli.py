@@ -116,7 +116,6 @@ def rows_(
     columns = {
         "cpu": lambda v: f"{v:.1f} s CPU",
         "per_row": lambda v: f"{v:.0f} us per row",
-        "million": lambda v: f"{v:.2f} GB at 1M rows",
     }
     finish("rows", measured, {"rows": rows}, out=out, columns=columns)
 

@@ -83,8 +83,7 @@ def checked(folder: str) -> dict[str, float]:
 def bench_many_rows(rows: int) -> Iterator[Measured]:
     """One row per way, each in a process of its own, as soon as it is measured. Memory is what it adds to its imports.
 
-    Figures: `cpu` seconds; `per_row`, microseconds of them; `million`, GB of memory for a million such rows, as much a
-    row as measured.
+    Figures: `cpu` seconds; `per_row`, microseconds of them.
     """
     cores = free_cores()
     with tempfile.TemporaryDirectory() as root:
@@ -107,5 +106,5 @@ def bench_many_rows(rows: int) -> Iterator[Measured]:
             first = found.get("first", first)
             note = f"{found['tokens']:.0f} tokens per row" if "tokens" in found else ""
             cpu, peak = found["cpu"], int(found["peak"])
-            figures = {"cpu": cpu, "per_row": 1e6 * cpu / rows, "million": peak / rows / 1000}
+            figures = {"cpu": cpu, "per_row": 1e6 * cpu / rows}
             yield Measured(name, [found["wall"]], peak, figures=figures, note=note)

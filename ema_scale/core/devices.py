@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ema_scale.core.errors import UserError
+
+_CGROUP = Path("/sys/fs/cgroup")
+# Version 2, and version 1.
+CGROUP_QUOTAS = ((_CGROUP / "cpu.max",), (_CGROUP / "cpu/cpu.cfs_quota_us", _CGROUP / "cpu/cpu.cfs_period_us"))
 
 
 def engine_gpus(engine: Mapping[str, Any], where: str) -> int:
@@ -24,8 +31,24 @@ def engine_gpus(engine: Mapping[str, Any], where: str) -> int:
 
 
 def free_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: its affinity, within its control group's quota."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, _quota() or allowed)
+
+
+def idle_cores() -> int:
+    """Those of `free_cores` that other work leaves idle, by the load of the last minute; at least 1."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return max(1, min(free_cores(), round((os.cpu_count() or 1) - load)))
+
+
+def _quota() -> int | None:
+    """Cores of the control group, rounded up; None without a limit."""
+    for files in CGROUP_QUOTAS:
+        with contextlib.suppress(OSError, ValueError):  # not there; or "max", no limit
+            quota, period = map(int, " ".join(file.read_text(encoding="ascii") for file in files).split())
+            return max(1, math.ceil(quota / period)) if quota > 0 else None
+    return None
 
 
 def visible_gpus() -> list[str]:
@@ -46,4 +69,4 @@ def one_of(processes: int, number: int, gpus: list[str], each: int = 1) -> dict[
     if gpus:
         first = number * each % len(gpus)
         return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[first : first + each])}
-    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))}
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, free_cores() // processes))}

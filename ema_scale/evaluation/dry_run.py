@@ -20,7 +20,7 @@ from ema_scale.evaluation.remaining import sampler_used
 from ema_scale.evaluation.shared import BASES, find_rows, folders_beside, stored_rows, wanted
 from ema_scale.evaluation.store import Store
 from ema_scale.inference.base import SamplerOptions
-from ema_scale.inference.make import sampler_name
+from ema_scale.inference.make import TRANSFORMERS, chooses_by_count, sampler_name
 from ema_scale.inference.usage import describe
 
 
@@ -39,7 +39,15 @@ def describe_plan(
     """
     check_targets(targets, ())
     model = model.model_copy(update={"path": locate(model.path)})
-    sampler = _sampler(targets, model, settings)
+    options = SamplerOptions(
+        model,
+        tuple(str(t.adapter_path) for t in targets if t.adapter_path),
+        settings.max_model_len,
+        extra=settings.engine,
+    )
+    used = sampler_used(targets, settings)
+    counts = used is None and chooses_by_count(settings.sampler, options)
+    sampler = used or (TRANSFORMERS if counts else sampler_name(settings.sampler, options))
     groups = plan_prompts(targets, (), model, settings, sampler)
     stores = {t.name: Store(t.out_dir) for t in targets}
     there: dict[str, Any] = {name: ChainMap({}, store.samples) for name, store in stores.items()}  # type: ignore[arg-type]
@@ -55,6 +63,9 @@ def describe_plan(
             found = [g for g in own if g.suite.name == suite]
             lines.append(f"  {_suite(found, there[target.name], judged[target.name])}")
     keys = [(g, key) for g in groups for key in g.keys]
+    if counts:
+        unsampled = sum(key not in there[g.target.name] for g, key in keys)
+        sampler = sampler_name(settings.sampler, options, unsampled)
     written = [(g, key) for g, key in keys if g.is_scored]
     keys = [(g, key) for g, key in keys if not g.is_scored]
     if keys:
@@ -75,14 +86,6 @@ def describe_plan(
         judging = [f"judge    nothing: all {len(keys):,} judgements are there"]
     lines += judging
     return "\n".join(lines)
-
-
-def _sampler(targets: Sequence[EvalTarget], model: ModelRecipe, settings: EvaluationRecipe) -> str:
-    """The sampler's name; for `auto`, the one that was used before."""
-    if (used := sampler_used(targets, settings)) is not None:
-        return used
-    adapters = tuple(str(t.adapter_path) for t in targets if t.adapter_path)
-    return sampler_name(settings.sampler, SamplerOptions(model, adapters, settings.max_model_len))
 
 
 def _taken(

@@ -9,7 +9,7 @@ from pathlib import Path
 from ema_scale.config.sections import EvaluationRecipe
 from ema_scale.evaluation.judges.assignment import JudgeSpec
 from ema_scale.evaluation.plan import EvalTarget, PromptGroup
-from ema_scale.evaluation.records import SUMMARY_FILE, Summary
+from ema_scale.evaluation.records import MANIFEST_FILE, SUMMARY_FILE, Manifest, Summary
 from ema_scale.evaluation.store import Store, Stores
 
 
@@ -117,6 +117,8 @@ def sampler_used(targets: Iterable[EvalTarget], settings: EvaluationRecipe) -> s
         return settings.sampler
     for target in targets:
         summary = Summary.read_if_valid(Path(target.out_dir) / SUMMARY_FILE)
-        if summary is not None and (used := summary.sampler.get("name")):
-            return str(used)
+        asked = Manifest.read_if_valid(Path(target.out_dir) / MANIFEST_FILE)  # of one that was killed
+        for sampler in (summary and summary.sampler, asked and asked.sampler):
+            if sampler and (used := sampler.get("name")):
+                return str(used)
     return None

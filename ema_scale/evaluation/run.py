@@ -38,7 +38,7 @@ from ema_scale.evaluation.summary import write_summary
 from ema_scale.evaluation.watch import TargetsInTurn, Unwatched, Watch
 from ema_scale.inference.base import Sampler, SampleRequest, SamplerOptions
 from ema_scale.inference.engines import Engines
-from ema_scale.inference.make import make_sampler, sampler_name
+from ema_scale.inference.make import TRANSFORMERS, chooses_by_count, make_sampler, sampler_name
 from ema_scale.inference.usage import describe
 
 if TYPE_CHECKING:
@@ -129,10 +129,16 @@ def evaluate(
         name = sampler.name if sampler is not None else sampler_used(stored, settings) or ""
         found = look(stored, name) if name else None
         if found is None or any(left.unsampled for left in found.remaining):
-            now = sampler.name if sampler is not None else sampler_name(settings.sampler, options)
+            counts = not name and chooses_by_count(settings.sampler, options, engines)
+            if sampler is not None or (name == TRANSFORMERS and settings.sampler == "auto"):
+                now = name
+            else:
+                now = TRANSFORMERS if counts else sampler_name(settings.sampler, options)
             dated = _dated(stored, model, now)
             if found is None or (now, dated) != (name, stored):
                 name, found = now, look(dated, now)
+            if counts:
+                name = sampler_name(settings.sampler, options, sum(left.unsampled for left in found.remaining))
         for left in found.remaining:
             left.store.open()
             record(left.target, left.groups, left.store)

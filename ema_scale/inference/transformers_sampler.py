@@ -25,6 +25,7 @@ from ema_scale.inference.base import (
     too_long,
 )
 from ema_scale.inference.chat_prompts import Prompts
+from ema_scale.inference.cpu import cpu_dtype, cpu_threads
 from ema_scale.models.layout import ModelLayout
 from ema_scale.models.load import load_base
 from ema_scale.models.lora import with_adapters
@@ -48,7 +49,10 @@ class TransformersSampler:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = model.dtype
         if self.dtype == "auto":
-            self.dtype = "float32" if self.device.type == "cpu" else "bfloat16"
+            self.dtype = cpu_dtype(model) if self.device.type == "cpu" else "bfloat16"
+        self._threads = torch.get_num_threads()
+        if self.device.type == "cpu":
+            torch.set_num_threads(cpu_threads(model))
         self._prompts = Prompts(model)
         base = load_base(model.model_copy(update={"dtype": self.dtype}))
         text = base.config.get_text_config()
@@ -148,6 +152,7 @@ class TransformersSampler:
     def close(self) -> None:
         """Free the model. Calling it again does nothing."""
         self._model = self._batches = None  # type: ignore[assignment]
+        torch.set_num_threads(self._threads)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

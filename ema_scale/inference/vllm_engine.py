@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 from ema_scale.config.sections import ModelRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.core.waiting import waiting
+from ema_scale.inference.cpu import cpu_dtype, cpu_threads
 from ema_scale.inference.engine_log import logger_to, output_to
 from ema_scale.models.staging import staged
 from ema_scale.models.weights import check_checkpoint
@@ -48,8 +49,6 @@ def prepare_environment() -> None:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         # vLLM would otherwise reserve nearly all memory of the machine for its cache, or fail to.
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        if (os.cpu_count() or 1) <= 4:
-            os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @contextlib.contextmanager
@@ -103,6 +102,10 @@ class VllmEngine:
 
         self._set_num_threads, self._threads = torch.set_num_threads, torch.get_num_threads()
         self._affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+        if is_cpu_build():
+            threads = cpu_threads(model)
+            torch.set_num_threads(threads)
+            os.environ["OMP_NUM_THREADS"] = str(threads)
         if log_file is None:
             with waiting(f"vLLM to load {model.path}"):
                 self._llm: Any = LLM(**arguments)
@@ -205,8 +208,8 @@ def engine_arguments(model: ModelRecipe, settings: Mapping[str, Any], extra: Map
 
 
 def engine_dtype(model: ModelRecipe) -> str:
-    """float32 on a CPU and bfloat16 on a GPU, unless the recipe says."""
-    return model.dtype if model.dtype != "auto" else ("float32" if is_cpu_build() else "bfloat16")
+    """bfloat16 on a GPU, that of `cpu_dtype` on a CPU, unless the recipe says."""
+    return model.dtype if model.dtype != "auto" else (cpu_dtype(model) if is_cpu_build() else "bfloat16")
 
 
 def _free_share() -> float:

@@ -116,6 +116,25 @@ def test_targets_that_are_done_can_be_looked_at_while_others_are_asked(tmp_path:
     ]
 
 
+def test_auto_counts_the_answers_before_it_looks_for_an_engine(
+    tmp_path: Path, tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ema_scale.evaluation.run.chooses_by_count", lambda *_: True)
+    asked: list[int | None] = []
+
+    def name(kind: str, options: Any, answers: int | None = None) -> str:
+        asked.append(answers)
+        return "transformers"
+
+    monkeypatch.setattr("ema_scale.evaluation.run.sampler_name", name)
+    settings = recipe(sampler="auto")
+    found = evaluate([target(tmp_path)], tiny_models.model, [exact_suite()], settings)
+    assert asked == [12] and found["base"].sampler["name"] == "transformers"
+    # What is there decides for what is added.
+    evaluate([target(tmp_path)], tiny_models.model, [exact_suite(samples=5)], settings)
+    assert asked == [12]
+
+
 def test_a_target_may_have_suites_of_its_own(tmp_path: Path, tiny_models: TinyModels) -> None:
     tuned = replace(target(tmp_path, "tuned", tiny_models.adapters[0]), suites=(exact_suite(),))
     other = Suite("other", "benign", (Question("q", ("?",), 2, expected="!"),))
