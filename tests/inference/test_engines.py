@@ -242,7 +242,7 @@ def test_each_engine_has_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_pa
     with pytest.raises(UserError, match="--engines: found 3, of 2 GPUs each, but 4 can be used here"):
         engines_module._environments("vllm", options, 3)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr("ema_scale.core.devices.free_cores", lambda: 8)
     assert one_of(4, 1, []) == {"OMP_NUM_THREADS": "2"}
     with pytest.raises(UserError, match="--engines: found evaluation.sampler: openai.*--data-parallel-size"):
         make_sampler("openai", options, Engines(2, folder=tmp_path))
