@@ -37,8 +37,8 @@ class ModelRecipe(Section):
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.", examples=["main"])
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto",
-        description="Type of the weights. `auto` is bfloat16 on a GPU that has it, else float32; for sampling also on a "
-        "CPU that has it, unless the checkpoint is in float32.",
+        description="Type of the weights. `auto` is bfloat16 on a GPU that has it, else float32; for sampling also on "
+        "a CPU that has it, unless the checkpoint is in float32.",
     )
     trust_remote_code: bool = Field(False, description="Run Python code that the checkpoint brings along.")
     chat_template: str | None = Field(
@@ -219,8 +219,8 @@ class EvaluationRecipe(Section):
     suites: SuitesRecipe = Field(SuitesRecipe(), description="Question banks by the role that they play.")
     sampler: Literal["auto", "vllm", "transformers", "openai"] = Field(
         "auto",
-        description="Who samples. `auto`: vLLM where it can, else transformers, which also takes up to 256 answers on a "
-        "CPU. `openai`: `endpoint`.",
+        description="Who samples. `auto`: vLLM where it can, else transformers, which also takes up to 256 answers on "
+        "a CPU. `openai`: `endpoint`.",
     )
     engine: Options = Field({}, description="Further arguments of vllm.LLM.", examples=[{"tensor_parallel_size": 4}])
     endpoint: EndpointRecipe = Field(EndpointRecipe(), description="The server that samples with `sampler: openai`.")

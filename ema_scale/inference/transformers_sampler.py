@@ -47,7 +47,7 @@ class TransformersSampler:
         model = options.model
         self.batch_size = int(options.extra.get("batch_size", BATCH_SIZE))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = model.dtype
+        self.dtype: str = model.dtype
         if self.dtype == "auto":
             self.dtype = cpu_dtype(model) if self.device.type == "cpu" else "bfloat16"
         self._threads = torch.get_num_threads()
