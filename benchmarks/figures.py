@@ -19,13 +19,11 @@ from benchmarks.elementwise import by_triton, formula, loss_by
 from benchmarks.harness import Variant, compare, peak_bytes
 from benchmarks.loss import OURS, VARIANTS, Problem, Shape, errors, missing, run
 from benchmarks.plan import setup_of_task
-from benchmarks.random_model import random_base
 from benchmarks.report import Rows
 from benchmarks.sizes import Sizes
-from benchmarks.training_variants import CACHED, FORWARDS, OFF, PLAIN, PLAIN_LOGITS, TWO, UNDEFENDED, Task, train
-from ema_scale.config.sections import AdapterRecipe
-from ema_scale.models.flops import flops, peak_flops
-from ema_scale.models.lora import lora_config
+from benchmarks.step import operations
+from benchmarks.training_variants import CACHED, FORWARDS, OFF, PLAIN, PLAIN_LOGITS, TWO, Task, train
+from ema_scale.models.flops import peak_flops
 from ema_scale.planning.memory import memory, total
 
 COMPILED, KERNEL = "candidate: torch.compile", "candidate: a Triton kernel"
@@ -183,25 +181,6 @@ def _step(way: str, task: Task, operations_: dict[str, float], rate: float) -> d
             found["plan_off"] = found["planned"] / found["memory"] - 1
             found["whole_off"] = found["planned_whole"] / found["used"] - 1
     return found
-
-
-def operations(way: str, task: Task) -> dict[str, float]:
-    """Operations per token, by `training.flops`: `done` in a step, the reference's and checkpointing's in it; `useful`,
-    for MFU: the policy's alone; `plain`: done in plain fine-tuning.
-
-    Plain needs logits for the learned half of the tokens, KL for all of them, of both models.
-    """
-    from peft import get_peft_model
-
-    base = random_base(task.fields, task.dtype, "meta")
-    model = get_peft_model(base, lora_config(base, AdapterRecipe()))
-    every, half = flops(model, task.length / 2), flops(model, task.length / 2, labelled=0.5)
-    again = every.recomputed if task.checkpointing else 0.0
-    plain = half.training + again
-    done = plain
-    if way not in UNDEFENDED:
-        done = every.training + again + (every.head if way == CACHED else every.reference)
-    return {"done": done, "useful": half.training, "plain": plain}
 
 
 def _free() -> None:

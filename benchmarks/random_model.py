@@ -14,7 +14,12 @@ SMALL = {
     "model_type": "qwen2", "num_hidden_layers": 12, "hidden_size": 512, "intermediate_size": 2048,
     "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 8192, "tie_word_embeddings": False,
 }  # fmt: skip
-SHAPES = {"small": SMALL, **PUBLISHED}
+# As HuggingFaceTB/SmolLM2-135M-Instruct on the hub: a real vocabulary on a model that a CPU trains in seconds a step.
+SMOLLM2 = {
+    "model_type": "llama", "num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+}  # fmt: skip
+SHAPES = {"small": SMALL, **PUBLISHED, "smollm2-135m": SMOLLM2}
 
 
 def fields_of(name: str, layers: int | None = None) -> dict[str, Any]:

@@ -13,23 +13,24 @@ import torch
 
 from benchmarks.alone import OUT_OF_MEMORY, alone
 from benchmarks.harness import Measured, Target, add_ratios, out_of_memory
-from benchmarks.training_variants import CACHED, PLAIN, TWO, UNDEFENDED, VARIANTS, WITH, Task, Trained, train
+from benchmarks.training_variants import CACHED, DRIFT, PLAIN, TWO, UNDEFENDED, VARIANTS, WITH, Task, Trained, train
+from ema_scale.config.sections import TrainingRecipe
 from ema_scale.core.errors import UserError
 
 log = logging.getLogger(__name__)
-TWO_STREAM_LIMIT, CACHED_LIMIT, MEMORY_LIMIT = 1.40, 1.10, 1.10
+TWO_STREAM_LIMIT, CACHED_LIMIT, MEMORY_LIMIT, DRIFT_LIMIT = 1.40, 1.10, 1.10, 0.01
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative, of losses
 
 
 def bench_step(
     task: Task, *, repeats: int, variants: tuple[str, ...] = VARIANTS
-) -> tuple[list[Measured], list[Target], float]:
+) -> tuple[list[Measured], list[Target]]:
     """Run all variants in turn, `repeats` times: `task.steps` timed steps of a newly built model each time.
 
-    Memory is measured in one process per variant. Returns rows, targets and the arithmetic floor (see `floor`).
-    Figures: `memory`, ratio to plain; `reference`, the share of time that its hidden states take; `PHASES`, seconds
-    per step; on a CPU `cpu`, the ratio of processor seconds, which other load disturbs less than elapsed time:
-    there the targets use it. Raises UserError if losses differ.
+    Memory is measured in one process per variant. Returns rows and targets. Figures: `floor`, see there; `memory`,
+    ratio to plain; `reference`, the share of time that its hidden states take; `PHASES`, seconds per step; on a CPU
+    `cpu`, the ratio of processor seconds, which other load disturbs less than elapsed time: there the targets use it.
+    Raises UserError if losses differ.
     """
     measured = {variant: Measured(variant) for variant in variants}
     shares: dict[str, list[float]] = {}
@@ -65,10 +66,12 @@ def bench_step(
             one.figures["reference"] = statistics.median(shares[variant])
         if one.peak_bytes and base.peak_bytes:
             one.figures["memory"] = one.peak_bytes / base.peak_bytes
+        if not variant.startswith(WITH):
+            one.figures["floor"] = floor(variant, task)
         if cpu[variant] and cpu[PLAIN] and task.device == "cpu":
             one.figures["cpu"] = statistics.median(cpu[variant]) / statistics.median(cpu[PLAIN])
     add_ratios(list(measured.values()), PLAIN)
-    return list(measured.values()), _targets(measured), floor(task)
+    return list(measured.values()), _targets(measured)
 
 
 def check_losses(losses: dict[str, list[float]], dtype: str) -> None:
@@ -86,11 +89,12 @@ def check_losses(losses: dict[str, list[float]], dtype: str) -> None:
                     )
 
 
-def floor(task: Task) -> float:
-    """The ratio to plain fine-tuning that arithmetic alone allows, by counting operations (`models.flops`).
+def operations(variant: str, task: Task) -> dict[str, float]:
+    """Operations per token, by `models.flops`: `done` in a step, the reference's and checkpointing's in it; `useful`,
+    for MFU: the policy's alone; `plain`: done in plain fine-tuning.
 
-    A defended step adds the reference's forward and needs logits of all tokens; a plain step needs those of the
-    learned half.
+    Plain needs logits for the learned half of the tokens, a divergence for all of them, of both models. Where it is
+    only measured, the other half's logits get no gradient.
     """
     from peft import get_peft_model
 
@@ -103,7 +107,20 @@ def floor(task: Task) -> float:
     model = get_peft_model(base, lora_config(base, AdapterRecipe()))
     every, half = flops(model, task.length / 2), flops(model, task.length / 2, labelled=0.5)
     again = every.recomputed if task.checkpointing else 0.0
-    return (every.training + every.reference + again) / (half.training + again)
+    plain = half.training + again
+    done = plain
+    if variant == DRIFT:
+        done = plain + every.reference + every.head - half.head
+    elif variant not in UNDEFENDED:
+        reference = every.reference if variant != CACHED else every.head
+        done = every.training + again + reference if task.kl else plain + reference - every.head
+    return {"done": done, "useful": half.training, "plain": plain}
+
+
+def floor(variant: str, task: Task) -> float:
+    """The ratio to plain fine-tuning that arithmetic alone allows, by counting operations."""
+    counted = operations(variant, task)
+    return counted["done"] / counted["plain"]
 
 
 def _attempt(variant: str, task: Task) -> Trained | None:
@@ -125,6 +142,11 @@ def _targets(measured: dict[str, Measured]) -> list[Target]:
         if variant in measured:
             one = measured[variant]
             targets.append(Target(f"time, {variant} of plain", one.figures.get("cpu", one.ratio), limit))
+    if DRIFT in measured:
+        found = measured[DRIFT].figures.get("cpu", measured[DRIFT].ratio)
+        every = TrainingRecipe().drift_every
+        share = None if found is None else (found - 1) / every
+        targets.append(Target(f"a reading of drift every {every} steps, of the run", share, DRIFT_LIMIT, "{:.2%}"))
     if TWO in measured:
         targets.append(Target(f"memory, {TWO} of plain", measured[TWO].figures.get("memory"), MEMORY_LIMIT))
     return targets

@@ -41,10 +41,11 @@ from ema_scale.training.trainer import DefendedTrainer
 PLAIN_LOGITS, SECOND, FORWARDS = "plain, transformers' loss", "second model, full logits", "two forwards, full logits"
 PLAIN, SEPARATE = "plain", "separate: a second model, fused"
 OFF, TWO, CACHED = "adapter_off: two forwards, fused", "two_stream", "cached"
-VARIANTS = (PLAIN_LOGITS, PLAIN, SECOND, FORWARDS, SEPARATE, OFF, TWO, CACHED)
-UNDEFENDED = (PLAIN_LOGITS, PLAIN)
+DRIFT = "plain, with a reading of drift at every step"
+VARIANTS = (PLAIN_LOGITS, PLAIN, DRIFT, SECOND, FORWARDS, SEPARATE, OFF, TWO, CACHED)
+UNDEFENDED = (PLAIN_LOGITS, PLAIN, DRIFT)
 WITH = "with "  # a variant of this beginning has the defense behind it and no other, on adapter_off
-_OURS = {PLAIN: "auto", OFF: "adapter_off", TWO: "two_stream", CACHED: "cached"}
+_OURS = {PLAIN: "auto", DRIFT: "auto", OFF: "adapter_off", TWO: "two_stream", CACHED: "cached"}
 WARMUP = 2
 
 
@@ -192,8 +193,9 @@ def _trainer(variant: str, task: Task, model: Any, folder: str, stack: contextli
         rows = stack.enter_context(marked(defense, rows))
         return DefendedTrainer(model, args, rows, [defense], "adapter_off", tokenizer, drift_every=0)
     if variant in _OURS or variant == SEPARATE:
-        defenses, reference = [] if variant == PLAIN else task.defenses, _OURS.get(variant, "adapter_off")
-        trainer = DefendedTrainer(model, args, rows, defenses, reference, tokenizer, drift_every=0)
+        defenses = [] if variant in UNDEFENDED else task.defenses
+        reference, drift_every = _OURS.get(variant, "adapter_off"), int(variant == DRIFT)
+        trainer = DefendedTrainer(model, args, rows, defenses, reference, tokenizer, drift_every=drift_every)
         if variant == SEPARATE:
             _separate(trainer, task)
         return trainer

@@ -1,6 +1,7 @@
 """Variants to train a step are measured side by side, and only if they train on the same loss."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -9,7 +10,20 @@ from benchmarks import step
 from benchmarks.cli_training import _config
 from benchmarks.phases import PHASES
 from benchmarks.plan import setup_of_task
-from benchmarks.training_variants import CACHED, OFF, PLAIN, SECOND, TWO, VARIANTS, WITH, Task, Trained, chosen, train
+from benchmarks.training_variants import (
+    CACHED,
+    DRIFT,
+    OFF,
+    PLAIN,
+    SECOND,
+    TWO,
+    VARIANTS,
+    WITH,
+    Task,
+    Trained,
+    chosen,
+    train,
+)
 from ema_scale.cli import app
 from ema_scale.core.errors import UserError
 from ema_scale.planning.speed import a_micro_batch
@@ -71,8 +85,13 @@ def test_unknown_ways_and_shapes_are_named(tmp_path):
 
 def test_the_floor_is_that_of_the_operations():
     # All layers and no head: 4 passes over 3. With the head's share of this model, above that.
-    assert 1.33 < step.floor(Task(model="qwen2.5-7b", length=512)) < 1.38
-    assert step.floor(Task()) < step.floor(Task(layers=1))
+    large = Task(model="qwen2.5-7b", length=512)
+    assert 1.33 < step.floor(OFF, large) < 1.38
+    assert step.floor(OFF, Task()) < step.floor(OFF, Task(layers=1))
+    assert step.floor(PLAIN, large) == 1 < step.floor(CACHED, large) < 1.1
+    # A reading forms no gradient; without a divergence no head is needed beyond plain fine-tuning's.
+    assert step.floor(DRIFT, large) < step.floor(TWO, large) == step.floor(SECOND, large)
+    assert step.floor(CACHED, replace(large, kl=0.0)) == 1
 
 
 def test_a_config_is_found_beside_the_package_or_named(tmp_path, monkeypatch):
