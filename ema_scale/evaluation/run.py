@@ -104,18 +104,21 @@ def evaluate(
     summaries: dict[str, Summary] = {}
     with Stores({t.name: Path(t.out_dir) for t in targets}) as stores:
 
-        def record(target: EvalTarget, groups: Sequence[PromptGroup], store: Store) -> None:
+        def record(target: EvalTarget, groups: Sequence[PromptGroup], store: Store) -> dict[str, Any]:
+            """Say what is asked; what has answered before."""
             before = Manifest.read_if_valid(Path(target.out_dir) / MANIFEST_FILE)
             if before is not None:
                 judges = store.judges & {group.judge.identity for group in groups}
                 warn_of_other_address(target.out_dir, before.settings.judge, settings.judge, judges)
-            _write_manifest(target, model, suites, settings)
+            used = (before.sampler if before else None) or {}
+            _write_manifest(target, model, suites, settings, used, before)
+            return used
 
         def look(planned: Sequence[EvalTarget], name: str) -> Survey:
             def finish(target: EvalTarget, groups: Sequence[PromptGroup], store: Store) -> None:
-                record(target, groups, store)
+                used = record(target, groups, store)
                 seconds = time.monotonic() - started
-                summaries[target.name] = _write_summary(target, groups, store, model, settings, name, {}, seconds)
+                summaries[target.name] = _write_summary(target, groups, store, model, settings, name, used, seconds)
 
             def begin(target: EvalTarget, groups: Sequence[PromptGroup], store: Store) -> None:
                 store.open()
@@ -225,13 +228,13 @@ def _write_manifest(
     model: ModelRecipe,
     suites: Sequence[Suite],
     settings: EvaluationRecipe,
-    sampler: dict[str, Any] | None = None,
+    sampler: dict[str, Any],
+    before: Manifest | None = None,
 ) -> None:
-    """sampler: what answers; None for what the manifest already says."""
-    path = Path(target.out_dir) / MANIFEST_FILE
-    if sampler is None and (before := Manifest.read_if_valid(path)) is not None:
-        sampler = before.sampler
-    _manifest(target, model, suites, settings).model_copy(update={"sampler": sampler}).write(path)
+    """sampler: what answers. before: the manifest that is there; one that says the same stays."""
+    asked = _manifest(target, model, suites, settings).model_copy(update={"sampler": sampler or None})
+    if before is None or before.to_json() != asked.to_json():
+        asked.write(Path(target.out_dir) / MANIFEST_FILE)
 
 
 def _sample_and_judge(
@@ -375,11 +378,12 @@ def _write_summary(
     seconds: float,
 ) -> Summary:
     # An answer that the endpoint failed to give is not there.
-    superseded = store.keep_only(key for group in groups for key in group.keys if key in store.samples)
+    samples = store.samples
+    superseded = store.keep_only(key for group in groups for key in group.keys if key in samples)
     path = Path(target.out_dir) / SUMMARY_FILE
     before = Summary.read_if_valid(path)
-    stored = Manifest.read(path.with_name(MANIFEST_FILE)).sampler
-    described = {"name": name, **(sampler or stored or (before.sampler if before else {}))}
+    sampler = sampler or Manifest.read(path.with_name(MANIFEST_FILE)).sampler or (before.sampler if before else {})
+    described = {"name": name, **sampler}
     facts = {
         "name": target.name,
         "model": model.path,
@@ -395,4 +399,4 @@ def _write_summary(
         "superseded": superseded,
         "seconds": round(seconds, 3),
     }
-    return write_summary(path, facts, groups, store, settings)
+    return write_summary(path, facts, groups, store, settings, before)

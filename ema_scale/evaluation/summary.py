@@ -336,11 +336,17 @@ def _share(rows: Sequence[Scored], value: str) -> float | None:
 
 
 def write_summary(
-    path: Path, facts: dict[str, Any], groups: Sequence[PromptGroup], store: Store, settings: EvaluationRecipe
+    path: Path,
+    facts: dict[str, Any],
+    groups: Sequence[PromptGroup],
+    store: Store,
+    settings: EvaluationRecipe,
+    before: Summary | None = None,
 ) -> Summary:
     """Write and return the summary of the answers in `groups`.
 
     facts: name, model, adapter, source, sampler, superseded, seconds.
+    before: the summary that is there. One that differs in nothing but `seconds` stays.
     """
     rows = score(groups, store)
     adapter = facts["adapter"]
@@ -372,7 +378,8 @@ def write_summary(
             summary.samples,
         )
     warn_of_unread(summary)
-    summary.write(path)
+    if before is None or before.model_copy(update={"seconds": summary.seconds}).to_json() != summary.to_json():
+        summary.write(path)
     return summary
 
 

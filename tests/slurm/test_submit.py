@@ -164,6 +164,44 @@ def test_work_that_was_stopped_is_requeued_or_said_to_have_failed(commands, tmp_
     assert code != 0 and len(asked) == 6 and "ended by Slurm" in said, "scancel's victim stays cancelled"
 
 
+def lend_engine(commands, tmp_path, squeue):
+    """Task 1 of an evaluation's array, whose engine waits for the word of task 0, but not for ever; what it says."""
+    script = tmp_path / "eval.sbatch"
+    values = {"WHAT": "eval", "ENGINES": 2}
+    script.write_text(fill_script("eval.sbatch", [], settings(Site(), "python", tmp_path, values)))
+    commands("sleep", "exec /bin/sleep 0.01")
+    commands("squeue", squeue)
+    commands("srun", f"for i in {{1..100}}; do [ -e {tmp_path}/eval-6.done ] && exit; /bin/sleep 0.02; done; exit 9")
+    variables = {"SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n"}
+    done = subprocess.run(
+        ["bash", str(script), "runs/a"], env={**os.environ, **variables, "TMPDIR": str(tmp_path)},
+        capture_output=True, text=True, cwd=tmp_path, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode == 0) is (tmp_path / "eval-6.done").exists(), done.stderr
+    return done.stdout
+
+
+ANSWERS = """answers=({answers}); n=$(cat {file} 2>/dev/null || echo 0)
+echo $((n + 1)) >{file}; echo ${{answers[n]:-{last}}}"""
+
+
+def test_an_engine_is_not_lent_to_an_evaluation_that_was_cancelled(commands, tmp_path):
+    asked = tmp_path / "asked"
+    said = lend_engine(
+        commands, tmp_path, ANSWERS.format(answers="RUNNING CANCELLED PENDING", file=asked, last="CANCELLED")
+    )
+    assert "task 0 has ended (CANCELLED) and left no word" in said
+    assert int(asked.read_text()) == 5, "what is requeued may be in no state for a moment"
+    (tmp_path / "eval-6.done").unlink()
+    said = lend_engine(commands, tmp_path, "echo slurm_load_jobs error: Invalid job id specified >&2; exit 1")
+    assert "task 0 has ended (Slurm no longer knows it)" in said
+
+
+@pytest.mark.parametrize("squeue", ["echo PREEMPTED", "echo Unable to contact slurm controller >&2; exit 1"])
+def test_an_engine_waits_while_its_evaluation_may_come_back(commands, tmp_path, squeue):
+    assert "task 0 has ended" not in lend_engine(commands, tmp_path, squeue)
+
+
 def test_a_training_of_which_nobody_can_say_whether_it_has_finished_is_not_done(commands, tmp_path):
     srun = STEP.format(check=1, work="exit 0")
     code, said, asked = batch(commands, tmp_path, "train.sbatch", srun=srun, state="RUNNING", scontrol="exit 0")

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from ema_scale.choices.bank import Choice
 from ema_scale.choices.margins import Likelihood, Margins, margins
@@ -76,5 +76,5 @@ def unbounded_mean(rows: Iterable[tuple[Hashable, float]]) -> Mean:
         return Mean(mean, None, None, len(x), count, 0)
     totals = np.bincount([number[label] for label in labels], weights=x - mean)
     error = math.sqrt(count / (count - 1) * float(totals @ totals)) / len(x)
-    half = float(stats.t.ppf(0.975, count - 1)) * error
+    half = float(special.stdtrit(count - 1, 0.975)) * error
     return Mean(mean, mean - half, mean + half, len(x), count, 0)

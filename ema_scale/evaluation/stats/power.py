@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 MOST = 100_000
 
@@ -24,7 +24,7 @@ class Spread:
 
     def half_width(self, questions: int, samples: float) -> float:
         """Half the 95 % interval of a mean over `questions`, `samples` answers each (infinity: the limit)."""
-        t = float(stats.t.ppf(0.975, questions - 1))
+        t = float(special.stdtrit(questions - 1, 0.975))
         return t * math.sqrt((self.between + self.within / samples) / questions)
 
     def questions_for(self, half_width: float, samples: float) -> int | None:
@@ -42,7 +42,7 @@ class Spread:
 
     def samples_for(self, half_width: float, questions: int) -> int | None:
         """The fewest answers to each of `questions`; None if no number does, for the questions differ too much."""
-        t = float(stats.t.ppf(0.975, questions - 1))
+        t = float(special.stdtrit(questions - 1, 0.975))
         room = half_width**2 * questions / t**2 - self.between
         if room <= 0 or self.within / room > MOST:
             return None

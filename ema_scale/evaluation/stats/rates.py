@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from functools import lru_cache
 
 import numpy as np
-from scipy import optimize, special, stats
+from scipy import optimize, special
 
 from ema_scale.evaluation.judges.base import CORRECT, INCORRECT
 from ema_scale.evaluation.records import Mean, Rate
@@ -131,11 +131,11 @@ def korn_graubard(hits: Sequence[float], counts: Sequence[float], confidence: fl
         squares = sum((x - p * m) ** 2 for x, m in zip(hits, counts, strict=True))
         variance = clusters / (clusters - 1) * squares / n**2
         quantile = 0.5 + confidence / 2
-        few = stats.t.ppf(quantile, max(n - 1, 1)) / stats.t.ppf(quantile, clusters - 1)
+        few = special.stdtrit(max(n - 1, 1), quantile) / special.stdtrit(clusters - 1, quantile)
         effective = n if variance == 0 else min(n, p * (1 - p) / variance * few**2)
     tail, k = (1 - confidence) / 2, p * effective
-    low = 0.0 if total == 0 else float(stats.beta.ppf(tail, k, effective - k + 1))
-    high = 1.0 if total == n else float(stats.beta.ppf(1 - tail, k + 1, effective - k))
+    low = 0.0 if total == 0 else float(special.betaincinv(k, effective - k + 1, tail))
+    high = 1.0 if total == n else float(special.betaincinv(k + 1, effective - k, 1 - tail))
     return low, high
 
 
@@ -153,6 +153,12 @@ def no_hit_limit(counts: Sequence[float], confidence: float = 0.95) -> float:
     answer per cluster it is the Clopper-Pearson limit.
     """
     sizes, times = np.unique(np.asarray(counts, dtype=float), return_counts=True)
+    return _no_hit_limit(tuple(sizes.tolist()), tuple(times.tolist()), confidence)
+
+
+@lru_cache(maxsize=1024)  # the runs of a study are asked equally often
+def _no_hit_limit(each: tuple[float, ...], times: tuple[int, ...], confidence: float) -> float:
+    sizes = np.asarray(each)
     size, tail = 1 / UNSEEN_CORRELATION - 1, math.log((1 - confidence) / 2)
 
     def excess(mean: float) -> float:
@@ -180,7 +186,7 @@ def beta_binomial_limit(hits: Sequence[float], counts: Sequence[float], confiden
     if x.sum() <= 1:
         log_likelihood = log_likelihood[_CORRELATIONS <= UNSEEN_CORRELATION]
     profile = log_likelihood.max(axis=0)
-    line = profile.max() - stats.t.ppf(0.5 + confidence / 2, len(counts) - 1) ** 2 / 2
+    line = profile.max() - special.stdtrit(len(counts) - 1, 0.5 + confidence / 2) ** 2 / 2
     last = int(np.flatnonzero(profile >= line)[-1])
     if last + 1 == len(_MEANS):
         return 1.0
