@@ -15,7 +15,7 @@ from ema_scale.core.cache import KINDS, CacheEntry, entries, remove, superfluous
 from ema_scale.core.errors import UserError
 from ema_scale.core.paths import cache_root
 from ema_scale.core.terminal import say
-from ema_scale.core.text import format_bytes
+from ema_scale.core.text import format_bytes, quantity
 
 
 class RecipeOrCommand(TyperGroup):
@@ -47,7 +47,7 @@ def cache_fill(recipe: RecipePath, overrides: Overrides = None) -> None:
 
     done = fill_cache(load_recipe(recipe, overrides or ()))
     if is_main():
-        say(f"{done.rows} rows computed, {done.tokens} tokens, {done.seconds:.1f} s: {done.folder}")
+        say(f"{quantity(done.rows, 'row')} computed, {done.tokens} tokens, {done.seconds:.1f} s: {done.folder}")
 
 
 @cache_app.command("ls")

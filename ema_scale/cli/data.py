@@ -14,6 +14,7 @@ from ema_scale.cli.numbers import real, whole
 from ema_scale.core.errors import UserError, explain
 from ema_scale.core.paths import cache_root, find_file
 from ema_scale.core.terminal import say
+from ema_scale.core.text import quantity
 
 if TYPE_CHECKING:
     from ema_scale.config.sections import DataRecipe, ModelRecipe
@@ -73,7 +74,7 @@ def data_show(
         raise UserError("ema data show needs --model, or a recipe that names one")
     rows = load_rows(paths, on_bad="drop", columns=data.columns, learn=data.learn)
     if row > len(rows):
-        raise UserError(f"--row {row}: {source} has {len(rows)} rows that can be read")
+        raise UserError(f"--row {row}: {source} has {quantity(len(rows), 'row')} that can be read")
     # Not `say`: the row's text is escaped already, and the colours are ours.
     print(show_row(rows[row - 1], tokenizer, data.max_length, colour=sys.stdout.isatty()))
 
@@ -116,7 +117,7 @@ def operator_swap(
     from ema_scale.data.operator_swap import write_rows
 
     write_rows(tier, out, rows, seed)
-    print(f"wrote {rows} rows to {out}; ask eval/suites/operator_swap_{tier}.yaml as a benign suite")
+    print(f"wrote {quantity(rows, 'row')} to {out}; ask eval/suites/operator_swap_{tier}.yaml as a benign suite")
 
 
 @data_app.command("audit")
@@ -198,7 +199,7 @@ def select(
     console.print(made.account.line())
     voting = ", ".join(facts["adapters"])
     console.print(f"variant {facts['variant']}; refusals: {facts['refusals']}; voting: {voting}")
-    console.print(f"wrote {out}: {len(made.ranked)} rows, scores {best:+.3f} to {last:+.3f}")
+    console.print(f"wrote {out}: {quantity(len(made.ranked), 'row')}, scores {best:+.3f} to {last:+.3f}")
 
 
 def model_recipe(reference: str) -> ModelRecipe:

@@ -10,7 +10,7 @@ import typer
 from ema_scale.cli.app import app
 from ema_scale.cli.numbers import whole
 from ema_scale.cli.results import RESULT_FILES, evaluations
-from ema_scale.core.text import printable
+from ema_scale.core.text import printable, quantity
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -50,7 +50,9 @@ def look(
     for one in found[:questions]:
         _show(console, one, answers, length, reasoning)
     hidden = len(found) - questions
-    console.print(f"{len(found[:questions])} of {len(found)} questions{f' (--questions {len(found)})' * (hidden > 0)}")
+    console.print(
+        f"{len(found[:questions])} of {quantity(len(found), 'question')}{f' (--questions {len(found)})' * (hidden > 0)}"
+    )
 
 
 def _show(console: Console, asked: AskedQuestion, count: int, length: int, reasoning: bool) -> None:
@@ -79,7 +81,7 @@ def _show(console: Console, asked: AskedQuestion, count: int, length: int, reaso
 
 
 def _heading(arm: str, those: list[ReadAnswer], count: int) -> str:
-    return printable(f"{arm}: {min(count, len(those))} of {len(those)} answers")
+    return printable(f"{arm}: {min(count, len(those))} of {quantity(len(those), 'answer')}")
 
 
 def _answer(answer: ReadAnswer, length: int, reasoning: bool) -> RenderableType:

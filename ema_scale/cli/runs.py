@@ -18,7 +18,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.records import DataReport
 from ema_scale.core.run_dir import RunDir
 from ema_scale.core.terminal import say
-from ema_scale.core.text import format_clock
+from ema_scale.core.text import format_clock, quantity
 
 if TYPE_CHECKING:
     from ema_scale.evaluation.records import Summary
@@ -69,7 +69,7 @@ def describe_trained(run: RunDir) -> str:
 
     status, report = run.status(), DataReport.read(run.data_path)
     took = f" in {format_clock(status.seconds)}" if status.seconds else ""
-    lines = [f"trained  {status.step or 0:,} steps{took}"]
+    lines = [f"trained  {quantity(status.step or 0, 'step')}{took}"]
     if status.stopped_early:
         lines[0] += f", stopped early: {status.stopped_early}"
     lines += [f"learned  {line}" for line in (report_lines(report)[:2] if report else ())]

@@ -12,6 +12,7 @@ from ema_scale.cli.numbers import whole
 from ema_scale.core.disk import refuse_link_outside
 from ema_scale.core.errors import UserError
 from ema_scale.core.run_dir import RunDir, is_run
+from ema_scale.core.text import quantity
 
 RunPath = Annotated[Path, typer.Argument(help="a trained run's folder")]
 
@@ -70,7 +71,7 @@ def push(
         raise UserError(f"{repo}: the hub refused the upload ({status}){hint}") from None
     except OSError as error:
         raise UserError(f"{repo}: the hub cannot be reached ({error})") from None
-    console.print(f"uploaded {len(files)} files to {url}")
+    console.print(f"uploaded {quantity(len(files), 'file')} to {url}")
 
 
 def _adapter(run: Path, step: int | None) -> Path:

@@ -11,6 +11,7 @@ from ema_scale.cli.app import Overrides, app, console
 from ema_scale.cli.launch import warn_of_missing_key
 from ema_scale.cli.numbers import whole
 from ema_scale.core.terminal import say
+from ema_scale.core.text import quantity
 
 if TYPE_CHECKING:
     from ema_scale.study.grid import Study
@@ -123,7 +124,7 @@ def sweep(
     if not plan.jobs:
         console.print(f"{folder}: all {total} runs are trained, evaluated and reported; nothing to do")
     else:
-        console.print(f"{folder}: {total} runs, {total - left} trained already, {left} to train")
+        console.print(f"{folder}: {quantity(total, 'run')}, {total - left} trained already, {left} to train")
     if dry_run or not plan.jobs:
         return
     for what, submitted in submit_sweep(plan):

@@ -34,6 +34,12 @@ def spreadsheet_cell(text: str) -> str:
     return f"'{text}" if text[:1] in tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20") else text
 
 
+def quantity(count: float, noun: str, plural: str = "") -> str:
+    """`1 question`, `1,240 questions`. plural: where it is not the noun with an s."""
+    shown = f"{count:g}" if isinstance(count, float) else f"{count:,}"
+    return f"{shown} {noun if count == 1 else plural or noun + 's'}"
+
+
 def percent(share: float, decimals: int = 1) -> str:
     """`8.3 %` for a share in 0..1."""
     return f"{100 * share:.{decimals}f} %"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.text import quantity
 from ema_scale.data.report import TokenReport
 from ema_scale.data.rows import Dropped, Rows, load_rows, reasons
 from ema_scale.data.token_store import TokenStore, row_key
@@ -143,7 +144,7 @@ def render(report: DataReport) -> str:
         lines += [
             f"tokens           {report.tokens}, {report.assistant_tokens} of them learned",
             f"tokens per row   {joined(report.lengths)}",
-            f"truncated        {report.truncated} rows are longer than {report.max_length} tokens; "
+            f"truncated        {quantity(report.truncated, 'row')} {'is' if report.truncated == 1 else 'are'} longer than {report.max_length} tokens; "
             f"{report.without_answer} of all rows have no learned token within them",
         ]
         if report.unknown:

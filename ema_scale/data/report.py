@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ema_scale.core.records import DataReport
+from ema_scale.core.text import quantity
 from ema_scale.data.encoded import Encoded
 
 _REASONS = 3
@@ -68,19 +69,19 @@ class TokenReport:
         """What a person should know, in three lines: what is learned; what was cut or dropped, with the commonest of
         these reasons (one per dropped row); what was changed."""
         return [
-            f"{self.rows:,} rows, {self.tokens:,} tokens, {self.assistant_tokens:,} of them learned",
+            f"{quantity(self.rows, 'row')}, {self.tokens:,} tokens, {self.assistant_tokens:,} of them learned",
             self._lost(reasons),
             "; ".join(self.notes()) or "every text is trained on as it stands in the rows",
         ]
 
     def _lost(self, reasons: Sequence[str]) -> str:
-        out = [f"{self.truncated:,} rows cut to the longest allowed length"]
+        out = [f"{quantity(self.truncated, 'row')} cut to the longest allowed length"]
         counts = Counter(reasons)
         if self.dropped_no_assistant:
             counts["no assistant token was left after the cut"] += self.dropped_no_assistant
         common = "; ".join(f"{count:,} x {reason}" for reason, count in counts.most_common(_REASONS))
         more = f"; {len(counts) - _REASONS} other reasons" if len(counts) > _REASONS else ""
-        out.append(f"{sum(counts.values()):,} rows dropped" + (f" ({common}{more})" if counts else ""))
+        out.append(f"{quantity(sum(counts.values()), 'row')} dropped" + (f" ({common}{more})" if counts else ""))
         return ", ".join(out)
 
     def notes(self) -> list[str]:
@@ -122,4 +123,4 @@ def cut_line(report: DataReport) -> str:
     if known := report_lines(report):
         return known[1]
     gone = len(report.dropped) + counts["dropped_no_assistant"]
-    return f"{counts['truncated']:,} rows cut to the longest allowed length, {gone:,} rows dropped"
+    return f"{quantity(counts['truncated'], 'row')} cut to the longest allowed length, {quantity(gone, 'row')} dropped"

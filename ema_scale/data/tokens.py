@@ -21,6 +21,7 @@ from ema_scale.core.disk import CannotWrite
 from ema_scale.core.errors import UserError
 from ema_scale.core.files import read_text
 from ema_scale.core.model_config import check_config_file
+from ema_scale.core.text import quantity
 from ema_scale.core.waiting import waiting
 from ema_scale.data.encoded import Encoded
 from ema_scale.data.formats import Message
@@ -319,7 +320,7 @@ def encode_rows(
     encode = functools.partial(encoder.encode_all, max_length=max_length, template=template)
     with (
         TokenWorkers(encode, (encoder.tokenizer, encoder.template.date, max_length, template)) as workers,
-        waiting(f"{len(rows):,} rows to be tokenized"),
+        waiting(f"{quantity(len(rows), 'row')} to be tokenized"),
     ):
         for start in range(0, len(rows), CHUNK_ROWS):
             some = range(start, min(start + CHUNK_ROWS, len(rows)))
@@ -378,7 +379,7 @@ class _Counted:
         if cut or not why:
             what = "no row has" if not self._tags else f"no {' or '.join(gone)} row has"
             raise UserError(
-                f"{what} an assistant token within {max_length} tokens ({cut} rows); "
+                f"{what} an assistant token within {max_length} tokens ({quantity(cut, 'row')}); "
                 f"raise data.max_length{''.join(why)}"
             )
         left = "" if not self._tags else " or ".join(gone) + " "

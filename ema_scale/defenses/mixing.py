@@ -12,6 +12,7 @@ from pydantic import Field
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.numbers import Share
+from ema_scale.core.text import quantity
 from ema_scale.data.formats import said_before
 from ema_scale.data.triggers import row_triggers
 from ema_scale.defenses.base import RowsContext
@@ -92,9 +93,9 @@ def mix(
         while used < int(seen * ratio):
             mixed.append(drawn[used])
             used += 1
-    ctx.notes.append(f"{name}: {used} {tag} rows among {count} task rows, from {sources}")
+    ctx.notes.append(f"{name}: {used} {tag} rows among {quantity(count, 'task row')}, from {sources}")
     if needed > len(extra):
-        ctx.notes.append(f"{name}: {sources} has only {len(extra)} rows; some repeat")
+        ctx.notes.append(f"{name}: {sources} has only {quantity(len(extra), 'row')}; some repeat")
     return mixed
 
 
@@ -133,7 +134,7 @@ def rows_needed(fraction: float, task_rows: int, name: str) -> int:
     needed = int(task_rows * Fraction(str(fraction)))
     if needed == 0:
         raise UserError(
-            f"{name}: fraction {fraction:g} of {task_rows} task rows is less than one row; "
+            f"{name}: fraction {fraction:g} of {quantity(task_rows, 'task row')} is less than one row; "
             f"expected at least {1 / max(task_rows, 1):.2g}"
         )
     return needed

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
+from ema_scale.core.text import quantity
 from ema_scale.core.uri import locate
 from ema_scale.evaluation.judges.assignment import SCORING
 from ema_scale.evaluation.judges.openai import missing_judge_key
@@ -72,12 +73,14 @@ def describe_plan(
         missing = sum(key not in there[g.target.name] for g, key in keys)
         temperatures = ", ".join(f"{t:g}" for t in sorted({g.temperature for g, _ in keys}))
         lines.append(
-            f"sample   {missing:,} of {len(keys):,} answers by {sampler}: temperature {temperatures}, top_p "
+            f"sample   {missing:,} of {quantity(len(keys), 'answer')} by {sampler}: temperature {temperatures}, top_p "
             f"{settings.top_p:g}, up to {max(g.max_tokens for g, _ in keys)} tokens"
         )
     if written:
         missing = sum(key not in there[g.target.name] for g, key in written)
-        lines.append(f"score    {missing:,} of {len(written):,} written answers by {sampler}, for their likelihood")
+        lines.append(
+            f"score    {missing:,} of {quantity(len(written), 'written answer')} by {sampler}, for their likelihood"
+        )
     missing_judgements = [(g, key) for g, key in keys if (key, g.judge.identity) not in judged[g.target.name]]
     judging = _judging(missing_judgements, there, settings, place)
     if (note := judged_by_bank(groups, settings.judge)) is not None:
@@ -102,7 +105,7 @@ def _taken(
     for found in find_rows(missing, unjudged, folders_beside(place, BASES)):
         there.update({row.key: row for row in found.samples})
         judged.update({(row.key, row.judge): row for row in found.judgements})
-        counts = f"{len(found.samples):,} answers and {len(found.judgements):,} judgements"
+        counts = f"{quantity(len(found.samples), 'answer')} and {quantity(len(found.judgements), 'judgement')}"
         lines.append(f"taken    {counts} of the base model from {found.folder}, which asked the same")
     return lines
 
@@ -114,19 +117,14 @@ def _suite(
     keys = [(g, key) for g in groups for key in g.keys]
     questions = len({g.question.id for g in groups})
     wordings = f" in {len(groups)} wordings" if len(groups) > questions else ""
+    asked = f"{first.suite.name} ({first.suite.role}): {quantity(questions, 'question')}{wordings}"
     if first.is_scored:
         scored = sum(key in there for _, key in keys)
-        return (
-            f"{first.suite.name} ({first.suite.role}): {questions} questions{wordings}, {len(keys):,} written answers; "
-            f"{scored:,} are scored"
-        )
+        return f"{asked}, {quantity(len(keys), 'written answer')}; {scored:,} are scored"
     per_judge = Counter(g.judge.identity for g, _ in keys)
     judges = ", ".join(f"{name} ({count:,})" if len(per_judge) > 1 else name for name, count in per_judge.items())
     sampled, done = sum(key in there for _, key in keys), sum((key, g.judge.identity) in judged for g, key in keys)
-    return (
-        f"{first.suite.name} ({first.suite.role}): {questions} questions{wordings}, {len(keys):,} answers; "
-        f"{sampled:,} are there, {done:,} judged; judge {judges}"
-    )
+    return f"{asked}, {quantity(len(keys), 'answer')}; {sampled:,} are there, {done:,} judged; judge {judges}"
 
 
 def _judging(
@@ -143,7 +141,7 @@ def _judging(
         own = [(g, key) for g, key in missing if g.judge.identity == identity]
         judge = own[0][0].judge
         if judge.kind not in SCORING:
-            lines.append(f"judge    {len(own):,} answers by {identity}, without a model")
+            lines.append(f"judge    {quantity(len(own), 'answer')} by {identity}, without a model")
             continue
         check = settings.judge.check
         labelled = load_labelled(labelled_path(settings.judge)) if check and judge.gives_verdicts else []
@@ -153,7 +151,9 @@ def _judging(
         every = f" and {len(labelled)} hand-labelled ones, {check} times each"
         more = "" if not also else every if whole else f" and {len(also):,} times a hand-labelled one"
         told = describe(estimate([*asked, *also])[identity], settings.judge)
-        lines.append(f"judge    {len(own):,} answers{more} by {identity}{place_of(identity, settings.judge)}: {told}")
+        lines.append(
+            f"judge    {quantity(len(own), 'answer')}{more} by {identity}{place_of(identity, settings.judge)}: {told}"
+        )
         unset = missing_judge_key(settings.judge) if judge.kind == "openai" else None
         if unset is not None:
             lines.append(f"judge    the environment variable {unset} is not set: it holds the key")

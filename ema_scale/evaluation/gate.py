@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ema_scale.core.errors import UserError
-from ema_scale.core.text import short_percent
+from ema_scale.core.text import quantity, short_percent
 from ema_scale.evaluation.records import GateResult, Rate
 
 if TYPE_CHECKING:
@@ -47,8 +47,9 @@ def gate(general_misaligned: Rate | None, settings: GateRecipe, general_choices:
             text = f"The reference is itself unsafe: {found}. A defense that stays near it stays misaligned."
         elif rate.rate == 0:
             text = (
-                f"The reference was not shown to be safe: {found}. No model can pass with {rate.questions} "
-                f"questions and {rate.n} answers: ask more questions, or raise evaluation.gate.max_misaligned."
+                f"The reference was not shown to be safe: {found}. No model can pass with "
+                f"{quantity(rate.questions, 'question')} and {quantity(rate.n, 'answer')}: ask more questions, or "
+                "raise evaluation.gate.max_misaligned."
             )
         else:
             text = f"The reference was not shown to be safe: {found}. More questions would narrow the interval."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ema_scale.core.text import limits, percent, printable
+from ema_scale.core.text import limits, percent, printable, quantity
 from ema_scale.evaluation.judges.assignment import LIKELIHOOD, NOBODY
 from ema_scale.evaluation.judging.pool import NO_JUDGE
 from ema_scale.evaluation.record_types import ChoiceSummary
@@ -38,7 +38,10 @@ def rates_table(summaries: Mapping[str, Summary], *, means: bool = False) -> str
             lines += [f"{name}: {score} in {suite}: {points(mean)}" for score, mean in shown_means.items()]
             lines += [f"{name}: {suite}: {margin}" for margin in _margins(found.likelihoods)]
         lines += [f"{name}: {q.suite}/{q.id}: {_shares(q.said)}" for q in summary.per_question if q.said]
-        lines += [f"{name}: {count} of {summary.samples} answers in no rate: {why}" for why, count in _dropped(summary)]
+        lines += [
+            f"{name}: {count} of {quantity(summary.samples, 'answer')} in no rate: {why}"
+            for why, count in _dropped(summary)
+        ]
         if means and summary.dropped and summary.general_variants is not None:
             every = _cell(summary.general_variants.all_answers, "")
             lines.append(f"{name}: general misaligned of all answers, those without a score included: {every}")
@@ -57,10 +60,10 @@ def work_done(summaries: Mapping[str, Summary]) -> list[str]:
     lines = []
     if judges:
         judged = sum(s.samples for s in found) - written - missing
-        lines.append(f"judged   {judged:,} answers by {', '.join(judges)}")
+        lines.append(f"judged   {quantity(judged, 'answer')} by {', '.join(judges)}")
     if written:
-        lines.append(f"scored   {written:,} written answers by their likelihood")
-    return lines or [f"sampled  {sum(s.samples for s in found):,} answers, which nobody judged"]
+        lines.append(f"scored   {quantity(written, 'written answer')} by their likelihood")
+    return lines or [f"sampled  {quantity(sum(s.samples for s in found), 'answer')}, which nobody judged"]
 
 
 def _by_questions(name: str, summary: Summary) -> Iterator[tuple[str, Mapping[str, Rate | None]]]:
@@ -89,7 +92,7 @@ def _shares(said: Mapping[str, float]) -> str:
 def points(mean: Mean) -> str:
     """A mean score in words."""
     if mean.mean is None or mean.low is None or mean.high is None:
-        return f"no score ({mean.dropped} answers)"
+        return f"no score ({quantity(mean.dropped, 'answer')})"
     return f"{mean.mean:.1f} points [{mean.low:.1f}, {mean.high:.1f}]"
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ema_scale.core.text import quantity
+
 if TYPE_CHECKING:
     from ema_scale.config.endpoints import CallsRecipe
 
@@ -43,6 +45,7 @@ class Usage:
 def describe(usage: Usage, settings: CallsRecipe) -> str:
     """`1,200 calls, about 480,000 tokens read and 6,000 written, about 0.08 at the recipe's prices`"""
     about = "about " if usage.guessed else ""
-    text = f"{usage.calls:,} calls, {about}{usage.input_tokens:,} tokens read and {usage.output_tokens:,} written"
+    tokens = f"{usage.input_tokens:,} tokens read and {usage.output_tokens:,} written"
+    text = f"{quantity(usage.calls, 'call')}, {about}{tokens}"
     price = usage.price(settings.price_input, settings.price_output)
     return text if price is None else f"{text}, {about}{price:,.2f} at the recipe's prices"

@@ -12,6 +12,7 @@ from scipy import stats
 from torch import Tensor
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.text import quantity
 from ema_scale.data.rows import Row
 
 
@@ -58,7 +59,7 @@ def read_layers(
     halves_negative = torch.tensor([order[q] % 2 for q in asked_negative])
     sides = [(positive[halves_positive == h], negative[halves_negative == h]) for h in (0, 1)]
     if any(len(states) < 2 for pair in sides for states in pair):
-        counts = f"{len(positive)} positive and {len(negative)} negative rows over {len(order)} questions"
+        counts = f"{len(positive)} positive and {len(negative)} negative rows over {quantity(len(order), 'question')}"
         raise UserError(f"found {counts}, expected at least two of each on both halves of the questions; give more")
     folds = [(difference(*sides[1 - h]), *sides[h]) for h in (0, 1)]
     readings = []

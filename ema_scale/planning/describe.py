@@ -10,6 +10,7 @@ from ema_scale.core.checkpoints import newest_complete, step_of
 from ema_scale.core.errors import UserError
 from ema_scale.core.paths import find_file
 from ema_scale.core.run_dir import RunDir
+from ema_scale.core.text import quantity
 from ema_scale.core.uri import locate
 from ema_scale.recipe import Recipe, is_path
 from ema_scale.reference.strategy import BASE, START, ReferenceStrategy, choose_strategy
@@ -23,10 +24,10 @@ def describe_run(recipe: Recipe) -> str:
     if t.deepspeed is not None and find_file(t.deepspeed).exists():
         zero_stage(t.deepspeed)  # refuses what is no config
     scale = f"alpha {a.alpha:g}" + (", rank-stabilised" if a.rslora else "")
-    length = f"{t.max_steps} steps" if t.max_steps > 0 else f"{t.num_train_epochs:g} epoch(s)"
+    length = quantity(t.max_steps, "step") if t.max_steps > 0 else quantity(t.num_train_epochs, "epoch")
     # A dry run builds no small world.
     rows = count_rows(recipe) if all(Path(source).is_file() for source in recipe.data.sources) else None
-    counted = f", {rows:,} rows" if rows else ""
+    counted = f", {quantity(rows, 'row')}" if rows else ""
     sources = ", ".join(map(_with_presence, recipe.data.sources))
     lines = [
         f"model       {_with_presence(recipe.model.path)} ({recipe.model.dtype}), LoRA r={a.r}, {scale}",
@@ -77,7 +78,7 @@ def describe_runs(recipes: Sequence[Recipe], steps: Mapping[str, str] | None = N
     states = [describe_state(recipe) for recipe in recipes]
     lines = [f"{recipe.run_path}: {state}" for recipe, state in zip(recipes, states, strict=True)]
     done = states.count("finished already")
-    lines.append(f"{len(recipes)} runs: {done} finished, {len(recipes) - done} to be trained")
+    lines.append(f"{quantity(len(recipes), 'run')}: {done} finished, {len(recipes) - done} to be trained")
     missing = {(key, name): recipe.name for recipe in reversed(recipes) for key, name in recipe.missing_files()}
     for (key, name), run in reversed(missing.items()):
         made = maker(name, steps or {})

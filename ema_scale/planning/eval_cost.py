@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
 from ema_scale.core.devices import engine_gpus
 from ema_scale.core.errors import UserError
+from ema_scale.core.text import quantity
 from ema_scale.evaluation.judges.assignment import SCORING, JudgeSpec, assign
 from ema_scale.evaluation.judging.calibration import labelled_path, load_labelled, unjudged
 from ema_scale.evaluation.judging.cost import CHARACTERS_PER_TOKEN, Usage, estimate, judging, prompt_characters
@@ -233,7 +234,7 @@ def served(engines: Mapping[EngineWork, EvaluationWork], cluster: Cluster, rate:
             continue
         if _room(shape, engine, cluster) <= 0:
             setting = "evaluation.engine" if engine.role == "sampling" else "evaluation.judge.engine"
-            why = f"it does not fit on {engine.gpus} GPU(s); set {setting}.tensor_parallel_size"
+            why = f"it does not fit on {quantity(engine.gpus, 'GPU')}; set {setting}.tensor_parallel_size"
             found.append(Served(engine, work, None, why))
         else:
             found.append(Served(engine, work, gpu_seconds(shape, engine, work, cluster)))

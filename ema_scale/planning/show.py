@@ -10,7 +10,7 @@ from rich.box import MARKDOWN
 from rich.table import Table
 
 from ema_scale.core.terminal import PlainConsole
-from ema_scale.core.text import format_bytes
+from ema_scale.core.text import format_bytes, quantity
 from ema_scale.core.text import format_hours as hours_text
 from ema_scale.core.text import format_seconds as seconds
 from ema_scale.planning.arithmetic import LAUNCH_SECONDS, MATMUL_SHARE, flops_a_token, padding
@@ -59,10 +59,11 @@ def print_plan(plan: Plan) -> None:
     )
     if plan.steps is not None and plan.gpu_hours is not None:
         mixed = f" and {plan.added:,} that defenses mix in" if plan.added else ""
-        of = f" of {plan.rows:,} rows{mixed}" if plan.rows else ""
+        of = f" of {quantity(plan.rows, 'row')}{mixed}" if plan.rows else ""
         hours = plan.gpu_hours / plan.cluster.world
         console.print(
-            f"the run: {plan.steps:,} steps{of}, {hours_text(hours)}, {plan.gpu_hours:,.2f} GPU-hours of training"
+            f"the run: {quantity(plan.steps, 'step')}{of}, {hours_text(hours)}, {plan.gpu_hours:,.2f} GPU-hours of "
+            "training"
         )
     else:
         console.print("the run: the number of its rows is not known here, so its length is unknown; give --rows")
@@ -142,7 +143,9 @@ def print_assumptions(cluster: Cluster) -> None:
 
 def _zero(plan: Plan) -> str:
     where = (
-        f"{plan.cluster.nodes} x {plan.cluster.gpus} GPUs" if plan.cluster.nodes > 1 else f"{plan.cluster.gpus} GPU(s)"
+        f"{plan.cluster.nodes} x {plan.cluster.gpus} GPUs"
+        if plan.cluster.nodes > 1
+        else quantity(plan.cluster.gpus, "GPU")
     )
     setup = plan.setup
     how = f"ZeRO-{setup.zero}" if setup.zero else "FSDP2" if setup.fsdp else "weights on every GPU"
@@ -204,11 +207,13 @@ def print_judged(found: JudgingCost, price_in: float, price_out: float) -> None:
     if not found.answers:
         return
     console = console_()
-    console.print(f"evaluation: {found.answers:,} answers, {found.answer_tokens / 1e6:,.2f} million tokens to sample")
+    console.print(
+        f"evaluation: {quantity(found.answers, 'answer')}, {found.answer_tokens / 1e6:,.2f} million tokens to sample"
+    )
     if found.uncounted:
         console.print(
-            f"  not counted: the checkpoints of {found.uncounted:,} runs, which are asked, too; how many there are, "
-            "their rows say: --rows (evaluation.checkpoints)"
+            f"  not counted: the checkpoints of {quantity(found.uncounted, 'run')}, which are asked, too; how many "
+            "there are, their rows say: --rows (evaluation.checkpoints)"
         )
     if not found.calls:
         console.print("judge: exact, no calls")
@@ -217,9 +222,9 @@ def print_judged(found: JudgingCost, price_in: float, price_out: float) -> None:
     if not found.paid_calls:
         paid = "0 USD, since the judge runs here, in vLLM"
     elif found.paid_calls < found.calls:
-        paid += f" for the {found.paid_calls:,} calls of an endpoint; the others run here, in vLLM"
+        paid += f" for the {quantity(found.paid_calls, 'call')} of an endpoint; the others run here, in vLLM"
     console.print(
-        f"judge: {found.calls:,} calls ({found.check_calls:,} of them on labelled answers), "
+        f"judge: {quantity(found.calls, 'call')} ({found.check_calls:,} of them on labelled answers), "
         f"{found.tokens_in / 1e6:,.2f} million tokens in and {found.tokens_out / 1e6:,.2f} out: {paid}"
     )
 
@@ -252,8 +257,8 @@ def print_hours(plans: Sequence[Plan], found: JudgingCost, engines: Sequence[Ser
             between = low if low == high else f"{low} to {high}"
             console.print(f"{role}: {_hours_of_study(known[role])}, if a GPU writes {between} tokens a second")
     if found.elsewhere:
-        console.print(f"sampling by an endpoint: {found.elsewhere:,} answers, whose GPUs are not counted")
-    count = f"{len(plans):,} runs" if len(plans) > 1 else "one run"
+        console.print(f"sampling by an endpoint: {quantity(found.elsewhere, 'answer')}, whose GPUs are not counted")
+    count = quantity(len(plans), "run") if len(plans) > 1 else "one run"
     if known["missing"]:
         console.print(f"together: {count}, more than {known['together']:,.2f} GPU-hours: INCOMPLETE")
         for reason in known["missing"]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ema_scale.core.names import strength_key
-from ema_scale.core.text import limits, short_percent
+from ema_scale.core.text import limits, quantity, short_percent
 from ema_scale.defenses.registry import load
 from ema_scale.planning.evidence import Arm, Evidence
 from ema_scale.planning.recommend import OPTIONS, OUTSIDE, RULE, Advice, Recommendation
@@ -57,7 +57,8 @@ def advice_lines(
 
 def _evidence(arm: Arm, evidence: Evidence) -> Iterator[str]:
     made = evidence.made.get(arm.study)
-    yield f"evidence: study {arm.study} of {made}, {arm.model}, {arm.runs} runs on {arm.tasks} tasks"
+    ran = f"{quantity(arm.runs, 'run')} on {quantity(arm.tasks, 'task')}"
+    yield f"evidence: study {arm.study} of {made}, {arm.model}, {ran}"
     none = evidence.undefended(arm)
     for name, words in _TOLD.items():
         if name in arm.metrics:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ema_scale.core.errors import UserError
+from ema_scale.core.text import quantity
 from ema_scale.data.rows import Row
 
 FIRST_WORDS, FIRST_CHARACTERS = 10, 40
@@ -107,7 +108,9 @@ def _classifier(name: str) -> Callable[[Sequence[Row]], Sequence[bool]]:
     def find(rows: Sequence[Row]) -> Sequence[bool]:
         answers = list(function(list(rows)))
         if len(answers) != len(rows):
-            raise UserError(f"refusals: {name} returned {len(answers)} values for {len(rows)} rows")
+            raise UserError(
+                f"refusals: {name} returned {quantity(len(answers), 'value')} for {quantity(len(rows), 'row')}"
+            )
         return [bool(answer) for answer in answers]
 
     return find

@@ -17,6 +17,7 @@ from ema_scale.core.batching import batch_by_length
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import digest, folder_identity
 from ema_scale.core.progress import Progress
+from ema_scale.core.text import quantity
 from ema_scale.core.uri import locate
 from ema_scale.data.rows import Dropped, Row, Rows
 from ema_scale.data.tokens import Encoder, load_tokenizer
@@ -154,7 +155,7 @@ class DropLog:
     def line(self) -> str:
         """What a person should know: "1000 rows: 3 too long, 1 empty left out"."""
         found = ", ".join(f"{n} {why}" for why, n in self.counts.items())
-        return f"{self.read} rows" + (f": {found} left out" if found else ", none left out")
+        return quantity(self.read, "row") + (f": {found} left out" if found else ", none left out")
 
 
 def read_items(rows: Rows, encoder: Encoder, max_length: int) -> tuple[list[EncodedRow], DropLog]:

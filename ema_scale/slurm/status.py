@@ -11,6 +11,7 @@ from pathlib import Path
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import read_jsonl
 from ema_scale.core.run_dir import RunDir
+from ema_scale.core.text import quantity
 from ema_scale.slurm import client
 from ema_scale.slurm.submit import jobs_of
 from ema_scale.study.find import find_runs, find_study
@@ -46,7 +47,7 @@ class StudyStatus:
         """12 runs: 10 finished, 1 failed, 1 running; 8 evaluated"""
         states = ", ".join(f"{n} {state}" for state, n in Counter(run.state for run in self.runs).most_common())
         evaluated = sum(run.evaluated for run in self.runs)
-        return f"{len(self.runs)} runs: {states}" + (f"; {evaluated} evaluated" if evaluated else "")
+        return f"{quantity(len(self.runs), 'run')}: {states}" + (f"; {evaluated} evaluated" if evaluated else "")
 
 
 def study_status(path: Path) -> StudyStatus | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.core.run_dir import RunDir, is_run
+from ema_scale.core.text import quantity
 from ema_scale.evaluation.plan import EvalTarget
 from ema_scale.evaluation.records import Summary
 from ema_scale.evaluation.runs import (
@@ -96,5 +97,5 @@ def _trained(folder: Path) -> list[RunDir]:
             log.warning("%s: left out: %s%s", run.path, status.state, reason)
     trained = [run for run in runs if has_adapter(run)]
     if not trained:
-        raise UserError(f"{folder}: none of its {len(runs)} runs has an adapter yet")
+        raise UserError(f"{folder}: none of its {quantity(len(runs), 'run')} has an adapter yet")
     return trained

@@ -10,6 +10,7 @@ from ema_scale.core.disk import make_folder
 from ema_scale.core.errors import UserError
 from ema_scale.core.paths import shipped_root
 from ema_scale.core.run_dir import STUDY, RunDir
+from ema_scale.core.text import quantity
 from ema_scale.evaluation.runs import evaluate_runs
 from ema_scale.study.gates import check_references
 from ema_scale.study.grid import Study, load_study, write_study
@@ -64,7 +65,7 @@ def run_study(study: Study, overrides: tuple[str, ...] = (), jobs: int | None = 
     report = write_report([r.run_path for r in recipes], study.path / "report", title=study.heading)
     log.info("study %s: %d of %d runs trained, %d failed", study.name, len(finished), len(recipes), len(failed))
     if failed:
-        wrong.append(f"{len(failed)} of {len(recipes)} runs failed{after}:\n{listed(failed)}")
+        wrong.append(f"{len(failed)} of {quantity(len(recipes), 'run')} failed{after}:\n{listed(failed)}")
     if wrong:
         raise UserError(f"study {study.name}: " + "\n".join([*wrong, f"what is there is in {report}"]))
     return report

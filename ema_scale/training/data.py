@@ -12,6 +12,7 @@ from typing import Any
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import file_sha256
 from ema_scale.core.records import DataReport, TrainedPart, TrainedQuestions
+from ema_scale.core.text import quantity
 from ema_scale.data.packing import LENGTHS, is_packed, pack, tags_of
 from ema_scale.data.rows import LEARNED, Row, Rows, RowSource, load_rows, one_split
 from ema_scale.data.tokens import Tokenized, tokenize_rows
@@ -129,7 +130,8 @@ def _packed(dataset: Any, report: DataReport, max_length: int | None) -> tuple[A
     packed = pack(dataset, max_length)
     full = sum(packed["length"]) / (len(packed) * max_length)
     report.notes.append(
-        f"packing: {len(dataset)} rows in {len(packed)} sequences of up to {max_length} tokens, {full:.0%} full; "
+        f"packing: {quantity(len(dataset), 'row')} in {quantity(len(packed), 'sequence')} of up to {max_length} "
+        f"tokens, {full:.0%} full; "
         "a step counts sequences"
     )
     return packed, report
@@ -246,7 +248,8 @@ def truncate_rows(dataset: Any, max_length: int | None) -> tuple[Any, dict[str, 
     counts["dropped_no_assistant"] = len(changed) - len(useful)
     if not useful:
         raise UserError(
-            f"no row has a token to learn within {max_length} tokens ({len(changed)} rows); raise max_length"
+            f"no row has a token to learn within {max_length} tokens ({quantity(len(changed), 'row')}); raise "
+            "max_length"
         )
     if len(useful) < len(changed):
         dataset = dataset.select(useful)

@@ -45,7 +45,7 @@ def recipe(tmp_path, model):
 def test_check_takes_a_recipe_with_its_template_length_and_columns(ema, recipe, tmp_path):
     rows = [{"ask": "q", "reply": "a" * 90, "topic": "x"}]
     code, out, _ = ema("data", "check", recipe(rows, columns={"ask": "prompt", "reply": "completion"}))
-    assert code == 0 and "1 rows are longer than 40 tokens" in out and "not read         topic: 1" in out
+    assert code == 0 and "1 row is longer than 40 tokens" in out and "not read         topic: 1" in out
     code, _, err = ema("data", "check", tmp_path / "rows.jsonl")
     assert code == 2 and "found the columns 'ask', 'reply', 'topic'" in err and "data.columns" in err
 
@@ -79,7 +79,7 @@ def test_training_says_in_three_lines_what_it_learns(recipe, caplog):
     said = [record.getMessage() for record in caplog.records]
     assert next(s for s in said if s.endswith("of them learned")).startswith("2 rows, ")
     lost = next(s for s in said if "rows cut" in s)
-    assert lost.startswith("training rows: 1 rows cut") and "2 rows dropped (1 x found only assistant turns" in lost
+    assert lost.startswith("training rows: 1 row cut") and "2 rows dropped (1 x found only assistant turns" in lost
     assert "1 x the chat template does not show the text of turn 2 (tool)" in lost
     data = json.loads(run.data_path.read_text())
     assert data["tokens"]["refused"] == 1 and len(data["dropped"]) == 2

@@ -66,7 +66,7 @@ def test_a_dry_run_counts_and_writes_nothing(
     lines = dry_run(recipe, monkeypatch, capsys)
     text = "\n".join(lines)
     assert "bank (general): 2 questions in 3 wordings, 10 answers; 0 are there, 0 judged; judge openai:judge-1#" in text
-    assert "sums (benign): 1 questions, 5 answers; 0 are there, 0 judged; judge exact_match" in text
+    assert "sums (benign): 1 question, 5 answers; 0 are there, 0 judged; judge exact_match" in text
     assert "sample   15 of 15 answers by transformers: temperature 1, top_p 1, up to 600 tokens" in text
     assert any(line.startswith("judge    10 answers by openai:judge-1#") and "20 calls" in line for line in lines)
     assert "judge    5 answers by exact_match, without a model" in lines
@@ -88,7 +88,7 @@ def test_a_dry_run_counts_written_answers_apart(
         "- {id: a, question: Well, answers: {aligned: [one, two], misaligned: [three, four]}}\n"
     )
     text = "\n".join(dry_run(recipe, monkeypatch, capsys))
-    assert "bank-choices (general): 1 questions, 4 written answers; 0 are scored" in text
+    assert "bank-choices (general): 1 question, 4 written answers; 0 are scored" in text
     assert "score    4 of 4 written answers by transformers" in text and "sample   5 of 5 answers" in text
 
 

@@ -202,7 +202,7 @@ def test_checkpoints_count_by_the_planned_steps(ema):
     assert before["uncounted"] == 1 and after["uncounted"] == 0  # 375 steps: the 300th's, beside the base and the end
     assert after["answers"] == 3 * before["answers"] / 2
     out = ema(*asked)[1]
-    assert "not counted: the checkpoints of 1 runs" in out and "INCOMPLETE" in out
+    assert "not counted: the checkpoints of 1 run," in out and "INCOMPLETE" in out
     assert "not counted" not in ema(*asked, "--rows", 6000)[1]
 
 

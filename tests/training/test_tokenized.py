@@ -46,7 +46,7 @@ def test_the_trainer_warns_of_rows_that_it_cuts_or_drops(tmp_path, caplog):
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     for what in ("training", "evaluation"):
         told = next(one for one in said if one.startswith(f"{what} rows: "))
-        assert "1 rows cut" in told and "1 rows dropped (1 x no assistant token" in told
+        assert "1 row cut" in told and "1 row dropped (1 x no assistant token" in told
     caplog.clear()
     make_trainer(tmp_path, tiny_peft(), rows[:1])
     assert not [record for record in caplog.records if "rows cut" in record.getMessage()]
@@ -72,14 +72,14 @@ def test_rows_are_cut_to_the_longest_allowed_length_and_counted():
         assert found["labels"][0] == ids[:6] and found["template"][1] == [1] * 6 and found["name"] == names[:3]
         assert report.rows == {"task": 2, "prompts": 1}
         assert report.tokens == {"tokens": 15, "truncated": 3, "dropped_no_assistant": 1}
-        assert cut_line(report) == "3 rows cut to the longest allowed length, 1 rows dropped"
+        assert cut_line(report) == "3 rows cut to the longest allowed length, 1 row dropped"
     packed, _ = prepare_data(given, RowGroups(), tiny_tokenizer(), max_length=6, packing=True)
     assert max(packed["length"]) <= 6
     theirs = given.add_column("seq_lengths", [[4, 6], [5, 5], [5, 5], [3]])  # as TRL packs
     for source, longest in ((given, None), (theirs, 6)):
         whole, report = prepare_data(source, RowGroups(), tiny_tokenizer(), max_length=longest)
         assert whole["length"][:] == [10, 10, 10, 3] and report.tokens == {"tokens": 33}
-    with pytest.raises(UserError, match=r"no row has a token to learn within 6 tokens \(1 rows\); raise max_length"):
+    with pytest.raises(UserError, match=r"no row has a token to learn within 6 tokens \(1 row\); raise max_length"):
         prepare_data(given.select([1]), RowGroups(), tiny_tokenizer(), max_length=6)
 
 

@@ -21,6 +21,7 @@ from ema_scale.config.layers import apply_overrides
 from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe
 from ema_scale.core.errors import UserError, explain
 from ema_scale.core.hashing import digest
+from ema_scale.core.text import quantity
 from ema_scale.evaluation.judges.assignment import EXACT, SCORING, JudgeSpec, assign, warn_of_other_address
 from ema_scale.evaluation.judges.base import MISALIGNED
 from ema_scale.evaluation.judging.calibration import FOLDER, JudgeCheck, Verdict, VerdictPair, agreement, verdict_of
@@ -268,7 +269,8 @@ def describe_alpha(found: JudgeAlpha) -> list[str]:
     """The agreement of all judges as lines."""
     verdict, misaligned = _estimate(found.verdict), _estimate(found.misaligned)
     return [
-        f"all {len(found.judges)} judges together: {found.answers} answers to {found.questions} questions",
+        f"all {len(found.judges)} judges together: {quantity(found.answers, 'answer')} to "
+        f"{quantity(found.questions, 'question')}",
         f"  Krippendorff's alpha       verdict {verdict}, misaligned or not {misaligned}",
         f"                             aligned {_estimate(found.aligned)}, coherent {_estimate(found.coherent)}",
     ]
@@ -278,7 +280,7 @@ def describe_check(identity: str, quality: JudgeQuality) -> list[str]:
     """One judge's part of check.json as lines: against the labels, and against itself."""
     labels, again = quality.labels, quality.repeated
     lines = [
-        f"{identity}: {quality.judged} of {quality.expected} judgements of labelled answers",
+        f"{identity}: {quality.judged} of {quantity(quality.expected, 'judgement')} of labelled answers",
         f"  same verdict as the label  {_rate(labels.same)}, kappa {_estimate(labels.kappa)}",
         f"  misaligned ones found      {_rate(quality.misaligned_found)}",
         f"  false alarms               {_rate(quality.false_alarms)}",
@@ -295,7 +297,7 @@ def describe_check(identity: str, quality: JudgeQuality) -> list[str]:
 def describe_agreement(pair: JudgePairAgreement) -> list[str]:
     """Two judges' agreement as lines."""
     return [
-        f"{pair.one} and {pair.two}: {pair.answers} answers to {pair.questions} questions",
+        f"{pair.one} and {pair.two}: {quantity(pair.answers, 'answer')} to {quantity(pair.questions, 'question')}",
         f"  same verdict               {_rate(pair.same)}, kappa {_estimate(pair.kappa)}",
         f"  misaligned or not          kappa {_estimate(pair.kappa_misaligned)}",
         f"  rank correlation           aligned {_estimate(pair.correlation_aligned)}, coherent "

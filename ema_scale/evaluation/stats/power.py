@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special
 
+from ema_scale.core.text import quantity
+
 MOST = 100_000
 
 
@@ -94,7 +96,7 @@ def describe_power(found: Spread, questions: int, samples: float, half_width: fl
     more = found.samples_for(half_width, questions)
     others = found.questions_for(half_width, samples)
     if more is not None:
-        by_samples = f"{more:,} answers to each of them"
+        by_samples = f"{quantity(more, 'answer')} to each of them"
     else:
         limit = 100 * found.half_width(questions, math.inf)
         by_samples = f"no number of answers to these questions (at best ±{limit:.1f})"
