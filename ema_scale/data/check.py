@@ -141,10 +141,11 @@ def render(report: DataReport) -> str:
     if report.unread:
         lines.append(f"not read         {joined(report.unread)}  (columns or keys: rows that have them)")
     if report.tokens is not None:
+        are = "is" if report.truncated == 1 else "are"
         lines += [
             f"tokens           {report.tokens}, {report.assistant_tokens} of them learned",
             f"tokens per row   {joined(report.lengths)}",
-            f"truncated        {quantity(report.truncated, 'row')} {'is' if report.truncated == 1 else 'are'} longer than {report.max_length} tokens; "
+            f"truncated        {quantity(report.truncated, 'row')} {are} longer than {report.max_length} tokens; "
             f"{report.without_answer} of all rows have no learned token within them",
         ]
         if report.unknown:
