@@ -378,8 +378,9 @@ def write_summary(
             summary.samples,
         )
     warn_of_unread(summary)
-    if before is None or before.model_copy(update={"seconds": summary.seconds}).to_json() != summary.to_json():
-        summary.write(path)
+    if before is not None and before.model_copy(update={"seconds": summary.seconds}).to_json() == summary.to_json():
+        return before
+    summary.write(path)
     return summary
 
 

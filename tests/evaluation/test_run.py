@@ -67,6 +67,9 @@ def test_base_and_adapter_are_sampled_judged_and_summarised(
         settings = recipe(endpoint.url, sampler="auto")
         again = evaluate(targets, tiny_models.model, [open_suite(), exact_suite()], settings)
         assert len(endpoint.requests) == 2 * 12 * 2
+        written = [(tmp_path / "tuned" / name).stat().st_ino for name in ("asked.json", "summary.json")]
+        evaluate(targets, tiny_models.model, [open_suite(), exact_suite()], settings)
+        assert written == [(tmp_path / "tuned" / name).stat().st_ino for name in ("asked.json", "summary.json")]
     summary = found["tuned"]
     assert Summary.read(tmp_path / "tuned" / "summary.json") == again["tuned"]
     assert again["tuned"].model_copy(update={"seconds": 0.0}) == summary.model_copy(update={"seconds": 0.0})
