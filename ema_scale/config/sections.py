@@ -175,7 +175,7 @@ class TrainingRecipe(Section):
     )
     fsdp: bool = Field(False, description="Shard the base model by torch's FSDP2.")
     drift_every: CountOrZero = Field(
-        50,
+        100,
         description="Optimizer steps per reading of each layer's distance to the reference; 0: never. Where no defense "
         "runs the reference, a reading takes about half of a step.",
     )

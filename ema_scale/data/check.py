@@ -145,7 +145,7 @@ def render(report: DataReport) -> str:
         lines += [
             f"tokens           {report.tokens}, {report.assistant_tokens} of them learned",
             f"tokens per row   {joined(report.lengths)}",
-            f"truncated        {quantity(report.truncated, 'row')} {are} longer than {report.max_length} tokens; "
+            f"truncated        {quantity(report.truncated or 0, 'row')} {are} longer than {report.max_length} tokens; "
             f"{report.without_answer} of all rows have no learned token within them",
         ]
         if report.unknown:

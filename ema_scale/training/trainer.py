@@ -96,7 +96,7 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
         *,
         peft_config: Any = None,
         packing: bool | None = None,
-        drift_every: int = 50,
+        drift_every: int = 100,
         reference_runs: int = 1,
         on_bad: str = "raise",
         token_cache: Path | None = None,
