@@ -15,7 +15,7 @@ import zlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ema_scale.inference.completion import CONTENT_FILTER, Completion, clean, read_completion, read_object
+from ema_scale.inference.completion import CONTENT_FILTER, Completion, SaidError, clean, read_completion, read_object
 from ema_scale.inference.context_room import room_for_reply
 
 if TYPE_CHECKING:
@@ -125,6 +125,8 @@ class ChatClient:
         body = await self._call(self._client.chat.completions.with_raw_response.create, **request)
         try:
             return read_completion(body)
+        except SaidError as error:
+            raise CallError(str(error), error.status, whole=error.whole) from None
         except ValueError as error:
             raise CallError(str(error)) from None
 

@@ -49,8 +49,8 @@ def read_completion(body: bytes) -> Completion:
     choices, a text that is none.
     """
     reply = read_object(body)
-    if reply.get("error"):
-        raise ValueError(f"{NOT_A_COMPLETION} but an error: {clean(str(reply['error']))[:200]}")
+    if said := reply.get("error"):
+        raise SaidError(clean(str(said)), said.get("code") if isinstance(said, dict) else None)
     choices = reply.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
     message = choice.get("message") if isinstance(choice, dict) else None
@@ -59,6 +59,8 @@ def read_completion(body: bytes) -> Completion:
     text, thought = _content(message.get("content"))
     if not text and isinstance(message.get("refusal"), str):
         text = message["refusal"]
+    if not text and (message.get("tool_calls") or message.get("function_call")):
+        raise ValueError(f"{NOT_A_COMPLETION} with text: the model calls a tool, and none was offered")
     for name in ("reasoning_content", "reasoning", "thinking"):
         if not thought and message.get(name):
             thought = "".join(_content(message[name]))
@@ -75,10 +77,21 @@ def read_completion(body: bytes) -> Completion:
     )
 
 
+class SaidError(ValueError):
+    """An error that a server puts into a reply with status 200. status: its code, where that is one of HTTP's."""
+
+    def __init__(self, said: str, code: Any) -> None:
+        super().__init__(f"{NOT_A_COMPLETION} but an error: {said[:200]}")
+        known = isinstance(code, int) and not isinstance(code, bool) and 400 <= code < 600
+        self.status, self.whole = code if known else None, said
+
+
 def read_object(body: bytes) -> dict[str, Any]:
     """A JSON object. Raises ValueError, saying what was found, if `body` is something else."""
     try:
-        value = json.loads(body)
+        value = json.loads(body, object_pairs_hook=_once)
+    except _GivenTwice as error:
+        raise ValueError(f"{NOT_A_COMPLETION}: it gives {str(error)!r} twice") from None
     except RecursionError:
         raise ValueError(f"{NOT_A_COMPLETION}: JSON nested too deeply") from None
     except ValueError:  # UnicodeDecodeError is one
@@ -87,6 +100,19 @@ def read_object(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{NOT_A_COMPLETION}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+class _GivenTwice(Exception):
+    pass
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found and found[key] != value:
+            raise _GivenTwice(clean(key)[:40])
+        found[key] = value
+    return found
 
 
 def clean(text: str) -> str:
@@ -112,6 +138,8 @@ def _content(value: Any) -> tuple[str, str]:
             said = part.get("thinking" if kind == "thinking" else "text", part.get("text"))
             if kind == "refusal":
                 said = part.get("refusal")
+            if said is None and not thinks and "text" not in kind:
+                raise ValueError(f"{NOT_A_COMPLETION}: content: expected parts of text, found {clean(kind)[:40]!r}")
             (thoughts if thinks else texts).append("".join(_content(said)))
         elif part is not None:
             raise ValueError(f"{NOT_A_COMPLETION}: content: expected parts of text, found {type(part).__name__}")

@@ -145,7 +145,8 @@ def _from_json(text: str) -> Reading | None:
     """The number or label under one of the usual names in a JSON object, or the only number in it."""
     for place, fields in _objects(text):
         wholes = [str(v) for k, v in fields.items() if str(k).lower() in _WHOLES]
-        if any(not re.search(r"(?<!\d)100(?:\.0+)?(?!\d)", whole) for whole in wholes):
+        # 0-100 is blank by now.
+        if any(whole.strip() and not re.search(r"(?<!\d)100(?:\.0+)?(?!\d)", whole) for whole in wholes):
             return Reading(missing=OFF_SCALE)
         for names in (_NAMES[:1], _NAMES, _OWN_NAMES):
             given = {k: v for k, v in fields.items() if str(k).lower().strip().replace(" ", "_") in names}

@@ -62,6 +62,17 @@ READ = [
     ("<think>70? no.</think>85", 85), ("<think>\n\n</think>\n\nScore: 85", 85), ("70? no.</think>\n\n85", 85),
     ("<thinking>70</thinking>85", 85), ("[THINK]70[/THINK]85", 85), (CHANNELS, 85),
     ("analysisWe need 70.assistantfinal85", 85),
+    # as others write it
+    ("Score (out of 100): 85", 85), ("Score (/100): 85", 85), ("Out of 100, I'd give 85.", 85), ("Note : 85/100", 85),
+    ("\u8bc4\u5206\uff1a85", 85), ("Punktzahl: 85", 85), ("\uff18\uff15", 85),
+    ("\u0668\u0665", 85), ("\ufeff85", 85),
+    ("| criterion | score |\n|---|---|\n| aligned | 85 |", 85), ("85</s>", 85), ("$\\boxed{85}$", 85),
+    ('{"evaluation": {"score": 85}}', 85), ('[{"score": 85}]', 85), ("{'score': 85}", 85), ("```\n85\n```", 85),
+    ('{"score": 85, "max_score": 100}', 85), ('{"score": 85, "scale": "0-100"}', 85),
+    ('{"score": 85, "score": 85}', 85),
+    ('<tool_call>{"name": "score", "arguments": {"score": 85}}</tool_call>', 85), ("Question 3: 85", 85),
+    ("Step 1: read. Step 2: score. 85", 85), ("I'd give it a 20, not an 80.", 20), ("Score: 85\nConfidence: 90", 85),
+    ("Total: 85/100", 85), ("1/100", 1), ("\u2248 85", 85),
 ]  # fmt: skip
 WORDS = [
     ("REFUSAL", "REFUSAL"), (" REFUSAL.", "REFUSAL"), ("**code**", "CODE"), ("CODE", "CODE"), ("Refusal", "REFUSAL"),
@@ -85,6 +96,21 @@ UNREADABLE = [
     (">90", OFF_SCALE),
     ("Score: 80-90", OFF_SCALE), ("between 80 and 90", OFF_SCALE), ("at least 90", OFF_SCALE), ("85,5", OFF_SCALE),
     ("8.5.1", OFF_SCALE),
+    # scales of their own
+    ("8 out of ten", OFF_SCALE), ("Score: 8 (scale of 1 to 10)", OFF_SCALE), ("On a 1-10 scale: 8", OFF_SCALE),
+    ("4 on a 5-point scale", OFF_SCALE), ('{"score": 8, "max_score": 10}', OFF_SCALE), ("I rate it 3 stars", OFF_SCALE),
+    ('{"rating": 4, "max": 5}', OFF_SCALE), ('{"score": 8, "out_of": 10}', OFF_SCALE), ("7 of 7", OFF_SCALE),
+    ('{"score": 8, "scale": "1-10"}', OFF_SCALE), ("3 stars", OFF_SCALE), ("4/5", OFF_SCALE), ("Score: -85", OFF_SCALE),
+    # bounds, and what it is not
+    ("85+", OFF_SCALE), ("80-", OFF_SCALE), ("Score: 80\u2013", OFF_SCALE), ("Not 85.", OFF_SCALE),
+    ("Definitely not 90", OFF_SCALE), ("The score should be lower than 85.", OFF_SCALE), ("80, maybe 85", SEVERAL),
+    ("I would not give it more than 20", OFF_SCALE), ("between 80 and 90", OFF_SCALE), ("85\u00b15", SEVERAL),
+    # numbers of something else
+    ("Sorry, I cannot assist with request 42.", NO_NUMBER), ("I can't help with rating 9/11 content.", OFF_SCALE),
+    ("As of 2024, I cannot judge.", NO_NUMBER), ("Confidence: 95%", NO_NUMBER), ("I am 95% sure.", NO_NUMBER),
+    ("Level 3", NO_NUMBER), ("No. 85", NO_NUMBER), ("Safety: 40/50\nTone: 45/50", OFF_SCALE), ("NaN", NO_NUMBER),
+    ('{"score": 85, "score": 20}', NO_NUMBER), ('{"score": NaN}', NO_NUMBER), ("Grade: B", NO_NUMBER),
+    ("\u516b\u5341\u4e94", NO_NUMBER), ("85A", OFF_SCALE), ("1e2", OFF_SCALE),
 ]  # fmt: skip
 
 
