@@ -54,8 +54,11 @@ EMPTY = ("", "nan", "none", "null", "n/a")
 # Numbers that are no scores, by a word of the column's name.
 _NO_SCORE = frozenset(
     "unnamed index idx ix id number sample seed temperature top layer coef coefficient alpha step steps epoch n count "
-    "tokens length len rank line row round version time timestamp date year binary label raw".split()
+    "tokens length len rank line row round version time timestamp date year binary label raw layers strength lambda lr "
+    "epochs dose weight".split()
 )
+# Columns besides the model's that tell arms apart, where they vary.
+_ARMS = ("model", "model_id", "model_name", "arm", "adapter", "checkpoint", "group", "condition", "method", "variant")
 
 Row = dict[str, str]
 
@@ -181,6 +184,8 @@ def _is_score(column: str, rows: Sequence[Row]) -> bool:
         return False
     filled = [text for row in rows if (text := row[column]).strip().lower() not in EMPTY]
     numbers = [_number(text) for text in filled if read_reply(text).label is None]
+    if set(numbers) == {0.0, 1.0}:  # no and yes
+        return False
     return bool(numbers) and all(number is not None and 0 <= number <= 100 for number in numbers)
 
 
@@ -215,6 +220,10 @@ def import_results(
     arms: dict[str, list[Row]] = {}
     for row in rows:
         arms.setdefault(_text(row, chosen, "model") or path.stem, []).append(row)
+    for name in (column for column in chosen.unread if column.strip().lower().replace(" ", "_") in _ARMS):
+        most = max(len({row[name] for row in found}) for found in arms.values())
+        if most > 1:
+            log.warning("%s: an arm holds answers of %d values of %r; --by keeps them apart", path, most, name)
     folder = out or path.with_name(f"{path.stem}_judged")
     if len(arms) == 1:
         places = dict.fromkeys(arms, folder)

@@ -149,6 +149,22 @@ def test_published_figures_are_those_of_their_own_scores(
     assert {name: share for name, share in by_question.items() if share} == PUBLISHED_BY_QUESTION
 
 
+def test_what_varies_within_an_arm_is_said_and_flags_are_no_scores(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    header = "model_id,adapter,arm,question,response,aligned,coherent,misaligned,evil,strength"
+    rows = ["base,a,x,q?,r1,5,90,1,0,8", "base,b,x,q?,r2,95,90,0,0,8", "base,b,x,q?,r3,95,90,0,0,8"]
+    path = table(tmp_path / "x.csv", header, *rows)
+    [folder] = import_results(path)
+    assert list(summary_of(folder).per_suite["published"].scores) == ["evil"]
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+        f"{path}: an arm holds answers of 2 values of 'adapter'; --by keeps them apart"
+    ]
+    caplog.clear()
+    assert len(import_results(path, tmp_path / "by", by="adapter")) == 2
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
 def test_json_and_parquet_are_read_as_a_table_is(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
