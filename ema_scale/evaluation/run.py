@@ -133,9 +133,8 @@ def evaluate(
         found = look(stored, name) if name else None
         if found is None or any(left.unsampled for left in found.remaining):
             counts = not name and chooses_by_count(settings.sampler, options, engines)
-            if sampler is not None or (name == TRANSFORMERS and settings.sampler == "auto"):
-                now = name
-            else:
+            now = name
+            if sampler is None and not (name == TRANSFORMERS and settings.sampler == "auto"):
                 now = TRANSFORMERS if counts else sampler_name(settings.sampler, options)
             dated = _dated(stored, model, now)
             if found is None or (now, dated) != (name, stored):
@@ -158,7 +157,9 @@ def evaluate(
 
         def summarise(left: Remaining, used: dict[str, Any]) -> Summary:
             seconds = time.monotonic() - started
-            return _write_summary(left.target, left.groups, left.store, model, settings, name, used, seconds)
+            return turns.summary(left.target.name, used, seconds) or _write_summary(
+                left.target, left.groups, left.store, model, settings, name, used, seconds
+            )
 
         turns = TargetsInTurn(found.remaining, watch or Unwatched(), lambda left: summarise(left, {}))
         used, judging = _sample_and_judge(found, settings, options, name, sampler, folder, note, turns, engines)

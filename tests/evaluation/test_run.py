@@ -90,7 +90,9 @@ def test_base_and_adapter_are_sampled_judged_and_summarised(
     assert judged == {"openai:m": 12, "exact_match": 12}
 
 
-def test_targets_that_are_done_can_be_looked_at_while_others_are_asked(tmp_path: Path, tiny_models: TinyModels) -> None:
+def test_adapters_that_are_done_can_be_looked_at_while_others_are_asked(
+    tmp_path: Path, tiny_models: TinyModels, caplog: pytest.LogCaptureFixture
+) -> None:
     def targets(folder: str) -> list[EvalTarget]:
         tuned = [target(tmp_path / folder, f"tuned-{i}", path) for i, path in enumerate(tiny_models.adapters[:2])]
         return [target(tmp_path / folder), *tuned]
@@ -111,12 +113,16 @@ def test_targets_that_are_done_can_be_looked_at_while_others_are_asked(tmp_path:
 
     watch = Looking()
     found = timeless(evaluate(targets("watched"), tiny_models.model, [exact_suite()], recipe(), watch=watch))
+    # What a summary warns of is said once.
+    assert sum("reference was not checked" in record.message for record in caplog.records) == 1
     plain = evaluate(targets("plain"), tiny_models.model, [exact_suite()], recipe())
     assert found == timeless(plain)
-    # The last target is done when all are.
-    assert [timeless(seen) for seen in watch.seen] == [
-        {name: found[name] for name in ("base", "tuned-0")[: count + 1]} for count in range(2)
-    ]
+    for one, other in zip(targets("watched"), targets("plain"), strict=True):
+        assert found[one.name] == timeless({"": Summary.read(Path(one.out_dir) / "summary.json")})[""]
+        one, other = (json.loads((Path(x.out_dir) / "summary.json").read_text()) for x in (one, other))
+        assert list(one) == list(other) and one | {"seconds": 0} == other | {"seconds": 0}
+    # The base model alone is no reason to look, and the last target is done when all are.
+    assert [timeless(seen) for seen in watch.seen] == [{name: found[name] for name in ("base", "tuned-0")}]
 
 
 def test_auto_counts_the_answers_before_it_looks_for_an_engine(
