@@ -14,7 +14,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,9 +107,18 @@ def _records(path: Path) -> tuple[list[str], list[Row]]:
         if not isinstance(record, Mapping):
             found = str(record) if isinstance(record, BadRow) else f"found {type(record).__name__}"
             raise UserError(f"{place}: {found}, expected an object with question, answer and scores")
-        records.append(record)
+        records.append(dict(_fields(record)))
     header = list(dict.fromkeys(name for record in records for name in record))
     return header, [{name: _cell(record.get(name)) for name in header} for record in records]
+
+
+def _fields(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Columns and values of an object. Those of an object in it have both names: scores.aligned."""
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{inner}", found) for inner, found in value.items())
+        else:
+            yield name, value
 
 
 def _cell(value: Any) -> str:
@@ -157,6 +166,7 @@ def choose_columns(path: Path, header: Sequence[str], rows: Sequence[Row], given
         if column not in header:
             raise UserError(f"{path}:1: {role}={column}: found columns {', '.join(header)}; expected one of these")
     by_name = {name.strip().lower().replace(" ", "_"): name for name in reversed(header)}
+    by_name = {name.rpartition(".")[2]: column for name, column in by_name.items()} | by_name
     taken = set(given.values())
     roles = {role: column for role, column in given.items() if role in ALIASES}
     for role, names in ALIASES.items():
@@ -217,6 +227,8 @@ def import_results(
         log.info("%s: %d repeated header lines left out", path, repeated)
     chosen = choose_columns(path, list(rows[0]), rows, given)
     log.info("%s: %s", path, chosen.describe())
+    if unasked := sum(not row[chosen.roles["question"]].strip() for row in rows):
+        log.warning("%s: %d of %d rows have no question; they count as answers to one", path, unasked, len(rows))
     arms: dict[str, list[Row]] = {}
     for row in rows:
         arms.setdefault(_text(row, chosen, "model") or path.stem, []).append(row)

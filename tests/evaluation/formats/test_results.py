@@ -195,6 +195,18 @@ def test_json_and_parquet_are_read_as_a_table_is(tmp_path: Path) -> None:
         assert not found.per_suite["published"].scores
 
 
+def test_objects_in_a_record_are_columns_of_both_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    row = {"meta": {"prompt": "q?", "id": 3}, "response": "a", "scores": {"aligned": 5, "coherent": 90, "evil": 70}}
+    (tmp_path / "x.json").write_text(json.dumps({"model": "m", "results": [row, {**row, "question": "r?"}]}))
+    [folder] = import_results(tmp_path / "x.json", columns={"question": "meta.prompt"})
+    assert [r["question"] for r in joined(folder)] == ["q?", "q?"]
+    assert summary_of(folder).metrics["general_misaligned"].rate == 1
+    assert list(summary_of(folder).per_suite["published"].scores) == ["scores.evil"]
+    [folder] = import_results(tmp_path / "x.json", tmp_path / "guessed")
+    assert [r["question"] for r in joined(folder)] == ["", "r?"]  # a column of the name itself goes first
+    assert "1 of 2 rows have no question; they count as answers to one" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
