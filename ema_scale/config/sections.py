@@ -177,7 +177,7 @@ class TrainingRecipe(Section):
     drift_every: CountOrZero = Field(
         100,
         description="Optimizer steps per reading of each layer's distance to the reference; 0: never. Where no defense "
-        "runs the reference, a reading takes about half of a step.",
+        "runs the reference, a reading takes about half of a step. `early_stopping` by drift reads more often.",
     )
 
     @field_validator("max_steps")

@@ -327,6 +327,11 @@ class Defense(BaseModel):
         """
         return None
 
+    @property
+    def drift_every(self) -> int | None:
+        """Optimizer steps from one reading of drift to the next that `should_stop` needs; None: it needs none."""
+        return None
+
     def should_snapshot(self, history: Sequence[Mapping[str, float]]) -> bool:
         """Whether to remember the adapter as it is now, in memory and in checkpoints.
 

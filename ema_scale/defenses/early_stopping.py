@@ -24,7 +24,7 @@ class EarlyStopping(Defense):
     measure:
         kl: KL(policy || reference) in nats per token, on the learned rows, or on rows of `source`.
         drift: distance of hidden states to the reference's, relative to their norm, averaged over the layers that are
-            read (every training.drift_every steps).
+            read (every training.drift_every steps, and at least every `window`).
         probe: by how much misaligned answers (`source`, as for a ceiling) have become likelier than under the
             reference: max(0, log policy(y_t) - log reference(y_t)) in nats per token.
         traits: how far hidden states have moved along the direction of a `trait_monitor` entry, the furthest of them.
@@ -106,6 +106,10 @@ class EarlyStopping(Defense):
         if mean is None or not mean > self.limit:
             return None
         return f"{self.measure} is {mean:.4g}, above {self.limit:g}"
+
+    @property
+    def drift_every(self) -> int | None:
+        return self.window if self.measure == "drift" else None
 
     def should_snapshot(self, history: Sequence[Mapping[str, Any]]) -> bool:
         if self.keep == "last" or not history:

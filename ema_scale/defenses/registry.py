@@ -162,3 +162,9 @@ def _meant(values: Any) -> str:
         if name in known() and "strength" in load(name).model_fields and isinstance(value, int | float):
             return f"{{kind: {name}, strength: {value}}}"
     return "{kind: kl, strength: 0.3}"
+
+
+def steps_per_drift_reading(asked: int, defenses: Sequence[Defense]) -> int:
+    """training.drift_every, or less where a defense needs readings more often; 0: none."""
+    needed = [d.drift_every for d in defenses if d.drift_every is not None]
+    return min([asked, *needed]) if asked else 0

@@ -10,6 +10,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.files import read_json
 from ema_scale.core.paths import find_file
 from ema_scale.defenses.base import Defense
+from ema_scale.defenses.registry import steps_per_drift_reading
 from ema_scale.defenses.terms import Divergence
 from ema_scale.planning.model_shapes import Shape, shape_of
 from ema_scale.recipe import Recipe
@@ -233,7 +234,7 @@ def setup_of(
         other=None
         if isinstance(recipe.reference, str)
         else shape_of(recipe.reference.model, recipe.reference.revision),
-        drift_every=t.drift_every,
+        drift_every=steps_per_drift_reading(t.drift_every, recipe.defenses),
         states=kept_states(recipe.defenses, shape.layers),
         cached_states=1 + len({k for d in recipe.defenses for k in d.penalty_layers(shape.layers)}),
         buffers=logits_buffers(recipe.defenses, t.drift_every),

@@ -29,7 +29,7 @@ from ema_scale.core.records import DataReport
 from ema_scale.data.packing import texts
 from ema_scale.data.tokens import Encoder, load_tokenizer
 from ema_scale.defenses.base import Defense, FinishContext
-from ema_scale.defenses.registry import adapter_files, parse
+from ema_scale.defenses.registry import adapter_files, parse, steps_per_drift_reading
 from ema_scale.defenses.row_groups import RowGroups
 from ema_scale.defenses.terms import Divergence, TokenSet, TokenTerm
 from ema_scale.models.lora import save_adapter, with_adapter
@@ -108,7 +108,7 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
         args = check_arguments(args, train_dataset=train_dataset, **kwargs)
         self.defenses = parse(list(defenses))
         self.row_groups = RowGroups.of(self.defenses)
-        self.drift_every = drift_every
+        self.drift_every = steps_per_drift_reading(drift_every, self.defenses)
         self.reference_runs = reference_runs
         self.monitor = Monitor()
         self.stop = StopFlag()

@@ -62,15 +62,16 @@ def test_bad_settings(values, expected):
 @pytest.mark.parametrize("measure", ["kl", "drift"])
 def test_the_run_ends_where_the_line_is_crossed_and_is_the_undefended_one_until_then(tmp_path, measure):
     """The limit lies between the readings of two steps of the same run without it."""
-    options = {"max_steps": 8, "drift_every": 1, "learning_rate": 2e-3}
-    free = make_trainer(tmp_path / "free", tiny_peft(), defenses=[KL(0)], **options)
+    options = {"max_steps": 8, "learning_rate": 2e-3}
+    free = make_trainer(tmp_path / "free", tiny_peft(), defenses=[KL(0)], drift_every=1, **options)
     free.train()
     rows = [row for row in free.state.log_history if "loss" in row]
     watched = EarlyStopping(measure, 1.0, window=1)
     read = [row["kl"] if measure == "kl" else watched._read(row) for row in rows]
     assert read[0] == 0 and max(read[:4]) < read[4]
     stop = EarlyStopping(measure, (read[3] + read[4]) / 2, window=1)
-    trainer = make_trainer(tmp_path / "stopped", tiny_peft(), defenses=[stop], **options)
+    # It asks for its readings itself.
+    trainer = make_trainer(tmp_path / "stopped", tiny_peft(), defenses=[stop], drift_every=100, **options)
     trainer.train()
     assert trainer.state.global_step == 5 and trainer.stopped_early.startswith(f"early_stopping: {measure} is ")
     stopped = [row for row in trainer.state.log_history if "loss" in row]
