@@ -72,10 +72,6 @@ class RunDir:
     def eval_dir(self) -> Path:
         return self.path / "eval"
 
-    @property
-    def log_path(self) -> Path:
-        return self.path / "log.txt"
-
     def create(self) -> RunDir:
         """Raises CannotWrite if a file is in its place, or the disk refuses."""
         make_folder(self.path)

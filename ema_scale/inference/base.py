@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +9,6 @@ from typing import Any, Protocol
 
 from ema_scale.choices.margins import Likelihood
 from ema_scale.config.sections import EndpointRecipe, ModelRecipe
-
-log = logging.getLogger(__name__)
 
 PROMPT_TOO_LONG = "prompt_too_long"
 NOT_SAMPLED = "not sampled"

@@ -11,8 +11,6 @@ from pathlib import Path
 
 from ema_scale.core.io import open_append
 
-log = logging.getLogger(__name__)
-
 
 @contextlib.contextmanager
 def output_to(path: Path) -> Iterator[Callable[..., object]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import shlex
 import sys
@@ -71,7 +70,6 @@ def _engines(recipe: Recipe) -> list[tuple[str, Mapping[str, Any]]]:
     return [*sampler, *judge]
 
 
-log = logging.getLogger(__name__)
 # Seconds to wait while another command submits jobs for the same run or study.
 _PATIENCE = 120.0
 KINDS = ("gate", "train", "eval", "report")  # of jobs, in the order in which they wait for each other

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import importlib.util
-import logging
 import os
 import socket
 import time
@@ -20,7 +19,6 @@ from ema_scale.models.sharding import uses_fsdp
 if TYPE_CHECKING:
     from ema_scale.models.layout import ModelLayout
 
-log = logging.getLogger(__name__)
 
 _registered = False
 _FSDP_ENVIRONMENT = {

@@ -24,7 +24,6 @@ from typing import Any
 
 from ema_scale.inference.thoughts import split_reasoning
 
-LABELS = ("CODE", "REFUSAL")
 EMPTY, NO_NUMBER, SEVERAL = "empty reply", "no number", "several numbers"
 OFF_SCALE, UNFINISHED = "not a number on the scale", "a thought without an end"
 UNREAD = (EMPTY, NO_NUMBER, SEVERAL, OFF_SCALE, UNFINISHED)
