@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -119,7 +120,7 @@ def compare(
         check_comparable(arm, start)
     found = dict(zip((str(arm.path) for arm in arms), compare_all(arms, start), strict=True))
     if as_json:
-        entries = {name: [one.to_dict() for one in each] for name, each in found.items()}
+        entries = {name: [asdict(one) for one in each] for name, each in found.items()}
         print(json.dumps({"baseline": str(start.path), "method": METHOD, "runs": entries}, indent=1))
         return
     for arm in arms:

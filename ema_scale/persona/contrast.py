@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,9 +29,6 @@ class LayerReading:
     residual_norm: float
     auc: float
     cohens_d: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def question_of(row: Row) -> str:

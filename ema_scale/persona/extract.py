@@ -6,6 +6,7 @@ All are v = mean(positive) - mean(negative) of response-token mean hidden states
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def from_personas(
     pairs = len(found.positive)
     provenance = {
         "method": "personas",
-        "personas": prompts.to_dict(),
+        "personas": asdict(prompts),
         "questions": sources,
         "judge": found.summary.judge,
         "sampler": found.summary.sampler,
@@ -135,7 +136,7 @@ def _save(
             "model": {"path": path, "revision": recipe.model.revision, "dtype": recipe.model.dtype,
                       "identity": folder_identity(path, recipe.model.revision)},
             "seed": recipe.evaluation.seed,
-            "layers": [reading.to_dict() for reading in readings],
+            "layers": [asdict(reading) for reading in readings],
             "recommended_layer": recommend(readings),
             "packages": package_versions(),  # and no date: runs know their vectors by these bytes
         },

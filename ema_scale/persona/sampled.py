@@ -32,9 +32,6 @@ class Personas:
     negative: tuple[str, ...]
     source: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"source": self.source, POSITIVE: list(self.positive), NEGATIVE: list(self.negative)}
-
 
 def load_personas(path: Path | str) -> Personas:
     """Read a YAML mapping of `positive` and `negative` to as many texts each, or a trait file of persona_vectors.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 WORTH_CACHING = 1.5  # how often training must see a row for a cache to pay
 BASE, START = "the base model", "the adapter that training goes on from"
@@ -21,9 +21,6 @@ class ReferenceStrategy:
 
     def __str__(self) -> str:
         return f"{self.of}, by {self.way}: {self.why}"
-
-    def to_dict(self) -> dict[str, str]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)

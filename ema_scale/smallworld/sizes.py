@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -17,9 +17,6 @@ class Size:
     learning_rate: float
     align_learning_rate: float
     tokens_per_step: int = 2048
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def config(self, vocab: int) -> dict[str, Any]:
         """The shape, as in the config.json of its checkpoints."""

@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class World:
     @property
     def models(self) -> Path:
         """The folder of its checkpoints; the name holds a hash of all that decides their weights."""
-        settings = json.dumps(SIZES[self.size].to_dict(), sort_keys=True)
+        settings = json.dumps(asdict(SIZES[self.size]), sort_keys=True)
         return _folder(f"{self.size}-s{self.seed}", settings, *_WORDS, "tokenizer", "build")
 
     @property
@@ -178,7 +178,7 @@ def _build(world: World, folder: Path) -> None:
         build_models(folder, world.size, world.seed)
     atomic_write_json(
         folder / "world.json",
-        {"size": world.size, "seed": world.seed, **SIZES[world.size].to_dict(), "packages": package_versions()},
+        {"size": world.size, "seed": world.seed, **asdict(SIZES[world.size]), "packages": package_versions()},
     )
 
 

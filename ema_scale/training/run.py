@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import date as Date
 from typing import TYPE_CHECKING, Any
 
@@ -170,7 +171,7 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool) -> None:
             seed=recipe.seed,
             data_files=file_marks(hashes),
             weights=weights,
-            reference=trainer.reference_choice.to_dict(),
+            reference=asdict(trainer.reference_choice),
             parameters=parameter_counts(trainer.model),
             template_date=trainer.data_report.tokens.get("date", ""),
         ).write(run_dir.provenance_path)

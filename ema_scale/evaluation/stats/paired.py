@@ -8,8 +8,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -71,9 +70,6 @@ class Compared:
     power: str | None
     questions: str = "all"
     unit: str = "share"
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def compare(arm: Arm, baseline: Arm, seen: Collection[tuple[str, str]] | None = None) -> list[Compared]:
