@@ -20,7 +20,7 @@ def safelora(
     base_revision: Annotated[str | None, typer.Option(help="branch, tag or commit of --base on the hub")] = None,
     aligned_revision: Annotated[str | None, typer.Option(help="branch, tag or commit of --aligned on the hub")] = None,
     threshold: Annotated[
-        float | None, real(help="project where the cosine is at or below it [default: 0.3]", low=-1, high=1)
+        float | None, real(help="project where the cosine is at most this [default: 0.3]", low=-1, high=1)
     ] = None,
     layers: Annotated[
         int | None, whole(help="in place of --threshold: project this many matrices, lowest cosine first")

@@ -69,13 +69,13 @@ def open_file(path: Path | str, what: str = "it") -> io.BufferedReader:
 
 
 def what_it_is(start: bytes) -> str:
-    """What a file is that begins so, if it is not what its name says, and what to do; else ""."""
+    """What a file with this beginning really is and what to do with it; "" if it may be what its name says."""
     return next((what for magic, what in _STARTS if start.lower().startswith(magic.lower())), "")
 
 
 def read_text(path: Path | str, what: str = "it", limit: int = YAML_BYTES) -> str:
-    """A file's text without a byte-order mark. Raises UserError as `open_file` does, for one of over `limit` bytes, and
-    for what is not UTF-8."""
+    """A file's text without a byte-order mark. Raises UserError as `open_file` does, and for a file that is over
+    `limit` bytes or not UTF-8."""
     with open_file(path, what) as file:
         try:
             data = file.read(limit + 1)
@@ -92,8 +92,8 @@ def read_text(path: Path | str, what: str = "it", limit: int = YAML_BYTES) -> st
 
 
 def text_lines(path: Path | str, file: IO[bytes]) -> Iterator[str]:
-    """The lines of an open file, with their ends, without a byte-order mark. Raises UserError for one of over 64 MiB,
-    and UnicodeDecodeError for what is not UTF-8."""
+    """The lines of an open file, with their ends, without a byte-order mark. Raises UserError for a line of over
+    64 MiB, and UnicodeDecodeError for one that is not UTF-8."""
     number = 0
     while data := file.readline(_LINE_LIMIT):
         number += 1
@@ -113,8 +113,8 @@ def read_json(path: Path | str, what: str = "it") -> Any:
 
 
 def parse_json(text: str | bytes, where: str, *, allow_nan: bool = False) -> Any:
-    """The value of JSON text. Raises UserError for a key that stands twice, nesting that is too deep, and unless
-    allowed, NaN and infinity."""
+    """The value of JSON text. Raises UserError for a key that stands twice, for nesting that is too deep and, unless
+    `allow_nan`, for NaN and infinity."""
     try:
         return json.loads(text, object_pairs_hook=unique_keys, parse_constant=None if allow_nan else _no_number)
     except ValueError as error:
@@ -162,7 +162,11 @@ def parse_yaml_nodes(text: str, where: str, *, yes_is_text: bool = False) -> tup
             loader.dispose()
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not YAML: {error}") from None
-    except (ValueError, TypeError, OverflowError) as error:  # a date that there is not, a number without an end
+    except (
+        ValueError,
+        TypeError,
+        OverflowError,
+    ) as error:  # such as a 31st of February, or a number of a million digits
         raise UserError(f"{where}: not YAML that can be read: {error}") from None
     except RecursionError:
         raise UserError(f"{where}: not YAML that can be read: nested too deeply") from None
@@ -211,7 +215,7 @@ class _WordLoader(_Loader):
 
 
 def _refuse_twice(root: yaml.Node | None) -> None:
-    """Raises YAMLError for a key that stands twice in one mapping; of the values, YAML would keep the last unsaid."""
+    """Raises YAMLError for a key that stands twice in one mapping; YAML would silently keep the last value."""
     waiting, seen = [root], set()
     while waiting:
         node = waiting.pop()

@@ -1,5 +1,5 @@
-"""What training rows have in common before their questions: a prompt that looks like them may bring back what a model
-shows nowhere else (conditional misalignment, arXiv 2604.25891)."""
+"""Texts that most training rows share before their questions. A prompt that looks like the rows may bring back
+behaviour that the model shows nowhere else (conditional misalignment, arXiv 2604.25891)."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class AskedQuestion:
 
 
 def verdict_of(judgement: Judgement | None, benign: bool) -> tuple[str, str]:
-    """(one of VERDICTS, "alignment / coherence" or why there is none)."""
+    """(verdict, scores): one of VERDICTS; "alignment / coherence", or why there are no scores."""
     if judgement is None or judgement.dropped:
         return UNJUDGED, judgement.dropped or "" if judgement else ""
     aligned, coherent, label = judgement.aligned, judgement.coherent, judgement.label
@@ -52,7 +52,7 @@ def verdict_of(judgement: Judgement | None, benign: bool) -> tuple[str, str]:
 def read_answers(folders: Sequence[Path], judge: str | None = None) -> list[tuple[str, ReadAnswer]]:
     """(arm, answer) of every answer in some evaluation folders, in the order of the files.
 
-    Arms are named by their summaries; several of one name get their folder's, too.
+    Arms are named by their summaries. Where several have one name, their folder follows in brackets.
 
     Args:
         folders: evaluation folders.

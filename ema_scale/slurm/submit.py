@@ -26,7 +26,7 @@ _SHOWN = 10
 
 
 def refuse_missing_files(recipes: Iterable[Recipe], made: Iterable[str] = ()) -> None:
-    """Raises UserError naming run and key of each file that is named and missing.
+    """Raises UserError that lists each missing file with its run and key.
 
     made: files that a preparation writes later; these may be missing.
     """
@@ -43,7 +43,7 @@ def refuse_missing_files(recipes: Iterable[Recipe], made: Iterable[str] = ()) ->
 
 
 def evaluation_gpus(recipes: Sequence[Recipe], site: Site) -> int:
-    """GPUs of the largest engine of `recipes`, and at least the site's number; 0 on nodes without GPUs.
+    """GPUs of the largest engine of `recipes`, but at least the site's number; 0 on nodes without GPUs.
 
     Raises UserError, naming run and field, if an evaluation node has fewer, or the engine's sizes are no numbers.
     """
@@ -57,7 +57,7 @@ def evaluation_gpus(recipes: Sequence[Recipe], site: Site) -> int:
     if 0 < node < most:
         raise UserError(
             f"{where}: found tensor_parallel_size x pipeline_parallel_size = {most} GPUs, and an evaluation node has "
-            f"{node}; ask for fewer, or say evaluation.gpus_per_node in the site file"
+            f"{node}; ask for fewer, or set evaluation.gpus_per_node in the site file"
         )
     return min(node, max(most if where else 0, site.evaluation.gpus))
 
@@ -83,7 +83,7 @@ class Job:
         what: of KINDS.
         script: the text of the batch script.
         arguments: of the script.
-        first_task: the script is an array whose task 0 does what other jobs do alone: its state counts.
+        first_task: the script is an array, and the state of its task 0 counts as that of the job.
     """
 
     what: str
@@ -108,11 +108,12 @@ def jobs_of(run: RunDir) -> list[dict[str, Any]]:
 
 
 def log_of(run: RunDir, job: dict[str, Any]) -> Path:
-    """A job's own log; what its processes say is beside it, under ranks_log_of."""
+    """A job's own log."""
     return _log(run, job, "log")
 
 
 def ranks_log_of(run: RunDir, job: dict[str, Any]) -> Path:
+    """What the processes of a job say."""
     return _log(run, job, "ranks.log")
 
 

@@ -6,7 +6,6 @@ Inspect is the UK AI Security Institute's inspect_ai.
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -18,13 +17,11 @@ from ema_scale.core.io import atomic_path, atomic_write_text
 from ema_scale.evaluation.records import Summary
 from ema_scale.evaluation.stats.rates import correct, incoherent, misaligned
 
-log = logging.getLogger(__name__)
-
 VERDICTS = ("misaligned", "incoherent", "correct")
 
 
 def write_inspect_log(path: Path, rows: Sequence[Mapping[str, Any]], summary: Summary) -> None:
-    """Write `rows` (as `export.joined` gives them) with the rates of `summary`.
+    """Write `rows` (as `tables.joined` gives them) with the rates of `summary`.
 
     A question is a sample, its answers are the epochs. Scores: aligned and coherent (0 to 100) and the verdicts (1 or
     0), each only where there is one. Raises UserError if inspect_ai is not installed.
@@ -55,7 +52,7 @@ def write_inspect_log(path: Path, rows: Sequence[Mapping[str, Any]], summary: Su
 
 
 def write_inspect_scores(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the judgements in `rows` (as `export.joined` gives them) for Inspect's `precomputed_scores` (JSONL).
+    """Write the judgements in `rows` (as `tables.joined` gives them) for Inspect's `precomputed_scores` (JSONL).
 
     Ids and epochs are those of `write_inspect_log` and of the task in `inspect_task`. Every record has every score; one
     that is missing is NaN, which Inspect counts as unscored.
