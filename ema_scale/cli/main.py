@@ -13,14 +13,7 @@ import typer
 from ema_scale.cli.app import app
 from ema_scale.core.disk import disk_message
 from ema_scale.core.errors import UserError
-from ema_scale.core.text import printable
-
-
-class _Printable(logging.Formatter):
-    """Log lines name rows, files and answers of others: what would steer the terminal is shown as an escape."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+from ema_scale.core.terminal import complain, start_logging
 
 
 def main(command: typer.Typer = app) -> None:
@@ -29,7 +22,7 @@ def main(command: typer.Typer = app) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        _start_logging()
+        start_logging()
         try:
             command()
         finally:
@@ -51,22 +44,10 @@ def main(command: typer.Typer = app) -> None:
         _end(message)
 
 
-def _start_logging() -> None:
-    level = os.environ.get("EMA_LOG") or "INFO"
-    if level.upper() not in logging.getLevelNamesMapping():
-        raise UserError(f"EMA_LOG: found {level!r}, expected DEBUG, INFO, WARNING or ERROR")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Printable("%(message)s"))
-    logging.basicConfig(level=level.upper(), handlers=[handler])
-    for chatty in ("httpx", "httpx2", "datasets", "vllm", "transformers", "deepspeed", "filelock", "matplotlib"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it warns wherever there is no GPU
-
-
 def _end(message: str) -> None:
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         traceback.print_exc()
-    print(f"ema: {printable(message)}", file=sys.stderr)
+    complain(message)
     _close_stdout()
     sys.exit(2)
 

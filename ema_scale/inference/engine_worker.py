@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import atomic_write_json, atomic_write_text
+from ema_scale.core.terminal import complain
 from ema_scale.inference.base import Sampler, SampleRequest, ScoreRequest
 from ema_scale.inference.engine_queue import Batch, Request, Result, Work
 from ema_scale.inference.make import make_sampler
@@ -110,7 +111,7 @@ def main(arguments: list[str]) -> None:
     try:
         serve(Path(arguments[0]))
     except UserError as error:
-        print(f"ema: {error}", file=sys.stderr)
+        complain(error)
         sys.exit(2)
 
 

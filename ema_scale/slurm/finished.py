@@ -7,12 +7,12 @@ Processes that end well have trained to the end, or were told to stop and have s
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.run_dir import RunDir
+from ema_scale.core.terminal import complain, start_logging
 from ema_scale.core.waiting import waiting
 
 UNFINISHED = 3
@@ -32,11 +32,11 @@ def has_finished(run: RunDir, patience: float = _PATIENCE) -> bool:
 def main(arguments: list[str]) -> None:
     from ema_scale.recipe import load_recipe
 
-    logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
     try:
+        start_logging()
         run = RunDir(load_recipe(arguments[0], arguments[1:]).run_path)
     except UserError as error:
-        print(f"ema: {error}", file=sys.stderr)
+        complain(error)
         sys.exit(2)
     sys.exit(0 if has_finished(run) else UNFINISHED)
 

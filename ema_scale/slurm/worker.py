@@ -15,6 +15,7 @@ import sys
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.run_dir import RunDir
+from ema_scale.core.terminal import complain, start_logging
 from ema_scale.slurm import failure
 
 log = logging.getLogger(__name__)
@@ -39,13 +40,11 @@ def main(arguments: list[str]) -> None:
     for number in (signal.SIGUSR1, signal.SIGTERM):
         if signal.getsignal(number) == signal.SIG_DFL:  # until the training has its own handlers
             signal.signal(number, signal.SIG_IGN)
-    logging.basicConfig(level=os.environ.get("EMA_LOG", "INFO"), format="%(message)s", stream=sys.stderr)
-    for chatty in ("httpx", "datasets", "transformers", "deepspeed", "filelock"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
+        start_logging()
         work(arguments)
     except UserError as error:
-        print(f"ema: {error}", file=sys.stderr)
+        complain(error)
         sys.exit(2)
 
 

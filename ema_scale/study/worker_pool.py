@@ -22,6 +22,7 @@ from ema_scale.core.devices import one_of, visible_gpus
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import open_append
 from ema_scale.core.run_dir import RunDir
+from ema_scale.core.terminal import start_logging
 from ema_scale.recipe import Recipe, build_recipe
 from ema_scale.training.resume_check import is_finished
 
@@ -133,7 +134,7 @@ def _start_worker(numbers: Any, jobs: int, gpus: list[str], logs: str | None) ->
         with open_append(_log(Path(logs), number)) as said:
             os.dup2(said.fileno(), sys.stdout.fileno())
             os.dup2(said.fileno(), sys.stderr.fileno())
-    logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
+    start_logging()
 
 
 def _log(folder: Path, number: int) -> Path:

@@ -10,7 +10,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.io import append_jsonl, atomic_write_text
 from ema_scale.core.run_dir import FolderInUse, RunDir
 from ema_scale.core.text import format_clock
-from ema_scale.slurm import failure
+from ema_scale.slurm import failure, finished
 from ema_scale.slurm.finished import has_finished
 from ema_scale.slurm.logs import lines
 from ema_scale.slurm.status import launched_runs, statuses, study_status
@@ -110,6 +110,15 @@ def test_only_a_finished_run_counts_as_finished(run):
     assert not has_finished(run, patience=0.6)
     run.set_status("finished")
     assert has_finished(run)
+
+
+@pytest.mark.parametrize(("level", "said"), [("INFO", r"\x1b[31mno.yaml"), ("loud", "EMA_LOG: found 'loud', expected")])
+def test_a_job_s_own_commands_end_in_one_message_that_steers_no_terminal(level, said, monkeypatch, capsys):
+    monkeypatch.setenv("EMA_LOG", level)
+    with pytest.raises(SystemExit) as stop:
+        finished.main(["/nowhere/\x1b[31mno.yaml"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("ema: ") and said in err and "\x1b" not in err
 
 
 def test_a_run_that_never_got_as_far_as_a_status_has_failed(run):
