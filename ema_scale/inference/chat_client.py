@@ -15,7 +15,8 @@ import zlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ema_scale.inference.completion import CONTENT_FILTER, Completion, SaidError, clean, read_completion, read_object
+from ema_scale.core.io import whole_characters
+from ema_scale.inference.completion import CONTENT_FILTER, Completion, SaidError, read_completion, read_object
 from ema_scale.inference.context_room import room_for_reply
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ class ChatClient:
         return bool(address) and error.status_code == 404 and not address.endswith("/v1")
 
     def _short(self, error: Exception) -> str:
-        text = clean(" ".join(str(error).split()))
+        text = whole_characters(" ".join(str(error).split()))
         if len(self.api_key) > 6:
             text = text.replace(self.api_key, "***")
         why = f" ({self.trouble})" if self.trouble and self.trouble not in text else ""

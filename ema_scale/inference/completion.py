@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ema_scale.core.io import whole_characters
+
 CONTENT_FILTER = "content_filter"
 NOT_A_COMPLETION = "the endpoint's reply is not a chat completion"
 # Rounding may leave a log-probability slightly above 0.
@@ -50,7 +52,7 @@ def read_completion(body: bytes) -> Completion:
     """
     reply = read_object(body)
     if said := reply.get("error"):
-        raise SaidError(clean(str(said)), said.get("code") if isinstance(said, dict) else None)
+        raise SaidError(whole_characters(str(said)), said.get("code") if isinstance(said, dict) else None)
     choices = reply.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
     message = choice.get("message") if isinstance(choice, dict) else None
@@ -68,8 +70,8 @@ def read_completion(body: bytes) -> Completion:
     usage = usage if isinstance(usage, dict) else {}
     reason = choice.get("finish_reason")
     return Completion(
-        clean(text),
-        clean(thought),
+        whole_characters(text),
+        whole_characters(thought),
         reason if isinstance(reason, str) else "",
         _tokens(choice.get("logprobs")),
         _count(usage.get("prompt_tokens")),
@@ -95,7 +97,7 @@ def read_object(body: bytes) -> dict[str, Any]:
     except RecursionError:
         raise ValueError(f"{NOT_A_COMPLETION}: JSON nested too deeply") from None
     except ValueError:  # UnicodeDecodeError is one
-        start = clean(body[:60].decode("utf-8", "replace"))
+        start = whole_characters(body[:60].decode("utf-8", "replace"))
         raise ValueError(f"{NOT_A_COMPLETION}: expected JSON, found {start!r}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{NOT_A_COMPLETION}: expected a JSON object, found {type(value).__name__}")
@@ -110,14 +112,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found and found[key] != value:
-            raise _GivenTwice(clean(key)[:40])
+            raise _GivenTwice(whole_characters(key)[:40])
         found[key] = value
     return found
-
-
-def clean(text: str) -> str:
-    """The same text with U+FFFD for each lone surrogate, which no file could hold."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _content(value: Any) -> tuple[str, str]:
@@ -139,7 +136,8 @@ def _content(value: Any) -> tuple[str, str]:
             if kind == "refusal":
                 said = part.get("refusal")
             if said is None and not thinks and "text" not in kind:
-                raise ValueError(f"{NOT_A_COMPLETION}: content: expected parts of text, found {clean(kind)[:40]!r}")
+                kind = whole_characters(kind)[:40]
+                raise ValueError(f"{NOT_A_COMPLETION}: content: expected parts of text, found {kind!r}")
             (thoughts if thinks else texts).append("".join(_content(said)))
         elif part is not None:
             raise ValueError(f"{NOT_A_COMPLETION}: content: expected parts of text, found {type(part).__name__}")
@@ -159,7 +157,7 @@ def _tokens(value: Any) -> tuple[Token, ...] | None:
     for entry in entries:
         if not isinstance(entry, dict) or not isinstance(entry.get("token"), str):
             return None
-        found.append(Token(clean(entry["token"]), _alternatives(entry.get("top_logprobs"))))
+        found.append(Token(whole_characters(entry["token"]), _alternatives(entry.get("top_logprobs"))))
     return tuple(found)
 
 
@@ -176,5 +174,5 @@ def _alternatives(value: Any) -> tuple[tuple[str, float], ...] | None:
             continue
         if not logprob <= _ABOVE_ZERO:  # also NaN
             return None
-        pairs.append((clean(token), float(logprob)))
+        pairs.append((whole_characters(token), float(logprob)))
     return tuple(pairs) or None
