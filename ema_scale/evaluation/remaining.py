@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ema_scale.config.sections import EvaluationRecipe
 from ema_scale.evaluation.judges.assignment import JudgeSpec
 from ema_scale.evaluation.plan import EvalTarget, PromptGroup
 from ema_scale.evaluation.records import MANIFEST_FILE, SUMMARY_FILE, Manifest, Summary
 from ema_scale.evaluation.store import Store, Stores
+from ema_scale.inference.base import SamplerOptions
+
+if TYPE_CHECKING:
+    from ema_scale.inference.chat_prompts import Prompts
 
 
 @dataclass(frozen=True)
@@ -122,3 +127,30 @@ def sampler_used(targets: Iterable[EvalTarget], settings: EvaluationRecipe) -> s
             if sampler and (used := sampler.get("name")):
                 return str(used)
     return None
+
+
+def fitted(groups: Iterable[PromptGroup], remaining: Sequence[Remaining], options: SamplerOptions) -> SamplerOptions:
+    """`options` with the adapters that are asked, and room for the longest prompt and answer.
+
+    This takes less memory than the model's own limit.
+    """
+    from ema_scale.inference.chat_prompts import Prompts, load_config
+
+    paths = (left.target.adapter_path for left in remaining)
+    options = replace(options, adapters=tuple(str(path) for path in paths if path))
+    if options.max_model_len is not None:
+        return options
+    model = options.model
+    tokens = Prompts(model)
+    need = max(_tokens_needed(tokens, group) for group in groups)
+    config = load_config(model).get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or need
+    return replace(options, max_model_len=min(need, int(limit)))
+
+
+def _tokens_needed(tokens: Prompts, group: PromptGroup) -> int:
+    """Tokens of the prompt and the longest answer."""
+    if not group.is_scored:
+        return len(tokens.ids(group.question.messages(group.paraphrase), group.target.date)) + group.max_tokens
+    behind, alone = tokens.answers(group.score_request(), None)
+    return max(len(row.ids) for row in (*behind, *alone)) + 1  # vLLM always samples one

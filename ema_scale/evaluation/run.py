@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import date as Date
 from itertools import chain
@@ -30,7 +30,7 @@ from ema_scale.evaluation.plan import (
     plan_targets,
 )
 from ema_scale.evaluation.records import ENGINE_LOG, MANIFEST_FILE, SUMMARY_FILE, Manifest, Sample, Summary
-from ema_scale.evaluation.remaining import Remaining, Survey, is_stored, sampler_used, survey
+from ema_scale.evaluation.remaining import Remaining, Survey, fitted, is_stored, sampler_used, survey
 from ema_scale.evaluation.shared import BASES, folders_beside, take_rows, wanted
 from ema_scale.evaluation.store import Store, Stores
 from ema_scale.evaluation.suites import Suite, load_suites
@@ -44,7 +44,6 @@ from ema_scale.inference.usage import describe
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ema_scale.inference.chat_prompts import Prompts
 
 log = logging.getLogger(__name__)
 
@@ -282,7 +281,7 @@ def _sample_and_judge(
                 with contextlib.ExitStack() as stack:
                     if sampler is None:
                         if name != "openai":
-                            options = _fitted(found.prompts.values(), unsampled, options)
+                            options = fitted(found.prompts.values(), unsampled, options)
                         sampler = make_sampler(name, options, engines)
                         stack.callback(sampler.close)
                     first = FirstAnswers({left.target.name for left in unsampled if left.answered})
@@ -339,33 +338,6 @@ def _scores(remaining: Sequence[Remaining], sampler: Sampler) -> Iterator[tuple[
         for row in group.scored_rows(result):
             if row.key not in there:
                 yield group, row
-
-
-def _fitted(groups: Iterable[PromptGroup], remaining: Sequence[Remaining], options: SamplerOptions) -> SamplerOptions:
-    """`options` with the adapters that are asked, and room for the longest prompt and answer.
-
-    This takes less memory than the model's own limit.
-    """
-    from ema_scale.inference.chat_prompts import Prompts, load_config
-
-    paths = (left.target.adapter_path for left in remaining)
-    options = replace(options, adapters=tuple(str(path) for path in paths if path))
-    if options.max_model_len is not None:
-        return options
-    model = options.model
-    tokens = Prompts(model)
-    need = max(_tokens_needed(tokens, group) for group in groups)
-    config = load_config(model).get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or need
-    return replace(options, max_model_len=min(need, int(limit)))
-
-
-def _tokens_needed(tokens: Prompts, group: PromptGroup) -> int:
-    """Tokens of the prompt and the longest answer."""
-    if not group.is_scored:
-        return len(tokens.ids(group.question.messages(group.paraphrase), group.target.date)) + group.max_tokens
-    behind, alone = tokens.answers(group.score_request(), None)
-    return max(len(row.ids) for row in (*behind, *alone)) + 1  # vLLM always samples one
 
 
 def _write_summary(
