@@ -5,7 +5,8 @@ row D times per ranking, so D * D times. `ema select` keeps every likelihood and
 measured, and also the released loop with each likelihood read once.
 
 All variants read the same rows with the same weights in one process, and must agree before anything is timed. The
-adapters are random: their weights do not change the time.
+adapters are random: their weights do not change the time. Two more say what could be won: every row once per adapter in
+one batch, by PEFT's mixed batches, which leaves the likelihoods out; and the matrix products of all readings alone.
 """
 
 from __future__ import annotations
@@ -21,15 +22,26 @@ import torch
 
 from benchmarks.harness import Measured, Target, Variant, compare
 from ema_scale.config.sections import AdapterRecipe, ModelRecipe
+from ema_scale.core.batching import batch_by_length
 from ema_scale.core.errors import UserError
 from ema_scale.core.uri import locate
 from ema_scale.data.rows import load_rows
+from ema_scale.models.layout import ModelLayout
 from ema_scale.models.load import load_base
 from ema_scale.models.lora import lora_config
-from ema_scale.selection.scoring_models import ALIGNED, SCORES, EncodedRow, ScoringModels, read_items, score
+from ema_scale.selection.scoring_models import (
+    ALIGNED,
+    BATCH_TOKENS,
+    SCORES,
+    EncodedRow,
+    ScoringModels,
+    read_items,
+    score,
+)
 
 ANEW = "one row, one adapter, all logits; for each domain anew"
 NAIVE, UNBATCHED, OURS = "the same, each likelihood once", "ema select, one row a batch", "ema select"
+MIXED, PRODUCTS = "PEFT's mixed batches, without likelihoods", "the matrix products of `ema select` alone"
 TOLERANCE = 1e-3  # nats a token: the same sums in another order, in float32
 LIMIT = 1 / 8
 
@@ -70,6 +82,8 @@ def bench_selection(
             Variant(NAIVE, timed(lambda: naive(readers, items, names), domains + 1)),
             Variant(UNBATCHED, timed(lambda: ours(1), domains + 1)),
             Variant(OURS, timed(lambda: ours(batch_tokens), domains + 1)),
+            Variant(MIXED, timed(lambda: mixed(readers, items, batch_tokens), domains + 1)),
+            Variant(PRODUCTS, timed(lambda: products(readers, items, batch_tokens), domains + 1)),
         ]
         measured = compare(variants, baseline=ANEW, repeats=repeats)
     took = {one.name: one.median for one in measured}
@@ -93,6 +107,37 @@ def naive(readers: ScoringModels, items: Sequence[EncodedRow], names: Sequence[s
                 ids, wanted = (torch.tensor([part], device=readers.device) for part in (item.ids, labels))
                 found[name].append(float(readers.model(input_ids=ids, labels=wanted).loss))
     return found
+
+
+@torch.inference_mode()
+def mixed(readers: ScoringModels, items: Sequence[EncodedRow], batch_tokens: int | None) -> None:
+    """Every row once per reader in one forward pass."""
+    names = ["__base__" if name == ALIGNED else name for name in readers.identities]
+    limit = (batch_tokens or BATCH_TOKENS[readers.device.type]) // len(names)
+    for batch in batch_by_length(items, lambda item: len(item.ids), limit):
+        width = max(len(item.ids) for item in batch)
+        ids = torch.tensor([item.ids + [0] * (width - len(item.ids)) for item in batch], device=readers.device)
+        readers.model(
+            input_ids=ids.repeat(len(names), 1),
+            adapter_names=[name for name in names for _ in batch],
+            use_cache=False,
+            logits_to_keep=1,
+        )
+
+
+@torch.inference_mode()
+def products(readers: ScoringModels, items: Sequence[EncodedRow], batch_tokens: int | None) -> None:
+    """The products of all readings with the layers' and the head's matrices, of the tokens without padding."""
+    layout = ModelLayout.of(readers.model, adapters=False)
+    modules = [module for layer in layout.layers for module in layer.modules()]
+    matrices = [module.base_layer.weight for module in modules if hasattr(module, "base_layer")]
+    head = layout.head().weight
+    read, answered = sum(len(item.ids) for item in items), sum(sum(item.answered) for item in items)
+    for _ in readers.identities:
+        for tokens, weights in ((read, matrices), (answered, [head])):
+            for part in torch.zeros(tokens, 0).split(batch_tokens or BATCH_TOKENS[readers.device.type]):
+                for weight in weights:
+                    torch.mm(weight.new_ones(len(part), weight.shape[1]), weight.t())
 
 
 @contextlib.contextmanager
