@@ -129,8 +129,8 @@ def mixed(readers: ScoringModels, items: Sequence[EncodedRow], batch_tokens: int
 def products(readers: ScoringModels, items: Sequence[EncodedRow], batch_tokens: int | None) -> None:
     """The products of all readings with the layers' and the head's matrices, of the tokens without padding."""
     layout = ModelLayout.of(readers.model, adapters=False)
-    modules = [module for layer in layout.layers for module in layer.modules()]
-    matrices = [module.base_layer.weight for module in modules if hasattr(module, "base_layer")]
+    modules: list[Any] = [module for layer in layout.layers for module in layer.modules()]
+    matrices: list[torch.Tensor] = [module.base_layer.weight for module in modules if hasattr(module, "base_layer")]
     head = layout.head().weight
     read, answered = sum(len(item.ids) for item in items), sum(sum(item.answered) for item in items)
     for _ in readers.identities:
