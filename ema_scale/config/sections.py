@@ -176,8 +176,9 @@ class TrainingRecipe(Section):
     fsdp: bool = Field(False, description="Shard the base model by torch's FSDP2.")
     drift_every: CountOrZero = Field(
         100,
-        description="Optimizer steps per reading of each layer's distance to the reference; 0: never. Where no defense "
-        "runs the reference, a reading takes about half of a step. `early_stopping` by drift reads more often.",
+        description="Optimizer steps per reading of each layer's distance to the reference, beside those of the first "
+        "and the last step; 0: never. Where no defense runs the reference, a reading takes about half of a step. "
+        "`early_stopping` by drift reads more often.",
     )
 
     @field_validator("max_steps")

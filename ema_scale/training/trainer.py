@@ -66,7 +66,7 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
     packing: rows are put into sequences of up to max_length tokens, which a batch size then counts. Default: that of
         `args` if it is TRL's SFTConfig, else no packing.
     drift_every: steps between readings of the distance to the reference; 0: none. A reading runs the reference, even
-        if no defense does.
+        if no defense does. The first and the last step have one.
     reference_runs: how many trainings, this one included, read the reference of these rows and can share a cache.
     on_bad: what to do with a bad row: raise or drop.
     token_cache: a folder in which trainings find what others have tokenized.
@@ -232,7 +232,7 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
         if not isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = self._get_num_items_in_batch([inputs], inputs["input_ids"].device)
         step = self.state.global_step + 1
-        reads_drift = bool(self.drift_every) and (step == 1 or step % self.drift_every == 0) and model.training
+        reads_drift = self._reads_drift_at(step) and model.training
         terms = self._terms
         if reads_drift and not any(term.reads_reference for term in terms):
             terms = (*terms, Divergence("kl", 0.0))
@@ -267,6 +267,10 @@ class DefendedTrainer(DataMixin, CheckpointMixin, FSDPMixin, Trainer):
         else:
             loss = sum(own, loss)
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _reads_drift_at(self, step: int) -> bool:
+        """At the first and the last step, and every `drift_every`."""
+        return bool(self.drift_every) and (step in (1, self.state.max_steps) or step % self.drift_every == 0)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As Trainer.training_step; after a step's last micro-batch, defenses join gradients that are kept apart."""
