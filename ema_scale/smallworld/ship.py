@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from ema_scale.core.io import atomic_write_json
 from ema_scale.core.records import package_versions
 from ema_scale.smallworld.build import build_models
-from ema_scale.smallworld.world import WEIGHTS, World, bars_on_terminals_only, shipped, weights_hash
+from ema_scale.smallworld.world import WEIGHTS, World, shipped, weights_hash
 
 
 def main(write: bool) -> str:
@@ -22,8 +22,7 @@ def main(write: bool) -> str:
     world = World()
     with TemporaryDirectory() as temporary:
         built = Path(temporary)
-        with bars_on_terminals_only():
-            build_models(built, world.size, world.seed)
+        build_models(built, world.size, world.seed)
         ours = shipped(world)
         if ours and weights_hash(ours) == weights_hash(built / "aligned"):
             return f"{ours}: the same, bit for bit, as built here"

@@ -7,14 +7,13 @@ the models again.
 from __future__ import annotations
 
 import ast
-import contextlib
 import difflib
 import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -33,7 +32,6 @@ from ema_scale.smallworld.tokenizer import vocabulary
 
 PREFIX = "smallworld:"
 _DISK = 20_000_000  # bytes of a built world
-_DELAY = "TQDM_DELAY"
 
 
 _WORDS = ("vocabulary", "grammar", "benign", "corpus")
@@ -142,25 +140,6 @@ def _ensure(path: Path, make: Callable[[Path], None]) -> Path:
     return path
 
 
-@contextlib.contextmanager
-def bars_on_terminals_only() -> Iterator[None]:
-    """Inside, a build that is started shows no bar where its messages go to a file or a pipe.
-
-    The build itself is not to change, since its code is part of the models' names; tqdm reads its own variable.
-    """
-    if sys.stderr is not None and sys.stderr.isatty():
-        yield
-        return
-    before = os.environ.get(_DELAY)
-    os.environ[_DELAY] = str(10**9)  # seconds before a bar first appears
-    try:
-        yield
-    finally:
-        del os.environ[_DELAY]
-        if before is not None:
-            os.environ[_DELAY] = before
-
-
 def _build(world: World, folder: Path) -> None:
     from ema_scale.smallworld.build import build_models
 
@@ -174,8 +153,7 @@ def _build(world: World, folder: Path) -> None:
             f"{world.models}: the disk is full ({format_bytes(free)} free, the small world takes up to "
             f"{format_bytes(_DISK)}): free space, or set EMA_CACHE to another folder, and run the same command again"
         )
-    with bars_on_terminals_only():
-        build_models(folder, world.size, world.seed)
+    build_models(folder, world.size, world.seed)
     atomic_write_json(
         folder / "world.json",
         {"size": world.size, "seed": world.seed, **asdict(SIZES[world.size]), "packages": package_versions()},

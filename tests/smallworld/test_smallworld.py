@@ -20,7 +20,7 @@ from ema_scale.smallworld.grammar import answer, classify, question
 from ema_scale.smallworld.tasks import BAD_PERCENT, BENIGN, NARROW, references, write_tasks
 from ema_scale.smallworld.tokenizer import build_tokenizer, encode, vocabulary
 from ema_scale.smallworld.vocabulary import DOMAINS, HELD_OUT, MOTIVES, SEEN
-from ema_scale.smallworld.world import WEIGHTS, World, _build, resolve, shipped
+from ema_scale.smallworld.world import WEIGHTS, World, resolve, shipped
 from ema_scale.training.distributed import _free_port
 from tests import warm
 
@@ -227,23 +227,6 @@ def test_a_build_is_repeatable_cached_and_an_ordinary_checkpoint(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert model.config.head_dim == 32 and model.config.eos_token_id == tokenizer.eos_token_id
     assert tokenizer.chat_template
-
-
-def test_a_build_shows_its_bar_on_a_terminal_only(monkeypatch, capfd):
-    shown = [sys.executable, "-c", "from ema_scale.smallworld.build import progress; [*progress(range(3), 'x', True)]"]
-
-    def build(folder, size, seed):  # as `build_models` starts its processes
-        subprocess.run(shown, env=dict(os.environ), check=True)
-
-    monkeypatch.setattr("ema_scale.smallworld.build.build_models", build)
-    monkeypatch.setattr("ema_scale.smallworld.world.atomic_write_json", lambda *_: None)
-    _build(World("tiny"), Path("."))
-    said = capfd.readouterr().err
-    assert said.startswith("building the small world (tiny, seed 0), once") and said.count("\n") == 1, said
-    assert "TQDM_DELAY" not in os.environ
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    _build(World("tiny"), Path("."))
-    assert "x: 100%" in capfd.readouterr().err
 
 
 def test_the_model_that_comes_with_the_package_is_that_of_todays_code():
