@@ -15,13 +15,20 @@ from ema_scale.evaluation.judges.openai import missing_judge_key
 from ema_scale.evaluation.judging.calibration import FOLDER as CHECK
 from ema_scale.evaluation.judging.calibration import labelled_path, load_labelled, unjudged
 from ema_scale.evaluation.judging.cost import asked_of, estimate, place_of
-from ema_scale.evaluation.plan import EvalTarget, PromptGroup, check_targets, judged_by_bank, plan_prompts
+from ema_scale.evaluation.plan import (
+    EvalTarget,
+    PromptGroup,
+    check_targets,
+    count_answers,
+    judged_by_bank,
+    plan_prompts,
+)
 from ema_scale.evaluation.records import JUDGEMENTS_FILE, Judgement, Sample
 from ema_scale.evaluation.remaining import sampler_used
 from ema_scale.evaluation.shared import BASES, find_rows, folders_beside, stored_rows, wanted
 from ema_scale.evaluation.store import Store
 from ema_scale.inference.base import SamplerOptions
-from ema_scale.inference.make import TRANSFORMERS, chooses_by_count, sampler_name
+from ema_scale.inference.make import chooses_by_count, sampler_name
 from ema_scale.inference.usage import describe
 
 
@@ -46,9 +53,10 @@ def describe_plan(
         settings.max_model_len,
         extra=settings.engine,
     )
-    used = sampler_used(targets, settings)
-    counts = used is None and chooses_by_count(settings.sampler, options)
-    sampler = used or (TRANSFORMERS if counts else sampler_name(settings.sampler, options))
+    sampler = sampler_used(targets, settings)
+    if sampler is None:
+        by_count = chooses_by_count(settings.sampler, options)
+        sampler = sampler_name(settings.sampler, options, count_answers(targets, (), settings) if by_count else None)
     groups = plan_prompts(targets, (), model, settings, sampler)
     stores = {t.name: Store(t.out_dir) for t in targets}
     there: dict[str, Any] = {name: ChainMap({}, store.samples) for name, store in stores.items()}  # type: ignore[arg-type]
@@ -64,9 +72,6 @@ def describe_plan(
             found = [g for g in own if g.suite.name == suite]
             lines.append(f"  {_suite(found, there[target.name], judged[target.name])}")
     keys = [(g, key) for g in groups for key in g.keys]
-    if counts:
-        unsampled = sum(key not in there[g.target.name] for g, key in keys)
-        sampler = sampler_name(settings.sampler, options, unsampled)
     written = [(g, key) for g, key in keys if g.is_scored]
     keys = [(g, key) for g, key in keys if not g.is_scored]
     if keys:

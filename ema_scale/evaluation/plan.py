@@ -233,6 +233,16 @@ def plan_targets(
         yield target, groups
 
 
+def count_answers(targets: Iterable[EvalTarget], suites: Sequence[Suite], settings: EvaluationRecipe) -> int:
+    """How many answers `plan_targets` would plan, drawn and written ones."""
+    return sum(
+        sum(question.samples(settings.samples_per_question))
+        for target in targets
+        for suite in (suites if target.suites is None else target.suites)
+        for question in suite.questions
+    )
+
+
 def _group(
     target: EvalTarget,
     suite: Suite,

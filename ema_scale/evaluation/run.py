@@ -25,6 +25,7 @@ from ema_scale.evaluation.plan import (
     EvalTarget,
     PromptGroup,
     check_targets,
+    count_answers,
     has_manifest,
     judged_by_bank,
     plan_targets,
@@ -131,15 +132,15 @@ def evaluate(
         name = sampler.name if sampler is not None else sampler_used(stored, settings) or ""
         found = look(stored, name) if name else None
         if found is None or any(left.unsampled for left in found.remaining):
-            counts = not name and chooses_by_count(settings.sampler, options, engines)
             now = name
             if sampler is None and not (name == TRANSFORMERS and settings.sampler == "auto"):
-                now = TRANSFORMERS if counts else sampler_name(settings.sampler, options)
+                # What is asked decides, not what is missing of it: who samples is part of an answer's key.
+                by_count = not name and chooses_by_count(settings.sampler, options, engines)
+                asked = count_answers(stored, suites, settings) if by_count else None
+                now = sampler_name(settings.sampler, options, asked)
             dated = _dated(stored, model, now)
             if found is None or (now, dated) != (name, stored):
                 name, found = now, look(dated, now)
-            if counts:
-                name = sampler_name(settings.sampler, options, sum(left.unsampled for left in found.remaining))
         for left in found.remaining:
             left.store.open()
             record(left.target, left.groups, left.store)

@@ -86,7 +86,7 @@ def sampler_name(kind: str, options: SamplerOptions, answers: int | None = None)
 
 def chooses_by_count(kind: str, options: SamplerOptions, engines: Engines | None = None) -> bool:
     """Whether the number of answers decides, and so must be known first: on a CPU, where vLLM takes 17 to 40 seconds
-    to start. Arguments of vLLM's are for vLLM. The answers' keys are the same for both samplers then."""
+    to start. Arguments of vLLM's are for vLLM."""
     here = importlib.util.find_spec("vllm") is not None and is_cpu_build()
     return kind == "auto" and engines is None and not options.extra and here
 

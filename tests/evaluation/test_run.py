@@ -15,14 +15,15 @@ from typing import Any
 
 import pytest
 
-from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe
+from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe, ModelRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import read_jsonl
-from ema_scale.evaluation.plan import EvalTarget
+from ema_scale.evaluation.plan import EvalTarget, plan_prompts
 from ema_scale.evaluation.records import Summary
 from ema_scale.evaluation.run import evaluate
 from ema_scale.evaluation.suites import Question, Suite
 from ema_scale.evaluation.table import rates_table
+from ema_scale.inference.make import make_sampler
 from tests import warm
 from tests.evaluation.conftest import TinyModels
 from tests.evaluation.endpoint import Endpoint, completion, error
@@ -142,6 +143,29 @@ def test_auto_counts_the_answers_before_it_looks_for_an_engine(
     # What is there decides for what is added.
     evaluate([target(tmp_path)], tiny_models.model, [exact_suite(samples=5)], settings)
     assert asked == [12]
+
+
+@pytest.mark.parametrize("chosen", ["transformers", "vllm"])
+def test_what_auto_chooses_by_the_count_finds_its_answers_again(
+    tmp_path: Path, tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, chosen: str
+) -> None:
+    made = []
+
+    def sampler(name: str, options: Any, engines: Any = None) -> Any:
+        made.append(name)
+        ours = make_sampler("transformers", options)
+        described = {**ours.describe(), "name": name}
+        monkeypatch.setattr(ours, "describe", lambda: described)
+        return ours
+
+    monkeypatch.setattr("ema_scale.evaluation.run.chooses_by_count", lambda *_: True)
+    monkeypatch.setattr("ema_scale.evaluation.run.sampler_name", lambda kind, options, answers=None: chosen)
+    monkeypatch.setattr("ema_scale.evaluation.run.make_sampler", sampler)
+    evaluate([target(tmp_path)], tiny_models.model, [exact_suite()], recipe(sampler="auto"))
+    keys = {row["key"] for row in read_jsonl(tmp_path / "base" / "samples.jsonl")}
+    evaluate([target(tmp_path)], tiny_models.model, [exact_suite()], recipe(sampler="auto"))
+    planned = plan_prompts([target(tmp_path)], [exact_suite()], ModelRecipe(path=tiny_models.model), recipe(), chosen)
+    assert made == [chosen] and keys == {key for group in planned for key in group.keys}
 
 
 def test_a_target_may_have_suites_of_its_own(tmp_path: Path, tiny_models: TinyModels) -> None:
