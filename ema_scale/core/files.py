@@ -162,11 +162,8 @@ def parse_yaml_nodes(text: str, where: str, *, yes_is_text: bool = False) -> tup
             loader.dispose()
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not YAML: {error}") from None
-    except (
-        ValueError,
-        TypeError,
-        OverflowError,
-    ) as error:  # such as a 31st of February, or a number of a million digits
+    # Such as a 31st of February, or a number of a million digits.
+    except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{where}: not YAML that can be read: {error}") from None
     except RecursionError:
         raise UserError(f"{where}: not YAML that can be read: nested too deeply") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -72,23 +73,23 @@ class TransformersSampler:
         waiting = iter(requests)
         while chunk := list(itertools.islice(waiting, self.batch_size * BATCHES_SORTED_TOGETHER)):
             answers: list[Answer] = []
-            left: dict[int, int] = {}
+            own: dict[int, list[Answer]] = {}
+            ended: Counter[int] = Counter()
             for request in chunk:
                 prompt = tuple(self._prompts.ids(request.messages, request.date))
                 limit = min(request.max_tokens, self.max_model_len - len(prompt))
                 if limit < 1:
                     yield too_long(request)
                     continue
-                left[id(request)] = request.n
-                answers += [Answer(request, index, prompt, limit) for index in range(request.n)]
+                own[id(request)] = [Answer(request, index, prompt, limit) for index in range(request.n)]
+                answers += own[id(request)]
             answers.sort(key=lambda one: (one.request.adapter or "", len(one.prompt), one.prompt))
             for path, group in itertools.groupby(answers, key=lambda one: one.request.adapter):
-                those = list(group)
-                for answer in self._batches.draw(those, functools.partial(self._use, path)):
+                for answer in self._batches.draw(list(group), functools.partial(self._use, path)):
                     request = answer.request
-                    left[id(request)] -= 1
-                    if not left[id(request)]:
-                        yield self._result(request, [one for one in those if one.request is request])
+                    ended[id(request)] += 1
+                    if ended[id(request)] == request.n:
+                        yield self._result(request, own[id(request)])
 
     def _result(self, request: SampleRequest, answers: Sequence[Answer]) -> SampleResult:
         """answers: to this request, in the order of their seeds."""
