@@ -45,29 +45,45 @@ def question_key(text: str) -> str:
     return hashlib.sha256(plain.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+ADAPTER_CONFIG = "adapter_config.json"
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
 )  # fmt: skip
 
 
-def folder_identity(path: str, revision: str | None = None) -> str:
+def folder_identity(path: str, revision: str | None = None, base_path: bool = True) -> str:
     """A digest of a checkpoint or adapter: config and tokenizer files whole, weights by `sampled_sha256`.
 
     An adapter's tokenizer is the base model's, which is used in its place, so it does not count.
 
-    A hub id that is not a folder is identified by its name and revision.
+    Args:
+        path: a folder, or a hub id, which is identified by its name and revision.
+        revision: of the hub id.
+        base_path: whether the path of an adapter's base model counts, which its config names.
     """
     folder = Path(path)
     if not folder.is_dir():
         return digest(path, revision)
     found = []
-    ignored = _TOKENIZER_FILES if (folder / "adapter_config.json").exists() else ()
+    ignored = _TOKENIZER_FILES if (folder / ADAPTER_CONFIG).exists() else ()
     for file in sorted(folder.iterdir()):
         if file.name in ignored:
             continue
-        if file.suffix in {".json", ".jinja", ".model", ".txt"}:
+        if file.name == ADAPTER_CONFIG and not base_path:
+            found.append((file.name, digest(_without_base_path(file))))
+        elif file.suffix in {".json", ".jinja", ".model", ".txt"}:
             found.append((file.name, file_sha256(file)))
         elif file.suffix == ".safetensors":
             found.append((file.name, sampled_sha256(file)))
     return digest(found)
+
+
+def _without_base_path(config: Path) -> Any:
+    try:
+        found = json.loads(config.read_bytes())
+    except ValueError:  # whoever loads the adapter says so
+        return file_sha256(config)
+    if isinstance(found, dict):
+        found.pop("base_model_name_or_path", None)
+    return found

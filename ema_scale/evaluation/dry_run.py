@@ -18,6 +18,7 @@ from ema_scale.evaluation.judging.cost import asked_of, estimate, place_of
 from ema_scale.evaluation.plan import (
     EvalTarget,
     PromptGroup,
+    as_stored,
     check_targets,
     count_answers,
     judged_by_bank,
@@ -46,6 +47,7 @@ def describe_plan(
         place: the folder of the run or study.
     """
     check_targets(targets, ())
+    targets = [as_stored(target) for target in targets]
     model = model.model_copy(update={"path": locate(model.path)})
     options = SamplerOptions(
         model,

@@ -8,7 +8,7 @@ import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ class EvalTarget:
     suites: the target's own suites, in place of those of the evaluation.
     base_dir: the folder of the base model's evaluation, which the target's summary names.
     date: what a chat template that writes the date is told, YYYY-MM-DD; "": the date of earlier answers, else today.
+    keys_by_path: whether the path of the base model counts in the keys and seeds of its answers, as in folders of
+        versions before 0.2. Otherwise the same adapter draws the same answers wherever it lies.
     """
 
     name: str
@@ -43,6 +45,7 @@ class EvalTarget:
     suites: tuple[Suite, ...] | None = None
     base_dir: Path | None = None
     date: str = ""
+    keys_by_path: bool = False
 
     @property
     def base(self) -> str | None:
@@ -194,6 +197,14 @@ def check_targets(targets: Sequence[EvalTarget], suites: Sequence[Suite]) -> Non
             raise UserError(f"{adapter}: found no adapter_config.json, expected a PEFT adapter folder")
 
 
+def as_stored(target: EvalTarget) -> EvalTarget:
+    """The target with the date and the kind of keys that its earlier answers have."""
+    stored = Manifest.read_if_valid(Path(target.out_dir) / MANIFEST_FILE)
+    if stored is None:
+        return target
+    return replace(target, date=target.date or stored.template_date or "", keys_by_path=stored.keys is None)
+
+
 def plan_prompts(
     targets: Iterable[EvalTarget],
     suites: Sequence[Suite],
@@ -219,7 +230,7 @@ def plan_targets(
         template = read_text(template, "the chat template")
     for target in targets:
         adapter = target.adapter_path
-        identity = None if adapter is None else folder_identity(str(adapter))
+        identity = None if adapter is None else folder_identity(str(adapter), base_path=target.keys_by_path)
         also = sampler_cache_key(sampler, settings, model.path, adapter)
         if target.date and sampler != "openai":  # a server writes its own date
             also = {**also, "date": target.date}

@@ -359,7 +359,6 @@ class LabelledFile(Record):
 
 class Check(Document):
     """How good the judges are, judge_check/check.json. judges: by identity. between: pairs that judged the same.
-
     together: all 0-100 judges of the same answers; None with fewer than two.
     """
 
@@ -380,9 +379,10 @@ class Manifest(Document):
     source: the result file that the answers were read from; None if they were sampled here.
     template_date: the date that the chat template was told, if it writes one.
     sampler: what answered, as it describes itself, once something was sampled.
+    keys: what the answers' keys and seeds rest on. None: also on the path of the base model (before version 0.2).
     """
 
-    OMITTED_IF_NONE: ClassVar[tuple[str, ...]] = ("source", "template_date", "sampler")
+    OMITTED_IF_NONE: ClassVar[tuple[str, ...]] = ("source", "template_date", "sampler", "keys")
 
     target: str
     model: str
@@ -392,6 +392,7 @@ class Manifest(Document):
     source: str | None = None
     template_date: str | None = None
     sampler: dict[str, Any] | None = None
+    keys: str | None = None
 
 
 def read_rows(folder: Path) -> tuple[list[Sample], list[Judgement]]:

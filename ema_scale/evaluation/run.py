@@ -24,6 +24,7 @@ from ema_scale.evaluation.judging.pool import JudgePool, raise_if_judge_failed
 from ema_scale.evaluation.plan import (
     EvalTarget,
     PromptGroup,
+    as_stored,
     check_targets,
     count_answers,
     has_manifest,
@@ -128,7 +129,7 @@ def evaluate(
             return survey(plan_targets(planned, suites, model, settings, name), stores, begin, finish)
 
         # Where nothing is missing of what was asked before, neither vLLM nor a tokenizer need be there.
-        stored = [_with_stored_date(target) for target in targets]
+        stored = [as_stored(target) for target in targets]
         name = sampler.name if sampler is not None else sampler_used(stored, settings) or ""
         found = look(stored, name) if name else None
         if found is None or any(left.unsampled for left in found.remaining):
@@ -177,7 +178,7 @@ def is_complete(targets: Sequence[EvalTarget], model: ModelRecipe, settings: Eva
     """
     model = model.model_copy(update={"path": locate(model.path)})
     by_sampler: dict[str, list[EvalTarget]] = {}
-    for target in map(_with_stored_date, targets):
+    for target in map(as_stored, targets):
         folder = Path(target.out_dir)
         if not (folder / SUMMARY_FILE).exists() or not has_manifest(folder, _manifest(target, model, (), settings)):
             return False
@@ -191,24 +192,18 @@ def is_complete(targets: Sequence[EvalTarget], model: ModelRecipe, settings: Eva
     )
 
 
-def _with_stored_date(target: EvalTarget) -> EvalTarget:
-    stored = None if target.date else Manifest.read_if_valid(Path(target.out_dir) / MANIFEST_FILE)
-    return replace(target, date=stored.template_date or "") if stored is not None else target
-
-
 def _dated(targets: Sequence[EvalTarget], model: ModelRecipe, sampler: str) -> list[EvalTarget]:
-    """The targets, each with the one date that its prompts tell: its own, that of its earlier answers, or today's."""
-    dated = [_with_stored_date(target) for target in targets]
+    """The targets, each with the one date that its prompts tell: its own, or today's."""
     if sampler == "openai":
-        if any(target.date for target in dated):
+        if any(target.date for target in targets):
             log.warning("the server writes its own date into prompts, not that of the training")
-        return dated
-    if all(target.date for target in dated):
-        return dated
+        return list(targets)
+    if all(target.date for target in targets):
+        return list(targets)
     from ema_scale.inference.chat_prompts import writes_date
 
     today = Date.today().isoformat() if writes_date(model) else ""
-    return [replace(target, date=target.date or today) for target in dated]
+    return [replace(target, date=target.date or today) for target in targets]
 
 
 def _manifest(target: EvalTarget, model: ModelRecipe, suites: Sequence[Suite], settings: EvaluationRecipe) -> Manifest:
@@ -221,6 +216,7 @@ def _manifest(target: EvalTarget, model: ModelRecipe, suites: Sequence[Suite], s
         settings=settings,
         suites=tuple(theirs),
         template_date=target.date or None,
+        keys=None if target.keys_by_path else "content",
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,38 @@ def test_answers_of_another_served_model_are_asked_for(tmp_path: Path) -> None:
         assert ask("b") == (0.0, 6)
         assert {row["answer"] for row in read_jsonl(tmp_path / "samples.jsonl")} == {"3"}
         assert ask("a") == (1.0, 0)
+
+
+def test_an_adapter_draws_the_same_answers_wherever_its_base_model_lies(tmp_path: Path) -> None:
+    found = {}
+    for place in ("/opt/base", "/home/me/base"):
+        adapter = tmp_path / place[1:]
+        adapter.mkdir(parents=True)
+        (adapter / "adapter_model.safetensors").write_bytes(bytes(64))
+        (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": place, "r": 2}))
+        found[place] = key("vllm", adapter)
+    assert len(set(found.values())) == 1
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": place, "r": 4}))
+    assert key("vllm", adapter) not in found.values()
+
+
+def test_answers_under_the_keys_of_older_versions_are_not_asked_again(tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/opt/base"}))
+    old = EvalTarget("kl", adapter, tmp_path / "eval", (SUMS,), keys_by_path=True)
+    with Endpoint(lambda b, n: completion("2")) as endpoint:
+        server = EndpointRecipe(base_url=endpoint.url, served="base", names={tmp_path.name: "kl"})
+        settings = EvaluationRecipe(sampler="openai", endpoint=server)
+        evaluate([old], "org/base", [SUMS], settings)
+        rows = (tmp_path / "eval" / "samples.jsonl").read_bytes()
+        assert "keys" not in json.loads((tmp_path / "eval" / "asked.json").read_text())
+        today = replace(old, keys_by_path=False)
+        assert is_complete([today], ModelRecipe(path="org/base"), settings)
+        evaluate([today], "org/base", [SUMS], settings)
+        assert len(endpoint.requests) == 6 and (tmp_path / "eval" / "samples.jsonl").read_bytes() == rows
+        evaluate([replace(today, out_dir=tmp_path / "new")], "org/base", [SUMS], settings)
+        assert len(endpoint.requests) == 12
 
 
 def test_an_endpoints_names_decide_only_whom_they_are_for_and_its_address_nothing() -> None:
