@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from ema_scale.report.display_names import family, spec_key, strength, without_strength
 from ema_scale.report.records import CHOICE_METRICS, METRICS, Collection, ReportedRate, Run, has_numbers
@@ -76,7 +76,7 @@ LEAST_FREEDOM = 2
 
 
 def _t_limit(freedom: int) -> float:
-    return float(student.ppf(0.975, freedom))
+    return float(stdtrit(freedom, 0.975))
 
 
 def mean_rate(

@@ -22,6 +22,7 @@ from ema_scale.report.style import (
     PAPER,
     Box,
     family_colours,
+    lay_out,
     markers,
     panels,
     place_labels,
@@ -111,7 +112,7 @@ def _label(
     dashed: ReportedRate | None,
 ) -> None:
     """Write each mark's name beside it, clear of marks, whiskers, joining lines and other names."""
-    figure.draw_without_rendering()
+    lay_out(figure)
     scale = 72 / figure.dpi
 
     def at(x: float, y: float) -> tuple[float, float]:

@@ -22,7 +22,7 @@ from ema_scale.report.display_names import numbered
 from ema_scale.report.figures import bars, headline
 from ema_scale.report.records import Collection
 from ema_scale.report.robustness import threshold_curves
-from ema_scale.report.style import adaptive, settings
+from ema_scale.report.style import adaptive, lay_out, settings
 from ema_scale.report.verdict import rate_text
 
 PNG_DPI = 200
@@ -170,7 +170,10 @@ def make_picture(name: str, kind: str, alt: str, caption: str, draw: Draw, *, wh
 
 
 def _svg(figure: Figure) -> str:
+    """The figure, which keeps its layout. Saving with an engine lays out and draws once more in front of each file."""
     FigureCanvasAgg(figure)
+    lay_out(figure)
+    figure.set_layout_engine("none")
     svg = io.StringIO()
     # No date and no version inside: equal data give equal files.
     figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})

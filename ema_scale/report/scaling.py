@@ -15,8 +15,7 @@ from statistics import fmean
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, PercentFormatter
-from scipy.stats import linregress
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from ema_scale.core.text import points
 from ema_scale.report.aggregate import RunGroup
@@ -61,10 +60,12 @@ def fit_scaling(values: Mapping[int, float]) -> ScalingFit | None:
     """The line through parameters -> value; None for fewer than three sizes."""
     if len(values) < LEAST_SIZES:
         return None
+    from scipy.stats import linregress  # takes most of a second to import
+
     x, y = [math.log10(n) for n in values], list(values.values())
     line = linregress(x, y)
     # Equal values leave scipy's error undefined; it is 0.
-    margin = float(student.ppf(0.975, len(x) - 2)) * (0.0 if math.isnan(line.stderr) else line.stderr)
+    margin = float(stdtrit(len(x) - 2, 0.975)) * (0.0 if math.isnan(line.stderr) else line.stderr)
     return ScalingFit(line.slope, line.slope - margin, line.slope + margin, fmean(y), fmean(x), len(x))
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from ema_scale.evaluation.record_types import Mean
 from ema_scale.report.aggregate import RunGroup
@@ -53,7 +53,7 @@ def mean_cell(means: Sequence[Mean], form: str) -> Cell | None:
         return Cell(f"{mean:{form}}")
     between = 0.0
     if len(values) >= 3:
-        between = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+        between = float(stdtrit(len(values) - 1, 0.975)) * stdev(values) / math.sqrt(len(values))
     half = math.hypot(fmean(within), between)
     return Cell(f"{mean:{form}}", f"[{mean - half:{form}}, {mean + half:{form}}]")
 

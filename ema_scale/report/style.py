@@ -164,6 +164,12 @@ def panels(
     return figure, list(figure.subplots(rows, columns, sharey=sharey, squeeze=False).flat)
 
 
+def lay_out(figure: Figure) -> None:
+    """Give the axes the places that they have when the figure is drawn."""
+    if (engine := figure.get_layout_engine()) is not None:
+        engine.execute(figure)
+
+
 def markers(families: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
     """A marker for each family, so that no reading rests on colour alone; a disc is no defense."""
     wanted = [f for f in dict.fromkeys(families) if f]
