@@ -1,9 +1,10 @@
 """Variants of a training step with KL + LDIFS, and of plain fine-tuning: the field's, and ours per kind of reference.
 
 All go through transformers' training loop with the same rows, the same random weights and the same LoRA adapter, and
-give the same loss, which is checked before times count. The field's two compute full logits of policy and reference in
-float32 and the divergence from them, as TRL's trainers with a reference model and the code released with arXiv
-2508.06249 do; their hidden states are taken by hooks, which costs less than asking the model for all of them.
+give the same loss, which is checked before times count. Plain fine-tuning is also that of TRL's SFTTrainer. The
+field's two ways of a defense compute full logits of policy and reference in float32 and the divergence from them, as
+TRL's trainers with a reference model and the code released with arXiv 2508.06249 do; their hidden states are taken by
+hooks, which costs less than asking the model for all of them.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ PLAIN_LOGITS, SECOND, FORWARDS = "plain, transformers' loss", "second model, ful
 PLAIN, SEPARATE = "plain", "separate: a second model, fused"
 OFF, TWO, CACHED = "adapter_off: two forwards, fused", "two_stream", "cached"
 DRIFT = "plain, with a reading of drift at every step"
-VARIANTS = (PLAIN_LOGITS, PLAIN, DRIFT, SECOND, FORWARDS, SEPARATE, OFF, TWO, CACHED)
-UNDEFENDED = (PLAIN_LOGITS, PLAIN, DRIFT)
+SFT = "plain, TRL's SFTTrainer"
+VARIANTS = (SFT, PLAIN_LOGITS, PLAIN, DRIFT, SECOND, FORWARDS, SEPARATE, OFF, TWO, CACHED)
+UNDEFENDED = (SFT, PLAIN_LOGITS, PLAIN, DRIFT)
 WITH = "with "  # a variant of this beginning has the defense behind it and no other, on adapter_off
 _OURS = {PLAIN: "auto", DRIFT: "auto", OFF: "adapter_off", TWO: "two_stream", CACHED: "cached"}
 WARMUP = 2
@@ -170,7 +172,7 @@ def _trainer(variant: str, task: Task, model: Any, folder: str, stack: contextli
     steps = WARMUP + task.steps
     count = steps * task.rows * launched_processes()
     rows, tokenizer = random_rows(task.fields, count, task.length), placeholder_tokenizer()
-    args = TrainingArguments(
+    options: dict[str, Any] = dict(
         output_dir=folder,
         per_device_train_batch_size=task.rows,
         max_steps=steps,
@@ -188,6 +190,9 @@ def _trainer(variant: str, task: Task, model: Any, folder: str, stack: contextli
         ddp_find_unused_parameters=False,
         **(device_arguments() if task.device == "cpu" else {}),
     )
+    if variant == SFT:
+        return _sft_trainer(task, options, model, rows, tokenizer)
+    args = TrainingArguments(**options)
     if variant.startswith(WITH):
         defense = priced(variant.removeprefix(WITH), task.fields, Path(folder))
         rows = stack.enter_context(marked(defense, rows))
@@ -201,6 +206,22 @@ def _trainer(variant: str, task: Task, model: Any, folder: str, stack: contextli
         return trainer
     collate = ChatCollator(tokenizer)
     return FullLogits(variant, task, model=model, args=args, train_dataset=rows, data_collator=collate)
+
+
+def _sft_trainer(task: Task, options: dict[str, Any], model: Any, rows: Any, tokenizer: Any) -> Trainer:
+    from trl import SFTConfig, SFTTrainer
+
+    collate = ChatCollator(tokenizer)
+
+    class InOrder(SFTTrainer):
+        def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:  # the rows in the same order
+            return EpochSampler(len(rows), seed=self.args.seed, epoch=lambda: 0, rows_per_step=task.rows)
+
+    def collated(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {name: value for name, value in collate(batch).items() if name != "tags"}
+
+    args = SFTConfig(**options, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
+    return InOrder(model, args, collated, rows, processing_class=tokenizer)
 
 
 def _separate(trainer: DefendedTrainer, task: Task) -> None:
