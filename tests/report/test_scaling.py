@@ -91,7 +91,7 @@ def test_runs_that_do_not_know_their_size_are_left_out(runs: list[Path], tmp_pat
 
 def test_the_page_opens_with_the_trends(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The figures of each model are drawn in other tests.
-    monkeypatch.setattr("ema_scale.report.pictures.pictures", lambda *_: [])
+    monkeypatch.setattr("ema_scale.report.write.pictures", lambda *_: [])
     three = [run for run in runs if run.name.endswith("-s0") and "m-1B" not in str(run)]
     page = write_report(three, tmp_path / "out", title="Sizes")
     text = page.read_text()
