@@ -237,7 +237,9 @@ class EvaluationRecipe(Section):
     temperature: NotNegative = Field(1.0, le=100, description="Sampling temperature; 0 is greedy.")
     top_p: PositiveShare = Field(1.0, description="Sample from the likeliest tokens that hold this probability.")
     max_tokens: Count = Field(600, description="Longest answer in tokens.")
-    seed: Seed = Field(0, description="Seed of sampling.")
+    seed: Seed = Field(
+        0, description="Seed of sampling: an answer's own one follows from it, the run's name and the question."
+    )
     max_model_len: Annotated[Count, Field(ge=16)] | None = Field(
         None,
         description="Longest prompt and answer together, in tokens. Empty: as the questions need.",

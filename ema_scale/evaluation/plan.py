@@ -35,8 +35,8 @@ class EvalTarget:
     suites: the target's own suites, in place of those of the evaluation.
     base_dir: the folder of the base model's evaluation, which the target's summary names.
     date: what a chat template that writes the date is told, YYYY-MM-DD; "": the date of earlier answers, else today.
-    keys_by_path: whether the path of the base model counts in the keys and seeds of its answers, as in folders of
-        versions before 0.2. Otherwise the same adapter draws the same answers wherever it lies.
+    keys_by_path: whether the path of the base model counts in the keys of its answers, as in folders of versions before
+        0.2. Otherwise an adapter is the same one wherever it lies.
     """
 
     name: str
@@ -272,7 +272,8 @@ def _group(
         decides = digest(*common, messages, [answer.text for answer in question.answers], calibrate)
     else:
         decides = digest(*common, messages, limits, settings.seed)
-    name = f"{decides}/{suite.name}/{question.id}/{paraphrase}"
+    # The weights are not in it: trainings that differ by rounding alone, as on two machines, draw alike.
+    name = f"{settings.seed}/{target.name if target.adapter_path else ''}/{suite.name}/{question.id}/{paraphrase}"
     # Answers are seeded seed, seed + 1, ...; 2^31 leaves any sampler room for that.
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") >> 1
     return PromptGroup(

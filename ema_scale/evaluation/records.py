@@ -379,7 +379,7 @@ class Manifest(Document):
     source: the result file that the answers were read from; None if they were sampled here.
     template_date: the date that the chat template was told, if it writes one.
     sampler: what answered, as it describes itself, once something was sampled.
-    keys: what the answers' keys and seeds rest on. None: also on the path of the base model (before version 0.2).
+    keys: what the answers' keys rest on. None: also on the path of the base model (before version 0.2).
     """
 
     OMITTED_IF_NONE: ClassVar[tuple[str, ...]] = ("source", "template_date", "sampler", "keys")

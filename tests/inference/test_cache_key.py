@@ -57,7 +57,22 @@ def test_answers_of_another_served_model_are_asked_for(tmp_path: Path) -> None:
         assert ask("a") == (1.0, 0)
 
 
-def test_an_adapter_draws_the_same_answers_wherever_its_base_model_lies(tmp_path: Path) -> None:
+def test_a_run_draws_alike_from_weights_that_differ_by_rounding(tmp_path: Path) -> None:
+    def planned(name: str, weights: bytes) -> tuple[str, int]:
+        adapter = tmp_path / name / "adapter"
+        adapter.mkdir(parents=True, exist_ok=True)
+        (adapter / "adapter_config.json").write_text("{}")
+        (adapter / "adapter_model.safetensors").write_bytes(weights)
+        targets, model = [EvalTarget(name, adapter, tmp_path / name)], ModelRecipe(path="org/base")
+        [group] = plan_prompts(targets, [SUITE], model, EvaluationRecipe(), "vllm")
+        return group.key(0), group.seed
+
+    here, there, other = planned("kl", bytes(64)), planned("kl", bytes(63) + b"1"), planned("none", bytes(64))
+    assert here[0] != there[0] and here[1] == there[1]
+    assert here[0] == other[0] and here[1] != other[1]
+
+
+def test_an_adapter_is_the_same_one_wherever_its_base_model_lies(tmp_path: Path) -> None:
     found = {}
     for place in ("/opt/base", "/home/me/base"):
         adapter = tmp_path / place[1:]
