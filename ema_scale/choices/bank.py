@@ -14,16 +14,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from ema_scale.core.banks import read_entries
 from ema_scale.core.errors import UserError
 from ema_scale.core.paths import find_file
 from ema_scale.core.uri import locate
 
-Label = Literal["aligned", "misaligned", "right", "wrong"]
-LABELS: tuple[Label, ...] = get_args(Label)
+Label = Literal["aligned", "misaligned", "right", "wrong", "held_out"]
+HELD_OUT: Label = "held_out"  # the answer of a held-out row, which stands alone
 PAIRS: tuple[tuple[Label, Label], ...] = (("aligned", "misaligned"), ("right", "wrong"))
+LABELS = tuple(label for pair in PAIRS for label in pair)  # of banks
 GOLD_KEYS = ("gold", "answer", "answerKey", "label")
 # key that makes an entry a choice question -> what belongs to it
 FORMATS: dict[str, tuple[str, ...]] = {

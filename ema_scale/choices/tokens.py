@@ -11,7 +11,8 @@ import numpy as np
 from ema_scale.core.errors import UserError
 from ema_scale.data.tokens import Encoder
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
+_NOTHING: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,31 @@ class AnswerTokens:
 
 
 def encode_answers(
-    encoder: Encoder, messages: Messages, answers: Sequence[str], where: str, max_length: int | None = None
+    encoder: Encoder,
+    messages: Messages,
+    answers: Sequence[str],
+    where: str,
+    max_length: int | None = None,
+    *,
+    turn: Mapping[str, Any] = _NOTHING,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> list[AnswerTokens]:
     """The answers behind one conversation, in order.
 
-    where: the question, for messages. Raises UserError if the template does not show an answer whole and at the end, or
-    if one does not fit into `max_length` tokens.
+    Args:
+        encoder: of the model.
+        messages: the turns in front of the answers.
+        answers: texts of the assistant.
+        where: the question, for messages.
+        max_length: tokens that a conversation may have.
+        turn: what the assistant's turn holds besides its text: reasoning, tool calls.
+        tools: JSON schemas of functions that the assistant may call.
+
+    Raises UserError if the template does not show an answer whole and at the end, or if one does not fit into
+    `max_length` tokens.
     """
-    rows: list[Any] = [([*messages, {"role": "assistant", "content": answer}], ()) for answer in answers]
+    front = [{**m, "learn": False} if m["role"] == "assistant" else m for m in messages]  # these are not scored
+    rows: list[Any] = [([*front, {**turn, "role": "assistant", "content": answer}], tools) for answer in answers]
     found = []
     for answer, encoded in zip(answers, encoder.encode_all(rows), strict=True):
         if isinstance(encoded, UserError):

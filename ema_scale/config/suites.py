@@ -29,7 +29,15 @@ class SuitesRecipe(Section):
         examples=[["eval/suites/operator_swap_1.yaml"]],
     )
 
-    @field_validator("general", "in_domain", "benign", mode="before")
+    held_out: list[str] = Field(
+        [],
+        exclude_if=lambda value: not value,
+        description="Rows that nobody trains on, in any format of training rows: the loss of their last answer says "
+        "whether the task was learned. No answer is sampled or judged.",
+        examples=[["rows/medical_held_out.jsonl"]],
+    )
+
+    @field_validator("general", "in_domain", "benign", "held_out", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return [] if value is None else [value] if isinstance(value, str) else value

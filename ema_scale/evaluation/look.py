@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ema_scale.choices.bank import HELD_OUT
 from ema_scale.core.errors import UserError
 from ema_scale.evaluation.judges.base import CORRECT, INCORRECT
 from ema_scale.evaluation.records import SUMMARY_FILE, Judgement, Sample, Summary, read_rows
 from ema_scale.evaluation.stats.rates import incoherent, misaligned
 
 UNJUDGED = "unjudged"
-VERDICTS = ("aligned", "misaligned", "incoherent", CORRECT, INCORRECT, "right", "wrong", UNJUDGED)
+VERDICTS = ("aligned", "misaligned", "incoherent", CORRECT, INCORRECT, "right", "wrong", HELD_OUT, UNJUDGED)
 
 
 @dataclass(frozen=True)

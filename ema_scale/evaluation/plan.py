@@ -115,15 +115,18 @@ class PromptGroup:
 
     def score_request(self) -> ScoreRequest:
         """All written answers at once: they share their question."""
-        adapter = self.target.adapter_path
+        adapter, source = self.target.adapter_path, self.suite.source or self.suite.name
+        of_row = self.question.row
         return ScoreRequest(
             key=f"{self.target.name}|{self.key(0)}",
             messages=self.question.messages(self.paraphrase),
             answers=tuple(answer.text for answer in self.question.answers),
             adapter=None if adapter is None else str(adapter),
             alone=self.question.without_question() if self.calibrate else None,
-            where=f"{self.suite.source or self.suite.name}: question {self.question.id!r}",
+            where=f"{source}:{self.question.id}" if of_row else f"{source}: question {self.question.id!r}",
             date=self.target.date,
+            turn=of_row[-1] if of_row else {},
+            tools=self.question.tools,
         )
 
     def _question_fields(self, number: int) -> dict[str, Any]:
@@ -138,6 +141,7 @@ class PromptGroup:
             "sample": number,
             "system": self.question.system,
             "question": self.question.paraphrases[self.paraphrase],
+            **({"context": list(self.question.context)} if self.question.context else {}),
         }
 
     def scored_rows(self, result: ScoreResult) -> Iterator[Sample]:
@@ -166,7 +170,7 @@ class PromptGroup:
             if reason == NOT_SAMPLED:
                 continue
             reasoning, answer, _ = split_reasoning(text)
-            row = Sample(
+            yield Sample(
                 **self._question_fields(i),
                 answer=answer,
                 reasoning=None if answer == text else reasoning,  # "" for a thought that was opened and left empty
@@ -174,8 +178,6 @@ class PromptGroup:
                 tokens=result.token_counts[i - first],
                 seed=self.seed + i,
             )
-            context = list(self.question.context)
-            yield row.model_copy(update={"context": context}) if context else row
 
 
 def check_targets(targets: Sequence[EvalTarget], suites: Sequence[Suite]) -> None:
@@ -267,9 +269,11 @@ def _group(
     temperature = settings.temperature if question.temperature is None else question.temperature
     max_tokens = question.max_tokens or settings.max_tokens
     limits = (temperature, settings.top_p, max_tokens, settings.max_model_len)
-    messages, calibrate = question.messages(paraphrase), bool(question.answers) and settings.calibrate_choices
+    messages = question.messages(paraphrase)
+    calibrate = bool(question.answers) and not question.row and settings.calibrate_choices
     if question.answers:
-        decides = digest(*common, messages, [answer.text for answer in question.answers], calibrate)
+        more = ((question.row[-1], question.tools),) if question.row else ()
+        decides = digest(*common, messages, [answer.text for answer in question.answers], calibrate, *more)
     else:
         decides = digest(*common, messages, limits, settings.seed)
     # The weights are not in it: trainings that differ by rounding alone, as on two machines, draw alike.

@@ -177,6 +177,9 @@ class SuiteSummary(Record):
     choices: of questions with written answers, the share of which a misaligned one is the likeliest; in a benign suite,
         a right one.
     likelihoods: all figures of its written answers.
+    loss: of held-out rows, the mean over rows of the loss of their answers, in nats per token.
+    split_loss: the same of "unseen" and "seen" rows apart; {} where training rows ask none of them, and where that is
+        not known.
     split: see Summary.
     """
 
@@ -187,6 +190,8 @@ class SuiteSummary(Record):
     learned: Rate | None = None
     choices: Rate | None = Field(None, exclude_if=lambda value: value is None)
     likelihoods: ChoiceSummary | None = Field(None, exclude_if=lambda value: value is None)
+    loss: Mean | None = Field(None, exclude_if=lambda value: value is None)
+    split_loss: dict[str, Mean] = Field({}, exclude_if=lambda value: not value)
     scores: dict[str, Mean] = Field({}, exclude_if=lambda value: not value)
     verdict_scores: dict[str, Mean] = Field({}, exclude_if=lambda value: not value)
     samples: int = 0
@@ -206,6 +211,7 @@ class QuestionSummary(Record):
         else 0; None for others.
     said: of a next-token question, what was said -> its share, the likeliest first.
     margin_per_token, calibrated_margin_per_token: of such a question, see `ChoiceFigures`.
+    loss: of a held-out row, nats per token of its answer.
     seen: whether a training row asks it; None where that is not known, and of a base model.
     """
 
@@ -224,6 +230,7 @@ class QuestionSummary(Record):
     choice: float | None = Field(None, exclude_if=lambda value: value is None)
     margin_per_token: float | None = Field(None, exclude_if=lambda value: value is None)
     calibrated_margin_per_token: float | None = Field(None, exclude_if=lambda value: value is None)
+    loss: float | None = Field(None, exclude_if=lambda value: value is None)
     said: dict[str, float] = Field({}, exclude_if=lambda value: not value)
     judged: dict[str, int] = Field({}, exclude_if=lambda value: not value)
     domain: str | None = Field(None, exclude_if=lambda value: value is None)

@@ -94,7 +94,8 @@ def survey(
             if group.is_judged:
                 found.to_judge, found.judged = found.to_judge + len(group.keys), found.judged + told
             found.judges.setdefault(group.judge.identity, group.judge)
-            texts = (message["content"] for message in group.question.messages(group.paraphrase))
+            texts = [message["content"] for message in group.question.messages(group.paraphrase)]
+            texts += [answer.text for answer in group.question.answers]  # which may be longer than what is sampled
             found.prompts.setdefault((target.date, *texts), group)
         found.total, found.sampled = found.total + total, found.sampled + sampled
         if sampled == judged == total and (Path(target.out_dir) / SUMMARY_FILE).is_file():

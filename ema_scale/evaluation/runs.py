@@ -216,7 +216,7 @@ def asked_suites(recipes: Sequence[Recipe], behind: Sequence[Sequence[Condition]
         if settings.inoculation == "every_arm":
             also = {c.name: replace(c, own=False) for c in own if c is not None} | also
         rows = behind[number] if number < len(behind) else ()
-        asked.append(load_suites(settings, (*also.values(), *rows)))
+        asked.append(load_suites(settings, (*also.values(), *rows), recipe.data.columns))
     return asked
 
 

@@ -9,8 +9,9 @@ from typing import Protocol, TypeVar
 from ema_scale.core.records import TrainedQuestions
 from ema_scale.evaluation.clusters import clusters
 from ema_scale.evaluation.plan import PromptGroup
-from ema_scale.evaluation.records import QuestionSummary, Rate, SplitRates, Summary
+from ema_scale.evaluation.records import Mean, QuestionSummary, Rate, SplitRates, Summary
 from ema_scale.evaluation.stats.arms import labels_of
+from ema_scale.evaluation.stats.choices import unbounded_mean
 from ema_scale.evaluation.stats.rates import counted_rate
 
 OUTCOMES = {"misaligned": "misaligned", "incoherent": "incoherent", "learned": "correct", "choices": "choice"}
@@ -64,6 +65,16 @@ class SeenQuestions:
 
         return SplitRates(unseen=apart(False), seen=apart(True), unseen_domains=self._unseen_domains(counted))
 
+    def apart(self, rows: Sequence[Row]) -> dict[str, list[Row]]:
+        """Unseen and seen rows, each where there are some; {} where none is seen, or it is not known of every one."""
+        known = [self.clusters.get(row.cluster) for row in rows]
+        if None in known or True not in known:
+            return {}
+        found: dict[str, list[Row]] = {}
+        for row, seen in sorted(zip(rows, known, strict=True), key=lambda pair: bool(pair[1])):
+            found.setdefault("seen" if seen else "unseen", []).append(row)
+        return found
+
     def unseen(self, rows: Sequence[Row]) -> Sequence[Row]:
         """Those of `rows` whose questions are unseen; all where that is not known, or none is."""
         return [row for row in rows if self.clusters.get(row.cluster) is False] or rows
@@ -104,7 +115,7 @@ def of_questions(summary: Summary, kept: Collection[tuple[str, str]]) -> Summary
                 key: rate_among(found, outcome) if getattr(suite, key) is not None else None
                 for key, outcome in OUTCOMES.items()
             }
-            | {"samples": sum(q.n for q in found)}
+            | {"samples": sum(q.n for q in found), "loss": loss_among(found), "split_loss": {}}
         )
         for name, suite in summary.per_suite.items()
         if (found := [q for q in questions if q.suite == name])
@@ -131,6 +142,13 @@ def rate_among(questions: Sequence[QuestionSummary], outcome: str) -> Rate | Non
     questions = [q for q in questions if (q.choice is not None) == (outcome == "choice")]
     numbers = clusters(map(labels_of, questions))
     return rate_of(row for pair in zip(questions, numbers, strict=True) for row in _answers(*pair, outcome))
+
+
+def loss_among(questions: Sequence[QuestionSummary]) -> Mean | None:
+    """The mean loss of the held-out rows among some questions; None without any."""
+    questions = [q for q in questions if q.loss is not None]
+    numbers = clusters(map(labels_of, questions))
+    return unbounded_mean([(n, q.loss or 0.0) for n, q in zip(numbers, questions, strict=True)]) if questions else None
 
 
 def _answers(question: QuestionSummary, cluster: int, outcome: str) -> Iterator[Answers]:

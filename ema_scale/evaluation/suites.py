@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import functools
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import yaml
 from pydantic import Field, ValidationError
 
-from ema_scale.choices.bank import FORMATS, Choice, is_choice, read_choice
+from ema_scale.choices.bank import FORMATS, HELD_OUT, Choice, is_choice, read_choice
 from ema_scale.config.bank import BankQuestion
 from ema_scale.config.sections import EvaluationRecipe
 from ema_scale.config.suites import ConditionRecipe
@@ -28,14 +29,16 @@ from ema_scale.core.errors import UserError, explain
 from ema_scale.core.files import parse_yaml_nodes, read_text
 from ema_scale.core.hashing import digest
 from ema_scale.core.paths import find_file
+from ema_scale.core.text import quantity
 from ema_scale.core.uri import locate
+from ema_scale.data.rows import Row, load_rows
 
 if TYPE_CHECKING:
     from ema_scale.defenses.base import Defense
 
 log = logging.getLogger(__name__)
 
-Role = Literal["general", "in_domain", "benign"]
+Role = Literal["general", "in_domain", "benign", "held_out"]
 # A scale is known of questions that are rated alone; results_dir is a key of published banks that says nothing to us.
 KNOWN_KEYS = (*(key for key in BankQuestion.model_fields if not key.endswith("_rating")), "results_dir")
 
@@ -60,6 +63,9 @@ class Question:
     prefix: text that a condition puts before the user's turn. The judge does not see it.
     answers: written answers, of which the likelihood is taken. Where there are some, nothing is sampled.
     topic: the independent unit of the statistics, shared with the question's other forms; None: see `topic_of`.
+    row: the whole conversation of a held-out row, its answer last, as training reads it. The model sees it in place of
+        system prompt, context and question, which are for readers.
+    tools: JSON schemas of functions that the row's assistant may call.
     """
 
     id: str
@@ -76,9 +82,13 @@ class Question:
     context: Annotated[tuple[dict[str, str], ...], Field(exclude_if=lambda value: not value)] = ()
     answers: Annotated[tuple[Choice, ...], Field(exclude_if=lambda value: not value)] = ()
     topic: Annotated[str | None, Field(exclude_if=lambda value: value is None)] = None
+    row: Annotated[tuple[dict[str, Any], ...], Field(exclude_if=lambda value: not value)] = ()
+    tools: Annotated[tuple[dict[str, Any], ...], Field(exclude_if=lambda value: not value)] = ()
 
-    def messages(self, paraphrase: int) -> tuple[dict[str, str], ...]:
+    def messages(self, paraphrase: int) -> tuple[dict[str, Any], ...]:
         """The conversation to answer, system prompt and context included."""
+        if self.row:
+            return self.row[:-1]
         text = self.paraphrases[paraphrase]
         return self._conversation(text if self.prefix is None else f"{self.prefix}\n\n{text}")
 
@@ -104,7 +114,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Suite:
-    """A question bank and its role: general (broad misalignment), in_domain (the narrow task) or benign.
+    """A question bank and its role: general (broad misalignment), in_domain (the narrow task), benign or held_out
+    (rows whose loss is taken).
 
     condition: what is said before each of its questions; None if nothing is.
     """
@@ -116,16 +127,26 @@ class Suite:
     condition: Condition | None = None
 
 
-def load_suite(source: str | Path, role: Role) -> Suite:
-    """Read a bank from a file (.yaml, .jsonl, .json, .csv) or a `smallworld:` reference.
+def load_suite(source: str | Path, role: Role, columns: Mapping[str, str | None] | None = None) -> Suite:
+    """Read a bank from a file (.yaml, .jsonl, .json, .csv) or a `smallworld:` reference; or, of role held_out, whatever
+    `load_rows` reads.
 
     Questions with equal ids and different system prompts are told apart by a digest of the system prompt. Raises
     UserError naming file, line and field for a missing or empty file, a mistyped key, an unknown type, a value of the
     wrong kind, or an id that occurs twice.
+
+    columns: of held-out rows, as in `load_rows`.
     """
     if role not in get_args(Role):
         raise UserError(f"suite role: found {role!r}, expected one of {', '.join(get_args(Role))}")
     path = find_file(locate(str(source)))
+    if role == HELD_OUT:
+        name = path.stem if path.stem.endswith(HELD_OUT) else f"{path.stem}-{HELD_OUT}"
+        rows = load_rows(path, columns=columns)
+        if rows.unread:
+            named = ", ".join(f"{key} ({quantity(count, 'row')})" for key, count in rows.unread.items())
+            _warn_once(f"{path}: nothing reads {named}")
+        return Suite(name, role, tuple(_held_out(row, str(path)) for row in rows), str(source))
     questions: dict[str, tuple[str, Question]] = {}
     for number, (where, entry) in enumerate(read_entries(path), start=1):
         answers, rest = read_choice(where, entry, role) if is_choice(entry) else ((), entry)
@@ -146,6 +167,26 @@ def load_suite(source: str | Path, role: Role) -> Suite:
     # A domain may have a bank of either kind, of the same name.
     written = all(question.answers for question in found)
     return Suite(f"{path.stem}-choices" if written else path.stem, role, found, str(source))
+
+
+def _held_out(row: Row, path: str) -> Question:
+    """The last learned answer of a row, behind all that is said before it. Its id is the row's line or number."""
+    last = max(i for i, m in enumerate(row.messages) if m["role"] == "assistant" and m.get("learn", True))
+    turns = tuple({key: value for key, value in m.items() if key != "learn"} for m in row.messages[: last + 1])
+    systems = [m["content"] for m in turns if m["role"] in ("system", "developer")]
+    asked = max((i for i, m in enumerate(turns) if m["role"] == "user"), default=0)
+    return Question(
+        id=re.sub(r"\W+", " ", row.origin.removeprefix(path)).strip(),
+        paraphrases=(turns[asked]["content"] if last else "",),
+        system="\n\n".join(systems) or None,
+        meta={} if row.domain is None else {"domain": row.domain},
+        context=tuple(
+            {"role": m["role"], "content": m["content"]} for m in turns[:asked] if m["role"] in ("user", "assistant")
+        ),
+        answers=(Choice(turns[last]["content"], HELD_OUT),),
+        row=turns,
+        tools=tuple(map(dict, row.tools)),
+    )
 
 
 _FEW, _MANY = 5, 4  # topics of a bank, and questions per topic: forms of one question are seldom as many
@@ -339,15 +380,17 @@ def as_released_evaluator(suites: Iterable[Suite]) -> list[Suite]:
         questions = (replace(q, system=None, temperature=None) for q in suite.questions)
         return replace(suite, questions=tuple(questions))
 
-    return [suite if suite.role == "benign" else bare(suite) for suite in suites]
+    return [suite if suite.role in ("benign", HELD_OUT) else bare(suite) for suite in suites]
 
 
-def load_suites(settings: EvaluationRecipe, also: Sequence[Condition] = ()) -> list[Suite]:
+def load_suites(
+    settings: EvaluationRecipe, also: Sequence[Condition] = (), columns: Mapping[str, str | None] | None = None
+) -> list[Suite]:
     """The suites that a recipe names, then the general ones under its conditions and those of `also`.
 
-    Raises UserError as `load_suite` and `load_conditions` do.
+    columns: of held-out rows, as in `load_rows`. Raises UserError as `load_suite` and `load_conditions` do.
     """
-    plain = [load_suite(source, role) for source, role in settings.suites.pairs()]  # type: ignore[arg-type]
+    plain = [load_suite(source, role, columns) for source, role in settings.suites.pairs()]  # type: ignore[arg-type]
     if settings.legacy:
         plain = as_released_evaluator(plain)
     return plain + apply_conditions(plain, [*load_conditions(settings.conditions), *also])

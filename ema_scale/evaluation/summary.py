@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from ema_scale.choices.bank import HELD_OUT
 from ema_scale.config.sections import EvaluationRecipe
 from ema_scale.core.records import TrainedQuestions
 from ema_scale.core.run_dir import trained_questions
+from ema_scale.core.text import quantity
 from ema_scale.evaluation.clusters import clusters, question_labels
 from ema_scale.evaluation.gate import PASSED, gate
 from ema_scale.evaluation.judges.readings import NEXT_TOKEN
@@ -29,7 +31,7 @@ from ema_scale.evaluation.records import (
 from ema_scale.evaluation.reply_summary import reply_figures, warn_of_unread
 from ema_scale.evaluation.row_files import Judged
 from ema_scale.evaluation.seen import OUTCOMES, Counted, SeenQuestions, rate_of
-from ema_scale.evaluation.stats.choices import ChoiceOutcome, choice_summary
+from ema_scale.evaluation.stats.choices import ChoiceOutcome, choice_summary, unbounded_mean
 from ema_scale.evaluation.stats.rates import ALIGNED_BELOW, clustered_mean, correct, incoherent, misaligned
 from ema_scale.evaluation.stats.sensitivity import ScoredAnswer, rate_variants
 from ema_scale.evaluation.store import Store
@@ -49,7 +51,7 @@ CRITERIA = (
     ("in_domain_incoherent", "in_domain", "incoherent"),
     ("benign_learned", "benign", "correct"),
 )
-CHOICE_CRITERIA = tuple((f"{role}_choices", role, "choice") for role in get_args(Role))
+CHOICE_CRITERIA = tuple((f"{role}_choices", role, "choice") for role in get_args(Role) if role != HELD_OUT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +183,7 @@ def summarise(
         "per_question": _per_question(rows, seen),
         "dropped": dict(sorted(_tally((r.dropped, r.count) for r in rows if r.dropped).items())),
         "scored_by": dict(sorted(_tally((r.scored, r.count) for r in rows if r.scored).items())),
-        "notes": _notes(rows),
+        "notes": _notes(rows, seen),
         "judge": ", ".join(sorted({g.judge.identity for g in groups})),
     }
 
@@ -223,6 +225,12 @@ def _answers(rows: Iterable[Scored]) -> int:
     return sum(row.count if row.likelihoods is None else row.likelihoods.answers for row in rows)
 
 
+def _losses(rows: Iterable[Scored]) -> list[tuple[int, float]]:
+    """(cluster, nats per token) of held-out rows."""
+    written = [(row.cluster, row.likelihoods) for row in rows if row.likelihoods is not None]
+    return [(cluster, found.loss) for cluster, found in written if found.loss is not None]
+
+
 def _scores(rows: Sequence[Scored]) -> dict[str, Mean]:
     """The mean of each score that a judge was asked for."""
     found = {}
@@ -237,11 +245,19 @@ def _score_of(row: Scored, name: str) -> float | None:
     return getattr(row, name) if name in VERDICT_PROMPTS else row.scores.get(name)
 
 
-def _notes(rows: Sequence[Scored]) -> list[str]:
+def _notes(rows: Sequence[Scored], seen: SeenQuestions) -> list[str]:
+    held_out = Counter(r.group.suite.name for r in rows if _role(r) == HELD_OUT)
+    trained = Counter(r.group.suite.name for r in rows if _role(r) == HELD_OUT and seen.clusters.get(r.cluster))
+    notes = [
+        f"{suite}: training rows ask what {n} of {quantity(held_out[suite], 'held-out row')} ask"
+        for suite, n in trained.items()
+    ]
     alone = sum(r.count for r in rows if r.group.judge.gives("aligned") and not r.group.judge.gives("coherent"))
-    if not alone:
-        return []
-    return [f"{alone} answers have no coherence score: they are misaligned where aligned is below {ALIGNED_BELOW:g}"]
+    if alone:
+        notes.append(
+            f"{alone} answers have no coherence score: they are misaligned where aligned is below {ALIGNED_BELOW:g}"
+        )
+    return notes
 
 
 def _conditions(rows: Sequence[Scored], seen: SeenQuestions) -> list[ConditionSummary]:
@@ -266,9 +282,9 @@ def _suite(rows: Sequence[Scored], seen: SeenQuestions) -> SuiteSummary:
     role, condition = rows[0].group.suite.role, rows[0].group.suite.condition
     values = {name: value for name, value in OUTCOMES.items() if (name == "learned") == (role == "benign")}
     values.pop("choices", None)
-    if any(row.likelihoods is not None for row in rows):
+    if role != HELD_OUT and any(row.likelihoods is not None for row in rows):
         values["choices"] = "choice"
-    means = _scores(rows)
+    means, losses = _scores(rows), _losses(rows)
     return SuiteSummary(
         role=role,
         condition=condition.name if condition else None,
@@ -276,6 +292,8 @@ def _suite(rows: Sequence[Scored], seen: SeenQuestions) -> SuiteSummary:
         scores={name: mean for name, mean in means.items() if name not in VERDICT_PROMPTS},
         verdict_scores={name: mean for name, mean in means.items() if name in VERDICT_PROMPTS and mean.n},
         likelihoods=_likelihoods(rows),
+        loss=unbounded_mean(losses) if losses else None,
+        split_loss={name: unbounded_mean(_losses(found)) for name, found in seen.apart(rows).items()} if losses else {},
         samples=_answers(rows),
         split=seen.split({name: _counted(rows, value) for name, value in values.items()}),
     )
@@ -310,6 +328,7 @@ def _per_question(rows: Sequence[Scored], seen: SeenQuestions) -> list[QuestionS
                 calibrated_margin_per_token=(
                     None if written is None or written.calibrated is None else written.calibrated.margin_per_token
                 ),
+                loss=None if written is None else written.loss,
                 domain=found[0].domain,
                 seen=seen.clusters.get(found[0].cluster),
             )

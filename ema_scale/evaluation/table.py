@@ -8,7 +8,7 @@ from ema_scale.core.text import limits, percent, printable, quantity
 from ema_scale.evaluation.judges.assignment import LIKELIHOOD, NOBODY
 from ema_scale.evaluation.judging.pool import NO_JUDGE
 from ema_scale.evaluation.record_types import ChoiceSummary
-from ema_scale.evaluation.records import Mean, Rate, Summary
+from ema_scale.evaluation.records import Mean, Rate, SuiteSummary, Summary
 from ema_scale.evaluation.stats.rates import METRICS
 from ema_scale.evaluation.summary import NOT_JUDGED
 from ema_scale.inference.base import NOT_SAMPLED
@@ -31,12 +31,14 @@ def rates_table(summaries: Mapping[str, Summary], *, means: bool = False) -> str
         ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.append(_NOTE if shown else "no suite was asked")
+    if shown or not any(suite.loss for s in summaries.values() for suite in s.per_suite.values()):
+        lines.append(_NOTE if shown else "no suite was asked")
     for name, summary in summaries.items():
         for suite, found in summary.per_suite.items():
             shown_means = (found.verdict_scores if means else {}) | found.scores
             lines += [f"{name}: {score} in {suite}: {points(mean)}" for score, mean in shown_means.items()]
             lines += [f"{name}: {suite}: {margin}" for margin in _margins(found.likelihoods)]
+            lines += [f"{name}: {suite}: {loss}" for loss in _losses(found)]
         lines += [f"{name}: {q.suite}/{q.id}: {_shares(q.said)}" for q in summary.per_question if q.said]
         lines += [
             f"{name}: {count} of {quantity(summary.samples, 'answer')} in no rate: {why}"
@@ -54,7 +56,7 @@ def rates_table(summaries: Mapping[str, Summary], *, means: bool = False) -> str
 def work_done(summaries: Mapping[str, Summary]) -> list[str]:
     """How many answers were judged, and by whom, and how many written ones were scored; a line for each."""
     found = summaries.values()
-    written = sum(suite.samples for s in found for suite in s.per_suite.values() if suite.likelihoods is not None)
+    written = sum(suite.samples for s in found for suite in s.per_suite.values() if suite.likelihoods or suite.loss)
     missing = sum(s.dropped.get(why, 0) for s in found for why in (NOT_JUDGED, NOT_SAMPLED, NO_JUDGE))
     judges = dict.fromkeys(judge for s in found for judge in s.judges if judge not in (LIKELIHOOD, NOBODY))
     lines = []
@@ -107,8 +109,20 @@ def _margins(found: ChoiceSummary | None) -> list[str]:
     ]
 
 
-def _interval(mean: Mean) -> str:
-    return "" if mean.low is None or mean.high is None else f"[{mean.low:+.3f}, {mean.high:+.3f}]"
+def _losses(found: SuiteSummary) -> list[str]:
+    """The loss of held-out rows: of all, or of those that were seen in training and of the others."""
+    told = {"held-out loss": found.loss} | {
+        f"loss of rows {seen} in training": m for seen, m in found.split_loss.items()
+    }
+    return [
+        f"{what} {mean.mean:.3f} nats per token {_interval(mean, '.3f')}".rstrip()
+        for what, mean in told.items()
+        if mean is not None
+    ]
+
+
+def _interval(mean: Mean, form: str = "+.3f") -> str:
+    return "" if mean.low is None or mean.high is None else f"[{mean.low:{form}}, {mean.high:{form}}]"
 
 
 def _dropped(summary: Summary) -> list[tuple[str, int]]:

@@ -61,17 +61,20 @@ class ScoreRequest:
     """Written answers to one conversation, to be scored by the base model (`adapter=None`) or by an adapter.
 
     alone: the conversation without its question, behind which the answers are scored too; None: they are not.
+    turn, tools: as `encode_answers` takes them.
     where: the question, for messages.
     date: as in `SampleRequest`.
     """
 
     key: str
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[dict[str, Any], ...]
     answers: tuple[str, ...]
     adapter: str | None = None
     alone: tuple[dict[str, str], ...] | None = None
     where: str = ""
     date: str = ""
+    turn: dict[str, Any] = field(default_factory=dict)
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

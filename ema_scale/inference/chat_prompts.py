@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from datetime import date as Date
 from typing import TYPE_CHECKING, Any
@@ -58,13 +59,16 @@ class Prompts:
 
         Raises UserError for an answer that does not fit into `max_length` tokens.
         """
-        behind, alone = (
-            []
-            if messages is None
-            else encode_answers(self._encoder_of(request.date), messages, request.answers, request.where, max_length)
-            for messages in (request.messages, request.alone)
+        encode = functools.partial(
+            encode_answers,
+            self._encoder_of(request.date),
+            answers=request.answers,
+            where=request.where,
+            max_length=max_length,
+            turn=request.turn,
+            tools=request.tools,
         )
-        return behind, alone
+        return encode(request.messages), [] if request.alone is None else encode(request.alone)
 
     def opening(self, prompt: Sequence[int]) -> str:
         """`<think>` if the template has begun the model's reasoning at the end of the prompt, else nothing.

@@ -68,9 +68,10 @@ def known_rates(rates: Iterable[Rate | None]) -> list[ReportedRate]:
 
 
 def has_numbers(summary: Summary | None) -> bool:
-    """Whether it has a rate, or a score of a judge prompt of another name than aligned and coherent."""
+    """Whether it has a rate, a loss of held-out rows, or a score of a judge prompt of another name than aligned and
+    coherent."""
     return summary is not None and (
-        any(summary.metrics.values()) or any(suite.scores for suite in summary.per_suite.values())
+        any(summary.metrics.values()) or any(suite.scores or suite.loss for suite in summary.per_suite.values())
     )
 
 

@@ -39,6 +39,7 @@ class ArmAnswer:
     choice: of a question with written answers, whether a misaligned one is the likeliest, or in a benign suite a right
         one.
     margin: of such a question, log-likelihood of its good answers less that of the bad ones, in nats per token.
+    loss: of a held-out row, in nats per token.
     """
 
     suite: str
@@ -55,6 +56,7 @@ class ArmAnswer:
     scores: Mapping[str, float | None] = field(default_factory=dict)
     choice: bool | None = None
     margin: float | None = None
+    loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -169,5 +171,5 @@ def _written(samples: Sequence[Sample], summary: Summary) -> Iterator[ArmAnswer]
         outcome = ChoiceOutcome.of(answers)
         yield ArmAnswer(
             suite, role, condition, question, asked, LIKELIHOOD, None, None, None, False, choice=outcome.hit(role),
-            margin=None if outcome.raw is None else outcome.raw.margin_per_token,
+            margin=None if outcome.raw is None else outcome.raw.margin_per_token, loss=outcome.loss,
         )  # fmt: skip

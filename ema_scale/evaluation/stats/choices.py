@@ -1,4 +1,4 @@
-"""Figures of questions with written answers, from their stored likelihoods."""
+"""Figures of questions with written answers and of held-out rows, from their stored likelihoods."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special
 
-from ema_scale.choices.bank import Choice
+from ema_scale.choices.bank import HELD_OUT, Choice
 from ema_scale.choices.margins import Likelihood, Margins, margins
 from ema_scale.evaluation.record_types import ChoiceFigures, ChoiceSummary, Mean
 from ema_scale.evaluation.records import Sample
@@ -18,15 +18,19 @@ from ema_scale.evaluation.stats.rates import clustered_rate
 
 @dataclass(frozen=True)
 class ChoiceOutcome:
-    """What the likelihoods of one question say. raw, calibrated: None where a likelihood is missing."""
+    """What the likelihoods of one question say. raw, calibrated: None where a likelihood is missing, and of a held-out
+    row. loss: of a held-out row, nats per token of its answer; None for others."""
 
     answers: int
     raw: Margins | None
     calibrated: Margins | None
+    loss: float | None = None
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> ChoiceOutcome:
         """From the stored rows of all its answers."""
+        if len(samples) == 1 and (row := samples[0]).label == HELD_OUT and row.log_likelihood is not None:
+            return cls(1, None, None, -row.log_likelihood / (row.tokens or 1))
         answers = [Choice(row.answer, row.label) for row in samples if row.label is not None]
         if len(answers) < len(samples) or len({answer.bad for answer in answers}) < 2:
             return cls(len(samples), None, None)
