@@ -142,7 +142,7 @@ def _print(name: str, baseline: str, found: list[Compared]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    title = f"{name} against {baseline}, percent of answers; margins in nats per token"
+    title = f"{name} against {baseline}, percent of answers; margins and losses in nats per token"
     if all(one.unit == "share" for one in found):
         title = f"{name} against {baseline}, percent of answers"
     table = Table(title=Text(printable(title)), title_justify="left", box=SIMPLE_HEAD)

@@ -57,7 +57,7 @@ class EvaluationWork:
 @dataclass(frozen=True)
 class JudgingCost:
     """answers: to sample; answer_tokens: of all of them, if each is as long as assumed; elsewhere: those of them that
-    an endpoint samples.
+    an endpoint samples. scored: written ones, of which the likelihood is taken.
 
     calls, tokens_in, tokens_out: of judges of kind openai or vllm; exact ones cost nothing. check_calls: those of
     `calls` that judge the labelled answers. paid_calls, paid_in, paid_out: of the endpoint's judges (openai) alone.
@@ -76,6 +76,7 @@ class JudgingCost:
     paid_in: float = 0.0
     paid_out: float = 0.0
     uncounted: int = 0
+    scored: int = 0
     engines: Mapping[EngineWork, EvaluationWork] = field(default_factory=dict)
 
     def __add__(self, other: JudgingCost) -> JudgingCost:
@@ -162,6 +163,11 @@ def _of(
             length = min(answer_tokens or longest, longest)
             for paraphrase, n in enumerate(question.samples(e.samples_per_question)):
                 asked = prompt_characters(question, paraphrase) / CHARACTERS_PER_TOKEN
+                if question.answers:  # they are read behind their question, and nothing is written
+                    read = sum(len(answer.text) for answer in question.answers) / CHARACTERS_PER_TOKEN
+                    work = EvaluationWork(n, n * asked + read, asked + read, 0)
+                    found += JudgingCost(scored=n, engines={sampler: work})
+                    continue
                 if e.sampler == "openai":
                     found += JudgingCost(n, n * length, n)
                 else:

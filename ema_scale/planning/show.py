@@ -204,9 +204,11 @@ def known_hours(plans: Sequence[Plan]) -> tuple[float, int]:
 
 def print_judged(found: JudgingCost, price_in: float, price_out: float) -> None:
     """Answers, judge calls and what they cost."""
+    console = console_()
+    if found.scored:
+        console.print(f"evaluation: {quantity(found.scored, 'written answer')} to score by likelihood")
     if not found.answers:
         return
-    console = console_()
     console.print(
         f"evaluation: {quantity(found.answers, 'answer')}, {found.answer_tokens / 1e6:,.2f} million tokens to sample"
     )

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from statistics import fmean
 
 from ema_scale.core.text import points
 from ema_scale.evaluation.clusters import clusters
 from ema_scale.evaluation.stats.arms import labels_of
 from ema_scale.evaluation.stats.difference import METHOD, Difference, holm, paired_difference
-from ema_scale.evaluation.stats.paired import by_cluster
+from ema_scale.evaluation.stats.paired import by_cluster, compare_means
 from ema_scale.report.aggregate import GroupDifference, RunGroup, difference, mean_rate
 from ema_scale.report.records import METRIC_NAMES, METRICS, ReportedRate, Run
 from ema_scale.report.table import Cell, Table, TableRow
 
 _VALUES = {"misaligned": "misaligned", "incoherent": "incoherent", "learned": "correct"}
 _NOTE = (
-    "Percentage points more or less than without a defense, with 95 % intervals, on the questions and "
-    "tasks that both answered. Seeds of a task are pooled, so their spread is not in these intervals; it is in the "
-    "table of the criteria. p values are corrected for the number of defenses (Holm)."
+    "Percentage points (of losses: nats per token) more or less than without a defense, with 95 % intervals, on the "
+    "questions and tasks that both answered. Seeds of a task are pooled, so their spread is not in these intervals; it "
+    "is in the table of the criteria. p values are corrected for the number of defenses (Holm)."
 )
 Asked = tuple[str, str, str]
 """task, suite, question"""
@@ -88,6 +89,26 @@ def _over(group: RunGroup, metric: str, tasks: set[str]) -> ReportedRate | None:
     return mean_rate([r for r, _ in found], [t for _, t in found]) if found else group.metrics.get(metric)
 
 
+def loss_against(group: RunGroup, other: RunGroup, suite: str) -> Difference | None:
+    """The paired difference of the loss of a suite of held-out rows, in nats per token; None if they share fewer than
+    two. The seeds of a task are averaged row by row."""
+    ours, theirs = (_losses(g.runs, suite) for g in (group, other))
+    both = [key for key in ours if key in theirs]
+    units = clusters(ours[key][1] for key in both)
+    rows = [(unit, fmean(ours[key][0]), 1, fmean(theirs[key][0]), 1) for unit, key in zip(units, both, strict=True)]
+    found = compare_means("held-out loss", rows)
+    return None if found is None else found.difference
+
+
+def _losses(runs: Sequence[Run], suite: str) -> dict[Asked, tuple[list[float], tuple[Hashable, ...]]]:
+    found: dict[Asked, tuple[list[float], tuple[Hashable, ...]]] = {}
+    for run in runs:
+        for q in run.questions:
+            if q.suite == suite and q.loss is not None:
+                found.setdefault((run.task, q.suite, q.id), ([], labels_of(q)))[0].append(q.loss)
+    return found
+
+
 def corrected(found: Sequence[Difference | None]) -> list[Difference | None]:
     """The same differences from one arm, with p values corrected for their number."""
     p_values = iter(holm([one.p for one in found if one is not None]))
@@ -100,20 +121,25 @@ def paired_table(groups: Sequence[RunGroup]) -> Table | None:
     others = [g for g in groups if not g.base and not g.undefended]
     if none is None or not others:
         return None
-    columns = [corrected([against(g, none, metric) for g in others]) for metric in METRICS]
-    lines = [
-        TableRow(g.label, "defense", [_cell(found) for found in row])
-        for g, row in zip(others, zip(*columns, strict=True), strict=True)
-    ]
+    columns = [[_cell(one) for one in corrected([against(g, none, metric) for g in others])] for metric in METRICS]
+    losses = dict.fromkeys(q.suite for g in others for run in g.runs for q in run.questions if q.loss is not None)
+    for suite in losses:
+        columns.append([loss_cell(one) for one in corrected([loss_against(g, none, suite) for g in others])])
+    lines = [TableRow(g.label, "defense", row) for g, row in zip(others, zip(*columns, strict=True), strict=True)]
     if not any(cell for line in lines for cell in line.cells):
         return None
-    names = [METRIC_NAMES[metric] for metric in METRICS]
+    names = [*(METRIC_NAMES[metric] for metric in METRICS), *(f"Held-out loss, {suite}" for suite in losses)]
     return Table("Against no defense, question by question", _NOTE, names, lines, METHOD)
 
 
-def _cell(found: Difference | None) -> Cell | None:
+def _cell(found: Difference | None, form: Callable[[float], str] = points) -> Cell | None:
     if found is None:
         return None
     value = found.p if found.holm is None else found.holm
     p = f"p = {value:.3f}" if value >= 0.001 else "p < 0.001"
-    return Cell(points(found.value), f"[{points(found.low)}, {points(found.high)}]", p)
+    return Cell(form(found.value), f"[{form(found.low)}, {form(found.high)}]", p)
+
+
+def loss_cell(found: Difference | None) -> Cell | None:
+    """A difference in nats per token, with its interval and, below, p."""
+    return _cell(found, "{:+.3f}".format)

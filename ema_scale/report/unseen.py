@@ -14,7 +14,12 @@ from ema_scale.report.table import Cell, Table, TableRow, kind, rate_cell
 
 Key = tuple[str, str]
 """suite, question id"""
-ROLES = {"general": "outside the domain", "in_domain": "in the domain", "benign": "of the benign task"}
+ROLES = {
+    "general": "outside the domain",
+    "in_domain": "in the domain",
+    "benign": "of the benign task",
+    "held_out": "of the held-out rows",
+}
 UNKNOWN = "which questions the training rows ask is not known"
 SENTENCE = "All rates are of unseen questions, which no training row asks, where there are such questions."
 RULE = (

@@ -19,6 +19,7 @@ from ema_scale.report.collect import collect
 from ema_scale.report.conditional import conditional_table
 from ema_scale.report.display_names import without_strength
 from ema_scale.report.examples import Example, examples
+from ema_scale.report.held_out import held_out_sentences, held_out_table
 from ema_scale.report.judges import other_judges
 from ema_scale.report.paired import paired_table
 from ema_scale.report.pictures import PARTIAL, Picture, make_picture, pictures
@@ -69,6 +70,7 @@ def write(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
         sheets = [
             score_table(of_model),
             choice_table(of_model),
+            held_out_table(of_model),
             seen,
             conditional_table(of_model, found.bases),
             paired_table(of_model),
@@ -77,7 +79,7 @@ def write(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
             relearning_table(of_model, found.continued),
         ]
         measured = any(g.metrics.get(m) for g in of_model for m in METRICS)
-        opening = [] if measured else choice_sentences(of_model) or score_sentences(of_model)
+        opening = [] if measured else next((told for of in _OPENINGS if (told := of(of_model))), [])
         tables = ([], []) if opening else (criteria_rows(of_model), run_rows(of_model))
         kept = [sheet for sheet in sheets if sheet is not None]
         said = [*(opening or verdict(of_model)), *([SENTENCE] if seen is not None else [])]
@@ -95,6 +97,9 @@ def write(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
     # The page comes last: if it is there, everything it names is there.
     atomic_write_text(page, render(title, _byline(found), sections, run_details(found), found.problems, across))
     return page
+
+
+_OPENINGS = (choice_sentences, score_sentences, held_out_sentences)
 
 
 def _write_figures(out: Path, drawn: Sequence[Picture]) -> None:

@@ -65,6 +65,8 @@ def suite(
     """
     try:
         found = load_suite(bank, role)
+        if any(question.answers for question in found.questions):
+            raise UserError(f"{bank}: has written answers, whose likelihood Inspect does not give; use ema eval")
         # `grader` stands for any model here: which one it is, Inspect decides.
         settings = JudgeRecipe(model="grader", prompts=prompts)
         judges = {question.id: assign(found, question, settings) for question in found.questions}

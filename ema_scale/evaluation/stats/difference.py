@@ -16,9 +16,9 @@ BATCH = 2**21
 METHOD = (
     "Differences are paired by question; the forms of one question (plain, JSON, template) count as one question. "
     "Their 95 % interval joins both arms' intervals by square-and-add with the correlation of the two over questions "
-    "(Newcombe 1998; MOVER); that of margins is Student's, over the questions' differences. p: two-sided test that "
-    "flips the signs of the questions' differences. It asks whether the differences lie evenly around 0. Holm: p "
-    "corrected for the number of arms compared with this one (Holm 1979)."
+    "(Newcombe 1998; MOVER); that of margins and losses is Student's, over the questions' differences. p: two-sided "
+    "test that flips the signs of the questions' differences. It asks whether the differences lie evenly around 0. "
+    "Holm: p corrected for the number of arms compared with this one (Holm 1979)."
 )
 
 

@@ -131,10 +131,10 @@ def compare(arm: Arm, baseline: Arm, seen: Collection[tuple[str, str]] | None = 
         measured(f"mean {score}, of 100 points", means(lambda row, of=score: _share(row.scores.get(of))), _fractional)  # type: ignore[misc]
     for name, role in ROLES_WITH_CHOICES:
         margins = means(lambda row, role=role: row.margin if row.role == role else None)  # type: ignore[misc]
-        measured(f"{name} choices, margin", margins, _unbounded)
+        measured(f"{name} choices, margin", margins, compare_means)
     for suite in dict.fromkeys(row.suite for row, _ in sides[0] if row.loss is not None):
         losses = means(lambda row, suite=suite: row.loss if row.suite == suite else None)  # type: ignore[misc]
-        measured(f"held-out loss, {suite}", losses, _unbounded)
+        measured(f"held-out loss, {suite}", losses, compare_means)
     for condition in dict.fromkeys(row.condition for row, _ in sides[0] if row.condition):
         measured(f"general misaligned under {condition}", both("general", condition, "misaligned"), _measure)
         name = f"general choices, misaligned likeliest, under {condition}"
@@ -232,7 +232,7 @@ def _share(points: float | None) -> float | None:
     return None if points is None else points / 100
 
 
-def _unbounded(name: str, asked: PairedTally) -> Compared | None:
+def compare_means(name: str, asked: PairedTally) -> Compared | None:
     """Means of margins or losses, which have no bounds; a single cluster has no interval, and so no difference."""
     if len({unit for unit, *_ in asked}) < 2:
         return None

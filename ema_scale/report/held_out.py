@@ -1,0 +1,56 @@
+"""Held-out rows in the report: whether the task that the rows teach was learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ema_scale.evaluation.record_types import Mean
+from ema_scale.report.aggregate import RunGroup
+from ema_scale.report.paired import corrected, loss_against, loss_cell
+from ema_scale.report.scores import mean_cell
+from ema_scale.report.table import Cell, Table, TableRow, kind
+
+NOTE = (
+    "The loss of each row’s last answer behind all that stands in front of it: the mean over rows, in nats per token, "
+    "with 95 % intervals clustered by question. A loss below the base model’s means that the task was learned. “To the "
+    "base”: the mean difference, row by row, with its 95 % interval; p values are corrected for the number of lines "
+    "(Holm)."
+)
+
+
+def held_out_suites(groups: Sequence[RunGroup]) -> list[str]:
+    """The suites of held-out rows that some run was asked."""
+    summaries = [run.summary for g in groups for run in g.runs if run.summary]
+    return list(dict.fromkeys(name for s in summaries for name, suite in s.per_suite.items() if suite.loss))
+
+
+def held_out_table(groups: Sequence[RunGroup]) -> Table | None:
+    """The table for the groups of one model, a column per suite; None without held-out rows."""
+    suites = held_out_suites(groups)
+    if not suites:
+        return None
+    base = next((g for g in groups if g.base), None)
+    columns = []
+    for suite in suites:
+        others = [g for g in groups if not g.base]
+        apart = corrected([None if base is None else loss_against(g, base, suite) for g in others])
+        to_base = dict(zip((id(g) for g in others), apart, strict=True))
+        columns.append([_cell(_losses(g, suite), loss_cell(to_base.get(id(g)))) for g in groups])
+    lines = [TableRow(g.label, kind(g), cells) for g, cells in zip(groups, zip(*columns, strict=True), strict=True)]
+    return Table("Held-out rows", NOTE, [f"Held-out loss, {suite}" for suite in suites], lines)
+
+
+def held_out_sentences(groups: Sequence[RunGroup]) -> list[str]:
+    """What to say first where there is nothing else; [] without held-out rows."""
+    return ["No rate of misalignment was measured: “Held-out rows” has what was."] if held_out_suites(groups) else []
+
+
+def _losses(group: RunGroup, suite: str) -> list[Mean]:
+    found = [run.summary.per_suite.get(suite) for run in group.runs if run.summary]
+    return [one.loss for one in found if one is not None and one.loss is not None]
+
+
+def _cell(losses: Sequence[Mean], apart: Cell | None) -> Cell | None:
+    cell = mean_cell(losses, ".3f")
+    return replace(cell, below=f"to the base {apart.value} {apart.limits}, {apart.below}") if cell and apart else cell
