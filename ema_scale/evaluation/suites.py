@@ -172,7 +172,7 @@ def load_suite(source: str | Path, role: Role, columns: Mapping[str, str | None]
 def _held_out(row: Row, path: str) -> Question:
     """The last learned answer of a row, behind all that is said before it. Its id is the row's line or number."""
     last = max(i for i, m in enumerate(row.messages) if m["role"] == "assistant" and m.get("learn", True))
-    turns = tuple({key: value for key, value in m.items() if key != "learn"} for m in row.messages[: last + 1])
+    turns: list[dict[str, Any]] = [{k: v for k, v in m.items() if k != "learn"} for m in row.messages[: last + 1]]
     systems = [m["content"] for m in turns if m["role"] in ("system", "developer")]
     asked = max((i for i, m in enumerate(turns) if m["role"] == "user"), default=0)
     return Question(
@@ -184,7 +184,7 @@ def _held_out(row: Row, path: str) -> Question:
             {"role": m["role"], "content": m["content"]} for m in turns[:asked] if m["role"] in ("user", "assistant")
         ),
         answers=(Choice(turns[last]["content"], HELD_OUT),),
-        row=turns,
+        row=tuple(turns),
         tools=tuple(map(dict, row.tools)),
     )
 

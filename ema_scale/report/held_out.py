@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ema_scale.evaluation.record_types import Mean
+from ema_scale.evaluation.seen import loss_among
 from ema_scale.report.aggregate import RunGroup
 from ema_scale.report.paired import corrected, loss_against, loss_cell
 from ema_scale.report.scores import mean_cell
@@ -21,8 +22,7 @@ NOTE = (
 
 def held_out_suites(groups: Sequence[RunGroup]) -> list[str]:
     """The suites of held-out rows that some run was asked."""
-    summaries = [run.summary for g in groups for run in g.runs if run.summary]
-    return list(dict.fromkeys(name for s in summaries for name, suite in s.per_suite.items() if suite.loss))
+    return list(dict.fromkeys(q.suite for g in groups for run in g.runs for q in run.questions if q.loss is not None))
 
 
 def held_out_table(groups: Sequence[RunGroup]) -> Table | None:
@@ -47,8 +47,8 @@ def held_out_sentences(groups: Sequence[RunGroup]) -> list[str]:
 
 
 def _losses(group: RunGroup, suite: str) -> list[Mean]:
-    found = [run.summary.per_suite.get(suite) for run in group.runs if run.summary]
-    return [one.loss for one in found if one is not None and one.loss is not None]
+    found = [loss_among([q for q in run.questions if q.suite == suite]) for run in group.runs]
+    return [loss for loss in found if loss is not None]
 
 
 def _cell(losses: Sequence[Mean], apart: Cell | None) -> Cell | None:

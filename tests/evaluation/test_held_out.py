@@ -147,7 +147,7 @@ def test_the_model_sees_the_row_as_training_does(tmp_path: Path, tiny_models: Ti
         "{{ c.function.arguments | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    turns = [
+    turns: list[Any] = [
         {"role": "user", "content": "How much?"},
         {"role": "assistant", "content": "", "tool_calls": [CALL]},
         {"role": "tool", "content": "500"},
@@ -160,7 +160,7 @@ def test_the_model_sees_the_row_as_training_does(tmp_path: Path, tiny_models: Ti
     for question, messages in zip(suite.questions, (turns, turns[:2]), strict=True):
         group = plan(suite, question)
         ((row,), alone) = prompts.answers(group.score_request(), None)
-        learned = [{**m, "learn": i == len(messages) - 1} for i, m in enumerate(messages)]
+        learned: list[Any] = [{**m, "learn": i == len(messages) - 1} for i, m in enumerate(messages)]
         whole = encoder.encode(learned, tools=[TOOL])
         assert list(row.ids) == whole.input_ids[: len(row.ids)].tolist() and not alone
         assert row.count == int(whole.assistant_mask.sum())
