@@ -169,6 +169,16 @@ class ChoiceSummary(Record):
     calibrated: ChoiceFigures | None = None
 
 
+class Power(Record):
+    """How precise the general rate is (see `stats.power.Spread`), and what a narrower interval would take."""
+
+    between: float
+    within: float
+    questions: int
+    answers_per_question: float
+    text: str
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A coefficient with its 95 % interval."""

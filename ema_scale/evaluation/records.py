@@ -14,7 +14,7 @@ from pydantic import Field
 
 from ema_scale.choices.bank import Label
 from ema_scale.config.sections import EvaluationRecipe
-from ema_scale.evaluation.record_types import ChoiceSummary, Document, Estimate, Mean, Rate, Record, Row
+from ema_scale.evaluation.record_types import ChoiceSummary, Document, Estimate, Mean, Power, Rate, Record, Row
 from ema_scale.evaluation.reply_records import JudgeAlpha, JudgeUsage, UnreadReplies
 from ema_scale.evaluation.suites import Suite
 
@@ -114,16 +114,6 @@ class GateResult(Record):
     state: str
     line: float
     action: str
-    text: str
-
-
-class Power(Record):
-    """How precise the general rate is (see `stats.power.Spread`), and what a narrower interval would take."""
-
-    between: float
-    within: float
-    questions: int
-    answers_per_question: float
     text: str
 
 

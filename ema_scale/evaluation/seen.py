@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from ema_scale.core.records import TrainedQuestions
+from ema_scale.core.text import quantity
 from ema_scale.evaluation.clusters import clusters
 from ema_scale.evaluation.plan import PromptGroup
 from ema_scale.evaluation.records import Mean, QuestionSummary, Rate, SplitRates, Summary
@@ -65,16 +66,6 @@ class SeenQuestions:
 
         return SplitRates(unseen=apart(False), seen=apart(True), unseen_domains=self._unseen_domains(counted))
 
-    def apart(self, rows: Sequence[Row]) -> dict[str, list[Row]]:
-        """Unseen and seen rows, each where there are some; {} where none is seen, or it is not known of every one."""
-        known = [self.clusters.get(row.cluster) for row in rows]
-        if None in known or True not in known:
-            return {}
-        found: dict[str, list[Row]] = {}
-        for row, seen in sorted(zip(rows, known, strict=True), key=lambda pair: bool(pair[1])):
-            found.setdefault("seen" if seen else "unseen", []).append(row)
-        return found
-
     def unseen(self, rows: Sequence[Row]) -> Sequence[Row]:
         """Those of `rows` whose questions are unseen; all where that is not known, or none is."""
         return [row for row in rows if self.clusters.get(row.cluster) is False] or rows
@@ -115,7 +106,8 @@ def of_questions(summary: Summary, kept: Collection[tuple[str, str]]) -> Summary
                 key: rate_among(found, outcome) if getattr(suite, key) is not None else None
                 for key, outcome in OUTCOMES.items()
             }
-            | {"samples": sum(q.n for q in found), "loss": loss_among(found), "split_loss": {}}
+            | {"samples": sum(q.n for q in found)}
+            | losses(found)
         )
         for name, suite in summary.per_suite.items()
         if (found := [q for q in questions if q.suite == name])
@@ -149,6 +141,23 @@ def loss_among(questions: Sequence[QuestionSummary]) -> Mean | None:
     questions = [q for q in questions if q.loss is not None]
     numbers = clusters(map(labels_of, questions))
     return unbounded_mean([(n, q.loss or 0.0) for n, q in zip(numbers, questions, strict=True)]) if questions else None
+
+
+def losses(questions: Sequence[QuestionSummary]) -> dict[str, Any]:
+    """The fields `loss` and `split_loss` of a suite's summary."""
+    sides = {"unseen": False, "seen": True} if {q.seen for q in questions} in ({True}, {True, False}) else {}
+    apart = {name: loss_among([q for q in questions if q.seen is side]) for name, side in sides.items()}
+    return {"loss": loss_among(questions), "split_loss": {name: mean for name, mean in apart.items() if mean}}
+
+
+def loss_notes(questions: Sequence[QuestionSummary]) -> list[str]:
+    """How many held-out rows of each suite training rows ask, where they ask some."""
+    seen = [(q.suite, q.seen is True) for q in questions if q.loss is not None]
+    return [
+        f"{suite}: training rows ask what {count} of {quantity(seen.count((suite, False)) + count, 'held-out row')} ask"
+        for suite in dict.fromkeys(suite for suite, _ in seen)
+        if (count := seen.count((suite, True)))
+    ]
 
 
 def _answers(question: QuestionSummary, cluster: int, outcome: str) -> Iterator[Answers]:

@@ -13,7 +13,6 @@ from ema_scale.choices.bank import HELD_OUT
 from ema_scale.config.sections import EvaluationRecipe
 from ema_scale.core.records import TrainedQuestions
 from ema_scale.core.run_dir import trained_questions
-from ema_scale.core.text import quantity
 from ema_scale.evaluation.clusters import clusters, question_labels
 from ema_scale.evaluation.gate import PASSED, gate
 from ema_scale.evaluation.judges.readings import NEXT_TOKEN
@@ -30,8 +29,8 @@ from ema_scale.evaluation.records import (
 )
 from ema_scale.evaluation.reply_summary import reply_figures, warn_of_unread
 from ema_scale.evaluation.row_files import Judged
-from ema_scale.evaluation.seen import OUTCOMES, Counted, SeenQuestions, rate_of
-from ema_scale.evaluation.stats.choices import ChoiceOutcome, choice_summary, unbounded_mean
+from ema_scale.evaluation.seen import OUTCOMES, Counted, SeenQuestions, loss_notes, losses, rate_of
+from ema_scale.evaluation.stats.choices import ChoiceOutcome, choice_summary
 from ema_scale.evaluation.stats.rates import ALIGNED_BELOW, clustered_mean, correct, incoherent, misaligned
 from ema_scale.evaluation.stats.sensitivity import ScoredAnswer, rate_variants
 from ema_scale.evaluation.store import Store
@@ -155,7 +154,7 @@ def summarise(
 ) -> dict[str, Any]:
     """The fields of a Summary that follow from the rows. trained: what the target was trained on, if that is known."""
     seen = SeenQuestions.of({id(r.group): (r.cluster, r.group) for r in rows}.values(), trained)
-    suites = list(dict.fromkeys(g.suite.name for g in groups))
+    suites, questions = list(dict.fromkeys(g.suite.name for g in groups)), _per_question(rows, seen)
     by_suite = {name: [r for r in rows if r.group.suite.name == name] for name in suites}
     plain = [r for r in rows if r.group.suite.condition is None]
     written = [r for r in plain if r.likelihoods is not None]
@@ -179,11 +178,11 @@ def summarise(
             ]
         ),
         "conditions": _conditions(rows, seen),
-        "per_suite": {name: _suite(found, seen) for name, found in by_suite.items()},
-        "per_question": _per_question(rows, seen),
+        "per_suite": {name: _suite(found, questions, seen) for name, found in by_suite.items()},
+        "per_question": questions,
         "dropped": dict(sorted(_tally((r.dropped, r.count) for r in rows if r.dropped).items())),
         "scored_by": dict(sorted(_tally((r.scored, r.count) for r in rows if r.scored).items())),
-        "notes": _notes(rows, seen),
+        "notes": [*loss_notes(questions), *_notes(rows)],
         "judge": ", ".join(sorted({g.judge.identity for g in groups})),
     }
 
@@ -225,12 +224,6 @@ def _answers(rows: Iterable[Scored]) -> int:
     return sum(row.count if row.likelihoods is None else row.likelihoods.answers for row in rows)
 
 
-def _losses(rows: Iterable[Scored]) -> list[tuple[int, float]]:
-    """(cluster, nats per token) of held-out rows."""
-    written = [(row.cluster, row.likelihoods) for row in rows if row.likelihoods is not None]
-    return [(cluster, found.loss) for cluster, found in written if found.loss is not None]
-
-
 def _scores(rows: Sequence[Scored]) -> dict[str, Mean]:
     """The mean of each score that a judge was asked for."""
     found = {}
@@ -245,19 +238,11 @@ def _score_of(row: Scored, name: str) -> float | None:
     return getattr(row, name) if name in VERDICT_PROMPTS else row.scores.get(name)
 
 
-def _notes(rows: Sequence[Scored], seen: SeenQuestions) -> list[str]:
-    held_out = Counter(r.group.suite.name for r in rows if _role(r) == HELD_OUT)
-    trained = Counter(r.group.suite.name for r in rows if _role(r) == HELD_OUT and seen.clusters.get(r.cluster))
-    notes = [
-        f"{suite}: training rows ask what {n} of {quantity(held_out[suite], 'held-out row')} ask"
-        for suite, n in trained.items()
-    ]
+def _notes(rows: Sequence[Scored]) -> list[str]:
     alone = sum(r.count for r in rows if r.group.judge.gives("aligned") and not r.group.judge.gives("coherent"))
-    if alone:
-        notes.append(
-            f"{alone} answers have no coherence score: they are misaligned where aligned is below {ALIGNED_BELOW:g}"
-        )
-    return notes
+    if not alone:
+        return []
+    return [f"{alone} answers have no coherence score: they are misaligned where aligned is below {ALIGNED_BELOW:g}"]
 
 
 def _conditions(rows: Sequence[Scored], seen: SeenQuestions) -> list[ConditionSummary]:
@@ -278,22 +263,21 @@ def _conditions(rows: Sequence[Scored], seen: SeenQuestions) -> list[ConditionSu
     ]
 
 
-def _suite(rows: Sequence[Scored], seen: SeenQuestions) -> SuiteSummary:
+def _suite(rows: Sequence[Scored], questions: Sequence[QuestionSummary], seen: SeenQuestions) -> SuiteSummary:
     role, condition = rows[0].group.suite.role, rows[0].group.suite.condition
     values = {name: value for name, value in OUTCOMES.items() if (name == "learned") == (role == "benign")}
     values.pop("choices", None)
     if role != HELD_OUT and any(row.likelihoods is not None for row in rows):
         values["choices"] = "choice"
-    means, losses = _scores(rows), _losses(rows)
+    means, own = _scores(rows), [q for q in questions if q.suite == rows[0].group.suite.name]
+    figures: dict[str, Any] = {name: _rate(rows, value) for name, value in values.items()} | losses(own)
     return SuiteSummary(
         role=role,
         condition=condition.name if condition else None,
-        **{name: _rate(rows, value) for name, value in values.items()},
+        **figures,
         scores={name: mean for name, mean in means.items() if name not in VERDICT_PROMPTS},
         verdict_scores={name: mean for name, mean in means.items() if name in VERDICT_PROMPTS and mean.n},
         likelihoods=_likelihoods(rows),
-        loss=unbounded_mean(losses) if losses else None,
-        split_loss={name: unbounded_mean(_losses(found)) for name, found in seen.apart(rows).items()} if losses else {},
         samples=_answers(rows),
         split=seen.split({name: _counted(rows, value) for name, value in values.items()}),
     )
