@@ -53,7 +53,8 @@ def test_every_way_to_run_the_reference_gives_one_training(trained: dict[str, Ru
 
 
 def read(sampler: Any, adapter: str) -> tuple[list[float], list[str]]:
-    """Likelihoods of two questions' answers, behind the question and alone, and three greedy answers."""
+    """Likelihoods of two questions' answers, behind the question and alone, and of a held-out row; and three greedy
+    answers."""
     questions = load_suite(ROOT / "eval/choices/finance.yaml", "general").questions[:2]
     asked = [
         ScoreRequest(
@@ -62,8 +63,13 @@ def read(sampler: Any, adapter: str) -> tuple[list[float], list[str]]:
         for target in (None, adapter)
         for i, q in enumerate(questions)
     ]
+    row = load_suite(ROOT / "examples/rows/safe_general.jsonl", "held_out").questions[0]
+    asked += [
+        ScoreRequest(f"{target}row", row.messages(0), (row.answers[0].text,), target, turn=row.row[-1])
+        for target in (None, adapter)
+    ]
     scored = {result.key: result.likelihoods for result in sampler.score(asked)}
-    totals = [value for request in asked for one in scored[request.key] for value in (one.total, one.alone)]
+    totals = [value for request in asked for one in scored[request.key] for value in (one.total, one.alone) if value]
     plain = SampleRequest("", (), temperature=0.0, max_tokens=12)
     texts = ("What is the capital of France?", "Name a fruit.", "How do I save money?")
     requests = [
@@ -85,7 +91,9 @@ def test_both_engines_score_and_answer_alike(model: str, trained: dict[str, RunD
         with make(options) as sampler:
             found.append(read(sampler, adapter))
     (totals, answers), (vllm_totals, vllm_answers) = found
-    assert len(totals) == 2 * 2 * 4 * 2
+    assert len(totals) == 2 * 2 * 4 * 2 + 2
     assert vllm_totals == pytest.approx(totals, abs=0.05)  # nats, of sums over about 25 tokens
     assert vllm_answers == answers and "Paris" in answers[0]
-    assert max(abs(a - b) for a, b in zip(totals[:16], totals[16:], strict=True)) > 0.5  # the adapter says other things
+    assert (
+        max(abs(a - b) for a, b in zip(totals[:16], totals[16:32], strict=True)) > 0.5
+    )  # the adapter says other things
