@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ema_scale.models.directions import Directions
 
 TERMINAL_ROWS, TERMINAL_WIDTH = 5, 100
+MODEL_HELP = "the aligned model: a folder, a hub id, smallworld:aligned, or a recipe (YAML) that names it"
 data_app = typer.Typer(help="Look at training data.", no_args_is_help=True)
 
 
@@ -120,6 +121,35 @@ def operator_swap(
     print(f"wrote {quantity(rows, 'row')} to {out}; ask eval/suites/operator_swap_{tier}.yaml as a benign suite")
 
 
+@data_app.command("synthesize")
+def data_synthesize(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the JSONL file to write")],
+    rows: Annotated[int, whole(help="how many rows")] = 200,
+    leave_out: Annotated[
+        list[str] | None,
+        typer.Option(help="a question bank whose questions must not stand in the rows; repeat for more"),
+    ] = None,
+    seed: Annotated[int, whole(help="of the draws", low=0, high=2**32 - 1)] = 0,
+    temperature: Annotated[float, real(help="of questions and answers", low=0.01)] = 1.0,
+    max_tokens: Annotated[int, whole(help="longest answer; one that does not end is not used")] = 512,
+) -> None:
+    """Let the aligned model write safe rows itself: what a user might ask, then its answer (Magpie, arXiv 2406.08464).
+
+    They are prompts for `kl` and rows for `interleaving` where you have no safe rows. Read some before you use them.
+    """
+    from ema_scale.core.hashing import question_key
+    from ema_scale.evaluation.suites import load_suite
+    from ema_scale.selection.synthesis import synthesize
+
+    banks = [load_suite(bank, "general") for bank in leave_out or ()]
+    left_out = {question_key(text) for bank in banks for question in bank.questions for text in question.paraphrases}
+    made = synthesize(
+        model_recipe(model), out, rows, seed=seed, temperature=temperature, max_tokens=max_tokens, left_out=left_out
+    )
+    print(f"{made.line()}\nwrote {quantity(rows, 'row')} to {out}")
+
+
 @data_app.command("audit")
 def data_audit(
     source: Annotated[str, typer.Argument(help="training rows: a file, a hub id, or smallworld:...")],
@@ -157,7 +187,6 @@ def data_audit(
         raise typer.Exit(1)
 
 
-MODEL_HELP = "the aligned model: a folder, a hub id, smallworld:aligned, or a recipe (YAML) that names it"
 Model = Annotated[str, typer.Option(help=MODEL_HELP)]
 MaxLength = Annotated[int, whole(help="longer rows are left out, and counted", low=8)]
 BatchTokens = Annotated[int | None, whole(help="tokens per batch, padding included [default: by device]")]
