@@ -67,6 +67,7 @@ CASES = {
     "report": Case("report runs -o report", (RUN, EVAL)),
     "select": Case("select safe.jsonl --model model --adapter all=runs/run -o ranking.jsonl --keep 4", (RUN,)),
     "operator-swap": Case("data operator-swap 1 -o swap.jsonl --rows 20"),
+    "synthesize": Case("data synthesize smallworld:aligned -o own.jsonl --rows 40 --max-tokens 40"),
     "vector": Case("vector recipe.yaml -o vector --from-rows train.jsonl safe.jsonl"),
     "safelora": Case("safelora runs/run/adapter --base other --aligned model -o projected", (RUN,)),
     "merge": Case("merge runs/run merged", (RUN,)),
@@ -78,6 +79,7 @@ WARM = (
     "cli.main", "training.run", "training.trainer", "training.reference_setup", "reference.cache_fill",
     "evaluation.run", "evaluation.judging.rejudge", "evaluation.formats.results", "inference.transformers_sampler",
     "study.run_local", "study.evaluate", "slurm.sweep", "report.write", "report.model_card", "selection.select",
+    "selection.synthesis",
     "persona.extract", "models.merge", "defenses.safelora_files",
 )  # fmt: skip
 

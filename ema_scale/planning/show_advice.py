@@ -50,6 +50,8 @@ def advice_lines(
             if options
             else (f"With {' and '.join(assets)} also: {', '.join(kinds)}")
         )
+    if any("safe rows" in assets for assets in advice.missing.values()):
+        yield f"No safe rows? Let the aligned model write some: ema data synthesize {model or 'MODEL'} -o safe.jsonl"
     for why in sorted(set(advice.refused.values())):
         kinds = sorted(kind for kind, reason in advice.refused.items() if reason == why)
         yield f"Not for this recipe ({why}): {', '.join(kinds)}"

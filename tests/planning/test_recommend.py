@@ -99,6 +99,9 @@ def test_the_lines_can_be_pasted_and_name_their_evidence(setting, tmp_path):
     assert isinstance(second, Ceiling) and second.source == "b.jsonl"
     assert entries[0] == {"kind": "kl", "strength": 0.3, "prompts": "my safe: rows.jsonl"}
     assert {"kind": "ldifs", "strength": 1.0} in entries
+    assert "No safe rows?" not in text
+    without = list(advice_lines(recommend(recipe(), evidence, {}), evidence, {}, model="mine"))
+    assert "No safe rows? Let the aligned model write some: ema data synthesize mine -o safe.jsonl" in without
     advice = recommend(recipe(), evidence, {"unaligned base model": "b"}, finished=True)
     after = list(advice_lines(advice, evidence, {}, adapter=tmp_path, model="mine"))
     assert f"   ema safelora {tmp_path} --base b --aligned mine" in after
