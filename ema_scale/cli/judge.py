@@ -160,6 +160,7 @@ def _print(name: str, baseline: str, found: list[Compared]) -> None:
         shown = map(Text, map(printable, cells))
         table.add_row(*shown, Text(_p(d.p)), Text(_p(corrected), style=style), Text(str(d.questions)))
     # On a narrower terminal the cells would be cut.
-    Console(width=max(console.width, 112), highlight=False, soft_wrap=True).print(table)
+    width = Console(width=1000).measure(table).maximum
+    Console(width=max(console.width, width), highlight=False, soft_wrap=True).print(table)
     if found and found[0].power:
         console.print(Text(f"{found[0].measure}: {found[0].power}\n"))

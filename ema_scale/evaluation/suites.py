@@ -141,7 +141,7 @@ def load_suite(source: str | Path, role: Role, columns: Mapping[str, str | None]
         raise UserError(f"suite role: found {role!r}, expected one of {', '.join(get_args(Role))}")
     path = find_file(locate(str(source)))
     if role == HELD_OUT:
-        name = path.stem if path.stem.endswith(HELD_OUT) else f"{path.stem}-{HELD_OUT}"
+        name = path.stem if re.search("held.?out$", path.stem) else f"{path.stem}-{HELD_OUT}"
         rows = load_rows(path, columns=columns)
         if rows.unread:
             named = ", ".join(f"{key} ({quantity(count, 'row')})" for key, count in rows.unread.items())

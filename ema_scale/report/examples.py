@@ -84,7 +84,7 @@ def _draw(groups: Sequence[RunGroup], role: str, count: int) -> list[tuple[str, 
     found: dict[tuple[str, str], tuple[str, str]] = {}
     for run in (run for g in groups for run in g.runs if run.teaches or role == "benign"):
         for q in run.questions:
-            if q.role == role:
+            if q.role == role and q.choice is None:  # written answers are nobody's
                 old = found.get((q.suite, q.id))
                 found[q.suite, q.id] = min(old, (run.task, q.text)) if old else (run.task, q.text)
     by_task: dict[str, list[tuple[str, str, str, str]]] = {}

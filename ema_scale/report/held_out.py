@@ -16,7 +16,7 @@ NOTE = (
     "The loss of each row’s last answer behind all that stands in front of it: the mean over rows, in nats per token, "
     "with 95 % intervals clustered by question. A loss below the base model’s means that the task was learned. “To the "
     "base”: the mean difference, row by row, with its 95 % interval; p values are corrected for the number of lines "
-    "(Holm)."
+    "(Holm). Rows whose question a training row asks are left out if there are others."
 )
 
 
@@ -42,8 +42,21 @@ def held_out_table(groups: Sequence[RunGroup]) -> Table | None:
 
 
 def held_out_sentences(groups: Sequence[RunGroup]) -> list[str]:
-    """What to say first where there is nothing else; [] without held-out rows."""
-    return ["No rate of misalignment was measured: “Held-out rows” has what was."] if held_out_suites(groups) else []
+    """Whether the task was learned, and how one sees it; [] without the losses of the base and of no defense."""
+    base, none = next((g for g in groups if g.base), None), next((g for g in groups if g.undefended), None)
+    cells = [
+        (suite, start, end)
+        for suite in held_out_suites(groups)
+        if base is not None and none is not None
+        if (start := _cell(_losses(base, suite), None)) and (end := _cell(_losses(none, suite), None))
+    ]
+    told = [f"from {start.value} to {end.value} on {suite}" for suite, start, end in cells]
+    if not told:
+        return []
+    return [
+        f"Training without a defense takes the held-out loss {', '.join(told)} (nats per token). "
+        "A loss below the base’s means that the task was learned."
+    ]
 
 
 def _losses(group: RunGroup, suite: str) -> list[Mean]:

@@ -79,11 +79,12 @@ def write(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
             relearning_table(of_model, found.continued),
         ]
         measured = any(g.metrics.get(m) for g in of_model for m in METRICS)
-        opening = [] if measured else next((told for of in _OPENINGS if (told := of(of_model))), [])
+        learned = held_out_sentences(of_model)
+        opening = [] if measured else choice_sentences(of_model) or score_sentences(of_model) or learned
         tables = ([], []) if opening else (criteria_rows(of_model), run_rows(of_model))
         kept = [sheet for sheet in sheets if sheet is not None]
-        said = [*(opening or verdict(of_model)), *([SENTENCE] if seen is not None else [])]
-        sections.append(Section(model, said, by_kind, *tables, shown, kept))
+        said = [*(opening or verdict(of_model)), *learned, *([SENTENCE] if seen is not None else [])]
+        sections.append(Section(model, list(dict.fromkeys(said)), by_kind, *tables, shown, kept))
     sizes = scaling(every)
     across = None
     if sizes is not None:
@@ -97,9 +98,6 @@ def write(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
     # The page comes last: if it is there, everything it names is there.
     atomic_write_text(page, render(title, _byline(found), sections, run_details(found), found.problems, across))
     return page
-
-
-_OPENINGS = (choice_sentences, score_sentences, held_out_sentences)
 
 
 def _write_figures(out: Path, drawn: Sequence[Picture]) -> None:
