@@ -11,6 +11,7 @@ from ema_scale.core.records import TrainedPart, TrainedQuestions
 from ema_scale.evaluation.records import Mean, QuestionSummary, SplitRates, SuiteSummary, Summary
 from ema_scale.report.aggregate import groups
 from ema_scale.report.collect import collect
+from ema_scale.report.examples import examples
 from ema_scale.report.held_out import held_out_table
 from ema_scale.report.paired import paired_table
 from ema_scale.report.write import write
@@ -47,7 +48,7 @@ def evaluation(folder: Path, name: str, adapter: str | None, seen: bool) -> None
                 seen=None if adapter is None else seen and i == 0,
             )
             for i, loss in enumerate(rows)
-        ],
+        ] + [QuestionSummary(suite="written", role="general", id="q", topic="q", text="Who?", n=2, choice=0.0)],
         judge="likelihood",
     ).write(folder / "eval" / "summary.json")  # fmt: skip
 
@@ -89,6 +90,7 @@ def test_a_column_per_suite_beside_the_base(tmp_path: Path) -> None:
     told = f"Training without a defense takes the held-out loss from {base.value} to {none.value} on law_held_out"
     assert page.count(told) == 1 and "A loss below the base’s means" in page
     assert held_out_table([]) is None
+    assert examples(found) == ([], [])  # no model said these answers, so that no file of answers is missed
 
 
 def test_rows_that_a_run_was_trained_on_are_left_out(tmp_path: Path) -> None:
