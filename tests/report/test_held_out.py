@@ -95,7 +95,7 @@ def test_a_column_per_suite_beside_the_base(tmp_path: Path) -> None:
 
 def test_rows_that_a_run_was_trained_on_are_left_out(tmp_path: Path) -> None:
     found = collect(study(tmp_path, seen=True))
-    assert found.seen == {"t": "1 of 8 of the held-out rows"}
+    assert found.seen == {"t": "0 of 1 outside the domain; 1 of 8 of the held-out rows"}
     table = held_out_table(groups(found))
     assert table is not None
     expected = [shown(*names, seen=True) for names in (("base",), ("none", "none-1"), ("kl",))]
