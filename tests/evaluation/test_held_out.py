@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ema_scale.cli.judge import _print
 from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe, ModelRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import read_jsonl
@@ -80,7 +81,9 @@ class Nobody:
         raise AssertionError(name)
 
 
-def test_rows_are_scored_stored_and_compared(tmp_path: Path, tiny_models: TinyModels) -> None:
+def test_rows_are_scored_stored_and_compared(
+    tmp_path: Path, tiny_models: TinyModels, capsys: pytest.CaptureFixture[str]
+) -> None:
     suite = rows_suite(tmp_path)
     targets = [
         EvalTarget("base", None, tmp_path / "base"),
@@ -115,6 +118,8 @@ def test_rows_are_scored_stored_and_compared(tmp_path: Path, tiny_models: TinyMo
     theirs = found["run"].per_suite["medical-held_out"].loss
     assert told.measure == "held-out loss, medical-held_out" and told.unit == "nats per token"
     assert told.difference.value == pytest.approx(theirs.mean - mean.mean) and told.difference.questions == 4
+    _print("run", "base", [replace(told, measure="a long name " * 6)])
+    assert "…" not in capsys.readouterr().out, "a cell is cut"
     table = rates_table(found)
     assert f"base: medical-held_out: held-out loss {mean.mean:.3f} nats per token [{mean.low:.3f}, " in table
     assert "no suite was asked" not in table and "percent of answers" not in table
