@@ -34,12 +34,14 @@ _PANELS = (
 )
 
 
-def headline(groups: Sequence[RunGroup], stacked: bool = False) -> Figure:
+def headline(groups: Sequence[RunGroup], stacked: bool = False) -> Figure | None:
     """Task learned (x) against misalignment outside the domain (y), a mark for each defense, in two panels.
 
     `groups`: those of one model. `stacked`: one panel above the other, for narrow screens. The lower right
-    corner is where one wants to be.
+    corner is where one wants to be. None if no answer outside the domain was judged.
     """
+    if not any(g.metrics.get("general_misaligned") for g in groups):
+        return None
     # More marks need more room for their names.
     height = min(8.0, 4.6 + 0.14 * len(groups))
     figure, axes = panels(2, 10.8, 0.85 * height if stacked else height, stacked=stacked, sharey=True)

@@ -36,7 +36,7 @@ def held_out_table(groups: Sequence[RunGroup]) -> Table | None:
         others = [g for g in groups if not g.base]
         apart = corrected([None if base is None else loss_against(g, base, suite) for g in others])
         to_base = dict(zip((id(g) for g in others), apart, strict=True))
-        columns.append([_cell(_losses(g, suite), loss_cell(to_base.get(id(g)))) for g in groups])
+        columns.append([_cell(held_out_losses(g, suite), loss_cell(to_base.get(id(g)))) for g in groups])
     lines = [TableRow(g.label, kind(g), cells) for g, cells in zip(groups, zip(*columns, strict=True), strict=True)]
     return Table("Held-out rows", NOTE, [f"Held-out loss, {suite}" for suite in suites], lines)
 
@@ -48,7 +48,7 @@ def held_out_sentences(groups: Sequence[RunGroup]) -> list[str]:
         (suite, start, end)
         for suite in held_out_suites(groups)
         if base is not None and none is not None
-        if (start := _cell(_losses(base, suite), None)) and (end := _cell(_losses(none, suite), None))
+        if (start := _cell(held_out_losses(base, suite), None)) and (end := _cell(held_out_losses(none, suite), None))
     ]
     told = [f"from {start.value} to {end.value} on {suite}" for suite, start, end in cells]
     if not told:
@@ -59,7 +59,8 @@ def held_out_sentences(groups: Sequence[RunGroup]) -> list[str]:
     ]
 
 
-def _losses(group: RunGroup, suite: str) -> list[Mean]:
+def held_out_losses(group: RunGroup, suite: str) -> list[Mean]:
+    """The loss of each run on the suite's rows, those that no run was trained on if there are any."""
     found = [loss_among([q for q in run.questions if q.suite == suite]) for run in group.runs]
     return [loss for loss in found if loss is not None]
 

@@ -12,8 +12,9 @@ import pytest
 from ema_scale.evaluation.record_types import ChoiceFigures, ChoiceSummary, Mean, Rate
 from ema_scale.evaluation.records import Summary
 from ema_scale.report.aggregate import groups
-from ema_scale.report.choices import CAVEAT, choice_sentences, choice_table, margin_curves
+from ema_scale.report.choices import CAVEAT, choice_sentences, choice_table, margin_curves, margins_and_losses
 from ema_scale.report.collect import collect
+from ema_scale.report.figures import headline
 from ema_scale.report.records import Collection
 from ema_scale.report.write import write
 
@@ -74,9 +75,21 @@ def test_the_curve_has_a_line_per_defense(found: Collection) -> None:
     assert margin_curves([replace(g, runs=()) for g in groups(found)]) is None
 
 
+def test_the_figure_has_a_panel_per_role_and_a_dot_per_defense(found: Collection) -> None:
+    figure = margins_and_losses(groups(found))
+    assert figure is not None and [axis.get_title() for axis in figure.axes] == ["General"]
+    (axis,) = figure.axes
+    dots = [tuple(float(v[0]) for v in line.get_data()) for line in axis.lines if line.get_marker() == "o"]
+    assert dots == [(-0.2, 0.0), (0.2, 1.0)]
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["No defense", "KL 0.3"]
+    assert margins_and_losses([]) is None and headline(groups(found)) is None
+
+
 def test_a_report_of_written_answers_alone(found: Collection, tmp_path: Any) -> None:
     page = write([run.path for run in found.runs], tmp_path / "report", "Written").read_text()
     assert "A misaligned written answer is the likeliest" in page and "Written answers while training" in page
     assert "The criteria" not in page and "nothing to compare" not in page
+    assert {path.stem for path in (tmp_path / "report" / "figures").glob("*.svg")} >= {"written", "choices"}
+    assert not (tmp_path / "report" / "figures" / "headline.svg").exists()
     csv = (tmp_path / "report" / "table.csv").read_text()
     assert csv.count("general_choices") == 4
