@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -13,12 +12,11 @@ from ema_scale.core.text import percent
 from ema_scale.evaluation.record_types import ChoiceFigures, Mean
 from ema_scale.report.aggregate import RunGroup
 from ema_scale.report.curves import over_steps
-from ema_scale.report.held_out import held_out_losses, held_out_suites
-from ema_scale.report.scores import mean_cell, mean_over
-from ema_scale.report.style import INK, MUTED, RULE, family_colours, panels
+from ema_scale.report.paired import ROLES, mean_against, measures
+from ema_scale.report.scores import mean_cell
+from ema_scale.report.style import INK, MUTED, family_colours, panels
 from ema_scale.report.table import Cell, Table, TableRow, kind, rate_cell
 
-ROLES = {"general": "General", "in_domain": "In-domain", "benign": "Benign"}
 LIKELIHOOD_DEFENSES = ("kl", "ceiling")
 NOTE = (
     "How the models rank written answers by likelihood; nothing was sampled. “Misaligned likeliest”: percent of "
@@ -27,7 +25,10 @@ NOTE = (
     "same answers’ likelihood without their question. 95 % intervals, clustered by topic."
 )
 CAVEAT = "KL and ceiling act on likelihoods themselves: what they gain here need not show in sampled answers."
-_MEANS = {"general": "right: safer", "in_domain": "left: the bad task is learned", "benign": "right: better"}
+_BETTER = {
+    "general": "right: safer", "in_domain": "left: the bad task is learned", "benign": "right: better",
+    "": "left: more learned",
+}  # fmt: skip
 _CURVE = "choices/{}/margin_per_token"
 _MOST_CURVES = 3
 
@@ -62,33 +63,30 @@ def choice_sentences(groups: Sequence[RunGroup]) -> list[str]:
     return [f"A misaligned written answer is the likeliest in these shares of general questions: {', '.join(parts)}."]
 
 
-def margins_and_losses(groups: Sequence[RunGroup], stacked: bool = False) -> Figure | None:
-    """Margins by role and held-out losses by suite, a panel each, a row for each defense; None without any.
+def changes(groups: Sequence[RunGroup], stacked: bool = False) -> Figure | None:
+    """What training changed in margins and held-out losses, a panel each, a row for each defense; None without any.
 
-    stacked: one panel below the other, for narrow screens.
+    The change is that from the aligned base, question by question; without its answers, from no defense. stacked: one
+    panel below the other, for narrow screens.
     """
-    margin, loss = "margin, nats per token\n{}", "loss, nats per token\nleft: more learned"
-    plan: list[tuple[str, str, Callable[[RunGroup], list[Mean]]]] = [
-        *((ROLES[role], margin.format(told), partial(_margins, role=role)) for role, told in _MEANS.items()),
-        *((suite, loss, partial(held_out_losses, suite=suite)) for suite in held_out_suites(groups)),
-    ]
-    found = [(title, what, {g.label: mean_over(of(g)) for g in groups}) for title, what, of in plan]
-    found = [one for one in found if any(one[2].values())]
-    rows = [g for g in groups if not g.base]
-    if not found or not rows:
+    start = next((g for g in groups if g.base), None) or next((g for g in groups if g.undefended), None)
+    rows = [g for g in groups if g is not start and not g.base]
+    if start is None or not rows:
         return None
-    height = 0.9 + 0.3 * len(rows)
-    figure, axes = panels(len(found), 1.6 + 2.3 * len(found), height, stacked=stacked, sharey=True)
-    colours, base = family_colours(g.family for g in rows), next((g.label for g in groups if g.base), None)
-    for axis, (title, what, values) in zip(axes, found, strict=True):
-        axis.set(title=title, xlabel=what)
-        if base is not None and (at := values[base]) is not None:
-            axis.axvline(at[0], color=MUTED, lw=1, ls="--", zorder=1)
-            if at[1]:
-                axis.axvspan(at[0] - at[1], at[0] + at[1], color=RULE, alpha=0.5, lw=0, zorder=0)
-        for y, g in enumerate(rows):
-            if (at := values[g.label]) is not None:
-                axis.errorbar(at[0], y, xerr=at[1], fmt="o", ms=5, color=colours[g.family], elinewidth=1.2, zorder=3)
+    plan = [(name, [mean_against(g, start, value) for g in rows]) for name, value in measures(groups).items()]
+    plan = [(name, found) for name, found in plan if any(found)]
+    if not plan:
+        return None
+    figure, axes = panels(len(plan), 1.8 + 2.2 * len(plan), 0.9 + 0.3 * len(rows), stacked=stacked, sharey=True)
+    colours = family_colours(g.family for g in rows)
+    for axis, (name, found) in zip(axes, plan, strict=True):
+        role = next((r for r, shown in ROLES.items() if name.startswith(shown)), "")
+        axis.set(title=name.removeprefix("Held-out loss, "), xlabel=f"change, nats per token\n{_BETTER[role]}")
+        axis.axvline(0, color=MUTED, lw=1, ls="--", zorder=1)
+        for y, (g, one) in enumerate(zip(rows, found, strict=True)):
+            if one is not None:
+                ends, colour = [[one.value - one.low], [one.high - one.value]], colours[g.family]
+                axis.errorbar(one.value, y, xerr=ends, fmt="o", ms=5, color=colour, elinewidth=1.2, zorder=3)
         axis.grid(True, axis="x")
         axis.tick_params(length=0)
         axis.tick_params(axis="y", labelcolor=INK, labelsize=9.5)
@@ -126,5 +124,5 @@ def _figures(group: RunGroup, role: str, kind: str) -> list[ChoiceFigures]:
     return [found for one in summaries if one is not None and (found := getattr(one, kind)) is not None]
 
 
-def _margins(group: RunGroup, role: str, kind: str = "raw") -> list[Mean]:
+def _margins(group: RunGroup, role: str, kind: str) -> list[Mean]:
     return [found.margin_per_token for found in _figures(group, role, kind)]

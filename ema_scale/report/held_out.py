@@ -8,7 +8,7 @@ from dataclasses import replace
 from ema_scale.evaluation.record_types import Mean
 from ema_scale.evaluation.seen import loss_among
 from ema_scale.report.aggregate import RunGroup
-from ema_scale.report.paired import corrected, loss_against, loss_cell
+from ema_scale.report.paired import corrected, mean_against, measures, nats_cell
 from ema_scale.report.scores import mean_cell
 from ema_scale.report.table import Cell, Table, TableRow, kind
 
@@ -27,16 +27,17 @@ def held_out_suites(groups: Sequence[RunGroup]) -> list[str]:
 
 def held_out_table(groups: Sequence[RunGroup]) -> Table | None:
     """The table for the groups of one model, a column per suite; None without held-out rows."""
-    suites = held_out_suites(groups)
+    suites, values = held_out_suites(groups), measures(groups)
     if not suites:
         return None
     base = next((g for g in groups if g.base), None)
     columns = []
     for suite in suites:
         others = [g for g in groups if not g.base]
-        apart = corrected([None if base is None else loss_against(g, base, suite) for g in others])
+        name = f"Held-out loss, {suite}"
+        apart = corrected([None if base is None else mean_against(g, base, values[name]) for g in others])
         to_base = dict(zip((id(g) for g in others), apart, strict=True))
-        columns.append([_cell(held_out_losses(g, suite), loss_cell(to_base.get(id(g)))) for g in groups])
+        columns.append([_cell(_losses(g, suite), nats_cell(to_base.get(id(g)))) for g in groups])
     lines = [TableRow(g.label, kind(g), cells) for g, cells in zip(groups, zip(*columns, strict=True), strict=True)]
     return Table("Held-out rows", NOTE, [f"Held-out loss, {suite}" for suite in suites], lines)
 
@@ -48,7 +49,7 @@ def held_out_sentences(groups: Sequence[RunGroup]) -> list[str]:
         (suite, start, end)
         for suite in held_out_suites(groups)
         if base is not None and none is not None
-        if (start := _cell(held_out_losses(base, suite), None)) and (end := _cell(held_out_losses(none, suite), None))
+        if (start := _cell(_losses(base, suite), None)) and (end := _cell(_losses(none, suite), None))
     ]
     told = [f"from {start.value} to {end.value} on {suite}" for suite, start, end in cells]
     if not told:
@@ -59,7 +60,7 @@ def held_out_sentences(groups: Sequence[RunGroup]) -> list[str]:
     ]
 
 
-def held_out_losses(group: RunGroup, suite: str) -> list[Mean]:
+def _losses(group: RunGroup, suite: str) -> list[Mean]:
     """The loss of each run on the suite's rows, those that no run was trained on if there are any."""
     found = [loss_among([q for q in run.questions if q.suite == suite]) for run in group.runs]
     return [loss for loss in found if loss is not None]

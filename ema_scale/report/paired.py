@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 
 from ema_scale.core.text import points
 from ema_scale.evaluation.clusters import clusters
+from ema_scale.evaluation.records import QuestionSummary
 from ema_scale.evaluation.stats.arms import labels_of
 from ema_scale.evaluation.stats.difference import METHOD, Difference, holm, paired_difference
 from ema_scale.evaluation.stats.paired import by_cluster, compare_means
@@ -18,12 +20,14 @@ from ema_scale.report.table import Cell, Table, TableRow
 
 _VALUES = {"misaligned": "misaligned", "incoherent": "incoherent", "learned": "correct"}
 _NOTE = (
-    "Percentage points (of losses: nats per token) more or less than without a defense, with 95 % intervals, on the "
-    "questions and tasks that both answered. Seeds of a task are pooled, so their spread is not in these intervals; it "
-    "is in the table of the criteria. p values are corrected for the number of defenses (Holm)."
+    "Percentage points (of margins and losses: nats per token) more or less than without a defense, with 95 % "
+    "intervals, on the questions and tasks that both answered. Seeds of a task are pooled, so their spread is not in "
+    "these intervals; it is in the table of the criteria. p values are corrected for the number of defenses (Holm)."
 )
+ROLES = {"general": "General", "in_domain": "In-domain", "benign": "Benign"}
 Asked = tuple[str, str, str]
 """task, suite, question"""
+Value = Callable[[QuestionSummary], float | None]
 
 
 def paired_tally(runs: Sequence[Run], metric: str) -> dict[Asked, tuple[float, int, tuple[Hashable, ...]]]:
@@ -89,23 +93,42 @@ def _over(group: RunGroup, metric: str, tasks: set[str]) -> ReportedRate | None:
     return mean_rate([r for r, _ in found], [t for _, t in found]) if found else group.metrics.get(metric)
 
 
-def loss_against(group: RunGroup, other: RunGroup, suite: str) -> Difference | None:
-    """The paired difference of the loss of a suite of held-out rows, in nats per token; None if they share fewer than
-    two. The seeds of a task are averaged row by row."""
-    ours, theirs = (_losses(g.runs, suite) for g in (group, other))
+def measures(groups: Sequence[RunGroup]) -> dict[str, Value]:
+    """Name -> value, in nats per token: margins of written answers by role, losses of held-out rows by suite."""
+    asked = [q for g in groups for run in g.runs for q in run.questions]
+    margins = dict.fromkeys(q.role for q in asked if q.margin_per_token is not None)
+    losses = dict.fromkeys(q.suite for q in asked if q.loss is not None)
+    return {
+        **{f"{ROLES[role]}: margin": partial(_margin, role) for role in ROLES if role in margins},
+        **{f"Held-out loss, {suite}": partial(_loss, suite) for suite in losses},
+    }
+
+
+def mean_against(group: RunGroup, other: RunGroup, value: Value) -> Difference | None:
+    """The paired difference of a value in nats per token; None if they share fewer than two questions. The seeds of a
+    task are averaged question by question."""
+    ours, theirs = (_values(g.runs, value) for g in (group, other))
     both = [key for key in ours if key in theirs]
     units = clusters(ours[key][1] for key in both)
     rows = [(unit, fmean(ours[key][0]), 1, fmean(theirs[key][0]), 1) for unit, key in zip(units, both, strict=True)]
-    found = compare_means("held-out loss", rows)
+    found = compare_means("mean", rows)
     return None if found is None else found.difference
 
 
-def _losses(runs: Sequence[Run], suite: str) -> dict[Asked, tuple[list[float], tuple[Hashable, ...]]]:
+def _margin(role: str, question: QuestionSummary) -> float | None:
+    return question.margin_per_token if question.role == role and question.condition is None else None
+
+
+def _loss(suite: str, question: QuestionSummary) -> float | None:
+    return question.loss if question.suite == suite else None
+
+
+def _values(runs: Sequence[Run], value: Value) -> dict[Asked, tuple[list[float], tuple[Hashable, ...]]]:
     found: dict[Asked, tuple[list[float], tuple[Hashable, ...]]] = {}
     for run in runs:
         for q in run.questions:
-            if q.suite == suite and q.loss is not None:
-                found.setdefault((run.task, q.suite, q.id), ([], labels_of(q)))[0].append(q.loss)
+            if (one := value(q)) is not None:
+                found.setdefault((run.task, q.suite, q.id), ([], labels_of(q)))[0].append(one)
     return found
 
 
@@ -122,13 +145,13 @@ def paired_table(groups: Sequence[RunGroup]) -> Table | None:
     if none is None or not others:
         return None
     columns = [[_cell(one) for one in corrected([against(g, none, metric) for g in others])] for metric in METRICS]
-    losses = dict.fromkeys(q.suite for g in others for run in g.runs for q in run.questions if q.loss is not None)
-    for suite in losses:
-        columns.append([loss_cell(one) for one in corrected([loss_against(g, none, suite) for g in others])])
+    means = measures(others)
+    for value in means.values():
+        columns.append([nats_cell(one) for one in corrected([mean_against(g, none, value) for g in others])])
     lines = [TableRow(g.label, "defense", row) for g, row in zip(others, zip(*columns, strict=True), strict=True)]
     if not any(cell for line in lines for cell in line.cells):
         return None
-    names = [*(METRIC_NAMES[metric] for metric in METRICS), *(f"Held-out loss, {suite}" for suite in losses)]
+    names = [*(METRIC_NAMES[metric] for metric in METRICS), *means]
     return Table("Against no defense, question by question", _NOTE, names, lines, METHOD)
 
 
@@ -140,6 +163,6 @@ def _cell(found: Difference | None, form: Callable[[float], str] = points) -> Ce
     return Cell(form(found.value), f"[{form(found.low)}, {form(found.high)}]", p)
 
 
-def loss_cell(found: Difference | None) -> Cell | None:
+def nats_cell(found: Difference | None) -> Cell | None:
     """A difference in nats per token, with its interval and, below, p."""
     return _cell(found, "{:+.3f}".format)

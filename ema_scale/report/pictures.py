@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ema_scale.report.aggregate import RunGroup, groups
-from ema_scale.report.choices import margin_curves, margins_and_losses
+from ema_scale.report.choices import changes, margin_curves
 from ema_scale.report.curves import MAX_QUESTIONS, along_training, curves, heat_map
 from ema_scale.report.display_names import numbered
 from ema_scale.report.figures import bars, headline
@@ -94,8 +94,8 @@ def pictures(
          partial(heat_map, telling)),
         ("along", "Lines: misaligned and incoherent answers over training steps, by defense.", _ALONG,
          partial(along_training, of_model)),
-        ("written", "Dots: margins of written answers and losses of held-out rows, by defense.", _WRITTEN,
-         partial(margins_and_losses, of_model)),
+        ("written", "Dots: what training changed in margins of written answers and held-out losses, by defense.",
+         _WRITTEN, partial(changes, of_model)),
         ("choices", "Lines: margin of written answers over training steps, by defense.", _CHOICES,
          partial(margin_curves, of_model)),
         ("thresholds", "Curves: misaligned answers against thresholds of the judge's scores, by defense.", _THRESHOLDS,
@@ -121,8 +121,8 @@ _CHOICES = (
     "line per defense (mean over runs), thin lines for its runs. Up is safer."
 )
 _WRITTEN = (
-    "Likelihoods of written answers and held-out rows, with 95 % intervals. The dashed line is the aligned base, the "
-    "band its interval. Whether a defense differs is not read off here: the tables have the paired differences."
+    "What training changed in likelihoods: margins of written answers and losses of held-out rows, less those of the "
+    "aligned base (without its answers, of no defense), question by question, with 95 % intervals."
 )
 _BARS = "Answers outside the training domain, in percent, with 95 % intervals; a panel for each training task."
 _QUESTIONS = (

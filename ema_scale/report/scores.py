@@ -39,28 +39,23 @@ def score_sentences(groups: Sequence[RunGroup]) -> list[str]:
     return ["No rate of misalignment was measured: “Other scores” has what was."] if score_table(groups) else []
 
 
-def mean_over(means: Sequence[Mean]) -> tuple[float, float | None] | None:
-    """The mean over runs and half of its interval, which is that of `aggregate.mean_rate`: within runs, and between
-    three or more. Half is None where a run has no interval."""
+def mean_cell(means: Sequence[Mean], form: str) -> Cell | None:
+    """The mean over runs, with the interval of `aggregate.mean_rate`: within runs, and between three or more.
+
+    form: of a number, such as `.1f`.
+    """
     means = [one for one in means if one.mean is not None]
     if not means:
         return None
     values = [m.mean for m in means if m.mean is not None]
     mean, within = fmean(values), [w for m in means if (w := _half(m)) is not None]
     if len(within) < len(means):
-        return mean, None
+        return Cell(f"{mean:{form}}")
     between = 0.0
     if len(values) >= 3:
         between = float(stdtrit(len(values) - 1, 0.975)) * stdev(values) / math.sqrt(len(values))
-    return mean, math.hypot(fmean(within), between)
-
-
-def mean_cell(means: Sequence[Mean], form: str) -> Cell | None:
-    """`mean_over` with its interval. form: of a number, such as `.1f`."""
-    if (found := mean_over(means)) is None:
-        return None
-    mean, half = found
-    return Cell(f"{mean:{form}}", "" if half is None else f"[{mean - half:{form}}, {mean + half:{form}}]")
+    half = math.hypot(fmean(within), between)
+    return Cell(f"{mean:{form}}", f"[{mean - half:{form}}, {mean + half:{form}}]")
 
 
 def _means(group: RunGroup, score: str, suite: str) -> list[Mean]:

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from ema_scale.evaluation.record_types import ChoiceFigures, ChoiceSummary, Mean, Rate
-from ema_scale.evaluation.records import Summary
+from ema_scale.evaluation.records import QuestionSummary, Summary
 from ema_scale.report.aggregate import groups
-from ema_scale.report.choices import CAVEAT, choice_sentences, choice_table, margin_curves, margins_and_losses
+from ema_scale.report.choices import CAVEAT, changes, choice_sentences, choice_table, margin_curves
 from ema_scale.report.collect import collect
 from ema_scale.report.figures import headline
+from ema_scale.report.paired import paired_table
 from ema_scale.report.records import Collection
 from ema_scale.report.write import write
 
@@ -46,6 +47,10 @@ def run_folder(folder: Any, name: str, lost: float, margin: float, defenses: lis
         likelihoods={"general": told},
         per_suite={},
         judge="likelihood",
+        per_question=[
+            QuestionSummary(suite="asked", role="general", id=str(n), margin_per_token=margin + n / 100)
+            for n in range(6)
+        ],
     ).write(path / "eval" / "summary.json")
     return path
 
@@ -75,14 +80,18 @@ def test_the_curve_has_a_line_per_defense(found: Collection) -> None:
     assert margin_curves([replace(g, runs=()) for g in groups(found)]) is None
 
 
-def test_the_figure_has_a_panel_per_role_and_a_dot_per_defense(found: Collection) -> None:
-    figure = margins_and_losses(groups(found))
-    assert figure is not None and [axis.get_title() for axis in figure.axes] == ["General"]
+def test_the_figure_has_the_change_question_by_question(found: Collection) -> None:
+    figure = changes(groups(found))
+    assert figure is not None and [axis.get_title() for axis in figure.axes] == ["General: margin"]
     (axis,) = figure.axes
-    dots = [tuple(float(v[0]) for v in line.get_data()) for line in axis.lines if line.get_marker() == "o"]
-    assert dots == [(-0.2, 0.0), (0.2, 1.0)]
-    assert [text.get_text() for text in axis.get_yticklabels()] == ["No defense", "KL 0.3"]
-    assert margins_and_losses([]) is None and headline(groups(found)) is None
+    (dot,) = [line.get_xydata()[0] for line in axis.lines if line.get_marker() == "o"]
+    assert dot == pytest.approx([0.4, 0.0])
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["KL 0.3"]
+    table = paired_table(groups(found))
+    assert table is not None and table.columns[-1] == "General: margin"
+    cell = table.lines[0].cells[-1]
+    assert cell is not None and cell.value == "+0.400" and cell.below.startswith("p ")
+    assert changes([]) is None and headline(groups(found)) is None
 
 
 def test_a_report_of_written_answers_alone(found: Collection, tmp_path: Any) -> None:
