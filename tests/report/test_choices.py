@@ -84,7 +84,7 @@ def test_the_figure_has_the_change_question_by_question(found: Collection) -> No
     figure = changes(groups(found))
     assert figure is not None and [axis.get_title() for axis in figure.axes] == ["General: margin"]
     (axis,) = figure.axes
-    (dot,) = [line.get_xydata()[0] for line in axis.lines if line.get_marker() == "o"]
+    (dot,) = [np.asarray(line.get_xydata())[0] for line in axis.lines if line.get_marker() == "o"]
     assert dot == pytest.approx([0.4, 0.0])
     assert [text.get_text() for text in axis.get_yticklabels()] == ["KL 0.3"]
     table = paired_table(groups(found))
