@@ -102,5 +102,7 @@ def short_value(value: Any) -> str:
     """A parameter's value in at most 30 characters."""
     if isinstance(value, list):
         value = " + ".join(source_name(str(item)) for item in value)
+    elif isinstance(value, str) and "/" in value and not re.search(r"\s", value):
+        value = source_name(value)
     text = f"{value:g}" if isinstance(value, float) else str(value).removeprefix("smallworld:").replace("_", " ")
     return text if len(text) <= 30 else f"…{text[-28:]}"

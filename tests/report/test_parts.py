@@ -79,6 +79,10 @@ def test_labels_that_would_collide_say_what_differs() -> None:
             [{"source": [f"data/{of}/bad_rows.jsonl"]} for of in ("law", "sport")],
             ["A (source …law/bad_rows.jsonl)", "A (source …sport/bad_rows.jsonl)"],
         ),
+        (
+            [{"prompts": path} for path in ("runs/synthesis-rows/rows.jsonl", "smallworld:safe")],
+            ["A (prompts rows)", "A (prompts safe)"],
+        ),
         # Nothing that fits a label tells these apart.
         (
             [{"prompt": f"{'x' * 60}{i}{'x' * 60}"} for i in range(3)],
