@@ -80,8 +80,8 @@ def test_labels_that_would_collide_say_what_differs() -> None:
             ["A (source …law/bad_rows.jsonl)", "A (source …sport/bad_rows.jsonl)"],
         ),
         (
-            [{"prompts": path} for path in ("runs/synthesis-rows/rows.jsonl", "smallworld:safe")],
-            ["A (prompts rows)", "A (prompts safe)"],
+            [{"source": path} for path in ("runs/synthesis-rows/rows.jsonl", "smallworld:safe")],
+            ["A (source rows)", "A (source safe)"],
         ),
         # Nothing that fits a label tells these apart.
         (
