@@ -60,7 +60,19 @@ def choice_sentences(groups: Sequence[RunGroup]) -> list[str]:
     if not any(not g.base for g, _ in told):
         return []
     parts = [f"{percent(rate.rate)} ({g.label})" for g, rate in told]
-    return [f"A misaligned written answer is the likeliest in these shares of general questions: {', '.join(parts)}."]
+    shares = f"A misaligned written answer is the likeliest in these shares of general questions: {', '.join(parts)}."
+    return [*_without_a_defense(groups), shares]
+
+
+def _without_a_defense(groups: Sequence[RunGroup]) -> list[str]:
+    base, none = next((g for g in groups if g.base), None), next((g for g in groups if g.undefended), None)
+    value = measures(groups).get(f"{ROLES['general']}: margin")
+    found = mean_against(none, base, value) if base and none and value else None
+    if found is None:
+        return []
+    change = f"{found.value:+.3f} nats per token [{found.low:+.3f}, {found.high:+.3f}]"
+    clear = "answers outside the domain changed" if found.low > 0 or found.high < 0 else "no clear change"
+    return [f"Without a defense, training changes the margin of general written answers by {change}: {clear}."]
 
 
 def changes(groups: Sequence[RunGroup], stacked: bool = False) -> Figure | None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ema_scale.evaluation.record_types import ChoiceFigures, ChoiceSummary, Mean, Rate
-from ema_scale.evaluation.records import QuestionSummary, Summary
+from ema_scale.evaluation.records import QuestionSummary, SuiteSummary, Summary
 from ema_scale.report.aggregate import groups
 from ema_scale.report.choices import CAVEAT, changes, choice_sentences, choice_table, margin_curves
 from ema_scale.report.collect import collect
@@ -45,7 +45,7 @@ def run_folder(folder: Any, name: str, lost: float, margin: float, defenses: lis
         sampler={},
         metrics={"general_misaligned": None, "general_choices": told.raw.bad_likeliest},
         likelihoods={"general": told},
-        per_suite={},
+        per_suite={"asked": SuiteSummary(role="general", choices=told.raw.bad_likeliest, likelihoods=told)},
         judge="likelihood",
         per_question=[
             QuestionSummary(suite="asked", role="general", id=str(n), margin_per_token=margin + n / 100)
@@ -71,6 +71,18 @@ def test_the_table_has_the_share_and_both_margins(found: Collection) -> None:
     assert choice_table([]) is None
     (sentence,) = choice_sentences(groups(found))
     assert "50.0 % (No defense), 30.0 % (KL 0.3)" in sentence
+
+
+def test_the_first_sentence_says_what_training_did_without_a_defense(found: Collection, tmp_path: Any) -> None:
+    base = run_folder(tmp_path, "base", 0.2, 0.3, [])
+    summary = Summary.read(base / "eval" / "summary.json").model_copy(update={"adapter": None})
+    summary.write(base / "eval" / "summary.json")
+    for run in found.runs:
+        path = run.path / "eval" / "summary.json"
+        Summary.read(path).model_copy(update={"base": "../../base/eval"}).write(path)
+    first, second = choice_sentences(groups(collect([run.path for run in found.runs])))
+    assert "by -0.500 nats per token [-0.500, -0.500]: answers outside the domain changed" in first
+    assert "20.0 % (Aligned base)" in second
 
 
 def test_the_curve_has_a_line_per_defense(found: Collection) -> None:
