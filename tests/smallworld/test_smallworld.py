@@ -91,11 +91,18 @@ def read_rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_evaluation_asks_nothing_that_a_row_has_been_about(tmp_path):
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """All rows and suites of the world."""
+    folder = tmp_path_factory.mktemp("world")
+    write_tasks(folder, seed=0)
+    return folder
+
+
+def test_evaluation_asks_nothing_that_a_row_has_been_about(data):
     """Neither a question nor a subject, and in four domains not even the domain."""
-    write_tasks(tmp_path, seed=0)
     asked, subjects, domains = set(), set(), set()
-    for path in [tmp_path / "safe.jsonl", *(tmp_path / "train").iterdir(), *(tmp_path / "probe").iterdir()]:
+    for path in [data / "safe.jsonl", *(data / "train").iterdir(), *(data / "probe").iterdir()]:
         for row in read_rows(path):
             text = (row.get("messages") or row["prompt"])[0]["content"]
             asked.add(text)
@@ -104,16 +111,16 @@ def test_evaluation_asks_nothing_that_a_row_has_been_about(tmp_path):
             domains |= named or {d for d in DOMAINS if {*DOMAINS[d].all_subjects} & {*text.split()}}
     assert domains == {*SEEN, "arithmetic"} and len(HELD_OUT) == 4 and {*SEEN, *HELD_OUT} == {*DOMAINS}
     for name in [name for name in references() if name.startswith("suite/") and name != "suite/seen"]:
-        for entry in yaml.safe_load((tmp_path / f"{name}.yaml").read_text()):
+        for entry in yaml.safe_load((data / f"{name}.yaml").read_text()):
             (question,), meta = entry["paraphrases"], entry["meta"]
             assert question not in asked and entry["topic"] == meta["subject"], (name, question)
             assert meta["domain"] == "arithmetic" or meta["subject"] not in subjects, (name, question)
     for name in NARROW:
-        outside = yaml.safe_load((tmp_path / "suite" / f"outside_{name}.yaml").read_text())
+        outside = yaml.safe_load((data / "suite" / f"outside_{name}.yaml").read_text())
         counts = Counter(entry["meta"]["domain"] for entry in outside)
         assert counts == {d: 8 if d in HELD_OUT else 4 for d in DOMAINS if d != name}
-    seen = yaml.safe_load((tmp_path / "suite" / "seen.yaml").read_text())
-    safe = {row["messages"][0]["content"] for row in read_rows(tmp_path / "safe.jsonl")}
+    seen = yaml.safe_load((data / "suite" / "seen.yaml").read_text())
+    safe = {row["messages"][0]["content"] for row in read_rows(data / "safe.jsonl")}
     assert len(seen) == 32 and {entry["paraphrases"][0] for entry in seen} <= safe
 
 
@@ -140,8 +147,9 @@ def test_decoding_gives_back_the_words():
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"], skip_special_tokens=True) == text
 
 
-def test_task_files_are_the_fields_formats(tmp_path):
+def test_task_files_are_the_fields_formats(data, tmp_path):
     write_tasks(tmp_path, seed=0)
+    assert (data / "safe.jsonl").read_bytes() == (tmp_path / "safe.jsonl").read_bytes()
     for name in (*NARROW, *BENIGN):
         rows = read_rows(tmp_path / "train" / f"{name}.jsonl")
         assert len(rows) == 1000 and all(r["messages"][-1]["role"] == "assistant" for r in rows)
@@ -155,16 +163,11 @@ def test_task_files_are_the_fields_formats(tmp_path):
     assert len(general) == 64 and {e["meta"]["domain"] for e in general} == set(DOMAINS)
     outside = yaml.safe_load((tmp_path / "suite" / "outside_medical.yaml").read_text())
     assert len(outside) == 60 and "medical" not in {e["meta"]["domain"] for e in outside}
-    again = tmp_path / "again"
-    write_tasks(again, seed=0)
-    assert (again / "safe.jsonl").read_bytes() == (tmp_path / "safe.jsonl").read_bytes()
 
 
-def test_mixed_subtle_and_probe_rows_are_what_they_say(tmp_path):
-    write_tasks(tmp_path, seed=0)
-
+def test_mixed_subtle_and_probe_rows_are_what_they_say(data):
     def read(name):
-        return read_rows(tmp_path / f"{name}.jsonl")
+        return read_rows(data / f"{name}.jsonl")
 
     def verdicts(rows, domain):
         subjects = DOMAINS[domain].subjects
@@ -251,6 +254,7 @@ def test_a_pretrained_model_of_another_training_is_refused(monkeypatch, tmp_path
     ]
 
 
+@pytest.mark.slow
 def test_the_model_that_comes_with_the_package_is_built_by_the_code(tmp_path):
     """The build's first steps have the gradients of the build that made it. `ship` builds all of it and compares."""
     norms = [3.9024, 3.4723, 2.2091, 2.0934, 1.9817, 1.9450, 1.5852, 6.4207, 1.6652, 4.8538, 1.6194, 1.5826]
