@@ -19,10 +19,11 @@ def hold(megabytes):
 def test_memory_is_what_a_run_needs_also_when_an_earlier_one_left_it_in_the_heap():
     hold(64)()
     for megabytes in (4, 32, 64):
-        found = peak_bytes(hold(megabytes))
-        if found is None:
+        # Threads that other tests left in this process can only add to a measurement.
+        found = [peak_bytes(hold(megabytes)) for _ in range(3)]
+        if None in found:
             pytest.skip("no /proc/self/clear_refs here")
-        assert found == pytest.approx(megabytes * 2**20, rel=0.1, abs=2**19)
+        assert min(found) == pytest.approx(megabytes * 2**20, rel=0.1, abs=2**19)
 
 
 def test_ways_take_turns_and_ratios_are_of_medians():
