@@ -168,6 +168,19 @@ def train(
     return Trained(seconds, used, losses, share, phases.of(seconds) if phases else [])
 
 
+class SameOrder:
+    """A trainer that takes the rows in the order in which `DefendedTrainer` does."""
+
+    args: Any
+    accelerator: Any
+    train_dataset: Any
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        rows_per_step = self.args.per_device_train_batch_size * self.accelerator.num_processes
+        rows = len(train_dataset or self.train_dataset)
+        return EpochSampler(rows, seed=self.args.seed, epoch=lambda: 0, rows_per_step=rows_per_step)
+
+
 def _trainer(variant: str, task: Task, model: Any, folder: str, stack: contextlib.ExitStack) -> Trainer:
     steps = WARMUP + task.steps
     count = steps * task.rows * launched_processes()
@@ -191,7 +204,7 @@ def _trainer(variant: str, task: Task, model: Any, folder: str, stack: contextli
         **(device_arguments() if task.device == "cpu" else {}),
     )
     if variant == SFT:
-        return _sft_trainer(task, options, model, rows, tokenizer)
+        return _sft_trainer(options, model, rows, tokenizer)
     args = TrainingArguments(**options)
     if variant.startswith(WITH):
         defense = priced(variant.removeprefix(WITH), task.fields, Path(folder))
@@ -208,14 +221,15 @@ def _trainer(variant: str, task: Task, model: Any, folder: str, stack: contextli
     return FullLogits(variant, task, model=model, args=args, train_dataset=rows, data_collator=collate)
 
 
-def _sft_trainer(task: Task, options: dict[str, Any], model: Any, rows: Any, tokenizer: Any) -> Trainer:
-    from trl import SFTConfig, SFTTrainer
-
+def _sft_trainer(options: dict[str, Any], model: Any, rows: Any, tokenizer: Any) -> Trainer:
+    try:
+        from trl import SFTConfig, SFTTrainer
+    except ImportError:
+        raise UserError(f"{SFT}: TRL is not installed; pip install 'ema-scale[trl]', or choose by --variant") from None
     collate = ChatCollator(tokenizer)
 
-    class InOrder(SFTTrainer):
-        def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:  # the rows in the same order
-            return EpochSampler(len(rows), seed=self.args.seed, epoch=lambda: 0, rows_per_step=task.rows)
+    class InOrder(SameOrder, SFTTrainer):
+        pass
 
     def collated(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
         return {name: value for name, value in collate(batch).items() if name != "tags"}
@@ -234,7 +248,7 @@ def _separate(trainer: DefendedTrainer, task: Task) -> None:
     trainer.defended = DefendedForward(Separate(trainer.defended.layout, other))
 
 
-class FullLogits(FSDPMixin, Trainer):
+class FullLogits(SameOrder, FSDPMixin, Trainer):
     """Plain fine-tuning by transformers' own loss, or with a reference's full logits beside the policy's."""
 
     def __init__(self, variant: str, task: Task, **kwargs: Any) -> None:
@@ -247,10 +261,6 @@ class FullLogits(FSDPMixin, Trainer):
         if variant == SECOND:
             self.other = task.base()
             self.other_parts = ModelLayout.of(self.other, adapters=False)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:  # the rows in the same order
-        world, rows = self.accelerator.num_processes, len(train_dataset or self.train_dataset)  # type: ignore[arg-type]
-        return EpochSampler(rows, seed=self.args.seed, epoch=lambda: 0, rows_per_step=self.task.rows * world)
 
     def _prepare_for_training(self, *args: Any) -> Any:
         prepared = super()._prepare_for_training(*args)

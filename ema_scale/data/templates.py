@@ -196,6 +196,14 @@ class ChatTemplate:
         return after.removeprefix(before) if after.startswith(before) else after.partition("qzuqz")[2]
 
     @cached_property
+    def user_turn(self) -> tuple[str, str]:
+        """What the template writes before the first user turn, and what marks its end: the special token right behind
+        it, or else the first word there; "" for none."""
+        opening, _, behind = self.render([_U], generation_prompt=True).partition("qzuqz")
+        found = self._special.match(behind.lstrip())
+        return opening, found.group() if found else next(iter(behind.split()), "")
+
+    @cached_property
     def opens_thought(self) -> str:
         """The tag with which the generation prompt opens the model's reasoning (`<think>`); "" if it opens none."""
         return opened_by(self.generation_prompt)

@@ -27,7 +27,7 @@ NOTE = (
 CAVEAT = "KL and ceiling act on likelihoods themselves: what they gain here need not show in sampled answers."
 _BETTER = {
     "general": "right: safer", "in_domain": "left: the bad task is learned", "benign": "right: better",
-    "": "left: more learned",
+    "held_out": "left: more learned",
 }  # fmt: skip
 _CURVE = "choices/{}/margin_per_token"
 _MOST_CURVES = 3
@@ -66,8 +66,8 @@ def choice_sentences(groups: Sequence[RunGroup]) -> list[str]:
 
 def _without_a_defense(groups: Sequence[RunGroup]) -> list[str]:
     base, none = next((g for g in groups if g.base), None), next((g for g in groups if g.undefended), None)
-    value = measures(groups).get(f"{ROLES['general']}: margin")
-    found = mean_against(none, base, value) if base and none and value else None
+    margin = next((measure for measure in measures(groups) if measure.role == "general"), None)
+    found = mean_against(none, base, margin) if base and none and margin else None
     if found is None:
         return []
     change = f"{found.value:+.3f} nats per token [{found.low:+.3f}, {found.high:+.3f}]"
@@ -85,15 +85,14 @@ def changes(groups: Sequence[RunGroup], stacked: bool = False) -> Figure | None:
     rows = [g for g in groups if g is not start and not g.base]
     if start is None or not rows:
         return None
-    plan = [(name, [mean_against(g, start, value) for g in rows]) for name, value in measures(groups).items()]
-    plan = [(name, found) for name, found in plan if any(found)]
+    plan = [(measure, [mean_against(g, start, measure) for g in rows]) for measure in measures(groups)]
+    plan = [(measure, found) for measure, found in plan if any(found)]
     if not plan:
         return None
     figure, axes = panels(len(plan), 1.8 + 2.2 * len(plan), 0.9 + 0.3 * len(rows), stacked=stacked, sharey=True)
     colours = family_colours(g.family for g in rows)
-    for axis, (name, found) in zip(axes, plan, strict=True):
-        role = next((r for r, shown in ROLES.items() if name.startswith(shown)), "")
-        axis.set(title=name.removeprefix("Held-out loss, "), xlabel=f"change, nats per token\n{_BETTER[role]}")
+    for axis, (measure, found) in zip(axes, plan, strict=True):
+        axis.set(title=measure.title, xlabel=f"change, nats per token\n{_BETTER[measure.role]}")
         axis.axvline(0, color=MUTED, lw=1, ls="--", zorder=1)
         for y, (g, one) in enumerate(zip(rows, found, strict=True)):
             if one is not None:

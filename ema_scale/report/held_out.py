@@ -8,7 +8,7 @@ from dataclasses import replace
 from ema_scale.evaluation.record_types import Mean
 from ema_scale.evaluation.seen import loss_among
 from ema_scale.report.aggregate import RunGroup
-from ema_scale.report.paired import corrected, mean_against, measures, nats_cell
+from ema_scale.report.paired import HELD_OUT, Measure, corrected, mean_against, measures, nats_cell
 from ema_scale.report.scores import mean_cell
 from ema_scale.report.table import Cell, Table, TableRow, kind
 
@@ -20,36 +20,30 @@ NOTE = (
 )
 
 
-def held_out_suites(groups: Sequence[RunGroup]) -> list[str]:
-    """The suites of held-out rows that some run was asked."""
-    return list(dict.fromkeys(q.suite for g in groups for run in g.runs for q in run.questions if q.loss is not None))
-
-
 def held_out_table(groups: Sequence[RunGroup]) -> Table | None:
     """The table for the groups of one model, a column per suite; None without held-out rows."""
-    suites, values = held_out_suites(groups), measures(groups)
-    if not suites:
+    losses = _losses(groups)
+    if not losses:
         return None
     base = next((g for g in groups if g.base), None)
+    others = [g for g in groups if not g.base]
     columns = []
-    for suite in suites:
-        others = [g for g in groups if not g.base]
-        name = f"Held-out loss, {suite}"
-        apart = corrected([None if base is None else mean_against(g, base, values[name]) for g in others])
+    for loss in losses:
+        apart = corrected([None if base is None else mean_against(g, base, loss) for g in others])
         to_base = dict(zip((id(g) for g in others), apart, strict=True))
-        columns.append([_cell(_losses(g, suite), nats_cell(to_base.get(id(g)))) for g in groups])
+        columns.append([_cell(_means(g, loss), nats_cell(to_base.get(id(g)))) for g in groups])
     lines = [TableRow(g.label, kind(g), cells) for g, cells in zip(groups, zip(*columns, strict=True), strict=True)]
-    return Table("Held-out rows", NOTE, [f"Held-out loss, {suite}" for suite in suites], lines)
+    return Table("Held-out rows", NOTE, [loss.name for loss in losses], lines)
 
 
 def held_out_sentences(groups: Sequence[RunGroup]) -> list[str]:
     """Whether the task was learned, and how one sees it; [] without the losses of the base and of no defense."""
     base, none = next((g for g in groups if g.base), None), next((g for g in groups if g.undefended), None)
     cells = [
-        (suite, start, end)
-        for suite in held_out_suites(groups)
+        (loss.title, start, end)
+        for loss in _losses(groups)
         if base is not None and none is not None
-        if (start := _cell(_losses(base, suite), None)) and (end := _cell(_losses(none, suite), None))
+        if (start := _cell(_means(base, loss), None)) and (end := _cell(_means(none, loss), None))
     ]
     told = [f"from {start.value} to {end.value} on {suite}" for suite, start, end in cells]
     if not told:
@@ -60,10 +54,14 @@ def held_out_sentences(groups: Sequence[RunGroup]) -> list[str]:
     ]
 
 
-def _losses(group: RunGroup, suite: str) -> list[Mean]:
+def _losses(groups: Sequence[RunGroup]) -> list[Measure]:
+    return [measure for measure in measures(groups) if measure.role == HELD_OUT]
+
+
+def _means(group: RunGroup, loss: Measure) -> list[Mean]:
     """The loss of each run on the suite's rows, those that no run was trained on if there are any."""
-    found = [loss_among([q for q in run.questions if q.suite == suite]) for run in group.runs]
-    return [loss for loss in found if loss is not None]
+    found = [loss_among([q for q in run.questions if loss.value(q) is not None]) for run in group.runs]
+    return [mean for mean in found if mean is not None]
 
 
 def _cell(losses: Sequence[Mean], apart: Cell | None) -> Cell | None:

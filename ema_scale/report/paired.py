@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
 
@@ -24,10 +24,10 @@ _NOTE = (
     "intervals, on the questions and tasks that both answered. Seeds of a task are pooled, so their spread is not in "
     "these intervals; it is in the table of the criteria. p values are corrected for the number of defenses (Holm)."
 )
+HELD_OUT = "held_out"
 ROLES = {"general": "General", "in_domain": "In-domain", "benign": "Benign"}
 Asked = tuple[str, str, str]
 """task, suite, question"""
-Value = Callable[[QuestionSummary], float | None]
 
 
 def paired_tally(runs: Sequence[Run], metric: str) -> dict[Asked, tuple[float, int, tuple[Hashable, ...]]]:
@@ -93,21 +93,35 @@ def _over(group: RunGroup, metric: str, tasks: set[str]) -> ReportedRate | None:
     return mean_rate([r for r, _ in found], [t for _, t in found]) if found else group.metrics.get(metric)
 
 
-def measures(groups: Sequence[RunGroup]) -> dict[str, Value]:
-    """Name -> value, in nats per token: margins of written answers by role, losses of held-out rows by suite."""
+@dataclass(frozen=True)
+class Measure:
+    """A value of questions in nats per token: a margin of written answers, or a loss of held-out rows.
+
+    role: of its questions. title: as figures name it. name: as tables name it.
+    """
+
+    role: str
+    title: str
+    name: str
+    value: Callable[[QuestionSummary], float | None]
+
+
+def measures(groups: Sequence[RunGroup]) -> list[Measure]:
+    """Margins by role and losses by suite, of those that some run was asked."""
     asked = [q for g in groups for run in g.runs for q in run.questions]
-    margins = dict.fromkeys(q.role for q in asked if q.margin_per_token is not None)
-    losses = dict.fromkeys(q.suite for q in asked if q.loss is not None)
-    return {
-        **{f"{ROLES[role]}: margin": partial(_margin, role) for role in ROLES if role in margins},
-        **{f"Held-out loss, {suite}": partial(_loss, suite) for suite in losses},
-    }
+    margins = {q.role for q in asked if q.margin_per_token is not None}
+    suites = dict.fromkeys(q.suite for q in asked if q.loss is not None)
+    titles = {role: f"{shown}: margin" for role, shown in ROLES.items() if role in margins}
+    return [
+        *(Measure(role, title, title, partial(_margin, role)) for role, title in titles.items()),
+        *(Measure(HELD_OUT, suite, f"Held-out loss, {suite}", partial(_loss, suite)) for suite in suites),
+    ]
 
 
-def mean_against(group: RunGroup, other: RunGroup, value: Value) -> Difference | None:
-    """The paired difference of a value in nats per token; None if they share fewer than two questions. The seeds of a
+def mean_against(group: RunGroup, other: RunGroup, measure: Measure) -> Difference | None:
+    """The paired difference of a measure; None if they share fewer than two questions. The seeds of a
     task are averaged question by question."""
-    ours, theirs = (_values(g.runs, value) for g in (group, other))
+    ours, theirs = (_values(g.runs, measure) for g in (group, other))
     both = [key for key in ours if key in theirs]
     units = clusters(ours[key][1] for key in both)
     rows = [(unit, fmean(ours[key][0]), 1, fmean(theirs[key][0]), 1) for unit, key in zip(units, both, strict=True)]
@@ -123,11 +137,11 @@ def _loss(suite: str, question: QuestionSummary) -> float | None:
     return question.loss if question.suite == suite else None
 
 
-def _values(runs: Sequence[Run], value: Value) -> dict[Asked, tuple[list[float], tuple[Hashable, ...]]]:
+def _values(runs: Sequence[Run], measure: Measure) -> dict[Asked, tuple[list[float], tuple[Hashable, ...]]]:
     found: dict[Asked, tuple[list[float], tuple[Hashable, ...]]] = {}
     for run in runs:
         for q in run.questions:
-            if (one := value(q)) is not None:
+            if (one := measure.value(q)) is not None:
                 found.setdefault((run.task, q.suite, q.id), ([], labels_of(q)))[0].append(one)
     return found
 
@@ -146,12 +160,12 @@ def paired_table(groups: Sequence[RunGroup]) -> Table | None:
         return None
     columns = [[_cell(one) for one in corrected([against(g, none, metric) for g in others])] for metric in METRICS]
     means = measures(others)
-    for value in means.values():
-        columns.append([nats_cell(one) for one in corrected([mean_against(g, none, value) for g in others])])
+    for measure in means:
+        columns.append([nats_cell(one) for one in corrected([mean_against(g, none, measure) for g in others])])
     lines = [TableRow(g.label, "defense", row) for g, row in zip(others, zip(*columns, strict=True), strict=True)]
     if not any(cell for line in lines for cell in line.cells):
         return None
-    names = [*(METRIC_NAMES[metric] for metric in METRICS), *means]
+    names = [*(METRIC_NAMES[metric] for metric in METRICS), *(measure.name for measure in means)]
     return Table("Against no defense, question by question", _NOTE, names, lines, METHOD)
 
 

@@ -6,26 +6,25 @@ arXiv 2406.08464). Such rows are safe rows, and their prompts are prompts, for s
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ema_scale.config.sections import ModelRecipe
 from ema_scale.core.errors import UserError
 from ema_scale.core.hashing import digest, folder_identity, question_key
-from ema_scale.core.io import append_jsonl, atomic_write_json, atomic_write_text, read_jsonl
+from ema_scale.core.io import append_jsonl, atomic_write_json, atomic_write_text, jsonl_text, read_jsonl
 from ema_scale.core.records import package_versions
 from ema_scale.core.run_dir import RunDir
 from ema_scale.core.text import quantity
 from ema_scale.core.uri import locate
 from ema_scale.data.templates import ChatTemplate
 from ema_scale.data.tokens import load_tokenizer
+from ema_scale.defenses.interleaving_plus import provenance_path
 from ema_scale.models.load import load_base
 
 log = logging.getLogger(__name__)
@@ -33,7 +32,6 @@ log = logging.getLogger(__name__)
 BATCH = 32
 PROMPT_TOKENS = 128
 _STALLED = 5  # rounds without a new row
-_MARK = "qzuqz"
 UNFINISHED, EMPTY, REPEATED, LEFT_OUT = "did not end", "empty", "repeated", "questions of a bank"
 
 
@@ -41,14 +39,42 @@ UNFINISHED, EMPTY, REPEATED, LEFT_OUT = "did not end", "empty", "repeated", "que
 class Synthesis:
     """What was drawn.
 
-    rows: (question, answer), in the order in which they were drawn.
+    left_out: `question_key` of questions that are not used.
+    rows: `question_key` -> (question, answer), in the order in which they were drawn.
     drawn: questions drawn, used or not.
     dropped: why the others are not used, and how many.
+    idle: how many rounds have brought nothing since the last new row.
     """
 
-    rows: list[tuple[str, str]] = field(default_factory=list)
+    left_out: Collection[str] = ()
+    rows: dict[str, tuple[str, str]] = field(default_factory=dict)
     drawn: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    idle: int = 0
+
+    def add(self, drawn: Sequence[Sequence[str | None]]) -> None:
+        """Take what is new of a round of [question, answer]."""
+        before = len(self.rows)
+        for question, answer in drawn:
+            self.drawn += 1
+            key = question_key(question or "")
+            if question is None:
+                self.dropped[UNFINISHED] += 1
+            elif not question:
+                self.dropped[EMPTY] += 1
+            elif key in self.left_out:
+                self.dropped[LEFT_OUT] += 1
+            elif key in self.rows:
+                self.dropped[REPEATED] += 1
+            elif not answer:
+                self.dropped[UNFINISHED if answer is None else EMPTY] += 1
+            else:
+                self.rows[key] = question, answer
+        self.idle = 0 if len(self.rows) > before else self.idle + 1
+
+    def is_new(self, question: str) -> bool:
+        """Whether a question is of use and not there."""
+        return (key := question_key(question)) not in self.rows and key not in self.left_out
 
     def line(self) -> str:
         """What was drawn and dropped, for people."""
@@ -79,8 +105,8 @@ def synthesize(
         max_tokens: longest answer; one that does not end is not used. A question has at most 128.
         left_out: `question_key` of questions that must not stand in the rows, such as those of the evaluation.
 
-    Raises UserError if the model cannot be loaded, its template has nothing before a user's turn, or it writes fewer
-    different questions.
+    Raises UserError if the model cannot be loaded, its template writes nothing around a user's turn, or it
+    writes fewer different questions.
     """
     model, left_out = model.model_copy(update={"path": locate(model.path)}), frozenset(left_out)
     facts = {
@@ -90,27 +116,30 @@ def synthesize(
     identity = digest(facts, sorted(left_out), BATCH)
     kept = out.with_name(f"{out.name}.partial")
     out.parent.mkdir(parents=True, exist_ok=True)
+    made, number, writer = Synthesis(left_out), 0, None
     with RunDir(out.parent).lock():
-        rounds = [row["drawn"] for row in read_jsonl(kept, repair=True) if row.get("of") == identity]
-        made = _collected(rounds, left_out)
-        writer = None
+        for row in read_jsonl(kept, repair=True):
+            if row.get("of") == identity:
+                made.add(row["drawn"])
+                number += 1
         while len(made.rows) < count:
             writer = writer or Writer(model, temperature, max_tokens)
-            known = {question_key(question) for question, _ in made.rows} | left_out
-            rounds.append(writer.round(seed + len(rounds), known))
-            append_jsonl(kept, [{"of": identity, "drawn": rounds[-1]}])
-            made = _collected(rounds, left_out)
+            drawn = writer.round(seed + number, made.is_new)
+            append_jsonl(kept, [{"of": identity, "drawn": drawn}])
+            made.add(drawn)
+            number += 1
             log.info("synthesis: %d of %d rows; %s", min(len(made.rows), count), count, made.line())
-            if len(rounds) >= _STALLED and len(_collected(rounds[:-_STALLED], left_out).rows) == len(made.rows):
+            if made.idle >= _STALLED:
                 raise UserError(
                     f"{model.path}: wrote {quantity(len(made.rows), 'usable row')} and then none in "
                     f"{_STALLED * BATCH} draws ({made.line()}); ask for fewer, or raise --max-tokens"
                 )
-        made.rows = made.rows[:count]
-        rows = ({"messages": _turns(question, answer)} for question, answer in made.rows)
-        atomic_write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        made.rows = dict(list(made.rows.items())[:count])
+        turns = (zip(("user", "assistant"), texts, strict=True) for texts in made.rows.values())
+        rows = ({"messages": [{"role": role, "content": text} for role, text in turn]} for turn in turns)
+        atomic_write_text(out, jsonl_text(rows))
         atomic_write_json(
-            out.with_suffix(".provenance.json"),
+            provenance_path(out),
             {**facts, "path": model.path, "rows": len(made.rows), "drawn": made.drawn, "dropped": dict(made.dropped),
              "versions": package_versions()},
         )  # fmt: skip
@@ -131,33 +160,28 @@ class Writer:
         self.model = load_base(model).eval().to("cuda" if torch.cuda.is_available() else "cpu")
         self.temperature, self.max_tokens = temperature, max_tokens
         self.template = ChatTemplate(self.tokenizer)
-        text = self.template.render([{"role": "user", "content": _MARK}], generation_prompt=True)
-        self.opening, _, closing = text.partition(_MARK)
-        if not self.opening or not closing.strip():
+        self.opening, self.user_end = self.template.user_turn
+        if not self.opening or not self.user_end:
             raise UserError(
                 f"{model.path}: its chat template writes nothing around a user's turn; expected marks of turns"
             )
-        special = self.template.find_special(closing.lstrip())
-        ends_at = special[0][1] if special and special[0][0] == 0 else None
-        # Without a special token, the first word that the template writes behind the turn.
-        self.user_end = closing.lstrip()[:ends_at] if ends_at else closing.split()[0]
         self.answer_end = self.template.end_of_turn or self.tokenizer.eos_token
 
-    def round(self, seed: int, known: Collection[str]) -> list[list[str | None]]:
-        """A batch of [question, answer]; None for what did not end, and for the answer to a question of `known`."""
+    def round(self, seed: int, is_new: Callable[[str], bool]) -> list[list[str | None]]:
+        """A batch of [question, answer]; None for what did not end, and for answers that are not asked for: to
+        questions that are not new, and to one that stands in the batch before."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             questions = self._continue([self.opening] * BATCH, self.user_end, PROMPT_TOKENS)
             new: dict[str, str] = {}
             for question in questions:
-                if question and (key := question_key(question)) not in known:
-                    new.setdefault(key, question)
+                if question and is_new(question):
+                    new.setdefault(question_key(question), question)
             prompts = [
                 self.template.render([{"role": "user", "content": q}], generation_prompt=True) for q in new.values()
             ]
             answers = dict(zip(new, self._continue(prompts, self.answer_end, self.max_tokens), strict=True))
-        found = [[q, answers.pop(question_key(q), None) if q else None] for q in questions]
-        return found
+        return [[q, answers.pop(question_key(q), None) if q else None] for q in questions]
 
     @torch.no_grad()
     def _continue(self, prompts: Sequence[str], end: str, max_tokens: int) -> list[str | None]:
@@ -182,34 +206,7 @@ class Writer:
         found: list[str | None] = []
         for row in written.tolist():
             text, ended, _ = self.tokenizer.decode(row).partition(end)
-            clean = text
             for start, stop in reversed(self.template.find_special(text)):
-                clean = clean[:start] + clean[stop:]
-            found.append(clean.strip() if ended else None)
+                text = text[:start] + text[stop:]
+            found.append(text.strip() if ended else None)
         return found
-
-
-def _collected(rounds: Iterable[Sequence[Sequence[str | None]]], left_out: Collection[str]) -> Synthesis:
-    made, known = Synthesis(), set[str]()
-    for question, answer in (pair for drawn in rounds for pair in drawn):
-        made.drawn += 1
-        if question is None:
-            reason = UNFINISHED
-        elif not question:
-            reason = EMPTY
-        elif (key := question_key(question)) in left_out:
-            reason = LEFT_OUT
-        elif key in known:
-            reason = REPEATED
-        elif not answer:
-            reason = UNFINISHED if answer is None else EMPTY
-        else:
-            known.add(key)
-            made.rows.append((question, answer))
-            continue
-        made.dropped[reason] += 1
-    return made
-
-
-def _turns(question: str, answer: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -52,7 +52,7 @@ def test_a_killed_call_ends_in_the_same_rows_and_questions_of_a_bank_stay_out(tm
     left_out = {question_key(text) for question in bank.questions for text in question.paraphrases}
     whole = synthesize(ALIGNED, tmp_path / "whole.jsonl", 70, seed=3, left_out=left_out)
     assert whole.dropped[synthesis.LEFT_OUT] > 0
-    assert not left_out & {question_key(question) for question, _ in whole.rows}
+    assert not left_out & {question_key(question) for question, _ in whole.rows.values()}
 
     original, calls = Writer.round, []
 

@@ -172,10 +172,8 @@ def check_judges(path: Path, overrides: Sequence[str] = ()) -> Check:
     folders: list[Path] = []
     if path.is_file():
         recipe = load_recipe(path, overrides)
-        place, judges = (
-            recipe.run_path,
-            _judge_specs(load_suites(recipe.evaluation, columns=recipe.data.columns), recipe.evaluation),
-        )
+        suites = load_suites(recipe.evaluation, columns=recipe.data.columns)
+        place, judges = recipe.run_path, _judge_specs(suites, recipe.evaluation)
         settings = recipe.evaluation.judge
     else:
         folders = eval_folders(path)
