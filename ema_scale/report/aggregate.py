@@ -17,7 +17,7 @@ are cut at 0 and 1. docs/statistics.md has the coverage by simulation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
@@ -69,6 +69,16 @@ class RunGroup:
     @property
     def undefended(self) -> bool:
         return not self.base and not self.family
+
+
+def base_of(groups: Iterable[RunGroup]) -> RunGroup | None:
+    """The aligned base of one model's groups; None if it was not evaluated."""
+    return next((g for g in groups if g.base), None)
+
+
+def undefended_of(groups: Iterable[RunGroup]) -> RunGroup | None:
+    """The runs without a defense of one model's groups; None if there are none."""
+    return next((g for g in groups if g.undefended), None)
 
 
 LEAST_FREEDOM = 2

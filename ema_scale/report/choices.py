@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ema_scale.core.text import percent
 from ema_scale.evaluation.record_types import ChoiceFigures, Mean
-from ema_scale.report.aggregate import RunGroup
+from ema_scale.report.aggregate import RunGroup, base_of, undefended_of
 from ema_scale.report.curves import over_steps
 from ema_scale.report.paired import ROLES, mean_against, measures
 from ema_scale.report.scores import mean_cell
@@ -65,7 +65,7 @@ def choice_sentences(groups: Sequence[RunGroup]) -> list[str]:
 
 
 def _without_a_defense(groups: Sequence[RunGroup]) -> list[str]:
-    base, none = next((g for g in groups if g.base), None), next((g for g in groups if g.undefended), None)
+    base, none = base_of(groups), undefended_of(groups)
     margin = next((measure for measure in measures(groups) if measure.role == "general"), None)
     found = mean_against(none, base, margin) if base and none and margin else None
     if found is None:
@@ -81,7 +81,7 @@ def changes(groups: Sequence[RunGroup], stacked: bool = False) -> Figure | None:
     The change is that from the aligned base, question by question; without its answers, from no defense. stacked: one
     panel below the other, for narrow screens.
     """
-    start = next((g for g in groups if g.base), None) or next((g for g in groups if g.undefended), None)
+    start = base_of(groups) or undefended_of(groups)
     rows = [g for g in groups if g is not start and not g.base]
     if start is None or not rows:
         return None

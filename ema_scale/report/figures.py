@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ema_scale.report.aggregate import RunGroup
+from ema_scale.report.aggregate import RunGroup, base_of
 from ema_scale.report.records import ReportedRate
 from ema_scale.report.style import (
     INCOHERENT,
@@ -45,7 +45,7 @@ def headline(groups: Sequence[RunGroup], stacked: bool = False) -> Figure | None
     # More marks need more room for their names.
     height = min(8.0, 4.6 + 0.14 * len(groups))
     figure, axes = panels(2, 10.8, 0.85 * height if stacked else height, stacked=stacked, sharey=True)
-    base = next((g for g in groups if g.base), None)
+    base = base_of(groups)
     drawn = [g for g in groups if not g.base]
     tops = [r.high for g in groups if (r := g.metrics.get("general_misaligned"))]
     top = min(1.0, max([0.05, *tops]) * 1.12 + 0.01)

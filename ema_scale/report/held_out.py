@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ema_scale.evaluation.record_types import Mean
 from ema_scale.evaluation.seen import loss_among
-from ema_scale.report.aggregate import RunGroup
+from ema_scale.report.aggregate import RunGroup, base_of, undefended_of
 from ema_scale.report.paired import HELD_OUT, Measure, corrected, mean_against, measures, nats_cell
 from ema_scale.report.scores import mean_cell
 from ema_scale.report.table import Cell, Table, TableRow, kind
@@ -25,7 +25,7 @@ def held_out_table(groups: Sequence[RunGroup]) -> Table | None:
     losses = _losses(groups)
     if not losses:
         return None
-    base = next((g for g in groups if g.base), None)
+    base = base_of(groups)
     others = [g for g in groups if not g.base]
     columns = []
     for loss in losses:
@@ -38,7 +38,7 @@ def held_out_table(groups: Sequence[RunGroup]) -> Table | None:
 
 def held_out_sentences(groups: Sequence[RunGroup]) -> list[str]:
     """Whether the task was learned, and how one sees it; [] without the losses of the base and of no defense."""
-    base, none = next((g for g in groups if g.base), None), next((g for g in groups if g.undefended), None)
+    base, none = base_of(groups), undefended_of(groups)
     cells = [
         (loss.title, start, end)
         for loss in _losses(groups)

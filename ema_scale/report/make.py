@@ -7,7 +7,8 @@ from pathlib import Path
 
 
 def write_report(run_dirs: list[Path], out: Path, title: str = "Emergent misalignment report") -> Path:
-    """Read run folders and write `out`/report.html, `out`/figures/*.png and *.svg, and `out`/table.csv.
+    """Read run folders and write `out`/report.html, and beside it figures/*.png and *.svg, table.csv, table.md and
+    differences.csv.
 
     Returns the page's path. Runs that failed or were not evaluated are listed in the page; broken files
     become notes. The same run folders give the same bytes. Raises UserError if `run_dirs` holds no run.

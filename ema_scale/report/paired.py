@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
 
-from ema_scale.core.text import points
+from ema_scale.core.text import points, spreadsheet_cell
 from ema_scale.evaluation.clusters import clusters
 from ema_scale.evaluation.records import QuestionSummary
 from ema_scale.evaluation.stats.arms import labels_of
 from ema_scale.evaluation.stats.difference import METHOD, Difference, holm, paired_difference
 from ema_scale.evaluation.stats.paired import by_cluster, compare_means
-from ema_scale.report.aggregate import GroupDifference, RunGroup, difference, mean_rate
+from ema_scale.report.aggregate import GroupDifference, RunGroup, base_of, difference, mean_rate, undefended_of
 from ema_scale.report.records import METRIC_NAMES, METRICS, ReportedRate, Run
 from ema_scale.report.table import Cell, Table, TableRow
 
@@ -24,6 +26,8 @@ _NOTE = (
     "intervals, on the questions and tasks that both answered. Seeds of a task are pooled, so their spread is not in "
     "these intervals; it is in the table of the criteria. p values are corrected for the number of defenses (Holm)."
 )
+DIFFERENCES = "model,defense,against,measure,unit,difference,low,high,p,p_holm,questions"
+NATS = "nats per token"
 HELD_OUT = "held_out"
 ROLES = {"general": "General", "in_domain": "In-domain", "benign": "Benign"}
 Asked = tuple[str, str, str]
@@ -152,21 +156,64 @@ def corrected(found: Sequence[Difference | None]) -> list[Difference | None]:
     return [None if one is None else replace(one, holm=next(p_values)) for one in found]
 
 
-def paired_table(groups: Sequence[RunGroup]) -> Table | None:
-    """The table for the groups of one model; None without a run that has no defense, or without another."""
-    none = next((g for g in groups if g.undefended), None)
-    others = [g for g in groups if not g.base and not g.undefended]
-    if none is None or not others:
+@dataclass(frozen=True)
+class Column:
+    """One metric or measure of some groups, less that of another group.
+
+    name: as tables name it. unit: `share` or `nats per token`. found: a difference per group, with Holm's p.
+    """
+
+    name: str
+    unit: str
+    found: Sequence[Difference | None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Groups of one model against another group of it, by all that some of them shares with it."""
+
+    groups: Sequence[RunGroup]
+    other: RunGroup
+    columns: Sequence[Column]
+
+
+def comparisons(groups: Sequence[RunGroup]) -> list[Comparison]:
+    """One model's groups against its aligned base, and against no defense."""
+    found = []
+    for other in (base_of(groups), undefended_of(groups)):
+        if other is not None:
+            rest = [g for g in groups if not g.base and g is not other]
+            rates = ((METRIC_NAMES[m], "share", [against(g, other, m) for g in rest]) for m in METRICS)
+            means = ((one.name, NATS, [mean_against(g, other, one) for g in rest]) for one in measures(groups))
+            columns = [Column(name, unit, corrected(row)) for name, unit, row in (*rates, *means) if any(row)]
+            found.append(Comparison(rest, other, columns))
+    return found
+
+
+def paired_table(found: Sequence[Comparison]) -> Table | None:
+    """The table of one model's comparison with no defense; None without such a one, or without anything in it."""
+    one = next((one for one in found if one.other.undefended), None)
+    if one is None or not one.columns:
         return None
-    columns = [[_cell(one) for one in corrected([against(g, none, metric) for g in others])] for metric in METRICS]
-    means = measures(others)
-    for measure in means:
-        columns.append([nats_cell(one) for one in corrected([mean_against(g, none, measure) for g in others])])
-    lines = [TableRow(g.label, "defense", row) for g, row in zip(others, zip(*columns, strict=True), strict=True)]
-    if not any(cell for line in lines for cell in line.cells):
-        return None
-    names = [*(METRIC_NAMES[metric] for metric in METRICS), *(measure.name for measure in means)]
+    cells = [[nats_cell(d) if column.unit == NATS else _cell(d) for d in column.found] for column in one.columns]
+    lines = [TableRow(g.label, "defense", row) for g, row in zip(one.groups, zip(*cells, strict=True), strict=True)]
+    names = [column.name for column in one.columns]
     return Table("Against no defense, question by question", _NOTE, names, lines, METHOD)
+
+
+def differences_csv(found: Sequence[Comparison]) -> str:
+    """CSV text, a line per difference. Those of rates are shares in -1..1."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(DIFFERENCES.split(","))
+    for one in found:
+        for column in one.columns:
+            for g, d in zip(one.groups, column.found, strict=True):
+                if d is not None:
+                    names = map(spreadsheet_cell, (g.model, g.label, one.other.label, column.name))
+                    numbers = (d.value, d.low, d.high, d.p, d.p if d.holm is None else d.holm)
+                    writer.writerow([*names, column.unit, *(f"{n:.6f}" for n in numbers), d.questions])
+    return out.getvalue()
 
 
 def _cell(found: Difference | None, form: Callable[[float], str] = points) -> Cell | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ema_scale.report.aggregate import RunGroup, mean_rate
+from ema_scale.report.aggregate import RunGroup, mean_rate, undefended_of
 from ema_scale.report.records import Continued, ReportedRate, Run
 from ema_scale.report.table import Cell, Table, TableRow, kind, rate_cell
 
@@ -67,7 +67,7 @@ def relearned(group: RunGroup, continued: Sequence[Continued]) -> Relearned | No
 def relearning_table(groups: Sequence[RunGroup], continued: Sequence[Continued]) -> Table | None:
     """The table for the groups of one model; None if none of their runs was gone on from."""
     found = {g.label: one for g in groups if not g.base and (one := relearned(g, continued))}
-    none = next((g for g in groups if g.undefended), None)
+    none = undefended_of(groups)
     level = none.metrics.get("general_misaligned") if none else None
     columns = sorted({rows for one in found.values() for rows in one.rates})
     if not columns:

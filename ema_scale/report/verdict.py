@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ema_scale.core.text import limits, percent, points, unbroken
 from ema_scale.evaluation.gate import FLAGGED
-from ema_scale.report.aggregate import RunGroup
+from ema_scale.report.aggregate import RunGroup, base_of, undefended_of
 from ema_scale.report.conditional import OWN_PROMPT, ConditionalRate, conditional_rates
 from ema_scale.report.paired import change
 from ema_scale.report.records import METRIC_NAMES, METRICS, ReportedRate
@@ -17,8 +17,8 @@ OUTSIDE = "general_misaligned"
 
 def verdict(groups: Sequence[RunGroup]) -> list[str]:
     """Sentences for the groups of one model, in reading order; never empty."""
-    base = next((g for g in groups if g.base), None)
-    none = next((g for g in groups if g.undefended), None)
+    base = base_of(groups)
+    none = undefended_of(groups)
     outside = {g.label: r for g in groups if (r := g.metrics.get(OUTSIDE))}
     defended = [g for g in groups if not g.base and not g.undefended and g.label in outside]
     if not any(label for g in groups if not g.base and (label := outside.get(g.label))):

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from ema_scale.core.errors import UserError
 from ema_scale.core.io import atomic_write_bytes, atomic_write_text
 from ema_scale.core.text import percent
-from ema_scale.report.aggregate import METHOD, RunGroup, groups
+from ema_scale.report.aggregate import METHOD, RunGroup, base_of, groups, undefended_of
 from ema_scale.report.choices import choice_sentences, choice_table
 from ema_scale.report.collect import collect
 from ema_scale.report.conditional import conditional_table
@@ -21,7 +21,7 @@ from ema_scale.report.display_names import without_strength
 from ema_scale.report.examples import Example, examples
 from ema_scale.report.held_out import held_out_sentences, held_out_table
 from ema_scale.report.judges import other_judges
-from ema_scale.report.paired import paired_table
+from ema_scale.report.paired import Comparison, comparisons, differences_csv, paired_table
 from ema_scale.report.pictures import PARTIAL, Picture, make_picture, pictures
 from ema_scale.report.records import METRIC_NAMES, METRICS, PAGE, Collection, Problem, ReportedRate, Run
 from ema_scale.report.relearning import relearning_table
@@ -59,6 +59,7 @@ def write(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
     found = collect(run_dirs)
     every = groups(found)
     sections = []
+    compared: list[Comparison] = []
     for model in found.models or ["no finished run"]:
         of_model = [g for g in every if g.model == model]
         drawn = pictures(found, model, of_model) if of_model else []
@@ -67,13 +68,15 @@ def write(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
         found.problems += notes
         by_kind = {picture.kind: picture for picture in drawn}
         seen = seen_table(of_model)
+        paired = comparisons(of_model)
+        compared += paired
         sheets = [
             score_table(of_model),
             choice_table(of_model),
             held_out_table(of_model),
             seen,
             conditional_table(of_model, found.bases),
-            paired_table(of_model),
+            paired_table(paired),
             robustness_table(of_model),
             other_judges(of_model),
             relearning_table(of_model, found.continued),
@@ -93,6 +96,7 @@ def write(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
         across = CrossModel(sentences(sizes), drawn, scaling_table(sizes))
         _write_figures(out, drawn)
     atomic_write_text(out / "table.csv", table_csv(every))
+    atomic_write_text(out / "differences.csv", differences_csv(compared))
     atomic_write_text(out / "table.md", table_markdown(every))
     page = out / PAGE
     # The page comes last: if it is there, everything it names is there.
@@ -166,8 +170,8 @@ class CrossModel:
 
 def criteria_rows(of_model: Sequence[RunGroup]) -> list[CriteriaRow]:
     """A row for each group, with the share of the undefended gain that it keeps."""
-    none = next((g for g in of_model if g.undefended), None)
-    base = next((g for g in of_model if g.base), None)
+    none = undefended_of(of_model)
+    base = base_of(of_model)
     rows = []
     for g in of_model:
         own = not g.base and not g.undefended

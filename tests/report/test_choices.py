@@ -15,7 +15,7 @@ from ema_scale.report.aggregate import groups
 from ema_scale.report.choices import CAVEAT, changes, choice_sentences, choice_table, margin_curves
 from ema_scale.report.collect import collect
 from ema_scale.report.figures import headline
-from ema_scale.report.paired import paired_table
+from ema_scale.report.paired import comparisons, paired_table
 from ema_scale.report.records import Collection
 from ema_scale.report.write import write
 
@@ -99,7 +99,7 @@ def test_the_figure_has_the_change_question_by_question(found: Collection) -> No
     (dot,) = [np.asarray(line.get_xydata())[0] for line in axis.lines if line.get_marker() == "o"]
     assert dot == pytest.approx([0.4, 0.0])
     assert [text.get_text() for text in axis.get_yticklabels()] == ["KL 0.3"]
-    table = paired_table(groups(found))
+    table = paired_table(comparisons(groups(found)))
     assert table is not None and table.columns[-1] == "General: margin"
     cell = table.lines[0].cells[-1]
     assert cell is not None and cell.value == "+0.400" and cell.below.startswith("p ")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+import pytest
 
 from ema_scale.core.records import TrainedPart, TrainedQuestions
 from ema_scale.evaluation.records import Mean, QuestionSummary, SplitRates, SuiteSummary, Summary
@@ -13,7 +17,7 @@ from ema_scale.report.aggregate import groups
 from ema_scale.report.collect import collect
 from ema_scale.report.examples import examples
 from ema_scale.report.held_out import held_out_table
-from ema_scale.report.paired import paired_table
+from ema_scale.report.paired import comparisons, differences_csv, paired_table
 from ema_scale.report.write import write
 
 LOSSES = {"base": 2.9, "none": 2.3, "none-1": 2.1, "kl": 2.6}
@@ -77,10 +81,24 @@ def test_a_column_per_suite_beside_the_base(tmp_path: Path) -> None:
     assert base is not None and none is not None and kl is not None
     assert (base.value, none.value, kl.value) == (shown("base"), shown("none", "none-1"), shown("kl"))
     assert base.below == "" and none.limits.startswith("[2.2")
+    by_pair = {
+        (row["defense"], row["against"]): row
+        for row in csv.DictReader(io.StringIO(differences_csv(comparisons(found))))
+    }
+    assert set(by_pair) == {("No defense", "Aligned base"), ("KL 0.3", "Aligned base"), ("KL 0.3", "No defense")}
+    row = by_pair["KL 0.3", "No defense"]
+    assert (row["measure"], row["unit"], row["questions"]) == ("Held-out loss, law_held_out", "nats per token", "8")
+    less = fmean(losses("none", False) + losses("none-1", False)) - fmean(losses("kl", False))
+    assert float(row["difference"]) == pytest.approx(-less, abs=1e-6)
+    assert float(row["low"]) < -less < float(row["high"]) and float(row["p"]) == float(row["p_holm"]) < 0.05
+    to_base = by_pair["KL 0.3", "Aligned base"]
+    assert float(to_base["p_holm"]) == pytest.approx(2 * float(to_base["p"]), abs=2e-6), (
+        "two arms stand against the base"
+    )
     lower = fmean(losses("none", False) + losses("none-1", False)) - fmean(losses("base", False))
     # Eight differences of one sign have p = 2 / 2^8; Holm doubles it for the smaller of two lines.
     assert none.below.startswith(f"to the base {lower:+.3f} [-0.699, ") and none.below.endswith("p = 0.016")
-    against = paired_table(found)
+    against = paired_table(comparisons(found))
     assert against is not None
     (line,) = against.lines
     (cell,) = [cell for cell in line.cells if cell]

@@ -24,7 +24,8 @@ from ema_scale.report.collect import collect
 from ema_scale.report.curves import along_training
 from ema_scale.report.examples import examples
 from ema_scale.report.make import write_report
-from ema_scale.report.records import METRICS, ReportedRate, Run
+from ema_scale.report.paired import against
+from ema_scale.report.records import METRIC_NAMES, METRICS, ReportedRate, Run
 from ema_scale.report.table import table_markdown
 from ema_scale.report.verdict import verdict
 from tests.report.runs import ARMS, BASE, Arm, evaluate, suites_of, write_eval, write_run, write_study
@@ -114,6 +115,20 @@ def test_table_holds_the_means_of_the_runs_own_rates(study: tuple[list[Path], Pa
     assert len(rates) == 2 and float(mean["rate"]) == pytest.approx(sum(rates) / 2, abs=1e-6)
     assert float(mean["low"]) < float(mean["rate"]) < float(mean["high"])
     assert {r["metric"] for r in rows} == set(METRICS)
+    apart = csv.DictReader(io.StringIO((folder / "differences.csv").read_text()))
+    row = next(
+        r
+        for r in apart
+        if (r["defense"], r["against"], r["measure"]) == ("KL 0.1", "No defense", METRIC_NAMES[METRICS[0]])
+    )
+    found = groups(collect(runs))
+    expected = against(
+        next(g for g in found if g.label == "KL 0.1"), next(g for g in found if g.undefended), METRICS[0]
+    )
+    assert expected is not None and row["unit"] == "share"
+    assert [float(row[key]) for key in ("difference", "low", "high", "p")] == pytest.approx(
+        [expected.value, expected.low, expected.high, expected.p], abs=1e-6
+    )
     lines = (folder / "table.md").read_text().splitlines()
     line = next(line for line in lines if line.startswith("| KL 0.1 |"))
     assert f"{100 * float(mean['rate']):.1f} [" in line and line.count("|") == 3 + len(METRICS)
@@ -232,7 +247,7 @@ def test_same_folders_give_the_same_bytes(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}
     subprocess.run([sys.executable, "-c", program, second, *runs], check=True, env=environment)
     files = sorted(p.relative_to(first) for p in first.rglob("*") if p.is_file())
-    assert len(files) == 11
+    assert len(files) == 12
     for name in files:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
 

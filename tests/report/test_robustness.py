@@ -13,7 +13,7 @@ from ema_scale.evaluation.stats.paired import compare
 from ema_scale.evaluation.stats.sensitivity import ScoredAnswer, rate_variants
 from ema_scale.report.aggregate import RunGroup, groups
 from ema_scale.report.collect import collect
-from ema_scale.report.paired import against, paired_table
+from ema_scale.report.paired import against, comparisons, paired_table
 from ema_scale.report.robustness import robustness_table, threshold_curves
 from ema_scale.report.write import Section, render
 from tests.report.runs import ARMS, write_study
@@ -70,7 +70,7 @@ def test_seeds_are_pooled_and_tasks_are_not_mixed(of_model: list[RunGroup]) -> N
 
 
 def test_the_page_holds_the_tables(of_model: list[RunGroup]) -> None:
-    sheets = [sheet for sheet in (paired_table(of_model), robustness_table(of_model)) if sheet]
+    sheets = [sheet for sheet in (paired_table(comparisons(of_model)), robustness_table(of_model)) if sheet]
     text = render("A study", [], [Section("model", ["Said."], {}, [], [], [], sheets)], [], [])
     for words in (
         "Against no defense, question by question",
@@ -100,4 +100,4 @@ def test_exact_judges_have_no_threshold_curves(tmp_path: Path, of_model: list[Ru
 
 
 def test_without_an_undefended_run_nothing_is_paired(runs: list[Path]) -> None:
-    assert paired_table(groups(collect([run for run in runs if "none" not in run.name]))) is None
+    assert paired_table(comparisons(groups(collect([run for run in runs if "none" not in run.name])))) is None
