@@ -120,6 +120,22 @@ def rows_(
     finish("rows", measured, {"rows": rows}, out=out, columns=columns)
 
 
+@bench.command("runs")
+def runs_(
+    runs: Annotated[int, whole(help="runs of the study to plan")] = 10_000,
+    questions: Annotated[int, whole(help="questions of the permutation test", low=2)] = 10_000,
+    before: Annotated[Path | None, typer.Option(help="a checkout of an earlier version, to plan with as well")] = None,
+    out: Out = None,
+) -> None:
+    """Studies of many runs: processor seconds and peak memory of planning one, and of a permutation test."""
+    from benchmarks.harness import finish
+    from benchmarks.many_runs import bench_many_runs
+
+    measured = list(bench_many_runs(runs, questions, before))
+    options = {"runs": runs, "questions": questions}
+    finish("runs", measured, options, threads=1, out=out, columns={"p": lambda p: f"p = {p:.4f}"})
+
+
 class Part(StrEnum):
     vllm = "vllm"
     samplers = "samplers"
