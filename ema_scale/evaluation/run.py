@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
 from ema_scale.core.progress import Progress
+from ema_scale.core.text import quantity
 from ema_scale.core.uri import locate
 from ema_scale.evaluation.first_answers import FirstAnswers
 from ema_scale.evaluation.judges.assignment import warn_of_other_address
@@ -247,7 +248,8 @@ def _sample_and_judge(
 ) -> tuple[dict[str, Any], JudgePool]:
     """Sample and judge everything that is missing; returns the sampler's description, and what became of judging."""
     if found.sampled:
-        log.info("continuing: %d of %d answers and %d judgements are there", found.sampled, found.total, found.judged)
+        judged = f" and {quantity(found.judged, 'judgement')}" if found.to_judge else ""
+        log.info("continuing: %d of %d answers%s are there", found.sampled, found.total, judged)
     used: dict[str, Any] = {}
     stores = {left.target.name: left.store for left in found.remaining}
     unsampled = [left for left in found.remaining if left.unsampled]
