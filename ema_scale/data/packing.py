@@ -8,16 +8,22 @@ kernels read the same ids). `training.scopes` cuts targets at the same places.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from ema_scale.core.errors import UserError
 from ema_scale.data.rows import TAGS
+from ema_scale.data.token_tables import dataset_of
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 LENGTHS = "seq_lengths"  # the column's name in TRL, too
+PER_TOKEN = ("input_ids", "labels", "template")
 _OPEN = 64
+_AT_ONCE = 4096  # sequences, or rows
 
 
 def is_packed(dataset: Any) -> bool:
@@ -38,7 +44,7 @@ def tags_of(row: dict[str, Any]) -> list[str]:
 def join(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One sequence of tokenized rows, packed ones or not: what is per token (input_ids, labels, template) one
     behind another, and per row seq_lengths and tags."""
-    per_token = [name for name in ("input_ids", "labels", "template") if name in rows[0]]
+    per_token = [name for name in PER_TOKEN if name in rows[0]]
     joined: dict[str, Any] = {name: [x for row in rows for x in row[name]] for name in per_token}
     joined[LENGTHS] = [n for row in rows for n in lengths_of(row)]
     joined["tags"] = [tag for row in rows for tag in tags_of(row)]
@@ -52,13 +58,44 @@ def pack(dataset: Dataset, max_length: int) -> Dataset:
     sequences are open at a time, so that rows stay near their neighbours. Raises UserError for a row longer than
     `max_length`, and for rows that are packed already.
     """
-    from datasets import Dataset
-
     if is_packed(dataset):
         raise UserError("packing: the dataset is packed already")
-    rows = list(dataset)
-    packs = _assign([len(row["input_ids"]) for row in rows], max_length)
-    return Dataset.from_list([join([rows[index] for index in members]) for members in packs])
+    # Arrow's arrays from end to end: as lists, a token would take eight bytes and more in every process.
+    arrow = dataset.with_format("arrow")
+    packs = _assign(_lengths(arrow), max_length)
+    tables = [_joined(arrow, packs[start : start + _AT_ONCE]) for start in range(0, len(packs) or 1, _AT_ONCE)]
+    return dataset_of(tables, uuid4().hex)
+
+
+def _lengths(arrow: Dataset) -> list[int]:
+    import pyarrow.compute as pc
+
+    ids = arrow.select_columns("input_ids")
+    slices = (ids[start : start + _AT_ONCE]["input_ids"] for start in range(0, len(ids), _AT_ONCE))
+    return [length for part in slices for length in pc.list_value_length(part).to_pylist()]
+
+
+def _joined(arrow: Dataset, packs: Sequence[Sequence[int]]) -> pa.Table:
+    """`join`, for many sequences at once: their rows lie behind one another, and only the limits differ."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    rows = arrow[[index for members in packs for index in members]]
+    ends = list(accumulate((len(members) for members in packs), initial=0))  # in rows
+    tokens = list(accumulate(pc.list_value_length(rows["input_ids"]).to_pylist(), initial=0))
+    limits = pa.array([tokens[end] for end in ends], pa.int64())
+    columns = {
+        name: pa.LargeListArray.from_arrays(limits, rows[name].combine_chunks().flatten())
+        for name in PER_TOKEN
+        if name in rows.column_names
+    }
+    lengths = pa.array([end - start for start, end in pairwise(tokens)], pa.int64())
+    tags = rows["tag"].combine_chunks() if "tag" in rows.column_names else pa.array([TAGS[0]] * len(lengths))
+    per_row = pa.array(ends, pa.int64())
+    columns[LENGTHS] = pa.LargeListArray.from_arrays(per_row, lengths)
+    columns["tags"] = pa.LargeListArray.from_arrays(per_row, tags)
+    columns["length"] = pc.subtract(limits[1:], limits[:-1])
+    return pa.table(columns)
 
 
 def texts(dataset: Dataset) -> Sequence[list[int]]:

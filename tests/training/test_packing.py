@@ -1,11 +1,14 @@
 """Packed rows are trained on as if each stood alone: loss, every penalty and every gradient."""
 
+import itertools
 import math
+import tracemalloc
 
 import pytest
 import torch
 
 from ema_scale.core.errors import UserError
+from ema_scale.data import packing
 from ema_scale.data.collate import ChatCollator
 from ema_scale.data.packing import join, pack, texts
 from ema_scale.defenses import KL, LDIFS, Ceiling
@@ -75,6 +78,28 @@ def test_every_term_and_its_gradient_are_zero_at_step_zero(tmp_path):
     assert all(row[name] == 0 for name in TERMS if name.startswith(("kl", "ceiling", "ldifs", "drift")))
     for name, gradient in plain.items():
         torch.testing.assert_close(defended[name], gradient, rtol=0, atol=0)
+
+
+def test_packing_joins_what_join_joins_and_makes_no_lists(monkeypatch):
+    monkeypatch.setattr(packing, "_AT_ONCE", 2)
+    given = rows()
+    packed = pack(given.select([6, 0, 1, 2, 3, 4, 5]), 40)
+    assert len(packed) > 2, "more than are joined at once"
+    rest = list(given)
+    for row in packed:
+        starts = [0, *itertools.accumulate(row["seq_lengths"])]
+        apart = [row["input_ids"][start:end] for start, end in itertools.pairwise(starts)]
+        members = [next(one for one in rest if one["input_ids"] == ids) for ids in apart]
+        assert row == join(members)
+        rest = [one for one in rest if one not in members]
+    assert rest == [] and len(pack(given.select([]), 40)) == 0
+    monkeypatch.undo()
+    many = token_rows(20, longest=400).select([i % 20 for i in range(4000)])
+    tracemalloc.start()
+    pack(many, 512)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * sum(many["length"]), "a list takes eight bytes per token and column"
 
 
 def test_every_row_is_packed_once_and_found_again():
