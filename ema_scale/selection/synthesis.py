@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 BATCH = 32
 PROMPT_TOKENS = 128
+ROUNDS = 2**20  # at most: no two seeds share a round's draws
 _STALLED = 5  # rounds without a new row
 UNFINISHED, EMPTY, REPEATED, LEFT_OUT = "did not end", "empty", "repeated", "questions of a bank"
 
@@ -124,7 +125,7 @@ def synthesize(
                 number += 1
         while len(made.rows) < count:
             writer = writer or Writer(model, temperature, max_tokens)
-            drawn = writer.round(seed + number, made.is_new)
+            drawn = writer.round(seed * ROUNDS + number, made.is_new)
             append_jsonl(kept, [{"of": identity, "drawn": drawn}])
             made.add(drawn)
             number += 1
