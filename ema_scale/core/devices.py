@@ -37,9 +37,14 @@ def free_cores() -> int:
 
 
 def idle_cores() -> int:
-    """Those of `free_cores` that other work leaves idle, by the load of the last minute; at least 1."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    return max(1, min(free_cores(), round((os.cpu_count() or 1) - load)))
+    """Those of `free_cores` that are idle while this process waits for a second; at least 1.
+
+    The load average would count what this process has just ended: a training, before its evaluation.
+    """
+    import psutil
+
+    idle = (os.cpu_count() or 1) * (1 - psutil.cpu_percent(interval=1) / 100)
+    return max(1, min(free_cores(), round(idle)))
 
 
 def _quota() -> int | None:

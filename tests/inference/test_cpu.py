@@ -5,6 +5,7 @@ import logging
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
@@ -17,17 +18,18 @@ from ema_scale.inference.base import SamplerOptions
 
 
 @pytest.mark.parametrize(
-    ("quota", "load", "free", "idle"),
-    [(None, 0.2, 8, 8), ("max 100000", 12.9, 8, 3), ("250000 100000", 3.0, 3, 3), ("50000 100000", 40.0, 1, 1)],
+    ("quota", "busy", "free", "idle"),
+    [(None, 0.2, 8, 8), ("max 100000", 12.9, 8, 3), ("250000 100000", 3.0, 3, 3), ("50000 100000", 16.0, 1, 1)],
 )
-def test_cores_within_the_quota_that_other_work_leaves_idle(tmp_path, monkeypatch, quota, load, free, idle):
-    """Of a machine of 16 cores, 8 of which are allowed."""
+def test_cores_within_the_quota_that_other_work_leaves_idle(tmp_path, monkeypatch, quota, busy, free, idle):
+    """Of a machine of 16 cores, 8 of which are allowed. What this process did before does not count as other work."""
     if quota:
         (tmp_path / "cpu.max").write_text(quota)
     monkeypatch.setattr(devices, "CGROUP_QUOTAS", ((tmp_path / "cpu.max",),))
     monkeypatch.setattr(devices.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(devices.os, "cpu_count", lambda: 16)
-    monkeypatch.setattr(devices.os, "getloadavg", lambda: (load, 0, 0))
+    monkeypatch.setattr(devices.os, "getloadavg", lambda: (16.0, 16.0, 16.0))
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 100 * busy / 16)
     assert (devices.free_cores(), devices.idle_cores()) == (free, idle)
 
 
