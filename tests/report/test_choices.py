@@ -69,7 +69,8 @@ def test_the_table_has_the_share_and_both_margins(found: Collection) -> None:
     cells = {line.name: [cell.value for cell in line.cells if cell] for line in table.lines}
     assert cells == {"No defense": ["50.0", "-0.200", "-0.100"], "KL 0.3": ["30.0", "+0.200", "+0.100"]}
     assert choice_table([]) is None
-    (sentence,) = choice_sentences(groups(found))
+    defended, sentence = choice_sentences(groups(found))
+    assert "differs clearly (p < 0.05 after Holm’s correction) by +0.400 [+0.400, +0.400] (KL 0.3)." in defended
     assert "50.0 % (No defense), 30.0 % (KL 0.3)" in sentence
 
 
@@ -80,9 +81,19 @@ def test_the_first_sentence_says_what_training_did_without_a_defense(found: Coll
     for run in found.runs:
         path = run.path / "eval" / "summary.json"
         Summary.read(path).model_copy(update={"base": "../../base/eval"}).write(path)
-    first, second = choice_sentences(groups(collect([run.path for run in found.runs])))
+    first, _, last = choice_sentences(groups(collect([run.path for run in found.runs])))
     assert "by -0.500 nats per token [-0.500, -0.500]: answers outside the domain changed" in first
-    assert "20.0 % (Aligned base)" in second
+    assert "20.0 % (Aligned base)" in last
+
+
+def test_without_a_clear_difference_it_says_so(found: Collection) -> None:
+    kl = next(run for run in found.runs if run.name == "kl")
+    path = kl.path / "eval" / "summary.json"
+    summary = Summary.read(path)
+    mixed = [q.model_copy(update={"margin_per_token": -0.2 + (-1) ** i}) for i, q in enumerate(summary.per_question)]
+    summary.model_copy(update={"per_question": mixed}).write(path)
+    said, _ = choice_sentences(groups(collect([run.path for run in found.runs])))
+    assert said.startswith("No defense changes the margin of general written answers clearly")
 
 
 def test_the_curve_has_a_line_per_defense(found: Collection) -> None:
