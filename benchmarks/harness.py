@@ -14,6 +14,7 @@ import ctypes
 import gc
 import os
 import platform
+import resource
 import statistics
 import sys
 import time
@@ -168,6 +169,12 @@ def peak_rss() -> int:
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024
     raise OSError("/proc/self/status: no VmHWM")
+
+
+def cpu_seconds() -> float:
+    """Of this process, and of those that it started and that have ended."""
+    found = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in found)
 
 
 def machine(threads: int | None = None) -> dict[str, Any]:

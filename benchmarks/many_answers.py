@@ -6,14 +6,13 @@ Every measurement is a process of its own, so that its peak memory and processor
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.harness import Measured
+from benchmarks.harness import Measured, cpu_seconds
 from ema_scale.config.sections import EvaluationRecipe, JudgeRecipe, ModelRecipe
 from ema_scale.evaluation.plan import EvalTarget, plan_prompts
 from ema_scale.evaluation.records import MANIFEST_FILE, Manifest, read_rows
@@ -133,11 +132,9 @@ def alone(way: str, folder: Path) -> tuple[float, int]:
     """(processor seconds, peak bytes) of one way in a process of its own, its start included."""
     code = "from pathlib import Path; from benchmarks import harness, many_answers; "
     code += f"many_answers.{way}(Path({str(folder)!r})); print(harness.peak_rss())"
-    start = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = cpu_seconds()
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    end = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime
-    return seconds, int(done.stdout.split()[-1])
+    return cpu_seconds() - start, int(done.stdout.split()[-1])
 
 
 WAYS = {

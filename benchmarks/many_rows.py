@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.alone import alone
-from benchmarks.harness import Measured, peak_rss
+from benchmarks.harness import Measured, cpu_seconds, peak_rss
 from benchmarks.tokenize_rows import BLOCK, CHATML, blocks_of, tokenizer_of
 from ema_scale.core.devices import free_cores
 
@@ -56,12 +55,6 @@ def prepared(folder: str, cores: int, cache: bool) -> dict[str, float]:
         "tokens": report.tokens["tokens"] / report.tokens["rows"],
         "first": _checksum(dataset),
     }
-
-
-def cpu_seconds() -> float:
-    """Of this process, and of those that it started and that have ended."""
-    found = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in found)
 
 
 def _checksum(dataset: Any) -> float:

@@ -6,7 +6,6 @@ Each measurement is a process of its own, so that its peak memory and processor 
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.alone import alone
-from benchmarks.harness import Measured, peak_rss
+from benchmarks.harness import Measured, cpu_seconds, peak_rss
 from ema_scale.core.errors import UserError
 from ema_scale.evaluation.stats.difference import RESAMPLES, Counts, swap_p
 
@@ -60,13 +59,12 @@ def write_study(folder: Path, runs: int) -> Path:
 def planned(study: Path, package: Path | None) -> tuple[float, int]:
     """(processor seconds, peak bytes) of `ema study --dry-run`; package: a checkout of another version."""
     environment = os.environ if package is None else {**os.environ, "PYTHONPATH": str(package.resolve())}
-    start = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-c", PROGRAM, "study", str(study), "--dry-run"]
+    start = cpu_seconds()
     done = subprocess.run(command, env=environment, cwd=study.parent, capture_output=True, text=True)
-    end = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = cpu_seconds() - start
     if done.returncode:
         raise UserError(f"ema study --dry-run of {package or 'this version'} failed:\n{done.stderr[-2000:]}")
-    seconds = end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime
     return seconds, 1024 * int(done.stderr.split()[-1])
 
 

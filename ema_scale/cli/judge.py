@@ -155,10 +155,9 @@ def _print(name: str, baseline: str, found: list[Compared]) -> None:
         limits = "{:+.{n}f} [{:+.{n}f}, {:+.{n}f}]".format(*(scale * v for v in (d.value, d.low, d.high)), n=digits)
         name = one.measure if one.questions == "all" and not apart else f"{one.measure}, {one.questions}"
         cells = (name, *(f"{scale * (r.value or 0):.{digits}f}" for r in (one.baseline, one.arm)), limits)
-        corrected = d.p if d.holm is None else d.holm
-        style = "bold" if corrected < 0.05 else ""
+        style = "bold" if d.corrected_p < 0.05 else ""
         shown = map(Text, map(printable, cells))
-        table.add_row(*shown, Text(_p(d.p)), Text(_p(corrected), style=style), Text(str(d.questions)))
+        table.add_row(*shown, Text(_p(d.p)), Text(_p(d.corrected_p), style=style), Text(str(d.questions)))
     # On a narrower terminal the cells would be cut.
     width = Console(width=1000).measure(table).maximum
     Console(width=max(console.width, width), highlight=False, soft_wrap=True).print(table)

@@ -10,10 +10,9 @@ from matplotlib.ticker import MaxNLocator
 
 from ema_scale.core.text import percent
 from ema_scale.evaluation.record_types import ChoiceFigures, Mean
-from ema_scale.evaluation.stats.difference import Difference
 from ema_scale.report.aggregate import RunGroup, base_of, undefended_of
 from ema_scale.report.curves import over_steps
-from ema_scale.report.paired import ROLES, Measure, corrected, mean_against, measures
+from ema_scale.report.paired import ROLES, Measure, corrected, mean_against, measures, nats_cell
 from ema_scale.report.scores import mean_cell
 from ema_scale.report.style import INK, MUTED, family_colours, panels
 from ema_scale.report.table import Cell, Table, TableRow, kind, rate_cell
@@ -70,10 +69,11 @@ def choice_sentences(groups: Sequence[RunGroup]) -> list[str]:
 def _without_a_defense(groups: Sequence[RunGroup]) -> list[str]:
     base, none, margin = base_of(groups), undefended_of(groups), _general_margin(groups)
     found = mean_against(none, base, margin) if base and none and margin else None
-    if found is None:
+    cell = nats_cell(found)
+    if found is None or cell is None:
         return []
     clear = "answers outside the domain changed" if found.clear else "no clear change"
-    change = f"by {_nats(found)[0]} nats per token {_nats(found)[1]}"
+    change = f"by {cell.value} nats per token {cell.limits}"
     return [f"Without a defense, training changes the margin of general written answers {change}: {clear}."]
 
 
@@ -83,22 +83,18 @@ def _with_defenses(groups: Sequence[RunGroup]) -> list[str]:
     if none is None or margin is None or not others:
         return []
     found = corrected([mean_against(g, none, margin) for g in others])
-    clear = [(d, g) for g, d in zip(others, found, strict=True) if d and d.clear and d.holm is not None and d.holm < P]
+    clear = [(d, g) for g, d in zip(others, found, strict=True) if d and d.clear and d.corrected_p < P]
     if not clear:
         return [
             f"No defense changes the margin of general written answers clearly against training without one ({_TEST})."
         ]
     clear.sort(key=lambda one: -one[0].value)
-    told = ", ".join(f"{' '.join(_nats(d))} ({g.label})" for d, g in clear)
+    told = ", ".join(f"{cell.value} {cell.limits} ({g.label})" for d, g in clear if (cell := nats_cell(d)))
     return [f"Against no defense, the margin of general written answers differs clearly ({_TEST}) by {told}."]
 
 
 def _general_margin(groups: Sequence[RunGroup]) -> Measure | None:
     return next((measure for measure in measures(groups) if measure.role == "general"), None)
-
-
-def _nats(found: Difference) -> tuple[str, str]:
-    return f"{found.value:+.3f}", f"[{found.low:+.3f}, {found.high:+.3f}]"
 
 
 def changes(groups: Sequence[RunGroup], stacked: bool = False) -> Figure | None:

@@ -211,7 +211,7 @@ def differences_csv(found: Sequence[Comparison]) -> str:
             for g, d in zip(one.groups, column.found, strict=True):
                 if d is not None:
                     names = map(spreadsheet_cell, (g.model, g.label, one.other.label, column.name))
-                    numbers = (d.value, d.low, d.high, d.p, d.p if d.holm is None else d.holm)
+                    numbers = (d.value, d.low, d.high, d.p, d.corrected_p)
                     writer.writerow([*names, column.unit, *(f"{n:.6f}" for n in numbers), d.questions])
     return out.getvalue()
 
@@ -219,8 +219,7 @@ def differences_csv(found: Sequence[Comparison]) -> str:
 def _cell(found: Difference | None, form: Callable[[float], str] = points) -> Cell | None:
     if found is None:
         return None
-    value = found.p if found.holm is None else found.holm
-    p = f"p = {value:.3f}" if value >= 0.001 else "p < 0.001"
+    p = f"p = {found.corrected_p:.3f}" if found.corrected_p >= 0.001 else "p < 0.001"
     return Cell(form(found.value), f"[{form(found.low)}, {form(found.high)}]", p)
 
 

@@ -42,6 +42,11 @@ class Difference:
         """Whether the interval leaves out 0."""
         return self.low > 0 or self.high < 0
 
+    @property
+    def corrected_p(self) -> float:
+        """`holm`, or p where there was no correction."""
+        return self.p if self.holm is None else self.holm
+
 
 @dataclass(frozen=True)
 class Counts:
