@@ -103,6 +103,7 @@ def answers_(
 @bench.command("rows")
 def rows_(
     rows: Annotated[int, typer.Option(min=1, help="training rows of about 280 tokens")] = 50_000,
+    before: Annotated[bool, typer.Option(help="also one process that holds all rows in its memory")] = True,
     out: Out = None,
 ) -> None:
     """Large training sets: processor seconds and peak memory of tokenizing them, once and again."""
@@ -110,7 +111,7 @@ def rows_(
     from benchmarks.many_rows import bench_many_rows
 
     measured = []
-    for one in bench_many_rows(rows):
+    for one in bench_many_rows(rows, before):
         print(one.name, one.row(), flush=True)  # what follows may take long, or be killed
         measured.append(one)
     columns = {

@@ -22,7 +22,7 @@ def cpu_threads(model: ModelRecipe) -> int:
     """Threads to sample with: OMP_NUM_THREADS, one for a small model, else one per idle core. The log says which."""
     if (given := os.environ.get("OMP_NUM_THREADS", "")).isdecimal():
         threads, why = max(1, int(given)), "as OMP_NUM_THREADS says"
-    elif _is_small(model):
+    elif is_small(model):
         threads, why = 1, "the model is small"
     else:
         threads, why = idle_cores(), "those that other work leaves idle"
@@ -30,7 +30,8 @@ def cpu_threads(model: ModelRecipe) -> int:
     return threads
 
 
-def _is_small(model: ModelRecipe) -> bool:
+def is_small(model: ModelRecipe) -> bool:
+    """Whether its weights are in a folder and take less than 100 MB."""
     files = list(Path(model.path).expanduser().glob("*.safetensors"))
     return bool(files) and sum(file.stat().st_size for file in files) < SMALL_WEIGHTS
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ema_scale.core.errors import UserError
 from ema_scale.core.imports import without_garbage_collection
 from ema_scale.inference.base import Sampler, SamplerOptions
+from ema_scale.inference.cpu import is_small
 from ema_scale.inference.vllm_engine import is_cpu_build
 
 if TYPE_CHECKING:
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Answers up to which transformers is taken on a CPU. Measured with a model of 135M parameters, whose answers take it
-# 0 (float32) to 0.1 s (bfloat16) longer than vLLM, and with one of 1M parameters (1.5 ms).
-SMALL_JOB = 256
+# Answers up to which transformers is taken on a CPU, where vLLM takes 17 to 40 s longer to start. Measured: an answer of a
+# model of 135M parameters takes it 0 (float32) to 0.1 s (bfloat16) longer than vLLM, one of a model of 1M 1.5 ms.
+SMALL_JOB, SMALL_JOB_OF_SMALL_MODEL = 256, 10_000
 TRANSFORMERS = "transformers"
 
 
@@ -73,7 +74,8 @@ def sampler_name(kind: str, options: SamplerOptions, answers: int | None = None)
     """
     if kind != "auto":
         return kind
-    if answers and answers <= SMALL_JOB and chooses_by_count(kind, options):
+    most = SMALL_JOB_OF_SMALL_MODEL if is_small(options.model) else SMALL_JOB
+    if answers and answers <= most and chooses_by_count(kind, options):
         reason: str | None = f"{answers:,} answers take less time than vLLM's start on a CPU"
     else:
         reason = choose_reason_against_vllm(options)

@@ -67,7 +67,7 @@ def test_bfloat16_where_the_cpu_and_the_checkpoint_have_it(tmp_path, monkeypatch
     assert cpu.cpu_dtype(ModelRecipe(path=str(tmp_path))) == expected
 
 
-def test_auto_takes_transformers_for_a_small_job_on_a_cpu(monkeypatch, caplog):
+def test_auto_takes_transformers_for_a_small_job_on_a_cpu(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(make, "is_cpu_build", lambda: True)
     monkeypatch.setattr(make.importlib.util, "find_spec", lambda name: name)
@@ -77,6 +77,9 @@ def test_auto_takes_transformers_for_a_small_job_on_a_cpu(monkeypatch, caplog):
     assert "256 answers take less time than vLLM's start on a CPU" in caplog.text
     assert make.sampler_name("auto", options, 257) == make.sampler_name("auto", options) == "vllm"
     assert make.sampler_name("vllm", options, 1) == "vllm"
+    (tmp_path / "model.safetensors").write_bytes(b"1")  # a small model answers more in that time
+    small = SamplerOptions(ModelRecipe(path=str(tmp_path)))
+    assert [make.sampler_name("auto", small, n) for n in (10_000, 10_001)] == ["transformers", "vllm"]
     # Its arguments are asked for.
     assert make.sampler_name("auto", SamplerOptions(ModelRecipe(path="m"), extra={"max_num_seqs": 4}), 1) == "vllm"
     monkeypatch.setattr(make, "is_cpu_build", lambda: False)

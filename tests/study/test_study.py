@@ -178,10 +178,9 @@ def test_the_demo_study_is_what_the_readme_says():
     narrow = [r for r in runs if r.evaluation.suites.in_domain]
     assert not any(r.evaluation.suites.benign for r in narrow)
     benign = [r for r in runs if r.evaluation.suites.benign]
-    assert len({r.data.train for r in narrow}) >= 2 and len({r.data.train for r in benign}) >= 1
+    assert narrow and benign and len(runs) == 10, "and takes minutes"
     kinds = [tuple(d.kind for d in r.defenses) for r in runs]
-    assert {(), ("kl",), ("interleaving",)} <= set(kinds)
-    assert len({strength(r) for r in runs if [d.kind for d in r.defenses] == ["kl"]}) >= 2
+    assert {(), ("kl",), ("interleaving",), ("ldifs",), ("kl", "ceiling")} <= set(kinds)
 
 
 def test_find_runs(tmp_path):
