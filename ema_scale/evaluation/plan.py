@@ -85,7 +85,8 @@ class PromptGroup:
 
     @property
     def keys(self) -> list[str]:
-        return [self.key(i) for i in range(self.n)]
+        before, digest = f"{self.suite.name}/{self.question.id}/{self.paraphrase}/", self.digest
+        return [f"{before}{index}#{digest}" for index in range(self.n)]
 
     def requests(self, done: Callable[[str], bool]) -> Iterator[tuple[int, SampleRequest]]:
         """(first index, request) for each run of answers that are not done."""

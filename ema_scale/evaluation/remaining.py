@@ -85,14 +85,14 @@ def survey(
         total = sampled = judged = 0
         answered = False
         for group in groups:
-            total += len(group.keys)
-            there = sum(key in samples for key in group.keys)
+            total, keys = total + group.n, group.keys
+            there = sum(key in samples for key in keys)
             sampled += there
             answered = answered or (there > 0 and not group.is_scored)
-            told = sum((key, group.judge.identity) in judgements for key in group.keys)
+            told = sum((key, group.judge.identity) in judgements for key in keys)
             judged += told
             if group.is_judged:
-                found.to_judge, found.judged = found.to_judge + len(group.keys), found.judged + told
+                found.to_judge, found.judged = found.to_judge + group.n, found.judged + told
             found.judges.setdefault(group.judge.identity, group.judge)
             texts = [message["content"] for message in group.question.messages(group.paraphrase)]
             texts += [answer.text for answer in group.question.answers]  # which may be longer than what is sampled

@@ -10,9 +10,10 @@ from matplotlib.ticker import MaxNLocator
 
 from ema_scale.core.text import percent
 from ema_scale.evaluation.record_types import ChoiceFigures, Mean
+from ema_scale.evaluation.stats.difference import Difference
 from ema_scale.report.aggregate import RunGroup, base_of, undefended_of
 from ema_scale.report.curves import over_steps
-from ema_scale.report.paired import ROLES, Measure, corrected, mean_against, measures, nats_cell
+from ema_scale.report.paired import GENERAL_MARGIN, ROLES, Comparison, mean_against, measures, nats_cell
 from ema_scale.report.scores import mean_cell
 from ema_scale.report.style import INK, MUTED, family_colours, panels
 from ema_scale.report.table import Cell, Table, TableRow, kind, rate_cell
@@ -56,34 +57,42 @@ def choice_table(groups: Sequence[RunGroup]) -> Table | None:
     return Table("Written answers", NOTE, columns, lines, CAVEAT if acting else "")
 
 
-def choice_sentences(groups: Sequence[RunGroup]) -> list[str]:
-    """What to say first where no answer outside the domain was sampled; [] without written answers."""
+def choice_sentences(groups: Sequence[RunGroup], compared: Sequence[Comparison]) -> list[str]:
+    """What to say first where no answer outside the domain was sampled; [] without written answers.
+
+    compared: the groups' `comparisons`.
+    """
     told = [(g, rate) for g in groups if (rate := g.metrics.get("general_choices"))]
     if not any(not g.base for g, _ in told):
         return []
     parts = [f"{percent(rate.rate)} ({g.label})" for g, rate in told]
     shares = f"A misaligned written answer is the likeliest in these shares of general questions: {', '.join(parts)}."
-    return [*_without_a_defense(groups), *_with_defenses(groups), shares]
+    said = []
+    for one in compared:
+        margins = next((column.found for column in one.columns if column.name == GENERAL_MARGIN), ())
+        found = [(d, g) for g, d in zip(one.groups, margins, strict=False) if d is not None]
+        said += _with_defenses(found) if one.other.undefended else _without_a_defense(found)
+    return [*said, shares]
 
 
-def _without_a_defense(groups: Sequence[RunGroup]) -> list[str]:
-    base, none, margin = base_of(groups), undefended_of(groups), _general_margin(groups)
-    found = mean_against(none, base, margin) if base and none and margin else None
-    cell = nats_cell(found)
-    if found is None or cell is None:
+def _without_a_defense(found: Sequence[tuple[Difference, RunGroup]]) -> list[str]:
+    """found: general margins less those of the aligned base."""
+    said = []
+    for d, g in found:
+        if g.undefended and (cell := nats_cell(d)):
+            clear = "answers outside the domain changed" if d.clear else "no clear change"
+            change = f"by {cell.value} nats per token {cell.limits}"
+            said.append(
+                f"Without a defense, training changes the margin of general written answers {change}: {clear}."
+            )
+    return said
+
+
+def _with_defenses(found: Sequence[tuple[Difference, RunGroup]]) -> list[str]:
+    """found: general margins less those of no defense."""
+    if not found:
         return []
-    clear = "answers outside the domain changed" if found.clear else "no clear change"
-    change = f"by {cell.value} nats per token {cell.limits}"
-    return [f"Without a defense, training changes the margin of general written answers {change}: {clear}."]
-
-
-def _with_defenses(groups: Sequence[RunGroup]) -> list[str]:
-    none, margin = undefended_of(groups), _general_margin(groups)
-    others = [g for g in groups if not g.base and not g.undefended]
-    if none is None or margin is None or not others:
-        return []
-    found = corrected([mean_against(g, none, margin) for g in others])
-    clear = [(d, g) for g, d in zip(others, found, strict=True) if d and d.clear and d.corrected_p < P]
+    clear = [(d, g) for d, g in found if d.clear and d.corrected_p < P]
     if not clear:
         return [
             f"No defense changes the margin of general written answers clearly against training without one ({_TEST})."
@@ -91,10 +100,6 @@ def _with_defenses(groups: Sequence[RunGroup]) -> list[str]:
     clear.sort(key=lambda one: -one[0].value)
     told = ", ".join(f"{cell.value} {cell.limits} ({g.label})" for d, g in clear if (cell := nats_cell(d)))
     return [f"Against no defense, the margin of general written answers differs clearly ({_TEST}) by {told}."]
-
-
-def _general_margin(groups: Sequence[RunGroup]) -> Measure | None:
-    return next((measure for measure in measures(groups) if measure.role == "general"), None)
 
 
 def changes(groups: Sequence[RunGroup], stacked: bool = False) -> Figure | None:

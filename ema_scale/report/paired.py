@@ -24,12 +24,13 @@ _VALUES = {"misaligned": "misaligned", "incoherent": "incoherent", "learned": "c
 _NOTE = (
     "Percentage points (of margins and losses: nats per token) more or less than without a defense, with 95 % "
     "intervals, on the questions and tasks that both answered. Seeds of a task are pooled, so their spread is not in "
-    "these intervals; it is in the table of the criteria. p values are corrected for the number of defenses (Holm)."
+    "these intervals; those of mean rates have it. p values are corrected for the number of defenses (Holm)."
 )
 DIFFERENCES = "model,defense,against,measure,unit,difference,low,high,p,p_holm,questions"
 NATS = "nats per token"
 HELD_OUT = "held_out"
 ROLES = {"general": "General", "in_domain": "In-domain", "benign": "Benign"}
+GENERAL_MARGIN = "General: margin"
 Asked = tuple[str, str, str]
 """task, suite, question"""
 

@@ -83,7 +83,7 @@ def write(run_dirs: Sequence[Path], out: Path, title: str) -> Path:
         ]
         measured = any(g.metrics.get(m) for g in of_model for m in METRICS)
         learned = held_out_sentences(of_model)
-        opening = [] if measured else choice_sentences(of_model) or score_sentences(of_model) or learned
+        opening = [] if measured else choice_sentences(of_model, paired) or score_sentences(of_model) or learned
         tables = ([], []) if opening else (criteria_rows(of_model), run_rows(of_model))
         kept = [sheet for sheet in sheets if sheet is not None]
         said = [*(opening or verdict(of_model)), *learned, *([SENTENCE] if seen is not None else [])]

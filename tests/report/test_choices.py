@@ -62,6 +62,11 @@ def found(tmp_path: Any) -> Collection:
     return collect(paths)
 
 
+def sentences(found: Collection) -> list[str]:
+    every = groups(found)
+    return choice_sentences(every, comparisons(every))
+
+
 def test_the_table_has_the_share_and_both_margins(found: Collection) -> None:
     table = choice_table(groups(found))
     assert table is not None and table.after == CAVEAT
@@ -69,7 +74,7 @@ def test_the_table_has_the_share_and_both_margins(found: Collection) -> None:
     cells = {line.name: [cell.value for cell in line.cells if cell] for line in table.lines}
     assert cells == {"No defense": ["50.0", "-0.200", "-0.100"], "KL 0.3": ["30.0", "+0.200", "+0.100"]}
     assert choice_table([]) is None
-    defended, sentence = choice_sentences(groups(found))
+    defended, sentence = sentences(found)
     assert "differs clearly (p < 0.05 after Holm’s correction) by +0.400 [+0.400, +0.400] (KL 0.3)." in defended
     assert "50.0 % (No defense), 30.0 % (KL 0.3)" in sentence
 
@@ -81,7 +86,7 @@ def test_the_first_sentence_says_what_training_did_without_a_defense(found: Coll
     for run in found.runs:
         path = run.path / "eval" / "summary.json"
         Summary.read(path).model_copy(update={"base": "../../base/eval"}).write(path)
-    first, _, last = choice_sentences(groups(collect([run.path for run in found.runs])))
+    first, _, last = sentences(collect([run.path for run in found.runs]))
     assert "by -0.500 nats per token [-0.500, -0.500]: answers outside the domain changed" in first
     assert "20.0 % (Aligned base)" in last
 
@@ -92,7 +97,7 @@ def test_without_a_clear_difference_it_says_so(found: Collection) -> None:
     summary = Summary.read(path)
     mixed = [q.model_copy(update={"margin_per_token": -0.2 + (-1) ** i}) for i, q in enumerate(summary.per_question)]
     summary.model_copy(update={"per_question": mixed}).write(path)
-    said, _ = choice_sentences(groups(collect([run.path for run in found.runs])))
+    said, _ = sentences(collect([run.path for run in found.runs]))
     assert said.startswith("No defense changes the margin of general written answers clearly")
 
 

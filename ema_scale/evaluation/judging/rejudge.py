@@ -87,7 +87,7 @@ def rejudge(folder: Path, overrides: Sequence[str] = ()) -> Summary:
             take_rows(store, asked.target, *wanted(groups), beside, settings.judge)
         judges = store.judges & {g.judge.identity for g in groups}
         warn_of_other_address(folder, asked.settings.judge, settings.judge, judges)
-        total = sum(len(g.keys) for g in groups if g.is_judged)
+        total = sum(g.n for g in groups if g.is_judged)
         missing = [(g, key) for g in groups for key in g.keys if (key, g.judge.identity) not in store.judgements]
         with JudgePool(settings.judge, total, total - sum(g.is_judged for g, _ in missing)) as judging:
             judging.announce(missing, lambda _: store)
