@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Answers up to which transformers is taken on a CPU, where vLLM takes 17 to 40 s longer to start. Measured: an answer of a
-# model of 135M parameters takes it 0 (float32) to 0.1 s (bfloat16) longer than vLLM, one of a model of 1M 1.5 ms.
+# Answers up to which transformers is taken on a CPU, where vLLM takes 17 to 40 s longer to start. Measured: an answer
+# of a model of 135M parameters takes it 0 (float32) to 0.1 s (bfloat16) longer than vLLM, one of a model of 1M 1.5 ms.
 SMALL_JOB, SMALL_JOB_OF_SMALL_MODEL = 256, 10_000
 TRANSFORMERS = "transformers"
 

@@ -82,9 +82,7 @@ def _without_a_defense(found: Sequence[tuple[Difference, RunGroup]]) -> list[str
         if g.undefended and (cell := nats_cell(d)):
             clear = "answers outside the domain changed" if d.clear else "no clear change"
             change = f"by {cell.value} nats per token {cell.limits}"
-            said.append(
-                f"Without a defense, training changes the margin of general written answers {change}: {clear}."
-            )
+            said.append(f"Without a defense, training changes the margin of general written answers {change}: {clear}.")
     return said
 
 
