@@ -6,7 +6,7 @@ import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, Generic, NamedTuple, TypeVar
+from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
 from ema_scale.core.errors import UserError
 from ema_scale.core.files import open_file
@@ -59,9 +59,9 @@ class RowFile(Generic[RowType]):
         self.repair = repair
         self._open: dict[Path, BinaryIO] = {}
 
-    def scan(self, path: Path) -> Iterator[tuple[int, RowType]]:
-        """(offset, row) of each whole line of one of the two files. Raises UserError as `Row.scan` does."""
-        return self.kind.scan(path, repair=self.repair)
+    def scan(self, path: Path) -> Iterator[tuple[int, Any]]:
+        """(offset, fields of a row) of each whole line of one of the two files. Raises UserError as `Row.scan` does."""
+        return self.kind.scan_fields(path, repair=self.repair)
 
     def line(self, place: int) -> bytes:
         """The line at a place, with its newline."""

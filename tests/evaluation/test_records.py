@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,6 +82,32 @@ def test_stored_answers_are_planned_and_summarised_again(run: Path) -> None:
             # Intervals are shorter now where hardly an answer counts.
             assert replace(new, low=old.low, high=old.high) == old
             assert old.low <= new.low <= new.rate <= new.high <= old.high + 1e-12
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"schema": 9, "new": [1]}, {"seed": 2**70}, {"log_likelihood": -3}, {"log_likelihood": float("nan")},
+        {"context": [{"role": "user", "content": "before"}], "system": "s"}, {"answer": "\ud800"}, {"label": "wrong"},
+        {"label": "other"}, {"sample": "3"}, {"sample": 1.0}, {"sample": True}, {"question": None}, {"answer": 5},
+        {"context": {}}, {"log_likelihood": "1"}, {"new": 1e999},
+    ],
+)  # fmt: skip
+def test_the_quick_reader_takes_and_refuses_what_the_thorough_one_does(tmp_path: Path, changes: dict[str, Any]) -> None:
+    line = (RUN / "eval/samples.jsonl").read_text().splitlines()[0]
+    path = tmp_path / "samples.jsonl"
+    path.write_text(f"{line}\n{json.dumps(json.loads(line) | changes)}\n{line}")
+    try:
+        rows = list(Sample.scan(path))
+    except UserError as error:
+        with pytest.raises(UserError, match=re.escape(str(error))):
+            list(Sample.scan_fields(path))
+        return
+    quick = list(Sample.scan_fields(path))
+    assert [place for place, _ in quick] == [place for place, _ in rows]
+    for (_, one), (_, row) in zip(quick, rows, strict=True):
+        for name in (*Sample.model_fields, "prompt", "asked"):
+            assert repr(getattr(one, name)) == repr(getattr(row, name))
 
 
 def test_keys_of_a_later_version_are_kept_and_wrong_types_are_named(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def _read_answers(
     aligning = {judge for judge in judges if any(one.aligned is not None for one in judgements.in_use_by(judge))}
     rows, written, last = list[ArmAnswer](), list[Sample](), dict[tuple[str, str], tuple[str, Any]]()
     same: dict[tuple[Hashable, ...], ArmAnswer] = {}
-    for _, sample in Sample.scan(folder / SAMPLES_FILE):
+    for _, sample in Sample.scan_fields(folder / SAMPLES_FILE):
         last[sample.suite, sample.question_id] = sample.question, sample.context or ()
         if sample.log_likelihood is not None:
             written.append(sample)
