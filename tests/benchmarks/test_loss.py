@@ -36,8 +36,8 @@ def test_the_command_measures_time_memory_and_error(tmp_path):
     assert list(variants) == [NAIVE, CHUNKED, TRITON, OURS]
     assert variants[TRITON]["median"] is None and variants[TRITON]["note"]
     assert len(variants[OURS]["seconds"]) == 2 and variants[OURS]["ratio"] == 1 and variants[OURS]["figures"]["cpu"] > 0
-    for variant in (NAIVE, OURS):
-        assert 0 < variants[variant]["figures"]["error"] < 1e-6
+    assert 0 < variants[OURS]["figures"]["error"] < 1e-6
+    assert 0 < variants[NAIVE]["figures"]["error"] < 1e-5  # torch's own: on some CPUs it is above 1e-6
     assert variants[OURS]["peak_bytes"] < 0.7 * variants[NAIVE]["peak_bytes"]  # a chunk is a quarter of the tokens
     targets = {target["name"]: target for target in found["targets"]}
     for name in ("error to float64", *loss.HELD, loss.OVER):

@@ -30,7 +30,7 @@ SMALL = [
     "evaluation.suites.general=[]", "evaluation.samples_per_question=1", "evaluation.max_tokens=12",
     "evaluation.judge.check=0", "evaluation.sampler=transformers",
 ]  # fmt: skip
-pytestmark = [pytest.mark.slow, pytest.mark.vllm]
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture
