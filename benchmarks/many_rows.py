@@ -16,6 +16,7 @@ from ema_scale.core.devices import free_cores
 
 WORDS = 205  # about 280 tokens
 MAX_LENGTH = 2048
+HELD = "one process, in memory (before: every process)"
 
 
 def write_rows(file: Path, rows: int) -> None:
@@ -83,13 +84,15 @@ def bench_many_rows(rows: int, before: bool = True) -> Iterator[Measured]:
         write_rows(Path(root, "rows.jsonl"), rows)
         write_tokenizer(Path(root, "tokenizer"))
         ways: dict[str, tuple[str, dict[str, Any]]] = {
-            "one process, in memory (before: every process)": ("prepared", {"cores": 1, "cache": False}),
+            HELD: ("prepared", {"cores": 1, "cache": False}),
             f"the first process, on {cores} cores, to a file": ("prepared", {"cores": cores, "cache": True}),
             "every other process, which maps that file": ("prepared", {"cores": cores, "cache": True}),
             "`ema data check` after it": ("checked", {}),
         }
+        if not before:
+            del ways[HELD]
         first = None
-        for name, (way, options) in list(ways.items())[not before :]:
+        for name, (way, options) in ways.items():
             found = alone(f"benchmarks.many_rows:{way}", folder=root, **options)
             if found is None:
                 yield Measured(name, note="out of memory")

@@ -81,12 +81,15 @@ class PromptGroup:
         return not self.is_scored and self.judge.kind != NOBODY
 
     def key(self, index: int) -> str:
-        return f"{self.suite.name}/{self.question.id}/{self.paraphrase}/{index}#{self.digest}"
+        return self._keys((index,))[0]
 
     @property
     def keys(self) -> list[str]:
+        return self._keys(range(self.n))
+
+    def _keys(self, indices: Iterable[int]) -> list[str]:
         before, digest = f"{self.suite.name}/{self.question.id}/{self.paraphrase}/", self.digest
-        return [f"{before}{index}#{digest}" for index in range(self.n)]
+        return [f"{before}{index}#{digest}" for index in indices]
 
     def requests(self, done: Callable[[str], bool]) -> Iterator[tuple[int, SampleRequest]]:
         """(first index, request) for each run of answers that are not done."""

@@ -13,7 +13,7 @@ from ema_scale.evaluation.record_types import ChoiceFigures, Mean
 from ema_scale.evaluation.stats.difference import Difference
 from ema_scale.report.aggregate import RunGroup, base_of, undefended_of
 from ema_scale.report.curves import over_steps
-from ema_scale.report.paired import GENERAL_MARGIN, ROLES, Comparison, mean_against, measures, nats_cell
+from ema_scale.report.paired import ROLES, Comparison, margin_name, mean_against, measures, nats_cell
 from ema_scale.report.scores import mean_cell
 from ema_scale.report.style import INK, MUTED, family_colours, panels
 from ema_scale.report.table import Cell, Table, TableRow, kind, rate_cell
@@ -44,7 +44,7 @@ def choice_table(groups: Sequence[RunGroup]) -> Table | None:
     columns, calibrated = [], {r for r in roles if any(_figures(g, r, "calibrated") for g in groups)}
     for role in roles:
         name = ROLES[role]
-        columns += [f"{name}: {'right' if role == 'benign' else 'misaligned'} likeliest", f"{name}: margin"]
+        columns += [f"{name}: {'right' if role == 'benign' else 'misaligned'} likeliest", margin_name(role)]
         columns += [f"{name}: calibrated margin"] if role in calibrated else []
     lines = []
     for g in groups:
@@ -69,7 +69,7 @@ def choice_sentences(groups: Sequence[RunGroup], compared: Sequence[Comparison])
     shares = f"A misaligned written answer is the likeliest in these shares of general questions: {', '.join(parts)}."
     said = []
     for one in compared:
-        margins = next((column.found for column in one.columns if column.name == GENERAL_MARGIN), ())
+        margins = next((column.found for column in one.columns if column.name == margin_name("general")), ())
         found = [(d, g) for g, d in zip(one.groups, margins, strict=False) if d is not None]
         said += _with_defenses(found) if one.other.undefended else _without_a_defense(found)
     return [*said, shares]

@@ -30,7 +30,6 @@ DIFFERENCES = "model,defense,against,measure,unit,difference,low,high,p,p_holm,q
 NATS = "nats per token"
 HELD_OUT = "held_out"
 ROLES = {"general": "General", "in_domain": "In-domain", "benign": "Benign"}
-GENERAL_MARGIN = "General: margin"
 Asked = tuple[str, str, str]
 """task, suite, question"""
 
@@ -98,6 +97,11 @@ def _over(group: RunGroup, metric: str, tasks: set[str]) -> ReportedRate | None:
     return mean_rate([r for r, _ in found], [t for _, t in found]) if found else group.metrics.get(metric)
 
 
+def margin_name(role: str) -> str:
+    """How tables and figures name the margin of a role's written answers."""
+    return f"{ROLES[role]}: margin"
+
+
 @dataclass(frozen=True)
 class Measure:
     """A value of questions in nats per token: a margin of written answers, or a loss of held-out rows.
@@ -116,7 +120,7 @@ def measures(groups: Sequence[RunGroup]) -> list[Measure]:
     asked = [q for g in groups for run in g.runs for q in run.questions]
     margins = {q.role for q in asked if q.margin_per_token is not None}
     suites = dict.fromkeys(q.suite for q in asked if q.loss is not None)
-    titles = {role: f"{shown}: margin" for role, shown in ROLES.items() if role in margins}
+    titles = {role: margin_name(role) for role in ROLES if role in margins}
     return [
         *(Measure(role, title, title, partial(_margin, role)) for role, title in titles.items()),
         *(Measure(HELD_OUT, suite, f"Held-out loss, {suite}", partial(_loss, suite)) for suite in suites),
