@@ -14,6 +14,8 @@ from ema_scale.core.errors import UserError
 _CGROUP = Path("/sys/fs/cgroup")
 # Version 2, and version 1.
 CGROUP_QUOTAS = ((_CGROUP / "cpu.max",), (_CGROUP / "cpu/cpu.cfs_quota_us", _CGROUP / "cpu/cpu.cfs_period_us"))
+CPU_INFO = Path("/proc/cpuinfo")
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
 def engine_gpus(engine: Mapping[str, Any], where: str) -> int:
@@ -45,6 +47,16 @@ def idle_cores() -> int:
 
     idle = (os.cpu_count() or 1) * (1 - psutil.cpu_percent(interval=1) / 100)
     return max(1, min(free_cores(), round(idle)))
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU computes in bfloat16, by its flags on Linux."""
+    try:
+        lines = CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return bool(BFLOAT16_FLAGS & set(flags.split()))
 
 
 def _quota() -> int | None:

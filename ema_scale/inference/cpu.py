@@ -7,15 +7,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ema_scale.core.devices import free_cores, idle_cores
+from ema_scale.core.devices import free_cores, has_bfloat16, idle_cores
 
 if TYPE_CHECKING:
     from ema_scale.config.sections import ModelRecipe
 
 log = logging.getLogger(__name__)
 SMALL_WEIGHTS = 100_000_000  # bytes, below which threads only wait for each other
-CPU_INFO = Path("/proc/cpuinfo")
-BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
 def cpu_threads(model: ModelRecipe) -> int:
@@ -46,13 +44,3 @@ def cpu_dtype(model: ModelRecipe) -> str:
     config = load_config(model).get_text_config()
     own = str(getattr(config, "dtype", None) or "").removeprefix("torch.")
     return "bfloat16" if own in ("bfloat16", "float16") and has_bfloat16() else "float32"
-
-
-def has_bfloat16() -> bool:
-    """Whether this CPU computes in bfloat16, by its flags on Linux."""
-    try:
-        lines = CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return False
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return bool(BFLOAT16_FLAGS & set(flags.split()))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ema_scale.core.devices import has_bfloat16
 from ema_scale.core.errors import UserError
 from ema_scale.smallworld.corpus import Messages, alignment_documents, pretraining_documents
 from ema_scale.smallworld.sizes import SIZES, Size
@@ -123,10 +124,11 @@ def _train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(1.0, (s + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * s / steps)))
     )
+    bfloat16 = has_bfloat16()  # where a processor emulates it, a step takes eight times as long
     model.train()
     for _ in progress(range(steps), phase, dist.get_rank() == 0):
         ids, labels = next(batches)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             loss = parallel(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

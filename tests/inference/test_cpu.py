@@ -62,7 +62,7 @@ def test_threads_are_the_users_or_one_for_a_small_model_or_the_idle_cores(tmp_pa
 )
 def test_bfloat16_where_the_cpu_and_the_checkpoint_have_it(tmp_path, monkeypatch, flags, own, expected):
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
-    monkeypatch.setattr(cpu, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(devices, "CPU_INFO", tmp_path / "cpuinfo")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | ({"dtype": own} if own else {})))
     assert cpu.cpu_dtype(ModelRecipe(path=str(tmp_path))) == expected
 
