@@ -59,6 +59,21 @@ class Row(Record):
         return cls._scan(path, read, repair)
 
     @classmethod
+    def scan_objects(cls, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+        """As `scan`, in a tenth of the time of it and `to_row`: a row is the object that stands in its line."""
+        decode, parse = _decoder(cls).decode, cls.parse
+
+        def read(line: bytes) -> dict[str, Any]:
+            try:
+                decode(line)
+                found: dict[str, Any] = msgspec.json.decode(line)
+                return found
+            except (msgspec.MsgspecError, ValueError, RecursionError):  # `parse` says whether it is allowed
+                return parse(line).to_row()
+
+        return cls._scan(path, read, repair=False)
+
+    @classmethod
     def _scan(cls, path: Path, read: Callable[[bytes], Any], repair: bool) -> Iterator[tuple[int, Any]]:
         number = 0
         try:

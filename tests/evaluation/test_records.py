@@ -100,11 +100,15 @@ def test_the_quick_reader_takes_and_refuses_what_the_thorough_one_does(tmp_path:
     try:
         rows = list(Sample.scan(path))
     except UserError as error:
-        with pytest.raises(UserError, match=re.escape(str(error))):
-            list(Sample.scan_fields(path))
+        for quick_scan in (Sample.scan_fields, Sample.scan_objects):
+            with pytest.raises(UserError, match=re.escape(str(error))):
+                list(quick_scan(path))
         return
-    quick = list(Sample.scan_fields(path))
-    assert [place for place, _ in quick] == [place for place, _ in rows]
+    quick, objects = list(Sample.scan_fields(path)), list(Sample.scan_objects(path))
+    assert [place for place, _ in quick] == [place for place, _ in objects] == [place for place, _ in rows]
+    for (_, one), (_, row) in zip(objects, rows, strict=True):
+        whole = row.to_row()
+        assert one.keys() == whole.keys() and all(v == whole[k] or repr(v) == repr(whole[k]) for k, v in one.items())
     for (_, one), (_, row) in zip(quick, rows, strict=True):
         for name in (*Sample.model_fields, "prompt", "asked"):
             assert repr(getattr(one, name)) == repr(getattr(row, name))

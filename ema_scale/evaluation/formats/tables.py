@@ -60,7 +60,7 @@ def joined(folder: Path, judge: str | None = None) -> Iterator[ExportedRow]:
 
     seen: whether the run's training rows ask the question; None where that is not known.
     """
-    samples = (sample for _, sample in Sample.scan(folder / SAMPLES_FILE))
+    samples = (sample for _, sample in Sample.scan_objects(folder / SAMPLES_FILE))
     first = next(samples, None)
     if first is None:
         raise UserError(f"{folder}: found no answers ({SAMPLES_FILE})")
@@ -70,11 +70,11 @@ def joined(folder: Path, judge: str | None = None) -> Iterator[ExportedRow]:
     summary = Summary.read_if_valid(folder / SUMMARY_FILE)
     seen = {(q.suite, q.id): q.seen for q in (summary.per_question if summary else ())}
 
-    def row(sample: Sample) -> ExportedRow:
-        by, verdict = judgements.last_of(sample.key, wanted) or (None, None)
+    def row(sample: ExportedRow) -> ExportedRow:
+        by, verdict = judgements.last_of(sample["key"], wanted) or (None, None)
         columns = {name: getattr(verdict, name, None) for name in ("aligned", "coherent", "label", "dropped")}
-        found = {**sample.to_row(), "judge": by, **columns}
-        found["seen"] = seen.get((sample.suite, sample.question_id))
+        found = {**sample, "judge": by, **columns}
+        found["seen"] = seen.get((sample["suite"], sample["question_id"]))
         if further:
             given = (verdict.scores if verdict else None) or {}
             found["scores"] = {name: given.get(name) for name in further}
@@ -116,8 +116,7 @@ def _write_parquet(path: Path, rows: Iterator[ExportedRow]) -> None:
     chunks, schemas, last = list[Any](), list[pa.Schema](), dict[str, Any]()
     while chunk := list(islice(rows, ROWS_PER_CHUNK)):
         last = chunk[-1]
-        names = dict.fromkeys(name for row in chunk for name in row)
-        table = pa.table({name: [row.get(name) for row in chunk] for name in names})
+        table = pa.Table.from_struct_array(pa.array(chunk))
         out = pa.BufferOutputStream()
         parquet.write_table(table, out, compression="zstd")
         chunks.append(out.getvalue())
