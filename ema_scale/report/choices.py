@@ -145,7 +145,7 @@ def margin_curves(groups: Sequence[RunGroup], stacked: bool = False) -> Figure |
     if not suites:
         return None
     names = list(suites)[:_MOST_CURVES]
-    figure, axes = panels(len(names), 3.8 * max(2, len(names)), 4.4, stacked=stacked)
+    figure, axes = panels(len(names), 3.8 * max(2, len(names)), 4.4, stacked=stacked, names=len(trained))
     colours = family_colours(g.family for g in trained)
     for axis, name in zip(axes, names, strict=True):
         over_steps(figure, axis, trained, _CURVE.format(name), colours)

@@ -17,8 +17,10 @@ from ema_scale.evaluation.records import QuestionSummary
 from ema_scale.report.aggregate import RunGroup, mean_rate
 from ema_scale.report.records import ReportedRate, Run
 from ema_scale.report.style import (
+    ABOUT_AXES,
     HEAT,
     INK,
+    LINE,
     MUTED,
     NARROW_INCHES,
     PAPER,
@@ -75,7 +77,7 @@ def curves(groups: Sequence[RunGroup], stacked: bool = False) -> Figure | None:
     trained = [replace(g, runs=runs) for g, runs in kept.items() if runs]
     if not trained:
         return None
-    figure, (ce, kl, drift) = panels(3, 11.4, 4.4, stacked=stacked)
+    figure, (ce, kl, drift) = panels(3, 11.4, 4.4, stacked=stacked, names=len(trained))
     colours = family_colours(g.family for g in trained)
     over_steps(figure, ce, trained, "ce", colours)
     over_steps(figure, kl, trained, "kl", colours)
@@ -147,8 +149,8 @@ def label_ends(figure: Figure, axis: Axes, ends: Sequence[tuple[str, float, floa
         return
     axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
     low, high = axis.get_ylim()
-    # A line of 8.5 pt text in units of the y axis; the axes are about 3.4 in high.
-    gap = (high - low) * 11.5 / (3.4 * 72)
+    rows = grid.nrows if (grid := axis.get_gridspec()) is not None else 1
+    gap = (high - low) * LINE / (figure.get_figheight() / rows - ABOUT_AXES)
     places = spread_labels([y for *_, y in ends], gap, low + gap / 2, high - gap / 2)
     right = max(x for _, x, _ in ends)
     left = axis.get_xlim()[0]
@@ -275,7 +277,7 @@ def along_training(groups: Sequence[RunGroup], stacked: bool = False) -> Figure 
     told = [g for g in told if g.runs]
     if not told:
         return None
-    figure, axes = panels(3, 11.4, 4.4, stacked=stacked, sharey=True)
+    figure, axes = panels(3, 11.4, 4.4, stacked=stacked, sharey=True, names=len(told))
     colours, marks = family_colours(g.family for g in told), markers(g.family for g in told)
     for axis, (metric, title) in zip(axes, _PANELS, strict=True):
         _panel(figure, axis, told, metric, colours, marks)

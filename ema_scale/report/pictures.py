@@ -8,7 +8,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import matplotlib
@@ -22,7 +22,7 @@ from ema_scale.report.display_names import numbered
 from ema_scale.report.figures import bars, headline
 from ema_scale.report.records import Collection
 from ema_scale.report.robustness import threshold_curves
-from ema_scale.report.style import adaptive, lay_out, settings
+from ema_scale.report.style import adaptive, add_key, lay_out, settings
 from ema_scale.report.verdict import rate_text
 
 PNG_DPI = 200
@@ -68,6 +68,8 @@ def _data_uri(svg: str) -> str:
 
 
 PARTIAL = ("headline", "training")
+MOST_NAMES = 30
+"""Defenses that a figure names; with more, it numbers them and has a key below."""
 
 
 def pictures(
@@ -86,22 +88,23 @@ def pictures(
     by_task = {t: gs for t, gs in by_task.items() if any(g.metrics.get("general_misaligned") for g in gs)}
     taught = [g for g in of_model if any(run.history for run in g.runs)]
     telling = [g for g in of_model if any(q.misaligned is not None for run in g.runs for q in run.questions)]
+    keyed = partial(_keyed, of_model)
     plan: list[tuple[str, str, str, Draw]] = [
-        ("headline", _headline_alt(of_model), _HEADLINE, partial(headline, of_model)),
+        ("headline", _headline_alt(of_model), _HEADLINE, keyed(headline, of_model)),
         ("bars", "Bars: misaligned and incoherent answers outside the domain, by defense and task.", _BARS,
          partial(bars, of_model, by_task)),
         ("questions", "Heat map: share of misaligned answers by question and defense.", _QUESTIONS,
-         partial(heat_map, telling)),
+         keyed(heat_map, telling)),
         ("along", "Lines: misaligned and incoherent answers over training steps, by defense.", _ALONG,
-         partial(along_training, of_model)),
+         keyed(along_training, of_model)),
         ("written", "Dots: what training changed in margins of written answers and held-out losses, by defense.",
          _WRITTEN, partial(changes, of_model)),
         ("choices", "Lines: margin of written answers over training steps, by defense.", _CHOICES,
-         partial(margin_curves, of_model)),
+         keyed(margin_curves, of_model)),
         ("thresholds", "Curves: misaligned answers against thresholds of the judge's scores, by defense.", _THRESHOLDS,
-         partial(threshold_curves, of_model)),
+         keyed(threshold_curves, of_model)),
         ("training", "Training curves: cross-entropy, KL and drift per layer, by defense.", _TRAINING,
-         partial(curves, taught)),
+         keyed(curves, taught)),
     ]  # fmt: skip
     made = [
         make_picture(kind + suffix, kind, alt, caption, draw, whole=only is None)
@@ -109,6 +112,22 @@ def pictures(
         if only is None or kind in only
     ]
     return [picture for picture in made if picture is not None]
+
+
+def _keyed(of_model: Sequence[RunGroup], draw: Callable[..., Figure | None], drawn: Sequence[RunGroup]) -> Draw:
+    """Draws some groups of a model by their names, or by numbers with a key where the model has too many."""
+    names = [g.label for g in of_model]
+    if len(names) <= MOST_NAMES:
+        return partial(draw, drawn)
+    short = [replace(g, label=str(1 + names.index(g.label))) for g in drawn]
+
+    def draw_numbered(stacked: bool) -> Figure | None:
+        figure = draw(short, stacked)
+        if figure is not None:
+            add_key(figure, [(g.label, long.label) for g, long in zip(short, drawn, strict=True)])
+        return figure
+
+    return draw_numbered
 
 
 _HEADLINE = (

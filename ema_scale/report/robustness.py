@@ -84,7 +84,7 @@ def threshold_curves(groups: Sequence[RunGroup], stacked: bool = False) -> Figur
     drawn = [(g, lines) for g in groups if (lines := _lines(g))]
     if not any(len({y for _, y in points}) > 1 for _, lines in drawn for points in lines.values()):
         return None
-    figure, axes = panels(2, 10.8, 4.2, stacked=stacked, sharey=True)
+    figure, axes = panels(2, 10.8, 4.2, stacked=stacked, sharey=True, names=len(drawn))
     colours = family_colours(g.family for g, _ in drawn)
     for axis, (name, text) in zip(axes, PANELS, strict=True):
         ends = []

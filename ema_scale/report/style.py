@@ -14,6 +14,7 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 _FACES = ("Inter", "Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans")
 # Later faces only fill in letters that the first lacks.
@@ -151,17 +152,40 @@ def settings() -> Any:
 NARROW_INCHES = 5.2  # on a phone, letters of 9 points are then 9 pixels high
 
 
+# Inches: a line of 8.5 pt text, and what titles and axis labels take of a panel's height.
+LINE, ABOUT_AXES = 11.5 / 72, 1.0
+
+
 def panels(
-    count: int, width: float, height: float, *, stacked: bool, sharey: bool = False
+    count: int, width: float, height: float, *, stacked: bool, sharey: bool = False, names: int = 0
 ) -> tuple[Figure, list[Axes]]:
     """A figure of panels side by side or, `stacked`, one above the other for narrow screens.
 
     width, height: inches; height is that of one panel, width that of them all, and not read where they are stacked.
+    names: how many stand one above the other in a panel, which is higher where they need it.
     """
+    height = max(height, ABOUT_AXES + LINE * names)
     rows, columns = (count, 1) if stacked else (1, count)
     size = (NARROW_INCHES, height * count) if stacked else (width, height)
     figure = Figure(figsize=size, layout="constrained")
     return figure, list(figure.subplots(rows, columns, sharey=sharey, squeeze=False).flat)
+
+
+def add_key(figure: Figure, entries: Sequence[tuple[str, str]]) -> None:
+    """Write what short names stand for below the panels, which keep their size."""
+    width, height = figure.get_size_inches()
+    letters = [len(short) + 2 + len(long) for short, long in entries]
+
+    def inches(columns: int) -> float:
+        return sum(0.067 * max(part) + 0.3 for part in np.array_split(letters, columns))
+
+    columns = next((n for n in (4, 3, 2) if n <= len(letters) and inches(n) < width), 1)
+    figure.set_size_inches(width, height + 0.2 * -(-len(entries) // columns) + 0.2)
+    nothing = Line2D([], [], linestyle="none")
+    figure.legend(
+        [nothing] * len(entries), [f"{short}  {long}" for short, long in entries], loc="outside lower left",
+        ncols=columns, frameon=False, handlelength=0, handletextpad=0, fontsize=9, labelcolor=INK,
+    )  # fmt: skip
 
 
 def lay_out(figure: Figure) -> None:

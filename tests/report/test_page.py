@@ -12,7 +12,8 @@ import pytest
 from ema_scale.evaluation.records import QuestionSummary, Summary
 from ema_scale.report.aggregate import RunGroup
 from ema_scale.report.curves import heat_map
-from ema_scale.report.figures import bars
+from ema_scale.report.figures import bars, headline
+from ema_scale.report.pictures import MOST_NAMES, _keyed
 from ema_scale.report.records import METRIC_NAMES, METRICS, Collection, ReportedRate, Run
 from ema_scale.report.style import NARROW_INCHES, settings
 from ema_scale.report.table import Cell, Table, TableRow, filled
@@ -84,3 +85,23 @@ def test_a_phone_shows_every_panel_whole_with_the_names_of_its_rows(defenses: in
 def asked(label: str) -> Run:
     said = [QuestionSummary(suite="g", role="general", id=str(i), text="what now ?", misaligned=0.5) for i in range(9)]
     return replace(run(label), questions=said)
+
+
+def test_defenses_too_many_to_name_are_numbered_above_a_key(recwarn: pytest.WarningsRecorder) -> None:
+    arms = [
+        replace(
+            RunGroup("m", f"KL {i} on prompts of one's own", False, ("kl",), float(i), None, [asked(f"KL {i}")], {}),
+            metrics={"general_misaligned": RATE, "in_domain_misaligned": RATE, "benign_learned": RATE},
+        )
+        for i in range(MOST_NAMES + 1)
+    ]
+    with matplotlib.rc_context(settings()):
+        for draw in (heat_map, headline):
+            assert not _keyed(arms[1:], draw, arms[1:])(True).legends
+            figure = _keyed(arms, draw, arms[2:])(True)
+            figure.draw_without_rendering()
+            (key,) = figure.legends
+            assert [line.get_text() for line in key.texts] == [f"{i + 1}  {arms[i].label}" for i in range(2, len(arms))]
+            assert key.get_window_extent().y1 < min(axis.get_window_extent().y0 for axis in figure.axes)
+            assert key.get_window_extent().x1 < figure.bbox.x1
+    assert not [warning for warning in recwarn if "collapsed" in str(warning.message)]
