@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,6 +109,8 @@ def recommend(
             price = price_of(plain, filled)
             if budget is None or price is None or price <= budget:
                 unmeasured.append(Recommendation(filled, price))
+    # What two studies measured is listed once, as the less favourable one found it.
+    ranked = list({json.dumps(one.defenses, sort_keys=True): one for one in sorted(ranked, key=_rank)}.values())
     return Advice(tuple(sorted(ranked, key=_rank)[:count]), tuple(unmeasured), missing, refused)
 
 

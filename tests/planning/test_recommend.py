@@ -68,6 +68,22 @@ def test_only_what_the_user_has_and_in_order(setting):
     assert not unmeasured & {"kl", "ldifs", "ceiling", "early_stopping", *everything.missing}
 
 
+def test_what_two_studies_measured_is_listed_once_as_the_less_favourable_found_it(setting, tmp_path):
+    recipe, _ = setting
+    worse = {
+        "name": "theirs",
+        "model": "tiny",
+        "made": "2026-01-02",
+        "arms": [ARMS[0], arm("LDIFS", STANDINGS[2], 0.03, ARMS[3]["defenses"][0])],
+    }
+    better = {"name": "ours", "model": "tiny", "made": "2026-01-01", "arms": ARMS}
+    file = tmp_path / "evidence.json"
+    for studies in ([worse, better], [better, worse]):
+        file.write_text(json.dumps({"schema": 1, "studies": studies}))
+        ranked = recommend(recipe(), read_evidence(file), {}).ranked
+        assert [(one.evidence.label, one.evidence.study) for one in ranked] == [("LDIFS", "theirs"), ("KL", "ours")]
+
+
 def test_the_recipes_own_files_count_and_its_defenses_do_not(setting):
     recipe, evidence = setting
     own = recipe({"kind": "interleaving", "source": "safe.jsonl"})
