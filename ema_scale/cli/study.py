@@ -20,9 +20,19 @@ StudyPath = Annotated[Path, typer.Argument(help="a study file (YAML)")]
 DryRun = Annotated[bool, typer.Option(help="print what would be done, do nothing")]
 Jobs = Annotated[int | None, whole("--jobs", "-j", help="runs trained at once; default: one per GPU")]
 
+EngineCount = Annotated[
+    int | None, whole("--engines", help="engines that sample together, each with GPUs of its own; default: one")
+]
+
 
 @app.command()
-def study(path: StudyPath, overrides: Overrides = None, dry_run: DryRun = False, jobs: Jobs = None) -> None:
+def study(
+    path: StudyPath,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    jobs: Jobs = None,
+    engines: EngineCount = None,
+) -> None:
     """Train, evaluate and report a grid of runs.
 
     The grid is models x tasks x defenses x seeds. Finished runs are kept.
@@ -40,7 +50,7 @@ def study(path: StudyPath, overrides: Overrides = None, dry_run: DryRun = False,
         for again in loaded.relearn.recipes(runs) if loaded.relearn else ():
             say(f"then {again.run_path}: {again.data.limit} rows without a defense, from {again.adapter.start}")
         return
-    console.print(f"wrote {run_study(loaded, tuple(overrides or ()), jobs)}")
+    console.print(f"wrote {run_study(loaded, tuple(overrides or ()), jobs, engines)}")
 
 
 def print_preparation(study: Study) -> dict[str, str]:
@@ -82,6 +92,7 @@ def sweep(
     time: Annotated[str | None, typer.Option(help="time limit per run; default: as in the site file")] = None,
     max_parallel: Annotated[int | None, whole(help="runs that train at once; default: the site's")] = None,
     jobs: Jobs = None,
+    engines: EngineCount = None,
     dry_run: DryRun = False,
 ) -> None:
     """Do what `ema study` does, here or as Slurm jobs.
@@ -99,10 +110,12 @@ def sweep(
         given = [name for name, value in only_slurm.items() if value is not None]
         if given:
             raise UserError(f"--{given[0]}: is for --slurm; on this machine --jobs says how many runs train at once")
-        study(path, overrides, dry_run, jobs)
+        study(path, overrides, dry_run, jobs, engines)
         return
     if jobs is not None:
         raise UserError("--jobs: is for this machine; with --slurm, --max-parallel says how many runs train at once")
+    if engines is not None:
+        raise UserError("--engines: is for this machine; with --slurm, evaluation.engines in the site file says it")
     from ema_scale.slurm.site import load_site
     from ema_scale.slurm.submit import JobSize, after_all, describe_script
     from ema_scale.slurm.sweep import plan_sweep, submit_sweep

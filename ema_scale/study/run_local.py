@@ -1,4 +1,4 @@
-"""Run a study on this machine: train what is not trained, evaluate it with one engine a model, write the report."""
+"""Run a study on this machine: train what is not trained, evaluate it, write the report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.paths import shipped_root
 from ema_scale.core.run_dir import STUDY, RunDir
 from ema_scale.core.text import quantity
-from ema_scale.evaluation.runs import evaluate_runs
+from ema_scale.evaluation.runs import Engines, evaluate_runs
 from ema_scale.study.gates import check_references
 from ema_scale.study.grid import Study, load_study, write_study
 from ema_scale.study.partial_report import PartialReport
@@ -24,15 +24,22 @@ log = logging.getLogger(__name__)
 _DEMO_WORKERS = 4  # each takes about 1 GB
 
 
-def run_study(study: Study, overrides: tuple[str, ...] = (), jobs: int | None = None) -> Path:
+def run_study(
+    study: Study, overrides: tuple[str, ...] = (), jobs: int | None = None, engines: int | None = None
+) -> Path:
     """Train, evaluate and report every run of `study`; returns the report's path.
 
     A partial report is there as soon as the first run is evaluated, or many are trained.
 
-    jobs: how many runs are trained side by side; None: one a GPU, else one. Finished runs are recognised and kept. A
-    run that fails is tried again `study.retries` times; the others go on. Raises UserError naming the runs that
-    failed and why, when the others are evaluated and the report is written; or, before any is trained, if a
-    recipe's gate refuses its base model, or runs are there that were trained otherwise.
+    Finished runs are recognised and kept. A run that fails is tried again `study.retries` times; the others go on.
+    Raises UserError naming the runs that failed and why, when the others are evaluated and the report is written; or,
+    before any is trained, if a recipe's gate refuses its base model, or runs are there that were trained otherwise.
+
+    Args:
+        study: the grid.
+        overrides: `key=value` for every recipe.
+        jobs: how many runs are trained side by side; None: one a GPU, else one.
+        engines: how many sample together, each a process with GPUs of its own; None: one, in this process.
     """
     recipes = study.runs(overrides)
     check_same_training_of_runs(recipes, launched_processes(), f"study {study.name}")
@@ -54,7 +61,8 @@ def run_study(study: Study, overrides: tuple[str, ...] = (), jobs: int | None = 
     finished = [r for r in recipes if r.name not in failed]
     wrong = []
     try:
-        evaluate_runs([RunDir(r.run_path) for r in finished], study.path / "base", watch=partial)
+        together = None if engines is None else Engines(engines)
+        evaluate_runs([RunDir(r.run_path) for r in finished], study.path / "base", engines=together, watch=partial)
     except UserError as error:
         wrong.append(str(error))
     from ema_scale.report.make import write_report

@@ -145,6 +145,7 @@ def test_what_was_trained_otherwise_is_refused_before_anything_is_written(world,
     ("options", "message"),
     [
         (["--nodes", "2"], "--nodes: is for --slurm; on this machine --jobs says"),
+        (["--slurm", "--engines", "2"], "--engines: is for this machine; with --slurm, evaluation.engines in the site"),
         (["--slurm", "--jobs", "2"], "--jobs: is for this machine; with --slurm, --max-parallel says"),
         (["--slurm", "--gpus-per-node", "0"], "no sbatch here: run this on a machine of the cluster"),
     ],

@@ -12,6 +12,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.io import read_jsonl
 from ema_scale.core.run_dir import RunDir
 from ema_scale.evaluation.runs import asks_behind_rows
+from ema_scale.inference import engines
 from ema_scale.models.checkpoint_adapter import export_adapter
 from ema_scale.planning.describe import describe_run
 from ema_scale.report.collect import collect
@@ -217,8 +218,8 @@ def test_a_studys_folder_has_the_studys_runs(tmp_path, caplog):
 
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_a_study_end_to_end_and_again_for_nothing(tmp_path, tiny_world):
-    """Trains, samples on real vLLM, judges exactly, reports; one run is bad and the others still finish."""
+def test_a_study_end_to_end_and_again_for_nothing(tmp_path, tiny_world, monkeypatch):
+    """Trains, samples on two engines of vLLM, judges exactly, reports; one run is bad and the others still finish."""
     from ema_scale.study.run_local import run_study
 
     suites = {"general": f"{tiny_world}suite/outside_medical", "in_domain": f"{tiny_world}suite/medical"}
@@ -238,8 +239,17 @@ def test_a_study_end_to_end_and_again_for_nothing(tmp_path, tiny_world):
         "evaluation.samples_per_question=2", "evaluation.max_tokens=12", "evaluation.sampler=vllm",
         "training.save_steps=2", "evaluation.checkpoints=true",
     )  # fmt: skip
+    started = []
+    start = engines.ManyEngines._start
+
+    def counted(self, one):
+        started.append(one.number)
+        start(self, one)
+
+    monkeypatch.setattr(engines.ManyEngines, "_start", counted)
     with pytest.raises(UserError, match=r"2 of 4 runs failed:\n  broken-none-s0: .*missing.jsonl"):
-        run_study(study, overrides, jobs=2)
+        run_study(study, overrides, jobs=2, engines=2)
+    assert started == [0, 1] and not (study.path / "engines").exists()
     report = study.path / "report" / "report.html"
     assert len(list((study.path / "logs").glob("worker-*.log"))) == 2
     text = report.read_text()
