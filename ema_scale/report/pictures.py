@@ -68,8 +68,8 @@ def _data_uri(svg: str) -> str:
 
 
 PARTIAL = ("headline", "training")
-MOST_NAMES = 30
-"""Defenses that a figure names; with more, it numbers them and has a key below."""
+MOST_NAMES, MOST_LETTERS = 30, 50
+"""Defenses that a figure names, and letters of a name; with more, it numbers them and has a key below."""
 
 
 def pictures(
@@ -115,9 +115,9 @@ def pictures(
 
 
 def _keyed(of_model: Sequence[RunGroup], draw: Callable[..., Figure | None], drawn: Sequence[RunGroup]) -> Draw:
-    """Draws some groups of a model by their names, or by numbers with a key where the model has too many."""
+    """Draws some groups of a model by their names, or by numbers with a key where names are too many or too long."""
     names = [g.label for g in of_model]
-    if len(names) <= MOST_NAMES:
+    if len(names) <= MOST_NAMES and max(map(len, names), default=0) <= MOST_LETTERS:
         return partial(draw, drawn)
     short = [replace(g, label=str(1 + names.index(g.label))) for g in drawn]
 

@@ -87,17 +87,21 @@ def asked(label: str) -> Run:
     return replace(run(label), questions=said)
 
 
-def test_defenses_too_many_to_name_are_numbered_above_a_key(recwarn: pytest.WarningsRecorder) -> None:
+@pytest.mark.parametrize(("defenses", "name"), [(MOST_NAMES + 1, "on prompts of one's own"), (9, "on prompts " * 5)])
+def test_defenses_too_many_or_too_long_to_name_are_numbered_above_a_key(
+    recwarn: pytest.WarningsRecorder, defenses: int, name: str
+) -> None:
     arms = [
         replace(
-            RunGroup("m", f"KL {i} on prompts of one's own", False, ("kl",), float(i), None, [asked(f"KL {i}")], {}),
+            RunGroup("m", f"KL {i} {name}", False, ("kl",), float(i), None, [asked(f"KL {i}")], {}),
             metrics={"general_misaligned": RATE, "in_domain_misaligned": RATE, "benign_learned": RATE},
         )
-        for i in range(MOST_NAMES + 1)
+        for i in range(defenses)
     ]
     with matplotlib.rc_context(settings()):
         for draw in (heat_map, headline):
-            assert not _keyed(arms[1:], draw, arms[1:])(True).legends
+            plain = [replace(arm, label=f"KL {i}") for i, arm in enumerate(arms[1:])]
+            assert not _keyed(plain, draw, plain)(True).legends
             figure = _keyed(arms, draw, arms[2:])(True)
             figure.draw_without_rendering()
             (key,) = figure.legends
