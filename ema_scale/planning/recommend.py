@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,7 +109,7 @@ def recommend(
             if budget is None or price is None or price <= budget:
                 unmeasured.append(Recommendation(filled, price))
     # What two studies measured is listed once, as the less favourable one found it.
-    ranked = list({json.dumps(one.defenses, sort_keys=True): one for one in sorted(ranked, key=_rank)}.values())
+    ranked = list({repr(parse(one.defenses)): one for one in sorted(ranked, key=_rank)}.values())
     return Advice(tuple(sorted(ranked, key=_rank)[:count]), tuple(unmeasured), missing, refused)
 
 

@@ -74,7 +74,7 @@ def test_what_two_studies_measured_is_listed_once_as_the_less_favourable_found_i
         "name": "theirs",
         "model": "tiny",
         "made": "2026-01-02",
-        "arms": [ARMS[0], arm("LDIFS", STANDINGS[2], 0.03, ARMS[3]["defenses"][0])],
+        "arms": [ARMS[0], arm("LDIFS", STANDINGS[2], 0.03, ARMS[3]["defenses"][0] | {"detached": False})],
     }
     better = {"name": "ours", "model": "tiny", "made": "2026-01-01", "arms": ARMS}
     file = tmp_path / "evidence.json"
