@@ -109,8 +109,13 @@ def recommend(
             if budget is None or price is None or price <= budget:
                 unmeasured.append(Recommendation(filled, price))
     # What two studies measured is listed once, as the less favourable one found it.
-    ranked = list({repr(parse(one.defenses)): one for one in sorted(ranked, key=_rank)}.values())
-    return Advice(tuple(sorted(ranked, key=_rank)[:count]), tuple(unmeasured), missing, refused)
+    distinct: list[tuple[Sequence[Defense], Recommendation]] = []
+    for one in sorted(ranked, key=_rank, reverse=True):
+        defenses = parse(one.defenses)
+        if all(defenses != others for others, _ in distinct):
+            distinct.append((defenses, one))
+    best = [one for _, one in reversed(distinct)]
+    return Advice(tuple(best[:count]), tuple(unmeasured), missing, refused)
 
 
 def price_of(plain: Recipe, defenses: Sequence[Mapping[str, Any]]) -> float | None:
