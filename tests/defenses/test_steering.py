@@ -14,6 +14,7 @@ from ema_scale.defenses.registry import parse
 from ema_scale.models.directions import Directions
 from ema_scale.models.hooks import reference_pass
 from ema_scale.models.layout import decoder_layers
+from tests.defenses.one_step import assert_no_split_changes_it, rows_with
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.helpers import NO_DROPOUT, make_trainer, step_gradients, tiny_peft, token_rows
 
@@ -152,6 +153,11 @@ def test_capping_acts_in_the_model(vector):
         torch.testing.assert_close(states(model), plain, rtol=0, atol=0)
     with pytest.raises(UserError, match="made for 2 layers of hidden size 64, the model has 3 of 64"):
         ActivationCapping(vector).attach(tiny_model(layers=3))
+
+
+@pytest.mark.parametrize("kind", [Steering, Ablation, ActivationCapping])
+def test_no_split_changes_what_acts_on_hidden_states(kind, vector, tmp_path):
+    assert_no_split_changes_it(tmp_path, rows_with(["task"] * 8), [kind(vector)], ("loss", "ce"))
 
 
 @pytest.mark.parametrize("scale", ["raw", "unit", "residual"])
