@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from ema_scale.cli import main
+from ema_scale.core.devices import has_bfloat16
 from ema_scale.evaluation.records import Summary
 from tests import warm
 
@@ -41,6 +42,7 @@ def judge(model: str, tmp_path: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     command = ["-m", "vllm.entrypoints.openai.api_server", "--model", model, "--enforce-eager"]
     command += ["--served-model-name", "judge", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024"]
+    command += ["--dtype", "auto" if has_bfloat16() else "float32"]  # emulated, bfloat16 takes several times as long
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     with open(tmp_path / "server.txt", "w") as log:
         server = warm.start(command, env=environment, output=log, vllm=True)
