@@ -48,30 +48,18 @@ class Row(Record):
     @classmethod
     def scan_fields(cls, path: Path, *, repair: bool = False) -> Iterator[tuple[int, Any]]:
         """As `scan`, in a fifth of the time: a row is an object with the fields and properties of one, and no more."""
-        decode, parse = _decoder(cls).decode, cls.parse
-
-        def read(line: bytes) -> Any:
-            try:
-                return decode(line)
-            except (msgspec.MsgspecError, ValueError, RecursionError):  # `parse` says whether it is allowed
-                return parse(line)
-
-        return cls._scan(path, read, repair)
+        return cls._scan(path, _quick_or(cls.parse, _decoder(cls).decode), repair)
 
     @classmethod
     def scan_objects(cls, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-        """As `scan`, in a tenth of the time of it and `to_row`: a row is the object that stands in its line."""
-        decode, parse = _decoder(cls).decode, cls.parse
+        """The objects that stand in the lines, in a tenth of the time that `scan` and `to_row` take."""
+        check = _decoder(cls).decode
 
-        def read(line: bytes) -> dict[str, Any]:
-            try:
-                decode(line)
-                found: dict[str, Any] = msgspec.json.decode(line)
-                return found
-            except (msgspec.MsgspecError, ValueError, RecursionError):  # `parse` says whether it is allowed
-                return parse(line).to_row()
+        def quick(line: bytes) -> Any:
+            check(line)
+            return msgspec.json.decode(line)
 
-        return cls._scan(path, read, repair=False)
+        return cls._scan(path, _quick_or(lambda line: cls.parse(line).to_row(), quick), repair=False)
 
     @classmethod
     def _scan(cls, path: Path, read: Callable[[bytes], Any], repair: bool) -> Iterator[tuple[int, Any]]:
@@ -88,6 +76,18 @@ class Row(Record):
     def read_all(cls, path: Path) -> list[Self]:
         """The rows of a file, as `scan` gives them."""
         return [row for _, row in cls.scan(path)]
+
+
+def _quick_or(thorough: Callable[[bytes], Any], quick: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Reads a line quickly; what that refuses, the thorough reader takes or refuses."""
+
+    def read(line: bytes) -> Any:
+        try:
+            return quick(line)
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            return thorough(line)
+
+    return read
 
 
 @cache
