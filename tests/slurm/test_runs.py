@@ -133,12 +133,8 @@ def test_warned_and_not_requeued_it_goes_on_on_another_number_of_nodes(slurm, wo
 
 def test_a_preempted_evaluation_goes_on_and_a_cancelled_one_does_not(slurm, tmp_path):
     """What is evaluated is of no account here: the work waits, and at its second start is done."""
-    begun, work = tmp_path / "begun", tmp_path / "work"
-    work.write_text(f"#!/bin/sh\n[ -e {begun} ] && exit 0\ntouch {begun}\nexec sleep 300\n")
-    work.chmod(0o755)
-    options = ["--time=10:00", "--requeue", "--open-mode=append", f"--output={tmp_path}/log"]
-    values = [f"PYTHON={work}", "WHAT=eval", f"LOGS={tmp_path}", "MAX_REQUEUES=5", "SRUN_OPTIONS=()", "WRAP=()"]
-    (tmp_path / "eval.sbatch").write_text(fill_script("eval.sbatch", options, values))
+    begun = tmp_path / "begun"
+    evaluation(tmp_path, f"[ -e {begun} ] && exit 0\ntouch {begun}\nexec sleep 300")
 
     def disturbed(*command):
         begun.unlink(missing_ok=True)
@@ -151,9 +147,27 @@ def test_a_preempted_evaluation_goes_on_and_a_cancelled_one_does_not(slurm, tmp_
         ended = slurm.wait(job)
         return ended["JobState"], ended["Restarts"]
 
-    urgent = ("sbatch", "-purgent", "-N3", "--exclusive", "-o/dev/null", "--wrap=sleep 1")
+    urgent = ("sbatch", "--wait", "-purgent", "-N3", "--exclusive", "-o/dev/null", "--wrap=sleep 1")
     assert disturbed(*urgent) == ("COMPLETED", "1"), (tmp_path / "log").read_text()
     assert disturbed("scancel") == ("CANCELLED", "0"), (tmp_path / "log").read_text()
+
+
+def test_cancelled_while_it_asks_whether_it_is_it_does_not_come_back(slurm, tmp_path):
+    """The work is told to end, as by preemption. The job is cancelled right after Slurm has said that it runs."""
+    cancels = 'squeue() { command squeue "$@"; scancel "$SLURM_JOB_ID"; sleep 1; }'
+    evaluation(tmp_path, "kill -TERM $$", cancels)
+    ended = slurm.wait(slurm.sbatch("eval.sbatch", cwd=tmp_path))
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), (tmp_path / "log").read_text()
+
+
+def evaluation(folder, work, *settings):
+    """Write eval.sbatch, which runs `work`, lines of shell."""
+    program = folder / "work"
+    program.write_text(f"#!/bin/sh\n{work}\n")
+    program.chmod(0o755)
+    options = ["--time=10:00", "--requeue", "--open-mode=append", f"--output={folder}/log"]
+    values = [f"PYTHON={program}", "WHAT=eval", "ENGINES=1", f"LOGS={folder}", "MAX_REQUEUES=5", "SRUN_OPTIONS=()", "WRAP=()"]
+    (folder / "eval.sbatch").write_text(fill_script("eval.sbatch", options, [*values, *settings]))
 
 
 def test_a_retry_avoids_the_broken_node_in_a_folder_with_odd_characters(slurm, tmp_path):
