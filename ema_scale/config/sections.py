@@ -37,8 +37,8 @@ class ModelRecipe(Section):
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.", examples=["main"])
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto",
-        description="Type of the weights. `auto` is bfloat16 on a GPU that has it, else float32; for sampling also on "
-        "a CPU that has it, unless the checkpoint is in float32.",
+        description="Type of the weights. `auto` is bfloat16 on a GPU that has it, and on a CPU that has it unless the "
+        "checkpoint is in float32; else float32.",
     )
     trust_remote_code: bool = Field(False, description="Run Python code that the checkpoint brings along.")
     chat_template: str | None = Field(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -11,6 +13,7 @@ from typing import Any
 
 from ema_scale.core.errors import UserError
 
+log = logging.getLogger(__name__)
 _CGROUP = Path("/sys/fs/cgroup")
 # Version 2, and version 1.
 CGROUP_QUOTAS = ((_CGROUP / "cpu.max",), (_CGROUP / "cpu/cpu.cfs_quota_us", _CGROUP / "cpu/cpu.cfs_period_us"))
@@ -57,6 +60,22 @@ def has_bfloat16() -> bool:
         return False
     flags = next((line for line in lines if line.startswith("flags")), "")
     return bool(BFLOAT16_FLAGS & set(flags.split()))
+
+
+def cpu_dtype(config: Any) -> str:
+    """What a model computes in on this CPU, by its transformers config.
+
+    bfloat16 where the CPU computes in it, unless the checkpoint is in float32; else float32.
+    """
+    own = str(getattr(config.get_text_config(), "dtype", None) or "").removeprefix("torch.")
+    return "bfloat16" if own in ("bfloat16", "float16") and has_bfloat16() else "float32"
+
+
+@functools.cache
+def warn_if_emulated(dtype: str) -> None:
+    """Log once that a CPU that is to compute in this dtype has to emulate it."""
+    if dtype == "bfloat16" and not has_bfloat16():
+        log.warning("model.dtype: this CPU emulates bfloat16, which takes several times as long; leave it at auto")
 
 
 def _quota() -> int | None:

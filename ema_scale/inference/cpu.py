@@ -1,4 +1,4 @@
-"""How a model is sampled on a CPU: threads and dtype."""
+"""How many threads a model is sampled with on a CPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ema_scale.core.devices import free_cores, has_bfloat16, idle_cores
+from ema_scale.core.devices import free_cores, idle_cores
 
 if TYPE_CHECKING:
     from ema_scale.config.sections import ModelRecipe
@@ -32,15 +32,3 @@ def is_small(model: ModelRecipe) -> bool:
     """Whether its weights are in a folder and take less than 100 MB."""
     files = list(Path(model.path).expanduser().glob("*.safetensors"))
     return bool(files) and sum(file.stat().st_size for file in files) < SMALL_WEIGHTS
-
-
-def cpu_dtype(model: ModelRecipe) -> str:
-    """float32, or bfloat16 where the CPU computes in it, unless the checkpoint is in float32 itself.
-
-    Raises UserError if there is no such model.
-    """
-    from ema_scale.inference.chat_prompts import load_config
-
-    config = load_config(model).get_text_config()
-    own = str(getattr(config, "dtype", None) or "").removeprefix("torch.")
-    return "bfloat16" if own in ("bfloat16", "float16") and has_bfloat16() else "float32"

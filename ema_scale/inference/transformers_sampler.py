@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from ema_scale.choices.likelihood import Inputs, Scorer, target_likelihoods
 from ema_scale.choices.margins import Likelihood
 from ema_scale.choices.tokens import AnswerTokens
+from ema_scale.core.devices import cpu_dtype
 from ema_scale.core.errors import UserError
 from ema_scale.inference.answer_batch import Answer, AnswerBatches
 from ema_scale.inference.base import (
@@ -25,8 +26,8 @@ from ema_scale.inference.base import (
     ScoreResult,
     too_long,
 )
-from ema_scale.inference.chat_prompts import Prompts
-from ema_scale.inference.cpu import cpu_dtype, cpu_threads
+from ema_scale.inference.chat_prompts import Prompts, load_config
+from ema_scale.inference.cpu import cpu_threads
 from ema_scale.models.layout import ModelLayout
 from ema_scale.models.load import load_base
 from ema_scale.models.lora import with_adapters
@@ -50,7 +51,7 @@ class TransformersSampler:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype: str = model.dtype
         if self.dtype == "auto":
-            self.dtype = cpu_dtype(model) if self.device.type == "cpu" else "bfloat16"
+            self.dtype = cpu_dtype(load_config(model)) if self.device.type == "cpu" else "bfloat16"
         self._threads = torch.get_num_threads()
         if self.device.type == "cpu":
             torch.set_num_threads(cpu_threads(model))

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ema_scale.config.sections import ModelRecipe
+from ema_scale.core.devices import cpu_dtype, warn_if_emulated
 from ema_scale.core.errors import UserError
 from ema_scale.core.waiting import waiting
-from ema_scale.inference.cpu import cpu_dtype, cpu_threads
+from ema_scale.inference.chat_prompts import load_config
+from ema_scale.inference.cpu import cpu_threads
 from ema_scale.inference.engine_log import logger_to, output_to
 from ema_scale.models.staging import staged
 from ema_scale.models.weights import check_checkpoint
@@ -209,7 +211,12 @@ def engine_arguments(model: ModelRecipe, settings: Mapping[str, Any], extra: Map
 
 def engine_dtype(model: ModelRecipe) -> str:
     """bfloat16 on a GPU, that of `cpu_dtype` on a CPU, unless the recipe says."""
-    return model.dtype if model.dtype != "auto" else (cpu_dtype(model) if is_cpu_build() else "bfloat16")
+    cpu = is_cpu_build()
+    if model.dtype == "auto":
+        return cpu_dtype(load_config(model)) if cpu else "bfloat16"
+    if cpu:
+        warn_if_emulated(model.dtype)
+    return model.dtype
 
 
 def _free_share() -> float:

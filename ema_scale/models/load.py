@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ema_scale.core.devices import cpu_dtype, warn_if_emulated
 from ema_scale.core.errors import UserError
 from ema_scale.core.waiting import waiting
 from ema_scale.models.sharding import full_shape
@@ -20,15 +21,26 @@ if TYPE_CHECKING:
     from ema_scale.config.sections import ModelRecipe
 
 
-def pick_dtype(name: str) -> torch.dtype:
-    """A dtype by name; auto: bfloat16 if the GPU has it, else float32. Raises UserError for an unknown name."""
+def pick_dtype(name: str, config: Any = None) -> torch.dtype:
+    """A dtype by name; auto: bfloat16 if the GPU has it, else float32; on a CPU as `cpu_dtype` says.
+
+    config: transformers' config of the model. Without it, auto is float32 on a CPU.
+
+    Raises UserError for an unknown name.
+    """
     import torch
 
+    on_gpu = torch.cuda.is_available()
     if name == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+        if on_gpu:
+            name = "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+        else:
+            name = "float32" if config is None else cpu_dtype(config)
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise UserError(f"model.dtype: found {name!r}, expected auto, bfloat16 or float32")
+    if not on_gpu:
+        warn_if_emulated(name)
     return dtype
 
 
@@ -66,7 +78,7 @@ def load_base(model: ModelRecipe) -> Any:
                 made: Any = transformers.AutoModelForCausalLM.from_pretrained(
                     weights,
                     config=config,
-                    dtype=pick_dtype(model.dtype),
+                    dtype=pick_dtype(model.dtype, config),
                     attn_implementation=model.attn_implementation,
                     use_safetensors=True,
                     output_loading_info=True,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from ema_scale.config.sections import EvaluationRecipe, ModelRecipe
 from ema_scale.core import devices
@@ -15,6 +16,8 @@ from ema_scale.evaluation.records import MANIFEST_FILE, Manifest
 from ema_scale.evaluation.remaining import sampler_used
 from ema_scale.inference import cpu, make
 from ema_scale.inference.base import SamplerOptions
+from ema_scale.inference.chat_prompts import load_config
+from ema_scale.models.load import pick_dtype
 
 
 @pytest.mark.parametrize(
@@ -64,7 +67,18 @@ def test_bfloat16_where_the_cpu_and_the_checkpoint_have_it(tmp_path, monkeypatch
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
     monkeypatch.setattr(devices, "CPU_INFO", tmp_path / "cpuinfo")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | ({"dtype": own} if own else {})))
-    assert cpu.cpu_dtype(ModelRecipe(path=str(tmp_path))) == expected
+    config = load_config(ModelRecipe(path=str(tmp_path)))
+    assert devices.cpu_dtype(config) == expected
+    assert pick_dtype("auto", config) == getattr(torch, expected), "training as sampling"
+
+
+def test_an_emulated_dtype_is_named(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(devices, "CPU_INFO", tmp_path / "cpuinfo")
+    for flags, warned in (("fpu amx_bf16", False), ("fpu avx512f", True)):
+        devices.warn_if_emulated.cache_clear()
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+        assert pick_dtype("bfloat16") == torch.bfloat16
+        assert ("this CPU emulates bfloat16" in caplog.text) == warned
 
 
 def test_auto_takes_transformers_for_a_small_job_on_a_cpu(tmp_path, monkeypatch, caplog):
