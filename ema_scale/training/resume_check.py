@@ -50,8 +50,13 @@ class ExistingRun:
         if not _is_begun(self.run_dir):
             return []
         stored = _stored_recipe(self.run_dir) or {"training": {}}
-        fields = _changed(_training_part(stored), _training_part(self.recipe.to_dict()))
-        return [*fields, *_changed_files(self.run_dir)]
+        provenance = _provenance(self.run_dir)
+        fields = [
+            f"{name} was {_short(old)}, is {_short(new)}"
+            for name, old, new in _changed(_training_part(stored), _training_part(self.recipe.to_dict()))
+            if not _is_moved(provenance, old, new)
+        ]
+        return [*fields, *_changed_files(provenance)]
 
     @cached_property
     def finished(self) -> bool:
@@ -199,7 +204,8 @@ def _read_recipe(path: Path, size: int, date: int) -> dict[str, Any]:
     return load_recipe(path).to_dict()
 
 
-def _changed(old: Any, new: Any, name: str = "") -> Iterator[str]:
+def _changed(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(name, old, new) of each field that differs."""
     if isinstance(old, Mapping) and isinstance(new, Mapping) and old.get("kind") == new.get("kind"):
         for key in dict.fromkeys([*old, *new]):
             yield from _changed(old.get(key), new.get(key), f"{name}.{key}" if name else key)
@@ -207,7 +213,7 @@ def _changed(old: Any, new: Any, name: str = "") -> Iterator[str]:
         for i, pair in enumerate(zip(old, new, strict=True)):
             yield from _changed(*pair, f"{name}.{i}")
     elif old != new:
-        yield f"{name} was {_short(old)}, is {_short(new)}"
+        yield name, old, new
 
 
 def _short(value: Any) -> str:
@@ -215,8 +221,17 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _changed_files(run_dir: RunDir) -> Iterator[str]:
-    provenance = _provenance(run_dir)
+def _is_moved(provenance: Provenance, old: Any, new: Any) -> bool:
+    """Whether `new` is the path of a file or checkpoint whose content is that of `old` when the run began."""
+    if not isinstance(old, str) or not isinstance(new, str):
+        return False
+    path = Path(new)
+    if old in provenance.weights and path.is_dir():
+        return _folder_identity(path, _folder_mark(path)) == provenance.weights[old].get("identity")
+    return old in provenance.data_sha256 and path.is_file() and _sha256(path, *_mark(path)) == provenance.data_sha256[old]
+
+
+def _changed_files(provenance: Provenance) -> Iterator[str]:
     for source, stored in provenance.weights.items():
         folder = Path(locate(source))
         if folder.is_dir() and (mark := _folder_mark(folder)) != stored["mark"]:

@@ -166,8 +166,9 @@ def evaluation(folder, work, *settings):
     program.write_text(f"#!/bin/sh\n{work}\n")
     program.chmod(0o755)
     options = ["--time=10:00", "--requeue", "--open-mode=append", f"--output={folder}/log"]
-    values = [f"PYTHON={program}", "WHAT=eval", "ENGINES=1", f"LOGS={folder}", "MAX_REQUEUES=5", "SRUN_OPTIONS=()", "WRAP=()"]
-    (folder / "eval.sbatch").write_text(fill_script("eval.sbatch", options, [*values, *settings]))
+    values = [f"PYTHON={program}", "WHAT=eval", "ENGINES=1", f"LOGS={folder}", "MAX_REQUEUES=5"]
+    values += ["SRUN_OPTIONS=()", "WRAP=()", *settings]
+    (folder / "eval.sbatch").write_text(fill_script("eval.sbatch", options, values))
 
 
 def test_a_retry_avoids_the_broken_node_in_a_folder_with_odd_characters(slurm, tmp_path):

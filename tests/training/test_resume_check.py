@@ -15,7 +15,7 @@ __all__ = ["world"]
 
 
 def test_a_run_of_other_weights_is_another_run(world, tmp_path):
-    """The base model, or the adapter that a run started from, made anew at the same place."""
+    """The base model, or the adapter that a run started from, made anew at the same place, or moved to another."""
     shutil.copytree(world / "model", tmp_path / "model")
     first = recipe_of(world, tmp_path, "first", max_steps=1)
     first = build_recipe(first.to_dict() | {"model": {"path": str(tmp_path / "model")}})
@@ -38,5 +38,11 @@ def test_a_run_of_other_weights_is_another_run(world, tmp_path):
             train(second, run)
         weights_file.write_bytes(whole)
         assert is_it()
+    moved = shutil.copytree(start.adapter, tmp_path / "moved")
+    elsewhere = build_recipe(second.to_dict() | {"adapter": {"start": str(moved)}})
+    assert is_finished(elsewhere, run)
+    (weights_file,) = moved.glob("*.safetensors")
+    weights_file.write_bytes(whole)  # the base model's
+    assert not is_finished(elsewhere, run)
     shutil.rmtree(start.adapter)  # a finished run needs it no more
     assert is_it() and {path: path.stat().st_mtime_ns for path in before} == before
