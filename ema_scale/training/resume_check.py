@@ -228,7 +228,8 @@ def _is_moved(provenance: Provenance, old: Any, new: Any) -> bool:
     path = Path(new)
     if old in provenance.weights and path.is_dir():
         return _folder_identity(path, _folder_mark(path)) == provenance.weights[old].get("identity")
-    return old in provenance.data_sha256 and path.is_file() and _sha256(path, *_mark(path)) == provenance.data_sha256[old]
+    sha256 = provenance.data_sha256.get(old)
+    return sha256 is not None and path.is_file() and _sha256(path, *_mark(path)) == sha256
 
 
 def _changed_files(provenance: Provenance) -> Iterator[str]:
