@@ -39,8 +39,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 TOGETHER = {
     "attacks": "tests/attacks/",
     "forked": "tests/(training/test_(agreement|fsdp|zero)|benchmarks/test_(alone|loss|plan|selection|step)).py",
+    "real": "tests/real/test_(own_rows|smollm2)",
     "slurm": "tests/slurm/test_(cluster|runs|gate_on_slurm|sweep_on_slurm)",
-    "vllm": "tests/(inference/test_vllm|evaluation/(judges/test_vllm|test_kills)|real/test_(own_rows|smollm2)|"
+    "vllm": "tests/(inference/test_vllm|evaluation/(judges/test_vllm|test_kills)|"
     "study/test_study|test_readme.py::test_commands|benchmarks/(test_evaluator|test_gpu_rehearsal.py::test_engine))",
 }
 
