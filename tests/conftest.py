@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,16 +47,36 @@ TOGETHER = {
 }
 
 
+# What takes minutes begins first, so that no worker ends long after the others.
+FIRST = ("vllm", "slurm", "forked", "real", "tests/test_wheel.py")
+
+
+def scope_of(nodeid: str) -> str:
+    """What is given to one worker: files that belong together, or a file."""
+    together = (name for name, pattern in TOGETHER.items() if re.match(pattern, nodeid))
+    return next(together, nodeid.partition("::")[0])
+
+
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give the tests of a file to one worker, and so those of files that belong together."""
+    """Give a scope to one worker, in the order of the collection."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduler(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            together = (name for name, pattern in TOGETHER.items() if re.match(pattern, nodeid))
-            return next(together, nodeid.partition("::")[0])
+            return scope_of(nodeid)
 
+    config.option.loadscopereorder = False
     return Scheduler(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For several workers: first what takes minutes, then scopes of many tests."""
+    if not hasattr(config, "workerinput"):
+        return
+    scopes = {item.nodeid: scope_of(item.nodeid) for item in items}
+    sizes = Counter(scopes.values())
+    rank = {name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: (rank.get(scopes[item.nodeid], len(FIRST)), -sizes[scopes[item.nodeid]]))
 
 
 gc.disable()  # until all tests are imported

@@ -99,8 +99,7 @@ def _decoder(kind: type[Row]) -> msgspec.json.Decoder[Any]:
     ]
     written = {name: field.alias for name, field in kind.model_fields.items() if field.alias}
     properties = {name: value for name, value in vars(kind).items() if isinstance(value, property)}
-    # What comes from JSON has no cycles, so the garbage collector need not look at it.
-    made = msgspec.defstruct(kind.__name__, fields, kw_only=True, rename=written, namespace=properties, gc=False)
+    made = msgspec.defstruct(kind.__name__, fields, kw_only=True, rename=written, namespace=properties)
     return msgspec.json.Decoder(made)
 
 

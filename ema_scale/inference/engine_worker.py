@@ -57,6 +57,8 @@ def serve(folder: Path, ended: Callable[[], bool] | None = None) -> None:
                     sampler.close()
                 sampler, made, batches = None, work, {}
                 sampler = make_sampler(work.sampler, replace(work.options, log_file=folder / f"{name}.log"))
+                if Work.read(folder) is None:  # all was answered before this engine was ready
+                    continue
                 atomic_write_json(folder / "sampler.json", sampler.describe())
             assert sampler is not None
             for batch in work.batches:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -201,6 +202,21 @@ def test_an_assistant_elsewhere_does_a_part_and_ends(tmp_path: Path, monkeypatch
     done.touch()
     assistant.join(10)
     assert not assistant.is_alive() and not folder.exists()
+
+
+def test_an_engine_that_is_ready_too_late_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, ended = tmp_path / "engines", False
+
+    def make(*_: Any) -> Kept:
+        nonlocal ended
+        shutil.rmtree(folder)  # as whoever asked does when all is answered
+        ended = True
+        return Kept()
+
+    monkeypatch.setattr("ema_scale.inference.engine_worker.make_sampler", make)
+    Work("transformers", SamplerOptions(ModelRecipe(path="m")), ("1",)).write(folder)
+    serve(folder, lambda: ended)
+    assert not folder.exists()
 
 
 def test_an_engine_that_leaves_something_out_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
