@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import logging
+import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -70,6 +71,8 @@ def _data_uri(svg: str) -> str:
 PARTIAL = ("headline", "training")
 MOST_NAMES, MOST_LETTERS = 30, 50
 """Defenses that a figure names, and letters of a name; with more, it numbers them and has a key below."""
+MOST_LETTERS_AMONG_POINTS = 300
+"""Letters of all names in a figure that writes them beside points."""
 
 
 def pictures(
@@ -90,7 +93,7 @@ def pictures(
     telling = [g for g in of_model if any(q.misaligned is not None for run in g.runs for q in run.questions)]
     keyed = partial(_keyed, of_model)
     plan: list[tuple[str, str, str, Draw]] = [
-        ("headline", _headline_alt(of_model), _HEADLINE, keyed(headline, of_model)),
+        ("headline", _headline_alt(of_model), _HEADLINE, keyed(headline, of_model, MOST_LETTERS_AMONG_POINTS)),
         ("bars", "Bars: misaligned and incoherent answers outside the domain, by defense and task.", _BARS,
          partial(bars, of_model, by_task)),
         ("questions", "Heat map: share of misaligned answers by question and defense.", _QUESTIONS,
@@ -114,10 +117,19 @@ def pictures(
     return [picture for picture in made if picture is not None]
 
 
-def _keyed(of_model: Sequence[RunGroup], draw: Callable[..., Figure | None], drawn: Sequence[RunGroup]) -> Draw:
-    """Draws some groups of a model by their names, or by numbers with a key where names are too many or too long."""
+def _keyed(
+    of_model: Sequence[RunGroup],
+    draw: Callable[..., Figure | None],
+    drawn: Sequence[RunGroup],
+    letters: float = math.inf,
+) -> Draw:
+    """Draws some groups of a model by their names, or by numbers with a key where names are too many or too long.
+
+    letters: of all names together that the figure has room for.
+    """
     names = [g.label for g in of_model]
-    if len(names) <= MOST_NAMES and max(map(len, names), default=0) <= MOST_LETTERS:
+    sizes = [len(name) for name in names]
+    if len(names) <= MOST_NAMES and max(sizes, default=0) <= MOST_LETTERS and sum(sizes) <= letters:
         return partial(draw, drawn)
     short = [replace(g, label=str(1 + names.index(g.label))) for g in drawn]
 

@@ -13,7 +13,7 @@ from ema_scale.evaluation.records import QuestionSummary, Summary
 from ema_scale.report.aggregate import RunGroup
 from ema_scale.report.curves import heat_map
 from ema_scale.report.figures import bars, headline
-from ema_scale.report.pictures import MOST_NAMES, _keyed
+from ema_scale.report.pictures import MOST_LETTERS_AMONG_POINTS, MOST_NAMES, _keyed
 from ema_scale.report.records import METRIC_NAMES, METRICS, Collection, ReportedRate, Run
 from ema_scale.report.style import NARROW_INCHES, settings
 from ema_scale.report.table import Cell, Table, TableRow, filled
@@ -87,17 +87,29 @@ def asked(label: str) -> Run:
     return replace(run(label), questions=said)
 
 
-@pytest.mark.parametrize(("defenses", "name"), [(MOST_NAMES + 1, "on prompts of one's own"), (9, "on prompts " * 5)])
-def test_defenses_too_many_or_too_long_to_name_are_numbered_above_a_key(
-    recwarn: pytest.WarningsRecorder, defenses: int, name: str
-) -> None:
-    arms = [
+def arms_named(name: str, count: int) -> list[RunGroup]:
+    return [
         replace(
             RunGroup("m", f"KL {i} {name}", False, ("kl",), float(i), None, [asked(f"KL {i}")], {}),
             metrics={"general_misaligned": RATE, "in_domain_misaligned": RATE, "benign_learned": RATE},
         )
-        for i in range(defenses)
+        for i in range(count)
     ]
+
+
+@pytest.mark.parametrize(("defenses", "numbered"), [(8, False), (16, True)])
+def test_names_beside_points_are_numbered_where_they_would_lie_upon_each_other(defenses: int, numbered: bool) -> None:
+    arms = arms_named("on prompts + Ceiling 1", defenses)
+    with matplotlib.rc_context(settings()):
+        figure = _keyed(arms, headline, arms, MOST_LETTERS_AMONG_POINTS)(True)
+        assert figure is not None and bool(figure.legends) == numbered
+
+
+@pytest.mark.parametrize(("defenses", "name"), [(MOST_NAMES + 1, "on prompts of one's own"), (9, "on prompts " * 5)])
+def test_defenses_too_many_or_too_long_to_name_are_numbered_above_a_key(
+    recwarn: pytest.WarningsRecorder, defenses: int, name: str
+) -> None:
+    arms = arms_named(name, defenses)
     with matplotlib.rc_context(settings()):
         for draw in (heat_map, headline):
             plain = [replace(arm, label=f"KL {i}") for i, arm in enumerate(arms[1:])]
