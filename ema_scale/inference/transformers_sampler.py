@@ -15,7 +15,6 @@ from transformers import GenerationConfig
 from ema_scale.choices.likelihood import Inputs, Scorer, target_likelihoods
 from ema_scale.choices.margins import Likelihood
 from ema_scale.choices.tokens import AnswerTokens
-from ema_scale.core.devices import cpu_dtype
 from ema_scale.core.errors import UserError
 from ema_scale.inference.answer_batch import Answer, AnswerBatches
 from ema_scale.inference.base import (
@@ -26,7 +25,7 @@ from ema_scale.inference.base import (
     ScoreResult,
     too_long,
 )
-from ema_scale.inference.chat_prompts import Prompts, load_config
+from ema_scale.inference.chat_prompts import Prompts
 from ema_scale.inference.cpu import cpu_threads
 from ema_scale.models.layout import ModelLayout
 from ema_scale.models.load import load_base
@@ -49,14 +48,12 @@ class TransformersSampler:
         model = options.model
         self.batch_size = int(options.extra.get("batch_size", BATCH_SIZE))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype: str = model.dtype
-        if self.dtype == "auto":
-            self.dtype = cpu_dtype(load_config(model)) if self.device.type == "cpu" else "bfloat16"
         self._threads = torch.get_num_threads()
         if self.device.type == "cpu":
             torch.set_num_threads(cpu_threads(model))
         self._prompts = Prompts(model)
-        base = load_base(model.model_copy(update={"dtype": self.dtype}))
+        base = load_base(model)
+        self.dtype = str(base.dtype).removeprefix("torch.")
         text = base.config.get_text_config()
         limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
         self.max_model_len = min(x for x in (limit, options.max_model_len, 1 << 30) if x)
