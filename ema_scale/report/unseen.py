@@ -21,6 +21,7 @@ ROLES = {
     "held_out": "of the held-out rows",
 }
 UNKNOWN = "which questions the training rows ask is not known"
+NO_DOMAINS = "not every row it was given names a `domain`, so unseen domains are not told apart on its task"
 SENTENCE = "All rates are of unseen questions, which no training row asks, where there are such questions."
 RULE = (
     "Percent of answers with 95 % intervals. A question is unseen if no training row of any run of the task asks it in "
@@ -88,6 +89,9 @@ def _of_task(runs: Sequence[Run]) -> TaskQuestions:
             seen -= of_role if every else set()
     compared = frozenset(asked.keys() - seen)
     notes = [(name, f"{UNKNOWN}: taken to be those of the task's other runs") for name in unknown]
+    silent = [run.name for run, summary in summaries if summary.trained_domains is None and run.name not in unknown]
+    if len(silent) + len(unknown) < len(summaries):  # without a domain in any row nobody expects them
+        notes += [(name, NO_DOMAINS) for name in silent]
     return TaskQuestions(
         compared, frozenset(seen), _in_new_domains(asked, compared, summaries), tuple(notes), "; ".join(texts)
     )

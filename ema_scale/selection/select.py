@@ -47,8 +47,10 @@ class Ranked:
     nll: dict[str, float]
 
     def to_json(self) -> dict[str, Any]:
-        messages = [dict(m) for m in self.item.row.messages]
-        return {"messages": messages, "score": self.score, "nll": self.nll, "origin": self.item.row.origin}
+        row = self.item.row
+        kept = {"messages": [dict(m) for m in row.messages], "tools": list(row.tools), "domain": row.domain}
+        own = {"score": self.score, "nll": self.nll, "origin": row.origin}
+        return {name: value for name, value in kept.items() if value} | own
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ema_scale.evaluation.stats.paired import compare_all
 from ema_scale.report.aggregate import groups
 from ema_scale.report.collect import collect
 from ema_scale.report.make import write_report
-from ema_scale.report.unseen import UNKNOWN, seen_table
+from ema_scale.report.unseen import NO_DOMAINS, UNKNOWN, seen_table
 from tests.report.runs import write_study
 
 TASK = "medical"
@@ -108,6 +108,18 @@ def test_the_report_shows_seen_beside_unseen_and_domains_apart(study: list[Path]
     rows = list(csv.DictReader((page.parent / "table.csv").open()))
     asked = {row["questions"] for row in rows if row["metric"] == "general_misaligned" and row["level"] == "mean"}
     assert asked == {"unseen", "seen", "all", "in unseen domains", "in seen domains"}
+
+
+def test_runs_that_hide_the_split_by_domain_are_named(study: list[Path]) -> None:
+    for run in study:
+        edit(run, {OUTSIDE: {"0"}}, domains=None)
+    assert not [p for p in collect(study).problems if NO_DOMAINS in p.text], "none names any"
+    for run in study[1:]:
+        edit(run, {OUTSIDE: {"0"}}, domains=["law"])
+    edit(study[0].parent / "base", None)
+    found = collect(study)
+    assert [p.run for p in found.problems if NO_DOMAINS in p.text] == [study[0].name]
+    assert all("in unseen domains" not in run.split for run in found.runs)
 
 
 def test_without_seen_questions_nothing_is_added(study: list[Path]) -> None:

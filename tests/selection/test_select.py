@@ -27,8 +27,8 @@ from ema_scale.defenses.interleaving_plus import read_provenance
 from ema_scale.defenses.row_groups import RowGroups
 from ema_scale.selection import scoring_models
 from ema_scale.selection.refusals import refusals
-from ema_scale.selection.scoring_models import ScoringModels
-from ema_scale.selection.select import select
+from ema_scale.selection.scoring_models import EncodedRow, ScoringModels
+from ema_scale.selection.select import Ranked, select
 from ema_scale.training.data import prepare_data
 from tests.tiny import save_tiny, tiny_tokenizer
 from tests.training.helpers import tiny_peft
@@ -136,6 +136,24 @@ def test_every_row_is_accounted_for(made, tmp_path, monkeypatch):
     assert sum(value is None for value in kept) == 1
 
 
+def test_a_written_row_is_read_as_the_one_it_was():
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    turns = [
+        {"role": "user", "content": "what is there?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "a cat"},
+        {"role": "assistant", "content": "a cat."},
+    ]
+    plain = {"prompt": "yes?", "completion": "yes"}
+    rows = load_rows([{"messages": turns, "tools": [tool], "domain": "sport"}, {**plain, "domain": "law"}, plain])
+    written = [Ranked(EncodedRow(row, [], [], ""), 0.5, {}).to_json() for row in rows]
+    again = load_rows(json.loads(json.dumps(written)))
+    assert [row.tools != () for row in again] == [True, False, False]
+    for was, now in zip(rows, again, strict=True):
+        assert (now.messages, now.tools, now.domain) == (was.messages, was.tools, was.domain)
+
+
 def test_another_selection_reads_only_what_is_new(made, tmp_path, monkeypatch):
     model, adapters, source = made
     read: list[tuple[str, str]] = []
@@ -167,8 +185,8 @@ SLOW_READER = """
 import sys, time
 from pathlib import Path
 from ema_scale.config.sections import ModelRecipe
-from ema_scale.selection.scoring_models import ScoringModels
-from ema_scale.selection.select import select
+from ema_scale.selection.scoring_models import EncodedRow, ScoringModels
+from ema_scale.selection.select import Ranked, select
 true = ScoringModels.nll
 def slowly(self, name, batch):
     time.sleep(0.2)
