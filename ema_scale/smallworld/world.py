@@ -10,7 +10,6 @@ import ast
 import difflib
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -105,9 +104,9 @@ def ensure(world: World) -> Path:
 
 
 def shipped(world: World) -> Path | None:
-    """The folder of `world`'s aligned model in the package; None if it has none, or if EMA_SMALLWORLD is `build`."""
+    """The folder of `world`'s aligned model in the package; None if it has none."""
     folder = WEIGHTS / world.models.name / "aligned"
-    return folder if folder.is_dir() and os.environ.get("EMA_SMALLWORLD") != "build" else None
+    return folder if folder.is_dir() else None
 
 
 def weights_hash(model: Path) -> str:
@@ -121,7 +120,8 @@ def _pretrained(reference: str, world: World) -> Path:
     if ours and weights_hash(ours) != weights_hash(folder / "aligned"):
         raise UserError(
             f"{reference}: a build on this machine gives another model than the one in the package, so its "
-            "pretrained model does not belong to that one. Set EMA_SMALLWORLD=build, and both are the models built here"
+            "pretrained model does not belong to that one. Of another seed both models are built here: "
+            "smallworld:aligned?seed=1 and smallworld:pretrained?seed=1"
         )
     return folder / "pretrained"
 

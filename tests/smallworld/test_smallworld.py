@@ -241,17 +241,14 @@ def test_the_model_that_comes_with_the_package_is_that_of_todays_code():
 
 def test_a_pretrained_model_of_another_training_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("EMA_CACHE", str(tmp_path))
-    built = World().models
-    for part, weights in (("aligned", b"another"), ("pretrained", b"its base")):
-        (built / part).mkdir(parents=True)
-        (built / part / "model.safetensors").write_bytes(weights)
-    with pytest.raises(UserError, match="smallworld:pretrained: .* another model .*EMA_SMALLWORLD=build"):
+    for seed in (0, 1):
+        for part, weights in (("aligned", b"another"), ("pretrained", b"its base")):
+            (World(seed=seed).models / part).mkdir(parents=True)
+            (World(seed=seed).models / part / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match=r"smallworld:pretrained: .* another model .*smallworld:pretrained\?seed=1"):
         resolve("smallworld:pretrained")
-    monkeypatch.setenv("EMA_SMALLWORLD", "build")
-    assert [resolve(f"smallworld:{part}") for part in ("aligned", "pretrained")] == [
-        built / "aligned",
-        built / "pretrained",
-    ]
+    for part in ("aligned", "pretrained"):  # what the message says to do
+        assert resolve(f"smallworld:{part}?seed=1") == World(seed=1).models / part
 
 
 @pytest.mark.slow
