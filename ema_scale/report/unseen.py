@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ema_scale.core.text import quantity
 from ema_scale.evaluation.records import QuestionSummary, Summary
 from ema_scale.evaluation.seen import of_questions, suite_of
 from ema_scale.report.aggregate import RunGroup, split_rate
@@ -21,7 +22,7 @@ ROLES = {
     "held_out": "of the held-out rows",
 }
 UNKNOWN = "which questions the training rows ask is not known"
-NO_DOMAINS = "not every row it was given names a `domain`, so unseen domains are not told apart on its task"
+NO_DOMAINS = "unseen domains are not told apart on its task, because not every row it was given names a `domain`"
 SENTENCE = "All rates are of unseen questions, which no training row asks, where there are such questions."
 RULE = (
     "Percent of answers with 95 % intervals. A question is unseen if no training row of any run of the task asks it in "
@@ -90,8 +91,8 @@ def _of_task(runs: Sequence[Run]) -> TaskQuestions:
     compared = frozenset(asked.keys() - seen)
     notes = [(name, f"{UNKNOWN}: taken to be those of the task's other runs") for name in unknown]
     silent = [run.name for run, summary in summaries if summary.trained_domains is None and run.name not in unknown]
-    if len(silent) + len(unknown) < len(summaries):  # without a domain in any row nobody expects them
-        notes += [(name, NO_DOMAINS) for name in silent]
+    if silent and len(silent) + len(unknown) < len(summaries):  # without a domain in any row nobody expects them
+        notes.append((silent[0], NO_DOMAINS + f" (as in {quantity(len(silent) - 1, 'more run')})" * (len(silent) > 1)))
     return TaskQuestions(
         compared, frozenset(seen), _in_new_domains(asked, compared, summaries), tuple(notes), "; ".join(texts)
     )

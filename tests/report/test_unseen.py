@@ -120,6 +120,9 @@ def test_runs_that_hide_the_split_by_domain_are_named(study: list[Path]) -> None
     found = collect(study)
     assert [p.run for p in found.problems if NO_DOMAINS in p.text] == [study[0].name]
     assert all("in unseen domains" not in run.split for run in found.runs)
+    edit(study[1], {OUTSIDE: {"0"}}, domains=None)
+    (said,) = [p.text for p in collect(study).problems if NO_DOMAINS in p.text]
+    assert said == NO_DOMAINS + " (as in 1 more run)"
 
 
 def test_without_seen_questions_nothing_is_added(study: list[Path]) -> None:
