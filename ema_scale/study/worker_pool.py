@@ -5,6 +5,7 @@ A failed run is retried once all others have had their turn.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ from ema_scale.core.errors import UserError
 from ema_scale.core.io import open_append
 from ema_scale.core.run_dir import RunDir
 from ema_scale.core.terminal import start_logging
+from ema_scale.core.uri import locate
 from ema_scale.recipe import Recipe, build_recipe
 from ema_scale.training.resume_check import is_finished
 
@@ -92,6 +94,10 @@ def _by_workers(recipes: Sequence[Recipe], jobs: int, logs: Path | None) -> Iter
         for number in range(jobs):
             with open_append(_log(logs, number)):
                 pass
+    for model in dict.fromkeys(recipe.model.path for recipe in recipes):
+        # A world that is built shows its progress here, not in a worker's log. If it fails, the runs say why.
+        with contextlib.suppress(UserError):
+            locate(model)
     context = multiprocessing.get_context("spawn")
     waiting = {recipe.name: recipe for recipe in recipes}
     while waiting:

@@ -2,9 +2,11 @@
 
 import pytest
 
+from ema_scale.core.errors import UserError
 from ema_scale.core.io import read_jsonl
 from ema_scale.core.run_dir import RunDir
 from ema_scale.defenses.registry import parse, plugins
+from ema_scale.study import worker_pool
 from ema_scale.study.worker_pool import listed, train_all
 from tests.slurm.helpers import write_plugin
 from tests.training.test_run import recipe_of, world
@@ -48,11 +50,19 @@ def test_a_failed_run_is_tried_again_from_its_checkpoint(troubled, tmp_path, cap
 
 
 @pytest.mark.slow
-def test_a_killed_worker_costs_no_run(troubled, tmp_path, caplog):
+def test_a_killed_worker_costs_no_run(troubled, tmp_path, caplog, monkeypatch):
     caplog.set_level("INFO")
+    made = []
+
+    def locate(model):
+        made.append(model)
+        raise UserError("it cannot be built")
+
+    monkeypatch.setattr(worker_pool, "locate", locate)
     killed = troubled("killed", at=2, way="SIGKILL", once=str(tmp_path / "once"))
     recipes = [killed, troubled("slow", at=-1, pause=0.5), troubled("waiting")]
     assert train_all(recipes, 2, tmp_path / "logs", retries=1) == {}
     assert "killed: FAILED: its worker process was killed from outside" in caplog.text
     assert "waiting: FAILED" not in caplog.text
     assert [RunDir(r.run_path).status().state for r in recipes] == ["finished"] * 3
+    assert set(made) == {killed.model.path}, "built where its progress shows; the workers find it, or say why not"
