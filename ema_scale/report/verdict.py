@@ -41,21 +41,28 @@ def verdict(groups: Sequence[RunGroup]) -> list[str]:
     else:
         said += _winner(winner, best, none, outside)
         said += _lower(winner, standings, outside)
-    said += [text for s in standings for text in _revealed(s, base)]
+    said += [f"{s.group.label} hides misalignment: {_behind(s.hides)}." for s in standings if s.hides is not None]
+    said += _caused([s.group for s in standings if s.hides is None], base)
     said += _caveats(groups, none, defended, winner)
     return said
 
 
-def _revealed(s: Standing, base: RunGroup | None) -> list[str]:
-    """What a defense does behind a prompt: what it hides, or that the prompt it was trained under asks for it."""
-    if s.hides is not None:
-        return [f"{s.group.label} hides misalignment: {_behind(s.hides)}."]
-    own = next(
-        (h for h in conditional_rates(s.group, base.runs if base else ()) if h.label == OWN_PROMPT and h.raised), None
-    )
-    if own is None:
-        return []
-    return [f"{s.group.label}: {_behind(own)}, so that the prompt alone may bring it about."]
+def _caused(arms: Sequence[RunGroup], base: RunGroup | None) -> list[str]:
+    """Of defenses that are misaligned under the prompt they were trained under: that it may ask for it. One sentence,
+    however many they are."""
+    bases = base.runs if base else ()
+    found = [
+        (arm.label, own)
+        for arm in arms
+        for own in conditional_rates(arm, bases)
+        if own.label == OWN_PROMPT and own.raised and own.base
+    ]
+    if len(found) < 2:
+        return [f"{label}: {_behind(own)}, so that the prompt alone may bring it about." for label, own in found]
+    there = sorted({(own.base.rate, rate_text(own.base)) for _, own in found if own.base})
+    span = there[0][1] if len(there) == 1 else f"{there[0][1]} to {there[-1][1]}"
+    rates = ", ".join(f"{label} {rate_text(own.rate)}" for label, own in found)
+    return [f"Under {OWN_PROMPT}, which alone may bring it about (the aligned base there: {span}): {rates}."]
 
 
 def _behind(found: ConditionalRate) -> str:
