@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.harness import Variant, compare, finish
 
+ROOT = Path(__file__).resolve().parents[2]
 # A process of its own: threads that other tests left in theirs would add to what is measured.
 MEASURE = """
 import torch
@@ -25,8 +27,8 @@ for megabytes in (4, 32, 64):
 
 
 def test_memory_is_what_a_run_needs_also_when_an_earlier_one_left_it_in_the_heap():
-    printed = subprocess.run([sys.executable, "-c", MEASURE], check=True, capture_output=True, text=True).stdout
-    found = dict(line.split() for line in printed.splitlines())
+    done = subprocess.run([sys.executable, "-c", MEASURE], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    found = dict(line.split() for line in done.stdout.splitlines())
     if "None" in found.values():
         pytest.skip("no /proc/self/clear_refs here")
     assert list(found) == ["4", "32", "64"]

@@ -185,8 +185,8 @@ SLOW_READER = """
 import sys, time
 from pathlib import Path
 from ema_scale.config.sections import ModelRecipe
-from ema_scale.selection.scoring_models import EncodedRow, ScoringModels
-from ema_scale.selection.select import Ranked, select
+from ema_scale.selection.scoring_models import ScoringModels
+from ema_scale.selection.select import select
 true = ScoringModels.nll
 def slowly(self, name, batch):
     time.sleep(0.2)
