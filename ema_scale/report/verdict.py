@@ -62,7 +62,10 @@ def _caused(arms: Sequence[RunGroup], base: RunGroup | None) -> list[str]:
     there = sorted({(own.base.rate, rate_text(own.base)) for _, own in found if own.base})
     span = there[0][1] if len(there) == 1 else f"{there[0][1]} to {there[-1][1]}"
     rates = ", ".join(f"{label} {rate_text(own.rate)}" for label, own in found)
-    return [f"Under {OWN_PROMPT}, which alone may bring it about (the aligned base there: {span}): {rates}."]
+    return [
+        f"Under the prompt of their training {len(found)} defenses are misaligned again, which the prompt alone may "
+        f"bring about (the aligned base there: {span}): {rates}."
+    ]
 
 
 def _behind(found: ConditionalRate) -> str:

@@ -236,10 +236,11 @@ def test_the_verdict_says_what_hides_and_does_not_call_it_best(tmp_path: Path) -
 
 def test_many_that_are_misaligned_under_their_own_prompt_share_a_sentence(tmp_path: Path) -> None:
     runs = with_conditions(tmp_path / "runs", {"inoculation": 0.4, "kl-0.1": 0.9}, base=0.9)
-    (text,) = [said.replace("\u00a0", " ") for said in verdict(groups(collect(runs))) if "alone may bring it" in said]
+    (text,) = [said.replace("\u00a0", " ") for said in verdict(groups(collect(runs))) if "alone may bring" in said]
     assert text.startswith(
-        "Under its inoculation prompt, which alone may bring it about (the aligned base there: 88.5 %"
+        "Under the prompt of their training 2 defenses are misaligned again, which the prompt alone may"
     )
+    assert "(the aligned base there: 88.5 % [" in text
     assert "Inoculation 36.5 % [" in text and ", KL 0.1 88.5 % [" in text
 
 
