@@ -150,12 +150,14 @@ def _winner(
 
 
 def _lower(winner: Standing, standings: Sequence[Standing], outside: dict[str, ReportedRate]) -> list[str]:
-    """The defenses with lower rates that fail a rule, or for which one is not clear."""
+    """The defenses with lower rates that fail a rule, or for which one is not clear: three each, and how many more."""
     said = []
     lower = [s for s in standings if outside[s.group.label].rate < outside[winner.group.label].rate]
     for state, start in ((FAILED, "Lower still, at a price"), (UNCLEAR, "Lower, but at a price that is not clear")):
         found = [s for s in lower if (FAILED if s.fails else UNCLEAR) == state]
         parts = [f"{s.group.label} ({rate_text(outside[s.group.label])}) {_join(s.said(state))}" for s in found[:3]]
+        if len(found) > 3:
+            parts.append(f"and {len(found) - 3} more")
         if parts:
             said.append(f"{start}: {'; '.join(parts)}.")
     return said

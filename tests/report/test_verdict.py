@@ -78,6 +78,11 @@ TABLES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         ["KL 0.1 does best", "Lower still, at a price: KL 1 (0.5 % [0.0, 1.0]) keeps only 31 % [26, 36] of"],
         ["No difference"],
     ),
+    "of five that pay the two that are not named are counted": (
+        {"KL 0.1": GOOD, **{f"KL {n}": ((n / 10, 0.1), (5, 1), (30, 4), (20, 4)) for n in range(1, 6)}},
+        ["Lower still, at a price: KL 1 (0.1 % [0.0, 0.2]) keeps", "KL 3 (0.3 % [0.2, 0.4]) keeps", "; and 2 more."],
+        ["KL 4 (", "KL 5 ("],
+    ),
     "the lowest may pay and a second one does not": (
         {"KL 0.1": GOOD, "KL 1": ((0.5, 0.5), (5, 1), (77, 6), (69, 3))},
         ["KL 0.1 does best", "Lower, but at a price that is not clear: KL 1 (0.5 % [0.0, 1.0]) keeps 81 % [74, 88] of"],
